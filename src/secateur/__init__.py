@@ -1,0 +1,115 @@
+"""One-shot pruning of pretrained large language models, streamed block by block.
+
+Names are loaded when they are first used, so that `import secateur` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from secateur.calibration import Windows, calibration_windows, evaluation_windows
+    from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern
+    from secateur.core.problem import Method, Problem, Solution, select
+    from secateur.core.statistics import SquaredNorm, Statistic
+    from secateur.engine import Event, prune
+    from secateur.errors import (
+        CalibrationError,
+        CheckpointError,
+        ModelStructureError,
+        NumericalError,
+        PatternError,
+        SecateurError,
+    )
+    from secateur.estimate import Estimate, estimate
+    from secateur.evaluate.perplexity import Perplexity, perplexity
+    from secateur.manifest import Manifest, Verification, verify
+    from secateur.methods.magnitude import magnitude
+    from secateur.methods.wanda import wanda, wanda_variant
+    from secateur.plan import Plan, uniform
+    from secateur.report.inspect import inspect
+
+_HOMES = {
+    "CalibrationError": "errors",
+    "CheckpointError": "errors",
+    "Estimate": "estimate",
+    "Event": "engine",
+    "Manifest": "manifest",
+    "Method": "core.problem",
+    "ModelStructureError": "errors",
+    "NM": "core.patterns",
+    "NumericalError": "errors",
+    "Pattern": "core.patterns",
+    "PatternError": "errors",
+    "Perplexity": "evaluate.perplexity",
+    "Plan": "plan",
+    "Problem": "core.problem",
+    "SecateurError": "errors",
+    "Solution": "core.problem",
+    "SquaredNorm": "core.statistics",
+    "Statistic": "core.statistics",
+    "Unstructured": "core.patterns",
+    "Verification": "manifest",
+    "Windows": "calibration",
+    "calibration_windows": "calibration",
+    "estimate": "estimate",
+    "evaluation_windows": "calibration",
+    "inspect": "report.inspect",
+    "magnitude": "methods.magnitude",
+    "parse_pattern": "core.patterns",
+    "perplexity": "evaluate.perplexity",
+    "prune": "engine",
+    "select": "core.problem",
+    "uniform": "plan",
+    "verify": "manifest",
+    "wanda": "methods.wanda",
+    "wanda_variant": "methods.wanda",
+}
+
+__all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
+    "CalibrationError",
+    "CheckpointError",
+    "Estimate",
+    "Event",
+    "Manifest",
+    "Method",
+    "ModelStructureError",
+    "NM",
+    "NumericalError",
+    "Pattern",
+    "PatternError",
+    "Perplexity",
+    "Plan",
+    "Problem",
+    "SecateurError",
+    "Solution",
+    "SquaredNorm",
+    "Statistic",
+    "Unstructured",
+    "Verification",
+    "Windows",
+    "calibration_windows",
+    "estimate",
+    "evaluation_windows",
+    "inspect",
+    "magnitude",
+    "parse_pattern",
+    "perplexity",
+    "prune",
+    "select",
+    "uniform",
+    "verify",
+    "wanda",
+    "wanda_variant",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'secateur' has no attribute '{name}'")
+    return getattr(import_module(f"secateur.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

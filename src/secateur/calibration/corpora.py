@@ -1,0 +1,438 @@
+"""Text corpora: named ones, data sets of the Hugging Face Hub, and local files, each as documents by position."""
+
+import gzip
+import hashlib
+import importlib
+import json
+import os
+import platform
+import re
+import tempfile
+import weakref
+import zlib
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from secateur.errors import CalibrationError
+
+Role = Literal["calibration", "evaluation"]
+
+C4_REPOSITORY = "allenai/c4"
+C4_FILES: Mapping[Role, str] = {
+    "calibration": "en/c4-train.00000-of-01024.json.gz",
+    "evaluation": "en/c4-validation.00000-of-00008.json.gz",
+}
+C4_EVALUATION_DOCUMENTS = 1100
+WIKITEXT2_REPOSITORY = "Salesforce/wikitext"
+WIKITEXT2_FILES: Mapping[Role, str] = {
+    "calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
+    "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+}
+WIKITEXT2_JOINERS: Mapping[Role, str] = {"calibration": " ", "evaluation": "\n\n"}
+PYTHON_DOCS_HELD_OUT_STEP = 10
+DEFAULT_JOINER = "\n\n"
+DEFAULT_FIELD = "text"
+SPOOL_BYTES = 64 * 2**20
+HUB_PROBE_SECONDS = 5.0
+
+ACCEPTED_FORMS = (
+    "c4[:FILE], wikitext2[:FILE], python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a file FILE.txt, FILE.raw, "
+    "FILE.jsonl[:FIELD], FILE.jsonl.gz[:FIELD], FILE.parquet[:FIELD] or FILE.safetensors (token ids), "
+    "each also as WEIGHT*SPEC in a mixture"
+)
+_TEXT_FILE = re.compile(r"(?P<path>.+\.(?:txt|raw))", re.IGNORECASE)
+_ROWS_FILE = re.compile(
+    r"(?P<path>.+\.(?:(?P<jsonl>jsonl|jsonl\.gz|json\.gz)|parquet))(?::(?P<field>[^:/\\]+))?", re.IGNORECASE
+)
+_SEPARATOR_LINE = re.compile(r"(?:\r?\n)?^<\|endoftext\|>\r?(?:\n|\Z)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named text: `documents` by position, the `joiner` that makes one text of them, and where they came from."""
+
+    name: str
+    documents: Sequence[str]
+    joiner: str
+    provenance: Mapping[str, Any]
+
+
+def load_corpus(spec: str, role: Role) -> Corpus:
+    """Return the corpus that `spec` names, in its calibration or its evaluation part.
+
+    Blank documents of row corpora are kept: the published samplers draw among all rows.
+    `c4:FILE` and `wikitext2:FILE` treat a local file as the papers treat that corpus: for C4 a (gzipped) file of JSON
+    lines, for WikiText-2 a parquet file or an official `wiki.*.raw`. The same file without the prefix is read as it
+    stands, which for `wiki.test.raw` is a different text with a different perplexity.
+
+    Errors: CalibrationError for an unknown spec, a missing, empty or malformed file, a wrong field, an unreachable
+    hub, a missing optional package, and a corpus without text.
+    Reference: Wanda and SparseGPT, their data loaders (`get_c4`, `get_wikitext2`).
+    """
+    if role not in ("calibration", "evaluation"):
+        raise CalibrationError(f"role: got {role!r}, expected 'calibration' or 'evaluation'.")
+    corpus = _read(spec.strip(), role)
+    _require_text(corpus)
+    return corpus
+
+
+def is_token_file(spec: str) -> bool:
+    """Return whether `spec` names a file of token ids (`.safetensors`) instead of text."""
+    return spec.strip().lower().endswith(".safetensors")
+
+
+def existing_file(path: Path) -> Path:
+    """Return `path` if it is a file with content; otherwise CalibrationError, with the nearest names beside it."""
+    if path.is_dir():
+        raise CalibrationError(f"{path}: is a folder, expected a file. Pass one file of it.")
+    if not path.exists():
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        nearest = get_close_matches(path.name, names, n=3)
+        hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
+        raise CalibrationError(f"{path}: no such file.{hint} Check the path; it is relative to {Path.cwd()}.")
+    if path.stat().st_size == 0:
+        raise CalibrationError(f"{path}: the file is empty, expected text. Was its download cut off?")
+    return path
+
+
+def file_provenance(path: Path) -> dict[str, Any]:
+    """Return the path as given, the size in bytes and the SHA-256 of a local file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": str(path), "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _read(spec: str, role: Role) -> Corpus:
+    name, _, local = spec.partition(":")
+    if name in _NAMED:
+        return _NAMED[name](role, local)
+    if name == "hf":
+        return _hub_dataset(spec, role)
+    if _TEXT_FILE.fullmatch(spec):
+        return _text_file(spec)
+    if match := _ROWS_FILE.fullmatch(spec):
+        return (_jsonl_file if match["jsonl"] else _parquet_file)(spec, match["path"], match["field"] or DEFAULT_FIELD)
+    if is_token_file(spec):
+        raise CalibrationError(f"{spec}: holds token ids, expected text. Pass it to calibration_windows as it is.")
+    nearest = get_close_matches(name.lower(), [*_NAMED, "hf"], n=2)
+    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+    raise CalibrationError(f"unknown corpus {spec!r}.{hint} Accepted: {ACCEPTED_FORMS}.")
+
+
+def _require_text(corpus: Corpus) -> None:
+    if not any(document.strip() for document in corpus.documents):
+        count = len(corpus.documents)
+        raise CalibrationError(
+            f"{corpus.name}: no text in its {count} documents, expected at least one that is not blank."
+        )
+
+
+# Documents by position
+
+
+class _LazyDocuments(Sequence[str]):
+    """Documents read when asked for; subclasses give `_text` and `__len__`."""
+
+    @abstractmethod
+    def _text(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        positions = range(len(self))[index]
+        return self._text(positions) if isinstance(positions, int) else [self._text(position) for position in positions]
+
+
+class _SpooledDocuments(_LazyDocuments):
+    """Texts as UTF-8 in one buffer that moves to an unnamed temporary file beyond `SPOOL_BYTES`."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        # Memory: the C4 shard is 800 MB of text, of which sampling touches a few thousand documents. The buffer lives
+        # as long as the corpus, hence no context manager.
+        self._buffer = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115
+        weakref.finalize(self, self._buffer.close)
+        self._ends = array("Q", [0])
+        for text in texts:
+            self._ends.append(self._ends[-1] + self._buffer.write(text.encode()))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def _text(self, index: int) -> str:
+        self._buffer.seek(self._ends[index])
+        return self._buffer.read(self._ends[index + 1] - self._ends[index]).decode()
+
+
+class _RowDocuments(_LazyDocuments):
+    """One field of a table that stays where it is, on disk or memory-mapped."""
+
+    def __init__(self, read: Callable[[int], Any], count: int, where: str) -> None:
+        self._read, self._count, self._where = read, count, where
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _text(self, index: int) -> str:
+        return _as_text(self._read(index), f"{self._where}, row {index}")
+
+
+def _as_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise CalibrationError(
+            f"{where}: got {type(value).__name__}, expected text. Choose another field or mend the row."
+        )
+    return value
+
+
+# Local files
+
+
+def _text_file(spec: str) -> Corpus:
+    path = existing_file(Path(spec))
+    documents = [document for document in _SEPARATOR_LINE.split(_file_text(path)) if document.strip()]
+    return Corpus(spec, documents, DEFAULT_JOINER, {"corpus": spec, **file_provenance(path)})
+
+
+def _file_text(path: Path) -> str:
+    try:
+        # Exact: line ends stay as they are, because the tokenizer sees them.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path}: cannot be read as UTF-8 text: {error}. Convert the file to UTF-8.") from error
+
+
+def _jsonl_file(spec: str, path: str, field: str) -> Corpus:
+    file = existing_file(Path(path))
+    documents = _SpooledDocuments(_jsonl_texts(file, field))
+    return Corpus(spec, documents, DEFAULT_JOINER, {"corpus": spec, "field": field, **file_provenance(file)})
+
+
+def _jsonl_texts(path: Path, field: str) -> Iterator[str]:
+    opener: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_text(line, field, path, number)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CalibrationError(f"{path}: cannot be read: {error}. Is the file complete, and really gzip?") from error
+
+
+def _json_text(line: bytes, field: str, path: Path, number: int) -> str:
+    where = f"{path}, line {number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CalibrationError(f"{where}: not JSON ({error}). Expected one JSON object per line.") from error
+    if not isinstance(row, dict):
+        raise CalibrationError(
+            f"{where}: got a JSON {type(row).__name__}, expected an object with the field {field!r}."
+        )
+    if field not in row:
+        raise _wrong_field(where, field, row, f"{path}:FIELD")
+    text = _as_text(row[field], f"{where}, field {field!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{where}: half a surrogate pair in the text ({error}). Mend or drop the line."
+        ) from error
+    return text
+
+
+def _wrong_field(where: str, field: str, fields: Iterable[str], form: str) -> CalibrationError:
+    known = ", ".join(fields) or "none"
+    return CalibrationError(f"{where}: no field {field!r}; fields found: {known}. Name one of them as {form}.")
+
+
+def _parquet_file(spec: str, path: str, field: str) -> Corpus:
+    file = existing_file(Path(path))
+    documents = _parquet_documents(file, field)
+    return Corpus(spec, documents, DEFAULT_JOINER, {"corpus": spec, "field": field, **file_provenance(file)})
+
+
+def _parquet_documents(path: Path, field: str) -> Sequence[str]:
+    parquet = _optional("pyarrow.parquet", str(path))
+    try:
+        names = parquet.read_schema(path).names
+        if field not in names:
+            raise _wrong_field(str(path), field, names, f"{path}:FIELD")
+        column = parquet.read_table(path, columns=[field], memory_map=True).column(field)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(f"{path}: cannot be read as parquet: {error}. Is the file complete?") from error
+    return _RowDocuments(lambda index: column[index].as_py(), len(column), f"{path}, field {field!r}")
+
+
+def _optional(module: str, where: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise CalibrationError(
+            f'{where}: needs the package {package}, which is not installed. Run: pip install "secateur[datasets]"'
+        ) from error
+
+
+# Named corpora
+
+
+def _c4(role: Role, local: str) -> Corpus:
+    path, provenance = _source("c4", local, C4_REPOSITORY, C4_FILES[role], role)
+    texts = _jsonl_texts(path, DEFAULT_FIELD)
+    if role == "evaluation":
+        return Corpus("c4", list(islice(texts, C4_EVALUATION_DOCUMENTS)), " ", provenance)
+    return Corpus("c4", _SpooledDocuments(texts), DEFAULT_JOINER, provenance)
+
+
+def _wikitext2(role: Role, local: str) -> Corpus:
+    path, provenance = _source("wikitext2", local, WIKITEXT2_REPOSITORY, WIKITEXT2_FILES[role], role)
+    rows = _parquet_documents(path, DEFAULT_FIELD) if path.suffix == ".parquet" else _wikitext_rows(path)
+    return Corpus("wikitext2", rows, WIKITEXT2_JOINERS[role], provenance)
+
+
+def _wikitext_rows(path: Path) -> list[str]:
+    """Return the lines of an official raw file as the rows of the data set: with their line end, blank ones emptied."""
+    lines = _file_text(path).removesuffix("\n").split("\n")
+    return [f"{line}\n" if line.strip() else "" for line in lines]
+
+
+def _source(name: str, local: str, repository: str, file: str, role: Role) -> tuple[Path, dict[str, Any]]:
+    if not local:
+        return _hub_file(name, repository, file, role)
+    path = existing_file(Path(local))
+    return path, {"corpus": name, **file_provenance(path)}
+
+
+def _python_docs(role: Role, local: str) -> Corpus:
+    if local:
+        raise CalibrationError(f"python-docs:{local}: python-docs takes no file. Pass python-docs alone.")
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError as error:
+        raise CalibrationError(
+            "python-docs: this Python comes without pydoc_data. Pass a local text file instead, such as my.jsonl."
+        ) from error
+    names = sorted(topics)
+    held_out = set(names[::PYTHON_DOCS_HELD_OUT_STEP])
+    chosen = [name for name in names if (name in held_out) == (role == "evaluation")]
+    provenance = {"corpus": "python-docs", "python": platform.python_version(), "topics": len(chosen)}
+    return Corpus("python-docs", [topics[name] for name in chosen], DEFAULT_JOINER, provenance)
+
+
+_NAMED: Mapping[str, Callable[[Role, str], Corpus]] = {"c4": _c4, "wikitext2": _wikitext2, "python-docs": _python_docs}
+
+
+# The Hugging Face Hub
+
+
+def _hub_file(name: str, repository: str, file: str, role: Role) -> tuple[Path, dict[str, Any]]:
+    """Return the local path of one file of a data set repository, from the cache if it is there, and its origin."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(repository, file, repo_type="dataset")
+    if not isinstance(found, str):
+        if trouble := _hub_trouble():
+            raise _unreachable(name, f"{trouble}, and {repository}/{file} is not in the local cache", role)
+        try:
+            found = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
+        except Exception as error:  # whatever the transport raises, the user needs the same advice
+            raise _unreachable(name, f"{repository}/{file} could not be fetched ({error})", role) from error
+    revision = Path(found).parents[file.count("/")].name
+    return Path(found), {"corpus": name, "repository": repository, "file": file, "revision": revision}
+
+
+def _hub_trouble() -> str | None:
+    """Return why the hub cannot be asked, or None when it answers."""
+    import huggingface_hub.constants
+
+    # Read here because `datasets` keeps a switch of its own, which must hold for the corpora that do not need it too.
+    own_switch = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    if huggingface_hub.constants.HF_HUB_OFFLINE or own_switch:
+        return "offline mode is on (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE)"
+    try:
+        # One short question first: the hub's own client retries for half a minute before it gives up.
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_PROBE_SECONDS)
+    except Exception as error:
+        return f"{huggingface_hub.constants.ENDPOINT} does not answer ({error})"
+    return None
+
+
+def _unreachable(name: str, reason: str, role: Role) -> CalibrationError:
+    file = "--calibration my.jsonl" if role == "calibration" else "my.jsonl"
+    return CalibrationError(
+        f"{name}: needs the Hugging Face Hub: {reason}. "
+        f"Pass a local file, such as {file}, or python-docs, which needs no network; "
+        "or run once with network, then the cached copy is used."
+    )
+
+
+def _hub_dataset(spec: str, role: Role) -> Corpus:
+    name, config, split, field = _hub_parts(spec)
+    table = _split(spec, _load_dataset(spec, name, config, role), split, role)
+    if field not in table.column_names:
+        raise _wrong_field(spec, field, table.column_names, "hf:NAME:CONFIG:SPLIT:FIELD")
+    column = table.select_columns([field])
+    documents = _RowDocuments(lambda index: column[index][field], len(column), f"{spec}, field {field!r}")
+    # The fingerprint of `datasets` names the content as loaded.
+    origin = {"split": str(table.split), "field": field, "fingerprint": table._fingerprint}
+    return Corpus(spec, documents, DEFAULT_JOINER, {"corpus": spec, "dataset": name, "config": config, **origin})
+
+
+def _hub_parts(spec: str) -> tuple[str, str | None, str | None, str]:
+    """Return name, configuration, split and field; an empty part, as in `hf:NAME::test`, means the default."""
+    parts = spec.split(":")[1:]
+    if not parts[0] or len(parts) > 4:
+        raise CalibrationError(
+            f"{spec}: expected hf:NAME[:CONFIG][:SPLIT][:FIELD], such as hf:allenai/c4:en:train:text."
+        )
+    name, config, split, field = [part or None for part in parts] + [None] * (4 - len(parts))
+    return str(name), config, split, field or DEFAULT_FIELD
+
+
+def _load_dataset(spec: str, name: str, config: str | None, role: Role) -> Mapping[str, Any]:
+    """Return the splits of a data set; without a connection, of a local folder or from the cache of `datasets`."""
+    datasets = _optional("datasets", spec)
+    trouble = None if Path(name).is_dir() else _hub_trouble()
+    try:
+        with _cache_only(datasets) if trouble else nullcontext():
+            loaded: Mapping[str, Any] = datasets.load_dataset(name, config)
+    except Exception as error:  # the library raises many kinds; each text is the best account there is
+        if trouble:
+            raise _unreachable(spec, f"{trouble}, and it is not in the local cache ({error})", role) from error
+        raise CalibrationError(
+            f"{spec}: the datasets library cannot load it: {error}. Check the name and the configuration."
+        ) from error
+    return loaded
+
+
+@contextmanager
+def _cache_only(datasets: Any) -> Iterator[None]:
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _split(spec: str, splits: Mapping[str, Any], split: str | None, role: Role) -> Any:
+    wanted = [split] if split else ["train"] if role == "calibration" else ["test", "validation"]
+    for name in wanted:
+        if name in splits:
+            return splits[name]
+    raise CalibrationError(
+        f"{spec}: no split {' or '.join(map(repr, wanted))}; splits found: {', '.join(splits)}. "
+        "Name one of them as hf:NAME:CONFIG:SPLIT."
+    )

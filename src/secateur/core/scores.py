@@ -1,0 +1,28 @@
+"""Importance of each weight, larger is kept. Every score is float32 (float64 for float64 weights)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.core.problem import Problem
+from secateur.core.statistics import SquaredNorm
+
+
+def absolute(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """``|W|`` in float32 whatever the dtype of the weight, or in float64 for float64 weights."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
+
+
+def magnitude(problem: Problem) -> Float[Tensor, "out in"]:
+    """``S_ij = |W_ij|``."""
+    return absolute(problem.weight)
+
+
+def wanda(problem: Problem) -> Float[Tensor, "out in"]:
+    """``S_ij = |W_ij| * sqrt(s_j)`` with ``s_j`` the sum of squares of input j over a sample, averaged over samples.
+
+    Paper: equation 1 of Wanda has ``||X_j||_2`` over all tokens, which is ``sqrt(samples * s_j)``. One factor for the
+    whole matrix changes no mask; with the published scale the scores can be compared between calibrations.
+    """
+    weight = absolute(problem.weight)
+    return weight.mul_(problem.statistic(SquaredNorm).per_sample().sqrt().to(weight))

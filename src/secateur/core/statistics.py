@@ -1,0 +1,89 @@
+"""What a method may know of a matrix's inputs: un-normalised sums over tokens, with counts.
+
+Sums (never running means) make batching, sharding and resuming exact: update in any split, merge in any order.
+"""
+
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """A sum over the tokens that a matrix reads. `tokens` and `samples` count what went in."""
+
+    tokens: int
+    samples: int
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
+        """The statistic of no tokens at all, for a matrix with `in_features` columns."""
+        ...
+
+    def update(self, x: Float[Tensor, "tokens in"], samples: int = 0) -> None:
+        """Add the tokens `x`, which came from `samples` further calibration samples."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Add everything that `other` has seen; what an all-reduce does between processes."""
+        ...
+
+    def select(self, columns: Int[Tensor, " selected"]) -> Self:
+        """The statistic of these input coordinates alone, in this order."""
+        ...
+
+    def is_finite(self) -> bool:
+        """Whether no NaN or infinity got in."""
+        ...
+
+
+class SquaredNorm:
+    """Sum over tokens of the square of each input coordinate: ``total_j = sum_t x_tj ** 2``.
+
+    Each batch is reduced in float32 and added in float64, so that a million tokens lose nothing.
+
+    Source: Wanda (arXiv 2306.11695), section 3. The published code keeps the mean over *samples*,
+    ``total_j / samples``; see `per_sample`.
+    """
+
+    def __init__(self, total: Float[Tensor, " in"], tokens: int = 0, samples: int = 0) -> None:
+        self.total = total
+        self.tokens = tokens
+        self.samples = samples
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
+        """The statistic of no tokens: zeros of shape (in_features,), float64."""
+        return cls(torch.zeros(in_features, dtype=torch.float64, device=device))
+
+    def update(self, x: Float[Tensor, "tokens in"], samples: int = 0) -> None:
+        """Add the squares of `x`, any float dtype; half precision is squared in float32."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        # Memory: the reduction casts as it reads, so that no float32 copy of x is made.
+        self.total += torch.linalg.vector_norm(x, dim=0, dtype=wide).double().square()
+        self.tokens += x.shape[0]
+        self.samples += samples
+
+    def merge(self, other: Self) -> None:
+        """Add what `other` has seen."""
+        self.total += other.total.to(self.total.device)
+        self.tokens += other.tokens
+        self.samples += other.samples
+
+    def select(self, columns: Int[Tensor, " selected"]) -> Self:
+        """The sums of these columns."""
+        return type(self)(self.total[columns.to(self.total.device)], self.tokens, self.samples)
+
+    def is_finite(self) -> bool:
+        """Whether every sum is a finite number."""
+        return bool(self.total.isfinite().all())
+
+    def norm(self) -> Float[Tensor, " in"]:
+        """``||X_j||_2`` over all tokens, float32: the norm in Wanda's equation 1."""
+        return self.total.sqrt().float()
+
+    def per_sample(self) -> Float[Tensor, " in"]:
+        """``total_j / samples``, float32: what the published code calls `scaler_row`."""
+        return (self.total / max(self.samples, 1)).float()

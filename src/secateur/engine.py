@@ -1,0 +1,550 @@
+"""`prune`: the one loop over the blocks, from a model to a pruned checkpoint and its manifest.
+
+For each block: read it, run the calibration samples through it while statistics of the matrices' inputs are taken,
+solve every matrix, write the block, and run the samples through the pruned block to make the next block's inputs.
+The next block is read and the last one written while this one is computed.
+"""
+
+import datetime
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import secateur
+from secateur.calibration import Windows, calibration_windows, check_vocabulary
+from secateur.core.patterns import NM, Pattern, Unstructured
+from secateur.core.problem import Method, Problem, Solution
+from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
+from secateur.manifest import FILE_NAME, Manifest, file_digests, tensor_digest
+from secateur.models.checkpoint import CheckpointWriter
+from secateur.models.matrices import Enough, InputTap, Matrix, prunable_parameters
+from secateur.models.opened import OpenedModel, open_model
+from secateur.models.skeleton import Block, Skeleton
+from secateur.models.stream import Stream, states_folder
+from secateur.plan import Plan, uniform
+
+
+@dataclass(frozen=True)
+class Event:
+    """Where a run is: a stage (calibrate, record, read, statistics, solve, forward, write, done) of a block."""
+
+    stage: str
+    block: int = 0
+    blocks: int = 0
+    done: int = 0
+    total: int = 0
+    matrix: str | None = None
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass
+class _Clock:
+    """Seconds by part. Parts that run in the background are counted there and overlap the others."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    synchronise: bool = False
+
+    def add(self, part: str, started: float) -> float:
+        if self.synchronise:
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+        self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+        return elapsed
+
+
+def prune(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    method: Method,
+    pattern: Pattern | Plan | None = None,
+    calibration: str | Sequence[str] | Tensor | Windows = "c4",
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    sampling: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    propagate: str = "pruned",
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload_states: str = "auto",
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    command: Sequence[str] | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> Manifest:
+    """The manifest of a pruned model, which is written to `output`, or, for a module in memory, pruned in place.
+
+    `model` is a folder, a hub id, a GGUF file or an `nn.Module`. `pattern` is one pattern for every matrix that
+    `only` and `skip` leave (default: half the weights), or a whole `Plan`. `samples` (128) windows of `length` (2048)
+    tokens are drawn from `calibration`: corpora, or token ids of shape (samples, length); `sampling` is "document",
+    "concat", or None for what the papers do with that corpus. `propagate` says whether
+    each block sees the outputs of the pruned blocks before it ("pruned", as published) or of the dense ones.
+    The source is never written to, and `output` appears under its name only when it is complete.
+
+    Raises `PatternError`, `CalibrationError`, `ModelStructureError`, `NumericalError` or `CheckpointError`, each of
+    which says what to do.
+    """
+    started = time.perf_counter()
+    if propagate not in ("pruned", "dense"):
+        raise PatternError(f'propagate must be "pruned" or "dense", got "{propagate}".')
+    target = _check_output(output, model, overwrite)
+    opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    skeleton = opened.skeleton
+    plan = make_plan(opened, method, pattern, only=only, skip=skip)
+    windows = None
+    if method.needs:
+        on_event(Event("calibrate"))
+        windows = calibration_windows(
+            calibration,
+            tokenizer or (None if isinstance(calibration, Tensor | Windows) else opened.load_tokenizer()),
+            samples=samples,
+            length=length,
+            seed=seed,
+            sampling=sampling,  # type: ignore[arg-type]  # checked there
+        )
+        check_windows(windows, skeleton)
+    manifest = Manifest(
+        versions={"secateur": secateur.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        | _optional_versions(),
+        method=method.name,
+        source=opened.origin,
+        settings={
+            "propagate": propagate,
+            "device": str(skeleton.device),
+            "dtype": str(skeleton.dtype).removeprefix("torch."),
+            "batch_size": batch_size or default_batch_size(windows, skeleton),
+            "statistics": sorted(kind.__name__ for kind in method.needs),
+            "within": "block",
+        },
+        plan=plan.to_json(),
+        command=list(command) if command is not None else None,
+        calibration=dict(windows.provenance) | {"digest": windows.digest} if windows is not None else None,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    with ExitStack() as stack:
+        writer = None
+        if target is not None:
+            scratch = stack.enter_context(_Scratch(target, overwrite))
+            writer = stack.enter_context(_closing(CheckpointWriter(scratch.folder, skeleton.source.layout())))
+            opened.write_companions(scratch.folder)
+        states = (target or Path.cwd() / "secateur").with_suffix(".states")
+        clock = _Clock(synchronise=skeleton.device.type == "cuda")
+        _Run(skeleton, method, plan, windows, writer, manifest, propagate, offload_states, states, clock, on_event).run()
+        manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
+        _totals(manifest)
+        if writer is not None:
+            writer.close()
+            manifest.tensors, manifest.headers = writer.digests, writer.header_digests
+            manifest.files = file_digests(scratch.folder)
+            manifest.write(scratch.folder)
+            scratch.commit()
+    on_event(Event("done"))
+    return manifest
+
+
+def make_plan(
+    opened: OpenedModel,
+    method: Method,
+    pattern: Pattern | Plan | None,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Plan:
+    """The plan for a model: a given `Plan`, checked, or one pattern for every matrix that the globs leave."""
+    shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
+    if isinstance(pattern, Plan):
+        if only or skip:
+            raise PatternError("a whole plan already says which matrices to prune; leave out only and skip.")
+        pattern.check(shapes)
+        return pattern
+    return uniform(shapes, pattern or Unstructured(0.5), only=only, skip=skip, per=method.per)
+
+
+def check_windows(windows: Windows, skeleton: Skeleton) -> None:
+    """Raise `CalibrationError` when token ids or window length do not fit the model."""
+    embeddings = skeleton.model.get_input_embeddings() if hasattr(skeleton.model, "get_input_embeddings") else None
+    if embeddings is not None and hasattr(embeddings, "weight"):
+        check_vocabulary(windows, embeddings.weight.shape[0])
+    config = getattr(skeleton.model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and windows.input_ids.shape[1] > positions:
+        raise CalibrationError(
+            f"windows of {windows.input_ids.shape[1]} tokens, and the model has {positions} positions. "
+            f"Use --length {positions} or less."
+        )
+
+
+def default_batch_size(windows: Windows | None, skeleton: Skeleton) -> int:
+    """Samples that run through a block at once: about 2,048 tokens on a CPU, 16,384 on a GPU."""
+    tokens = 16384 if skeleton.device.type == "cuda" else 2048
+    return max(1, tokens // windows.input_ids.shape[1]) if windows is not None else 1
+
+
+@dataclass
+class _Run:
+    """One pass over the blocks."""
+
+    skeleton: Skeleton
+    method: Method
+    plan: Plan
+    windows: Windows | None
+    writer: CheckpointWriter | None
+    manifest: Manifest
+    propagate: str
+    offload: str
+    scratch: Path
+    clock: _Clock
+    on_event: OnEvent
+
+    @torch.no_grad()
+    def run(self) -> None:
+        skeleton, blocks = self.skeleton, self.skeleton.blocks
+        planned: list[list[Matrix]] = [[] for _ in blocks]
+        for matrix in skeleton.matrices:
+            if matrix.name in self.plan:
+                planned[matrix.block].append(matrix)
+        last = max(index for index, matrices in enumerate(planned) if matrices)
+        stream = self._stream(last) if self.windows is not None else None
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as background, ExitStack() as stack:
+            if stream is not None:
+                stack.callback(stream.close)
+            written: Future[None] = background.submit(self._write_outside)
+            coming = reader.submit(self._read, blocks[0])
+            for block in blocks:
+                started = time.perf_counter()
+                self._tell("read", block)
+                tensors = coming.result()
+                self.clock.add("wait for read", started)
+                if block.index + 1 < len(blocks):
+                    coming = reader.submit(self._read, blocks[block.index + 1])
+                matrices = planned[block.index]
+                own = {name: tensors[name] for name in skeleton.block_tensors[block.index]}
+                changed = self._prune_block(block, tensors, matrices, stream, last) if block.index <= last else {}
+                started = time.perf_counter()
+                written.result()  # Memory: at most one finished block waits to be written
+                self.clock.add("wait for write", started)
+                written = background.submit(self._write, own | changed)
+                del tensors, own, changed
+                self._tell("write", block)
+            written.result()
+        if self.writer is not None and self.writer.missing:
+            raise CheckpointError(f"{len(self.writer.missing)} tensors were never written, first {self.writer.missing[0]}.")
+
+    def _stream(self, last: int) -> Stream:
+        assert self.windows is not None
+        started = time.perf_counter()
+        self.skeleton.load_outside()
+        ids = self.windows.input_ids
+        width = getattr(getattr(self.skeleton.model, "config", None), "hidden_size", 1024)
+        folder = states_folder(self.offload, ids.numel() * width * self.skeleton.dtype.itemsize, self.scratch)
+        stream = Stream(
+            self.skeleton,
+            ids,
+            batch_size=self.manifest.settings["batch_size"],
+            states_folder=folder,
+            progress=lambda done, total: self.on_event(Event("record", 0, last + 1, done, total)),
+        )
+        self.clock.add("record calls", started)
+        return stream
+
+    def _read(self, block: Block) -> dict[str, Tensor]:
+        started = time.perf_counter()
+        tensors = self.skeleton.read(block)
+        self.clock.seconds["read"] = self.clock.seconds.get("read", 0.0) + time.perf_counter() - started
+        return tensors
+
+    def _prune_block(
+        self,
+        block: Block,
+        tensors: dict[str, Tensor],
+        matrices: list[Matrix],
+        stream: Stream | None,
+        last: int,
+    ) -> dict[str, Tensor]:
+        """The checkpoint tensors of the block that changed; the stream has moved on behind the pruned block."""
+        for matrix in matrices:
+            check_finite(matrix, tensors)
+        record: dict[str, Any] = {"index": block.index, "path": block.path, "matrices": len(matrices)}
+        if stream is None:
+            changed = self._solve(block, matrices, tensors, None)
+        else:
+            self.skeleton.load(block, tensors)
+            try:
+                tap, dense = self._take_statistics(block, matrices, stream)
+                changed = self._solve(block, matrices, tensors, tap)
+                if changed:
+                    groups = self.skeleton.conversion.of(changed)
+                    names = [name for group in groups for name in group.names]
+                    self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
+                record["output_change"] = self._move_on(block, stream, dense, bool(changed), last)
+            finally:
+                self.skeleton.unload(block)
+        self.manifest.blocks.append(record)
+        return changed
+
+    def _take_statistics(self, block: Block, matrices: list[Matrix], stream: Stream) -> tuple[InputTap, list[Tensor]]:
+        """The tap with the statistics of a block, and the dense outputs: of the first batch, or of all if needed."""
+        started = time.perf_counter()
+        experts = {matrix.parameter for matrix in matrices}
+        layout, _ = prunable_parameters(block.module, None)
+        parameters = dict(block.module.named_parameters())
+        prefix = len(block.path) + 1
+        tap = InputTap(
+            {name: (parameters[name[prefix:]], layout[name[prefix:]]) for name in sorted(experts)}, self.method.needs
+        )
+        keep_all = self.propagate == "dense" or not matrices
+        outputs: list[Tensor] = []
+        for batch, ids in enumerate(stream.batches):
+            tap.begin(len(ids), whole=batch == 0 or keep_all)
+            with suppress(Enough), tap:
+                output = stream.run(block, batch)
+                if batch == 0 or keep_all:
+                    outputs.append(output if not keep_all else output.to("cpu"))
+            tap.end()
+            self._tell("statistics", block, batch + 1, len(stream.batches))
+        tap.check(matrices, sum(len(ids) for ids in stream.batches))
+        self.clock.add("statistics forward", started)
+        return tap, outputs
+
+    def _solve(
+        self, block: Block, matrices: list[Matrix], tensors: Mapping[str, Tensor], tap: InputTap | None
+    ) -> dict[str, Tensor]:
+        changed: dict[str, Tensor] = {}
+        for number, matrix in enumerate(matrices):
+            started = time.perf_counter()
+            self._tell("solve", block, number, len(matrices), matrix.name)
+            statistics = tap.statistics(matrix) if tap is not None else {}
+            weight = matrix.view(tensors).to(self.skeleton.device)
+            solution = self.method.solve(Problem(matrix.name, weight, self.plan[matrix.name], statistics))
+            record = check_solution(matrix, self.plan[matrix.name], weight, solution, self.method)
+            if matrix.tensor not in changed:
+                changed[matrix.tensor] = torch.empty_like(tensors[matrix.tensor], device="cpu")
+                if self.writer is not None:
+                    self.manifest.source_tensors[matrix.tensor] = tensor_digest(tensors[matrix.tensor])
+                if matrix.index is not None:
+                    changed[matrix.tensor].copy_(tensors[matrix.tensor])
+            matrix.view(changed).copy_(solution.weight)
+            tokens = max((statistic.tokens for statistic in statistics.values()), default=None)
+            self.manifest.matrices[matrix.name] = record | {
+                "tokens": tokens,
+                "seconds": round(self.clock.add("solve", started), 6),
+            }
+        return changed
+
+    def _move_on(self, block: Block, stream: Stream, dense: list[Tensor], changed: bool, last: int) -> float | None:
+        """Make the next block's inputs; returns how far the first batch's output moved, relative to its norm."""
+        started = time.perf_counter()
+        change: float | None = None
+        if changed:
+            pruned = stream.run(block, 0)
+            change = relative_change(dense[0].to(pruned.device), pruned)
+        reuse = len(dense) == len(stream.batches) and (self.propagate == "dense" or not changed)
+        for batch in range(len(stream.batches)) if block.index < last else ():
+            if reuse:
+                output = dense[batch]
+            else:
+                output = pruned if batch == 0 else stream.run(block, batch)
+            stream.states.put(batch, output)
+            self._tell("forward", block, batch + 1, len(stream.batches))
+        stream.release(block)
+        self.clock.add("propagation forward", started)
+        return change
+
+    def _write_outside(self) -> None:
+        if self.writer is None:
+            return
+        inside = {name for names in self.skeleton.block_tensors for name in names}
+        for name in self.skeleton.source.names:
+            if name not in inside:
+                self._write({name: self.skeleton.source.read([name])[name]}, flush=False)
+
+    def _write(self, tensors: Mapping[str, Tensor], flush: bool = True) -> None:
+        if self.writer is None:
+            return
+        started = time.perf_counter()
+        for name, tensor in tensors.items():
+            self.writer.write(name, tensor)
+        if flush:
+            self.writer.flush()
+        self.clock.seconds["write"] = self.clock.seconds.get("write", 0.0) + time.perf_counter() - started
+
+    def _tell(self, stage: str, block: Block, done: int = 0, total: int = 0, matrix: str | None = None) -> None:
+        self.on_event(Event(stage, block.index, len(self.skeleton.blocks), done, total, matrix))
+
+
+def check_finite(matrix: Matrix, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `NumericalError` when a matrix holds NaN or infinity, or is not floating point."""
+    weight = matrix.view(tensors)
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise NumericalError(
+            f"{matrix.name}: stored as {weight.dtype}; pruning needs unquantised float weights. Dequantise the "
+            f'checkpoint, or leave this matrix out with --skip "{matrix.name}".'
+        )
+    if not bool(weight.isfinite().all()):
+        bad = int((~weight.isfinite()).sum())
+        raise NumericalError(
+            f"{matrix.name}: {bad} of {weight.numel()} weights are NaN or infinite. The checkpoint is damaged; download "
+            f'it again, or leave this matrix out with --skip "{matrix.name}".'
+        )
+
+
+def check_solution(
+    matrix: Matrix, pattern: Pattern, weight: Tensor, solution: Solution, method: Method
+) -> dict[str, Any]:
+    """The manifest's record of a solved matrix. Raises when the solution is not finite or breaks its pattern."""
+    new, mask = solution.weight, solution.mask
+    if new.shape != weight.shape or new.dtype != weight.dtype or mask.shape != weight.shape:
+        raise PatternError(
+            f"{matrix.name}: {method.name} gave a {new.dtype} weight of shape {tuple(new.shape)} and a mask of "
+            f"{tuple(mask.shape)}, expected {weight.dtype} and {tuple(weight.shape)}."
+        )
+    violation = pattern.violation(mask)
+    if violation is not None:
+        raise PatternError(f"{matrix.name}: the mask of {method.name} breaks {pattern}: {violation}.")
+    if not bool(new.isfinite().all()):
+        raise NumericalError(f"{matrix.name}: {method.name} gave {int((~new.isfinite()).sum())} weights not finite.")
+    if bool((new.ne(0) & ~mask).any()):
+        raise PatternError(f"{matrix.name}: {method.name} gave non-zero weights outside its own mask.")
+    zeros = new.numel() - int(new.count_nonzero())
+    return {
+        "block": matrix.block,
+        "kind": matrix.kind,
+        "shape": list(matrix.shape),
+        "tensor": matrix.tensor,
+        "index": matrix.index,
+        "transposed": matrix.transposed,
+        "pattern": pattern.to_json(),
+        "sparsity": zeros / new.numel(),
+        "zeros": zeros,
+        "kept_identical": bool((new.eq(weight) | ~mask).all()),
+        "notes": dict(solution.notes),
+    }
+
+
+def relative_change(dense: Tensor, pruned: Tensor) -> float:
+    """``||pruned - dense|| / ||dense||`` in float32: 0 when nothing changed."""
+    dense, pruned = dense.float(), pruned.float()
+    return float((pruned - dense).norm() / dense.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _totals(manifest: Manifest) -> None:
+    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest.matrices.values())
+    zeros = sum(entry["zeros"] for entry in manifest.matrices.values())
+    manifest.totals = {
+        "matrices": len(manifest.matrices),
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / max(weights, 1),
+        "asked": sum(
+            _asked(manifest.plan[name]) * entry["shape"][0] * entry["shape"][1]
+            for name, entry in manifest.matrices.items()
+        )
+        / max(weights, 1),
+    }
+
+
+def _asked(pattern: Mapping[str, Any]) -> float:
+    return NM(**pattern).sparsity if "n" in pattern else float(pattern["sparsity"])
+
+
+def _optional_versions() -> dict[str, str]:
+    import accelerate
+    import transformers
+
+    return {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
+
+
+def _check_output(
+    output: str | os.PathLike[str] | None, model: str | os.PathLike[str] | nn.Module, overwrite: bool
+) -> Path | None:
+    if output is None:
+        if not isinstance(model, nn.Module):
+            raise CheckpointError(f"{model}: no output folder given; the source is never changed. Add -o OUT.")
+        return None
+    target = Path(output).expanduser().absolute()
+    if not isinstance(model, nn.Module):
+        source = Path(model).expanduser()
+        if source.exists() and (source.resolve() == target.resolve() or source.resolve() in target.resolve().parents):
+            raise CheckpointError(f"{output}: the output is the source, or lies inside it. Choose another folder.")
+    if target.exists():
+        if not overwrite:
+            raise CheckpointError(f"{output}: exists already. Choose another folder, or pass --overwrite.")
+        if not target.is_dir() or (any(target.iterdir()) and not (target / FILE_NAME).exists()):
+            raise CheckpointError(
+                f"{output}: exists and holds no {FILE_NAME}, so Secateur did not write it and will not overwrite it. "
+                "Choose another folder, or remove it yourself."
+            )
+    if not target.parent.exists():
+        try:
+            target.parent.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"{target.parent}: cannot be made ({error.strerror}).") from None
+    return target
+
+
+class _Scratch:
+    """A temporary sibling of the output that takes its name when it is complete, and vanishes when it is not."""
+
+    def __init__(self, target: Path, overwrite: bool) -> None:
+        self.target = target
+        self.overwrite = overwrite
+        self.folder = target.with_name(f"{target.name}.partial-{os.getpid()}")
+
+    def __enter__(self) -> "_Scratch":
+        try:
+            self.folder.mkdir()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.target}: no folder can be made beside it ({error.strerror}). Choose another output folder."
+            ) from None
+        return self
+
+    def commit(self) -> None:
+        """Give the finished folder its name; an output that is overwritten goes only then."""
+        if self.target.exists():
+            old = self.target.with_name(f"{self.target.name}.old-{os.getpid()}")
+            self.target.rename(old)
+            self.folder.rename(self.target)
+            shutil.rmtree(old)
+        else:
+            self.folder.rename(self.target)
+        with suppress(OSError):
+            descriptor = os.open(self.target.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _closing:  # noqa: N801 - a context manager, in the manner of contextlib.closing
+    """Closes the writer however the run ends; closing twice is harmless."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self.writer = writer
+
+    def __enter__(self) -> CheckpointWriter:
+        return self.writer
+
+    def __exit__(self, *exception: object) -> None:
+        with suppress(OSError):
+            self.writer.close()

@@ -1,0 +1,233 @@
+"""What was asked and what happened, as JSON beside the checkpoint, and the proof of it from the files alone."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.core.patterns import pattern_from_json
+from secateur.errors import CheckpointError
+from secateur.models.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_bytes
+from secateur.models.skeleton import Source
+
+FILE_NAME = "secateur.json"
+FORMAT = 1
+
+
+@dataclass
+class Manifest:
+    """The record of one run. Every field is JSON; `write` adds a digest over all of it."""
+
+    versions: dict[str, str]
+    method: str
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    plan: dict[str, Any]
+    command: list[str] | None = None
+    calibration: dict[str, Any] | None = None
+    matrices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    totals: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)  # sha256 of every tensor written
+    source_tensors: dict[str, str] = field(default_factory=dict)  # sha256 of the source's planned tensors
+    headers: dict[str, str] = field(default_factory=dict)  # sha256 of the header of every shard
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of every other file
+    created: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with a format number and a digest."""
+        value: dict[str, Any] = {"format": FORMAT, **vars(self)}
+        value["digest"] = _digest(value)
+        return value
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Manifest":
+        """The manifest that `to_json` wrote."""
+        return cls(**{key: item for key, item in value.items() if key not in ("format", "digest")})
+
+    def write(self, folder: Path) -> None:
+        """Write `secateur.json` into the folder."""
+        (folder / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    plain = {key: item for key, item in value.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a pruned checkpoint. Raises `CheckpointError` when it is missing, foreign or altered."""
+    file = folder / FILE_NAME
+    if not file.exists():
+        raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote can be verified.")
+    try:
+        value = json.loads(file.read_text())
+        found, expected = value["digest"], _digest(value)
+        version = value["format"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: damaged ({error!r}).") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{file}: format {version}, expected {FORMAT}; another version of Secateur wrote it.")
+    if found != expected:
+        raise CheckpointError(f"{file}: altered since it was written: digest {expected[:12]}, expected {found[:12]}.")
+    return Manifest.from_json(value)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file that is neither a shard nor the manifest."""
+    return {
+        file.name: file_digest(file)
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix != ".safetensors" and file.name != FILE_NAME
+    }
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of the bytes of a tensor."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+@dataclass
+class Verification:
+    """The result of `verify`: what was checked, and every problem found."""
+
+    folder: Path
+    tensors: int = 0
+    matrices: int = 0
+    zeros: int = 0
+    weights: int = 0
+    compared_to: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the planned weights, counted on the files."""
+        return self.zeros / max(self.weights, 1)
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    source: Source | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Proof from the files alone that a checkpoint is what its manifest says.
+
+    Every byte of every shard and companion file is hashed, and every planned matrix is checked against its pattern.
+    With `source`, every tensor outside the plan must be byte-identical to it, and for methods that only select, every
+    kept weight bit-identical and every removed one +0.0.
+
+    Raises `CheckpointError` when there is nothing to verify: no manifest, or shards that cannot be read.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    checkpoint = Checkpoint(path)
+    result = Verification(path)
+    _check_files(path, manifest, checkpoint, result)
+    planned: dict[str, list[dict[str, Any]]] = {}
+    for name, entry in manifest.matrices.items():
+        planned.setdefault(entry["tensor"], []).append({"name": name, **entry})
+    for name in manifest.plan:
+        if name not in manifest.matrices:
+            result.problems.append(f"{name}: planned, but the manifest has no record of pruning it")
+    if source is not None:
+        result.compared_to = str(manifest.source.get("path"))
+        for name in set(source.names) ^ set(checkpoint.names):
+            where = "the source" if name in checkpoint.tensors else "the pruned checkpoint"
+            result.problems.append(f"{name}: absent from {where}")
+    for number, name in enumerate(checkpoint.names):
+        tensor = checkpoint.read([name])[name]
+        result.tensors += 1
+        if manifest.tensors.get(name) != tensor_digest(tensor):
+            result.problems.append(f"{name}: its bytes differ from those that were written")
+        for entry in planned.get(name, ()):
+            _check_pattern(tensor, entry, result)
+        if source is not None and name in set(source.names):
+            _check_source(name, tensor, source.read([name])[name], manifest, planned.get(name, []), result)
+        if progress is not None:
+            progress(number + 1, len(checkpoint.names))
+    return result
+
+
+def _check_files(folder: Path, manifest: Manifest, checkpoint: Checkpoint, result: Verification) -> None:
+    for name, digest in manifest.headers.items():
+        header = checkpoint.headers.get(folder / name)
+        if header is None:
+            result.problems.append(f"{name}: the shard is missing")
+        elif header.digest != digest:
+            result.problems.append(f"{name}: its header differs from the one that was written")
+    shards = {file.name for file in folder.glob("*.safetensors")}
+    result.problems += [f"{name}: a shard that was not written by the run" for name in shards - set(manifest.headers)]
+    for name in set(manifest.tensors) - set(checkpoint.tensors):
+        result.problems.append(f"{name}: the tensor is missing")
+    found = file_digests(folder)
+    for name, digest in manifest.files.items():
+        if name not in found:
+            result.problems.append(f"{name}: the file is missing")
+        elif found[name] != digest:
+            result.problems.append(f"{name}: the file differs from the one that was written")
+    if INDEX_FILE in found and INDEX_FILE not in manifest.files:
+        result.problems.append(f"{INDEX_FILE}: an index that was not written by the run")
+
+
+def _view(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    view = tensor if entry["index"] is None else tensor[entry["index"]]
+    return view.t() if entry["transposed"] else view
+
+
+def _check_pattern(tensor: Tensor, entry: Mapping[str, Any], result: Verification) -> None:
+    weight = _view(tensor, entry)
+    kept = weight != 0
+    result.matrices += 1
+    zeros = kept.numel() - int(kept.sum())
+    result.zeros += zeros
+    result.weights += kept.numel()
+    violation = pattern_from_json(entry["pattern"]).violation(kept)
+    if violation is not None:
+        result.problems.append(f"{entry['name']}: {violation}")
+    if zeros != entry["zeros"]:
+        result.problems.append(f"{entry['name']}: {zeros} zeros, the manifest records {entry['zeros']}")
+
+
+def _check_source(
+    name: str,
+    tensor: Tensor,
+    original: Tensor,
+    manifest: Manifest,
+    planned: list[dict[str, Any]],
+    result: Verification,
+) -> None:
+    if tensor.shape != original.shape or tensor.dtype != original.dtype:
+        result.problems.append(
+            f"{name}: {tuple(tensor.shape)} {tensor.dtype}, the source has {tuple(original.shape)} {original.dtype}"
+        )
+        return
+    if not planned:
+        if not torch.equal(_bits(tensor), _bits(original)):
+            result.problems.append(f"{name}: not planned, yet its bytes differ from the source")
+        return
+    if name in manifest.source_tensors and manifest.source_tensors[name] != tensor_digest(original):
+        result.problems.append(f"{name}: the source is not the one that was pruned; its bytes differ from the record")
+    for entry in planned:
+        if not entry["kept_identical"]:
+            continue
+        pruned, dense = _bits(_view(tensor, entry)), _bits(_view(original, entry))
+        if not bool(((pruned == dense) | (pruned == 0)).all()):
+            result.problems.append(f"{entry['name']}: a kept weight is not bit-identical to the source, or a zero is -0.0")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor as integers, so that -0.0 and NaN compare by their bits."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return tensor.contiguous().view(integer)

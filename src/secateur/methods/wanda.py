@@ -1,0 +1,19 @@
+"""Wanda: a weight matters as much as its magnitude times the norm of the input that it multiplies.
+
+Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695, equation 1;
+the variant with searched row thresholds is in the published code only.
+"""
+
+from secateur.core import scores
+from secateur.core.problem import Method, select
+from secateur.core.statistics import SquaredNorm
+
+
+def wanda() -> Method:
+    """The method with ``S_ij = |W_ij| ||X_j||_2``, compared within each output row."""
+    return select("wanda", scores.wanda, needs=frozenset({SquaredNorm}), per="row")
+
+
+def wanda_variant() -> Method:
+    """Wanda with one searched row threshold for each matrix, so that rows differ in sparsity (within 0.001 overall)."""
+    return select("wanda-variant", scores.wanda, needs=frozenset({SquaredNorm}), per="search")

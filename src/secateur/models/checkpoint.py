@@ -1,0 +1,420 @@
+"""Checkpoints on disk: tensors read one by one from safetensors shards, and written one by one into new ones.
+
+Both sides work on the bytes of the format itself (an 8-byte length, a JSON header, then the tensors): reading with
+`pread` keeps no file mapped, so that the memory of a run is that of the tensors it holds; and a shard whose header is
+known beforehand can be filled in any order, so that every finished block is on disk at once.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where one tensor lies: its file, its dtype as the format spells it, its shape, and its byte range."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor's data."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """The head of one safetensors file: its tensors, its `__metadata__`, and the sha256 of the raw header bytes."""
+
+    tensors: dict[str, TensorRecord]
+    metadata: dict[str, str]
+    digest: str
+
+
+def read_header(file: Path) -> Header:
+    """The checked header of a safetensors file. Raises `CheckpointError` for a file that is damaged or cut short."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= size - 8:
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or cut short: the header claims {length} bytes, the file has "
+                    f"{size}. Download or copy it again."
+                )
+            raw = stream.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file. Download or copy the checkpoint again.") from None
+    except PermissionError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
+    try:
+        entries = json.loads(raw)
+        metadata = entries.pop("__metadata__", {})
+        base = 8 + length
+        tensors = {
+            name: TensorRecord(
+                file,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                base + entry["data_offsets"][0],
+                base + entry["data_offsets"][1],
+            )
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file}: the safetensors header is damaged ({error}). Download it again.") from None
+    position = base
+    for name, record in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        expected = _size(record.dtype, record.shape, file, name)
+        if record.start != position or record.bytes != expected:
+            raise CheckpointError(
+                f"{file}: tensor {name} lies at bytes {record.start} to {record.end}, expected {position} to "
+                f"{position + expected}. The file is damaged; download it again."
+            )
+        position = record.end
+    if position != size:
+        raise CheckpointError(
+            f"{file}: truncated or damaged: the header describes {position} bytes, the file has {size}. "
+            "Download or copy it again."
+        )
+    return Header(tensors, metadata, hashlib.sha256(prefix + raw).hexdigest())
+
+
+def _size(dtype: str, shape: Sequence[int], file: Path, name: str) -> int:
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype}; known are {', '.join(DTYPES)}.")
+    count = 1
+    for width in shape:
+        count *= width
+    return count * DTYPES[dtype].itemsize
+
+
+class Checkpoint:
+    """A folder with safetensors weights, read lazily. Nothing is ever written to it.
+
+    `tensors` maps every tensor name to where it lies, in the order of the files and, within one, of the bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _weight_files(folder)
+        self.headers = {file: read_header(file) for file in self.files}
+        self.tensors: dict[str, TensorRecord] = {}
+        for file, header in self.headers.items():
+            for name, record in sorted(header.tensors.items(), key=lambda item: item[1].start):
+                if name in self.tensors:
+                    raise CheckpointError(f"{folder}: tensor {name} is in {self.tensors[name].file.name} and {file.name}.")
+                self.tensors[name] = record
+        self._check_index()
+
+    def _check_index(self) -> None:
+        index = self.folder / INDEX_FILE
+        if not index.exists() or (self.folder / SINGLE_FILE) in self.files:
+            return
+        for name, file in _weight_map(index).items():
+            if name not in self.headers[self.folder / file].tensors:
+                raise CheckpointError(
+                    f"{index}: lists the tensor {name} in {file}, which does not hold it. "
+                    "Index and shards do not belong together; download the checkpoint again."
+                )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, from the header."""
+        return DTYPES[self.tensors[name].dtype]
+
+    def bytes(self, names: Iterable[str]) -> int:
+        """Size in bytes of the named tensors together."""
+        return sum(self.tensors[name].bytes for name in names)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self.tensors)
+
+    def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
+        """The named tensors, freshly read into host memory (page-locked with `pin`, for transfers to a GPU)."""
+        return {name: self._read(self.tensors[name], pin) for name in names}
+
+    @staticmethod
+    def _read(record: TensorRecord, pin: bool) -> Tensor:
+        # Memory: pread copies into this buffer alone; a memory map would count every page it touched.
+        buffer = torch.empty(record.bytes, dtype=torch.uint8, pin_memory=pin)
+        read_bytes(record, buffer)
+        return buffer.view(DTYPES[record.dtype]).view(record.shape)
+
+    def layout(self) -> list[tuple[str, list[tuple[str, torch.dtype, tuple[int, ...]]]]]:
+        """The shards of an output with the same tensors: (standard file name, [(name, dtype, shape)])."""
+        shards = [header for header in self.headers.values() if header.tensors]
+        names = shard_names(len(shards))
+        return [
+            (
+                name,
+                [
+                    (tensor, DTYPES[record.dtype], record.shape)
+                    for tensor, record in sorted(shard.tensors.items(), key=lambda item: item[1].start)
+                ],
+            )
+            for name, shard in zip(names, shards, strict=True)
+        ]
+
+
+def read_bytes(record: TensorRecord, buffer: Tensor) -> None:
+    """Fill a uint8 tensor with the bytes of a record. Raises `CheckpointError` when the file ends early."""
+    view = memoryview(buffer.numpy()) if record.bytes else memoryview(b"")
+    try:
+        descriptor = os.open(record.file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < record.bytes:
+                got = os.preadv(descriptor, [view[done:]], record.start + done)
+                if got == 0:
+                    raise CheckpointError(f"{record.file}: ended at byte {record.start + done}, expected {record.end}.")
+                done += got
+        finally:
+            os.close(descriptor)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{record.file}: cannot be read ({error.strerror}).") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index ({error!r}). Download it again.") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, as transformers would choose them: the single file before the index."""
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    index = folder / INDEX_FILE
+    if index.exists():
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        for file in files:
+            if not file.exists():
+                raise CheckpointError(
+                    f"{file}: the shard is missing, and {INDEX_FILE} lists it ({len(files)} shards expected). "
+                    "Download the checkpoint again."
+                )
+        return files
+    if any(folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder}: holds PyTorch .bin weights only, and Secateur reads safetensors. Convert it once with\n"
+            "  python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+            f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors'); "
+            f"T.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf:
+        raise CheckpointError(f"{folder}: holds GGUF weights; give the file itself, such as {gguf[0]}.")
+    raise CheckpointError(
+        f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} in it. Give a folder that save_pretrained wrote, a hub id, "
+        "or a GGUF file."
+    )
+
+
+def shard_names(count: int) -> list[str]:
+    """The standard file names of `count` shards."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw little-endian bytes of a tensor, as a view where it is contiguous in host memory."""
+    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+class CheckpointWriter:
+    """Shards of known layout, filled tensor by tensor in any order, with the sha256 of every tensor.
+
+    All space is reserved when the writer is made, so that a full disk is found out before the work, not after it.
+    """
+
+    def __init__(
+        self, folder: Path, layout: Sequence[tuple[str, Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]]
+    ) -> None:
+        self.folder = folder
+        self.digests: dict[str, str] = {}
+        self.header_digests: dict[str, str] = {}
+        self._place: dict[str, tuple[str, int, int]] = {}
+        self._descriptors: dict[str, int] = {}
+        self._touched: set[str] = set()
+        self.total_bytes = 0
+        for file, tensors in layout:
+            self._create(file, tensors)
+        if len(layout) > 1:
+            weight_map = {name: place[0] for name, place in sorted(self._place.items())}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _create(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        places, position = {}, 0
+        for name, dtype, shape in tensors:
+            size = dtype.itemsize * int(torch.Size(shape).numel())
+            entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+            places[name] = (position, size)
+            position += size
+        raw = json.dumps(entries, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        head = struct.pack("<Q", len(raw)) + raw
+        path = self.folder / file
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._descriptors[file] = descriptor
+            if len(head) + position:
+                _reserve(descriptor, len(head) + position)
+            os.pwrite(descriptor, head, 0)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(
+                f"{path}: cannot reserve {len(head) + position:,} bytes ({error.strerror}). "
+                "Free some space or choose another output folder."
+            ) from None
+        self.header_digests[file] = hashlib.sha256(head).hexdigest()
+        self.total_bytes += position
+        for name, (start, size) in places.items():
+            self._place[name] = (file, len(head) + start, size)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the tensors that nobody has written yet."""
+        return [name for name in self._place if name not in self.digests]
+
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Write one tensor in its place; returns the sha256 of its bytes."""
+        file, start, size = self._place[name]
+        data = tensor_bytes(tensor)
+        if len(data) != size:
+            raise CheckpointError(f"{name}: {len(data)} bytes to write into {file}, expected {size}.")
+        done = 0
+        try:
+            while done < size:
+                done += os.pwrite(self._descriptors[file], data[done:], start + done)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / file}: cannot be written ({error.strerror}).") from None
+        self._touched.add(file)
+        self.digests[name] = hashlib.sha256(data).hexdigest()
+        return self.digests[name]
+
+    def flush(self) -> None:
+        """Force what was written to the disk, so that a finished block survives a crash."""
+        for file in self._touched:
+            os.fdatasync(self._descriptors[file])
+        self._touched.clear()
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        try:
+            self.flush()
+        finally:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS has no posix_fallocate; a full disk then shows at the first write
+        os.ftruncate(descriptor, size)
+
+
+def locate(source: str, revision: str | None = None, progress: Callable[[str], None] | None = None) -> Path:
+    """The local folder of a checkpoint: the folder itself, or the hub's snapshot in huggingface_hub's cache.
+
+    Raises `CheckpointError` when it is neither, or when the hub cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: give the folder of the checkpoint, not one of its files.")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "USE_POLICY*"],
+                ignore_patterns=["original/*", "onnx/*", "consolidated*"],
+            )
+        )
+    except HFValidationError:
+        raise CheckpointError(f"{source}: no such folder, and not a hub id (owner/name) either.") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{source}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and has no copy in "
+            "the cache. Give a local folder, or download it first: hf download " + source
+        ) from None
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{source}: no such folder, and the hub says: {error}") from None
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint beside its weights: configuration, tokenizer, licence, code; not its model card."""
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and not file.name.startswith(".")
+        and not file.name.endswith(WEIGHT_SUFFIXES)
+        and file.name not in ("README.md", "secateur.json")
+        and file.stat().st_size < 1 << 28
+    ]
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def total_bytes(tensors: Mapping[str, TensorRecord]) -> int:
+    """Size in bytes of all tensors of a checkpoint."""
+    return sum(record.bytes for record in tensors.values())

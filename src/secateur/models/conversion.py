@@ -1,0 +1,258 @@
+"""How the tensors of a checkpoint become the parameters of the module, and which matrix ends up where.
+
+transformers renames, fuses and splits tensors while loading (one tensor per expert in the file, one fused 3-D
+parameter in the module). Secateur prunes and writes what the file holds, so it needs the way from file to module only:
+its rules are transformers' own (`conversion_mapping`), applied to one group of tensors at a time, and where each
+entry of a tensor lands is found by sending tagged tensors down the same way.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Checkpoint tensors that are converted together, and the parameters (and buffers) that they become."""
+
+    target: str
+    parts: tuple[tuple[str, str], ...]  # (tensor name, the pattern of the converter that it matched), in order
+    parameters: tuple[str, ...]
+    converter: Any = None  # transformers' WeightConverter; None where a tensor is only renamed
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the checkpoint tensors."""
+        return [name for name, _ in self.parts]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one checkpoint matrix lies in the module, as the inputs that it multiplies see it."""
+
+    parameter: str
+    expert: int | None
+    transposed: bool  # the file stores (in, out)
+    columns: Tensor | None  # the parameter's input column for each column of the matrix; None when they are the same
+
+
+class Conversion:
+    """The groups of tensors that make up a module's parameters, found from names and shapes alone."""
+
+    def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._model = model
+        self._config = getattr(model, "config", None)
+        self._traces: dict[Any, dict[int, tuple[str, int | None, bool, Tensor | None]]] = {}
+        self._known = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        self.groups: dict[str, TensorGroup] = {}
+        self.unused: list[str] = []  # tensors that the module does not read; they are copied as they are
+        self._by_tensor: dict[str, TensorGroup] = {}
+        self._by_parameter: dict[str, TensorGroup] = {}
+        for group in self._find(shapes):
+            for name in group.names:
+                self._by_tensor[name] = group
+            for parameter in group.parameters:
+                self._by_parameter[parameter] = group
+            self.groups[group.target] = group
+
+    def _find(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[TensorGroup]:
+        renamings, converters = _rules(self._model)
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        found: dict[str, list[tuple[str, str | None]]] = {}
+        for name in _natural_order(shapes):
+            target, pattern = self._rename(name, renamings, converters)
+            if target in self._known:
+                found.setdefault(target, []).append((name, pattern))
+            else:
+                self.unused.append(name)
+        for target, parts in found.items():
+            pattern = parts[0][1]
+            if pattern is None:
+                yield TensorGroup(target, ((parts[0][0], parts[0][0]),), (target,))
+                continue
+            matched = tuple((name, str(part)) for name, part in parts)
+            group = TensorGroup(target, matched, (), by_pattern[pattern])
+            meta = {name: torch.empty(shapes[name], device="meta") for name in group.names}
+            yield TensorGroup(target, matched, tuple(self.convert(group, meta)), by_pattern[pattern])
+
+    def _rename(self, name: str, renamings: Sequence[Any], converters: Sequence[Any]) -> tuple[str, str | None]:
+        if not renamings and not converters:
+            return name, None
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = getattr(self._model, "base_model_prefix", None)
+        target, pattern = rename_source_key(name, renamings, converters, prefix, self._known)
+        if target not in self._known and name in self._known:
+            target, pattern = rename_source_key(name, [], [], prefix, self._known)
+        return target, pattern
+
+    def of(self, names: Iterable[str]) -> list[TensorGroup]:
+        """The groups that the named tensors belong to, each once; tensors that the module does not read have none."""
+        groups = {self._by_tensor[name].target: self._by_tensor[name] for name in names if name in self._by_tensor}
+        return list(groups.values())
+
+    def making(self, parameters: Iterable[str]) -> list[TensorGroup]:
+        """The groups that make the named parameters, each once; parameters that no tensor makes are left out."""
+        groups = {
+            self._by_parameter[name].target: self._by_parameter[name] for name in parameters if name in self._by_parameter
+        }
+        return list(groups.values())
+
+    def convert(self, group: TensorGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters (by name) that the tensors of a group become."""
+        if group.converter is None:
+            return {group.target: tensors[group.parts[0][0]]}
+        converter = deepcopy(group.converter)
+        for name, pattern in group.parts:
+            converter.add_tensor(group.target, name, pattern, tensors[name])
+        made = converter.convert(group.target, model=self._model, config=self._config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def placements(
+        self, group: TensorGroup, shapes: Mapping[str, tuple[int, ...]], transposed: Mapping[str, bool]
+    ) -> dict[str, list[Placement]]:
+        """For each tensor of a group, the places of its matrices: one, or one per expert of a 3-D tensor.
+
+        `transposed` tells of each parameter of interest whether the module stores it (in, out). Tensors that make
+        none of those parameters are left out.
+        """
+        if group.converter is None:
+            parameter, (name, _) = group.target, group.parts[0]
+            if parameter not in transposed:
+                return {}
+            experts = range(shapes[name][0]) if len(shapes[name]) == 3 else [None]
+            return {name: [Placement(parameter, expert, transposed[parameter], None) for expert in experts]}
+        if not any(parameter in transposed for parameter in group.parameters):
+            return {}
+        parts, stacked = self._representatives(group)
+        traced = self._trace(group, parts, shapes, transposed)
+        order = {pattern: [name for name, p in group.parts if p == pattern] for _, pattern in group.parts}
+        result: dict[str, list[Placement]] = {}
+        for name, pattern in group.parts:
+            index = order[pattern].index(name)
+            key = (pattern, 0 if stacked else index)
+            if key not in traced:
+                continue
+            parameter, expert, is_transposed, columns = traced[key]
+            if stacked:
+                if expert != 0:
+                    raise CheckpointError(f"{name}: the stack of experts does not start with the first one.")
+                expert = index
+            result[name] = [Placement(parameter, expert, is_transposed, columns)]
+        return result
+
+    @staticmethod
+    def _representatives(group: TensorGroup) -> tuple[list[tuple[str, str]], bool]:
+        """The parts to trace. Of a stack of experts two are enough, since stacking treats them all alike."""
+        first_operation = type(group.converter.operations[0]).__name__
+        counts: dict[str, int] = {}
+        parts = []
+        for name, pattern in group.parts:
+            counts[pattern] = counts.get(pattern, 0) + 1
+            if counts[pattern] <= 2:
+                parts.append((name, pattern))
+        if first_operation == "MergeModulelist" and min(counts.values()) >= 2:
+            return parts, True
+        return list(group.parts), False
+
+    def _trace(
+        self,
+        group: TensorGroup,
+        parts: Sequence[tuple[str, str]],
+        shapes: Mapping[str, tuple[int, ...]],
+        transposed: Mapping[str, bool],
+    ) -> dict[tuple[str, int], tuple[str, int | None, bool, Tensor | None]]:
+        """For (pattern, index in it): parameter, expert, whether the file is transposed, and the columns."""
+        signature = (
+            id(group.converter),
+            tuple((pattern, shapes[name]) for name, pattern in parts),
+            tuple(transposed.get(parameter) for parameter in group.parameters),
+        )
+        suffixes = {_after_digits(parameter): parameter for parameter in group.parameters}
+        if signature not in self._traces:
+            traced = self._trace_tags(group, parts, shapes, transposed)
+            self._traces[signature] = {
+                key: (_after_digits(parameter), *rest) for key, (parameter, *rest) in traced.items()
+            }
+        return {key: (suffixes[suffix], *rest) for key, (suffix, *rest) in self._traces[signature].items()}
+
+    def _trace_tags(
+        self,
+        group: TensorGroup,
+        parts: Sequence[tuple[str, str]],
+        shapes: Mapping[str, tuple[int, ...]],
+        transposed: Mapping[str, bool],
+    ) -> dict[tuple[str, int], tuple[str, int | None, bool, Tensor | None]]:
+        # Each entry carries (tensor, row, column) in one integer through the very conversion that weights take.
+        bits = 20
+        tags, keys, counts = {}, {}, {}
+        for number, (name, pattern) in enumerate(parts):
+            if len(shapes[name]) != 2:
+                return {}
+            rows, columns = shapes[name]
+            tags[name] = (
+                (number << 2 * bits)
+                + (torch.arange(rows).unsqueeze(1) << bits)
+                + torch.arange(columns).unsqueeze(0)
+            )
+            counts[pattern] = counts.get(pattern, -1) + 1
+            keys[number] = (pattern, counts[pattern])
+        made = self.convert(TensorGroup(group.target, tuple(parts), (), group.converter), tags)
+        result: dict[tuple[str, int], tuple[str, int | None, bool, Tensor | None]] = {}
+        for parameter, value in made.items():
+            if parameter not in transposed or value.dim() not in (2, 3):
+                continue
+            for expert in range(value.shape[0]) if value.dim() == 3 else [None]:
+                view = value if expert is None else value[expert]
+                view = view.t() if transposed[parameter] else view  # (out, in)
+                first_row = view[:, 0] >> 2 * bits
+                for number in first_row.unique().tolist() + (view[0] >> 2 * bits).unique().tolist():
+                    if keys[number] in result:
+                        continue
+                    row = int((view >> 2 * bits == number).any(dim=1).nonzero()[0])
+                    inputs = (view[row] >> 2 * bits == number).nonzero().squeeze(1)
+                    tag = view[row, inputs]
+                    mask = (1 << bits) - 1
+                    in_rows, in_columns = (tag >> bits) & mask, tag & mask
+                    is_transposed = bool(len(inputs) > 1 and in_rows[0] != in_rows[1])
+                    order = in_rows if is_transposed else in_columns
+                    columns = torch.empty_like(inputs)
+                    columns[order] = inputs
+                    whole = len(inputs) == view.shape[1] and bool((columns == torch.arange(len(inputs))).all())
+                    result[keys[number]] = (parameter, expert, is_transposed, None if whole else columns)
+        return result
+
+
+def _rules(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """transformers' renamings and converters for this model; none for a module that is not transformers'."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return [], []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    rules = get_model_conversion_mapping(model)
+    return (
+        [rule for rule in rules if isinstance(rule, WeightRenaming)],
+        [rule for rule in rules if isinstance(rule, WeightConverter)],
+    )
+
+
+def _natural_order(names: Iterable[str]) -> list[str]:
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)
+
+
+def _after_digits(name: str) -> str:
+    """The part of a name behind its first number: the same for the same tensor of every block."""
+    parts = name.split(".")
+    first = next((index for index, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[first + 1 :])

@@ -1,0 +1,215 @@
+"""Anything that names a model, opened for streaming: a folder, a hub id, a GGUF file, or a module in memory."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import CheckpointError, ModelStructureError
+from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
+from secateur.models.skeleton import LoadedModel, Skeleton, build_skeleton, prepare
+
+# Entries of config.json that describe how weights are packed; loaders refuse dense weights that carry them.
+PACKING_ENTRIES = ("quantization_config", "sparsity_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to be streamed.
+
+    `origin` is the provenance for the manifest; `write_companions(folder)` writes configuration, tokenizer and
+    licence beside new weights; `load_tokenizer()` gives the tokenizer, or None when there is none.
+    """
+
+    skeleton: Skeleton
+    origin: dict[str, Any]
+    write_companions: Callable[[Path], None]
+    load_tokenizer: Callable[[], Any]
+    folder: Path | None = None
+    checkpoint: Checkpoint | None = field(default=None, repr=False)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a name asks for; "auto" is the first GPU, else the CPU. Raises `CheckpointError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f'device "{name}" cannot be used here ({str(error).splitlines()[0]}). Use --device cpu or auto.'
+        ) from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype to compute in; "auto" is the checkpoint's on a GPU, and float32 on a CPU, which is faster there."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" and stored.itemsize < 4 else stored
+    if name not in names:
+        raise CheckpointError(f'dtype must be auto, {", ".join(names)}; got "{name}".')
+    return names[name]
+
+
+def open_model(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """The model opened. Raises `CheckpointError` or `ModelStructureError` for anything that is not one."""
+    chosen = choose_device(device)
+    if isinstance(model, nn.Module):
+        return _open_module(model, chosen if device != "auto" else None, dtype)
+    name = os.fspath(model)
+    if name.endswith(".gguf"):
+        return _open_gguf(Path(name).expanduser(), chosen, dtype)
+    folder = locate(name, revision)
+    checkpoint = Checkpoint(folder)
+    empty = build_skeleton(folder, trust_remote_code=trust_remote_code)
+    stored = _main_dtype(checkpoint)
+    skeleton = Skeleton(empty, checkpoint, device=chosen, dtype=choose_dtype(dtype, chosen, stored))
+    origin = {
+        "kind": "checkpoint",
+        "path": name if not Path(name).expanduser().is_dir() else str(folder.resolve()),
+        "revision": revision or (folder.name if folder.parent.name == "snapshots" else None),
+        "architecture": type(empty).__name__,
+        "headers": {file.name: header.digest for file, header in checkpoint.headers.items()},
+    }
+    return OpenedModel(
+        skeleton=skeleton,
+        origin=origin,
+        write_companions=lambda target: _copy_companions(folder, target),
+        load_tokenizer=lambda: _tokenizer(folder, trust_remote_code),
+        folder=folder,
+        checkpoint=checkpoint,
+    )
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most of the floating-point weights have."""
+    sizes: dict[torch.dtype, int] = {}
+    for name, record in checkpoint.tensors.items():
+        dtype = checkpoint.dtype(name)
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + record.bytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+
+def _open_module(model: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
+    if hasattr(model, "peft_config"):
+        raise ModelStructureError(
+            f"{type(model).__name__}: a model with adapters; merge them first with model = model.merge_and_unload()."
+        )
+    parameters = list(model.parameters())
+    if not parameters:
+        raise ModelStructureError(f"{type(model).__name__}: has no parameters.")
+    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if meta is not None or getattr(model, "hf_device_map", None):
+        raise ModelStructureError(
+            f"{type(model).__name__}: its weights are offloaded or spread over devices (device_map"
+            f"{f', {meta} is on meta' if meta else ''}). Give the folder or hub id instead; Secateur streams it."
+        )
+    if dtype != "auto" and choose_dtype(dtype, parameters[0].device, parameters[0].dtype) != parameters[0].dtype:
+        raise ModelStructureError(
+            f"{type(model).__name__}: in memory as {parameters[0].dtype}; a module is used as it is. "
+            f"Convert it first, or leave dtype at auto (got {dtype})."
+        )
+    if device is not None:
+        model.to(device)
+    prepare(model)
+    source = LoadedModel(model)
+    skeleton = Skeleton(model, source, device=parameters[0].device, dtype=parameters[0].dtype, resident=True)
+
+    def write(target: Path) -> None:
+        if not hasattr(model, "config"):
+            raise ModelStructureError(f"{type(model).__name__}: has no config, so it cannot be written as a checkpoint.")
+        _write_configuration(model, target)
+
+    return OpenedModel(
+        skeleton=skeleton,
+        origin={"kind": "module", "path": getattr(model, "name_or_path", "") or None, "architecture": type(model).__name__},
+        write_companions=write,
+        load_tokenizer=lambda: None,
+    )
+
+
+def _open_gguf(file: Path, device: torch.device, dtype: str) -> OpenedModel:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file.")
+    try:
+        import gguf  # noqa: F401 - transformers asks for it in the middle of loading
+    except ImportError:
+        raise CheckpointError(f'{file}: reading GGUF needs the gguf package: pip install "secateur[gguf]"') from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    chosen = choose_dtype(dtype, device, torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=chosen)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise CheckpointError(f"{file}: transformers cannot dequantise it: {error}") from None
+    model.to(device)
+    prepare(model)
+
+    def tokenizer() -> Any:
+        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+    def write(target: Path) -> None:
+        _write_configuration(model, target)
+        tokenizer().save_pretrained(target)
+
+    return OpenedModel(
+        skeleton=Skeleton(model, LoadedModel(model), device=device, dtype=chosen, resident=True),
+        origin={
+            "kind": "gguf",
+            "path": str(file.resolve()),
+            "revision": None,
+            "architecture": type(model).__name__,
+            "sha256": file_digest(file),
+        },
+        write_companions=write,
+        load_tokenizer=tokenizer,
+    )
+
+
+def _write_configuration(model: Any, target: Path) -> None:
+    model.config.save_pretrained(target)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(target)
+    _clean_configuration(target / "config.json")
+
+
+def _copy_companions(folder: Path, target: Path) -> None:
+    for file in companion_files(folder):
+        shutil.copyfile(file, target / file.name)
+    _clean_configuration(target / "config.json")
+
+
+def _clean_configuration(file: Path) -> None:
+    """Drop packing entries from a copied config.json; without any, the file stays byte for byte as it was."""
+    config = json.loads(file.read_text())
+    if any(entry in config for entry in PACKING_ENTRIES):
+        file.write_text(json.dumps({k: v for k, v in config.items() if k not in PACKING_ENTRIES}, indent=2) + "\n")
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((folder / name).exists() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from None

@@ -1,0 +1,497 @@
+"""A model without weights, its stack of decoder blocks, and the tensors of a checkpoint put into it block by block."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import CheckpointError, ModelStructureError
+from secateur.models.checkpoint import SINGLE_FILE, shard_names
+from secateur.models.conversion import Conversion, TensorGroup
+from secateur.models.matrices import Matrix, numbered_experts, prunable_parameters
+
+Layout = Sequence[tuple[str, Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]]
+
+
+class Source(Protocol):
+    """Where weights come from: a checkpoint on disk, or a module in memory seen as one."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Tensor names, as a checkpoint has them."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        ...
+
+    def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
+        """The named tensors, in host memory or where the module keeps them."""
+        ...
+
+    def layout(self) -> Layout:
+        """The shards of an output with the same tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: its position, its path in the model, its module."""
+
+    index: int
+    path: str
+    module: nn.Module
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[Block]]:
+    """The path of the block stack and its blocks: the `ModuleList` of the decoder that holds most parameters.
+
+    Raises `ModelStructureError` when there is none.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelStructureError(
+            f"{type(model).__name__}: an encoder-decoder; Secateur prunes decoder-only language models."
+        )
+    decoder = decoder_of(model)
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    candidates = {
+        f"{prefix}.{name}".strip("."): module
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    if not candidates:
+        raise ModelStructureError(
+            f"{type(model).__name__}: no stack of decoder blocks (nn.ModuleList) found in it, only "
+            f"{', '.join(name for name, _ in decoder.named_children()) or 'no submodules'}. "
+            "Secateur prunes decoder-only language models."
+        )
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in candidates.items()}
+    path = max(sizes, key=lambda name: sizes[name])
+    return path, [Block(index, f"{path}.{index}", module) for index, module in enumerate(candidates[path])]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The text decoder inside a multimodal model, or the model itself."""
+    if hasattr(model, "get_decoder"):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            decoder = model.get_decoder()
+            # Some models call their head `decoder`; a decoder without blocks is not the one that is meant.
+            if isinstance(decoder, nn.Module) and any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+                return decoder
+    return model
+
+
+def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model that a folder's config.json describes, in eval mode, its parameters on the meta device.
+
+    Buffers that are computed (rotary frequencies, causal masks) are real. Raises `CheckpointError` when transformers
+    cannot build it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: no config.json in it. Give the folder of a whole checkpoint.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}/config.json: transformers cannot use it: {error}") from None
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{folder}: the weights are quantised ({method}); pruning needs the unquantised checkpoint. "
+            "Load it with transformers, dequantise it (model.dequantize()), save it, and prune that."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelStructureError(
+            f"{folder}: {config.model_type} is an encoder-decoder; Secateur prunes decoder-only language models."
+        )
+    failure: Exception | None = None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            break
+        except ValueError as error:
+            failure = failure or error
+    else:
+        raise CheckpointError(f"{folder}: transformers knows no causal language model for it: {failure}")
+    prepare(model)
+    return model
+
+
+def prepare(model: nn.Module) -> None:
+    """Set a model up for taking statistics: eval mode, and experts multiplied one by one."""
+    model.eval()
+    if hasattr(model, "set_experts_implementation"):
+        # Fused kernels hide which expert multiplies what; the plain loop shows it to the input tap.
+        with contextlib.suppress(ValueError, AttributeError):
+            model.set_experts_implementation("eager")
+
+
+class Skeleton:
+    """A model and the source of its weights; blocks are loaded and dropped one at a time.
+
+    `resident` says that the weights are in the module already (a model in memory): then nothing is loaded or dropped,
+    and `update` writes into the parameters in place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        resident: bool = False,
+    ) -> None:
+        self.model = model
+        self.source = source
+        self.device = device
+        self.dtype = dtype
+        self.resident = resident
+        self.path, self.blocks = find_blocks(model)
+        self.conversion = Conversion(model, {name: source.shape(name) for name in source.names})
+        self._float32 = _float32_pattern(model, dtype)
+        # The modules by path, once and for all: while a stream records, stubs stand in the place of the blocks.
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self._tied = {**{source: target for target, source in tied.items()}, **tied}
+
+    @cached_property
+    def block_tensors(self) -> list[list[str]]:
+        """For each block, the names of the checkpoint tensors that make its own parameters and persistent buffers."""
+        by_path = {block.path: block.index for block in self.blocks}
+        names: list[list[str]] = [[] for _ in self.blocks]
+        for group in self.conversion.groups.values():
+            index = by_path.get(".".join(group.target.split(".")[: self.path.count(".") + 2]))
+            if index is not None:
+                names[index].extend(group.names)
+        return names
+
+    @cached_property
+    def shared_tensors(self) -> list[list[str]]:
+        """For each block, the names of further tensors that it shares with an earlier block (Zamba does this)."""
+        result = []
+        for block, own in zip(self.blocks, self.block_tensors, strict=True):
+            sources = (self._tied.get(f"{block.path}.{name}", "") for name, _ in block.module.named_parameters())
+            groups = self.conversion.making(source for source in sources if source.startswith(f"{self.path}."))
+            result.append([name for group in groups for name in group.names if name not in own])
+        return result
+
+    @cached_property
+    def outside_tensors(self) -> list[str]:
+        """Names of the tensors outside the blocks that a forward over text needs: not those of other stacks."""
+        decoder = decoder_of(self.model)
+        inside = {id(module) for module in decoder.modules()}
+        other = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and id(module) not in inside
+        ]
+        return [
+            name
+            for group in self.conversion.groups.values()
+            if not group.target.startswith((*(f"{path}." for path in other), f"{self.path}."))
+            for name in group.names
+        ]
+
+    @cached_property
+    def matrices(self) -> list[Matrix]:
+        """Every prunable matrix, block by block, in the order of the checkpoint's names."""
+        return [matrix for block in self.blocks for matrix in self._inventory[block.index][0]]
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """Why each other tensor of two and more dimensions is not prunable: {tensor name: reason}."""
+        reasons: dict[str, str] = {}
+        for block in self.blocks:
+            reasons.update(self._inventory[block.index][1])
+        inside = {name for names in self.block_tensors for name in names}
+        embeddings = {
+            id(module.weight)
+            for module in (_embeddings(self.model, "get_input_embeddings"), _embeddings(self.model, "get_output_embeddings"))
+            if module is not None and hasattr(module, "weight")
+        }
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in self.source.names:
+            if name in inside:
+                continue
+            groups = self.conversion.of([name])
+            parameter = parameters.get(groups[0].target) if groups else None
+            if not groups:
+                reasons[name] = "not read by the language model"
+            elif parameter is not None and id(parameter) in embeddings:
+                reasons[name] = "embedding or lm_head"
+            elif len(self.source.shape(name)) < 2:
+                reasons[name] = "bias or norm"
+            else:
+                reasons[name] = "outside the decoder blocks"
+        return reasons
+
+    @cached_property
+    def _inventory(self) -> list[tuple[list[Matrix], dict[str, str]]]:
+        experts = numbered_experts(getattr(self.model, "config", None))
+        shapes = {name: self.source.shape(name) for name in self.source.names}
+        owners: dict[int, int] = {}
+        for block in self.blocks:
+            for parameter in block.module.parameters():
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        result = []
+        for block in self.blocks:
+            planned, reasons = prunable_parameters(block.module, experts)
+            for name, parameter in block.module.named_parameters():
+                if owners[id(parameter)] > 1 and name in planned:
+                    del planned[name]
+                    reasons[name] = "shared between blocks"
+            transposed = {f"{block.path}.{name}": value for name, value in planned.items()}
+            reasons = {f"{block.path}.{name}": reason for name, reason in reasons.items()}
+            matrices: list[Matrix] = []
+            left_out: dict[str, str] = {}
+            for group in self.conversion.of(self.block_tensors[block.index]):
+                placed = self.conversion.placements(group, shapes, transposed)
+                for name in group.names:
+                    if name not in placed:
+                        vector = "bias or norm" if len(shapes[name]) < 2 else "not a linear matrix"
+                        left_out[name] = reasons.get(group.target, vector)
+                matrices += _matrices(block.index, placed, self.source)
+            result.append((matrices, left_out))
+        return result
+
+    def load_outside(self) -> None:
+        """Load the embeddings, the final norm and the head; needed for any forward."""
+        if self.resident:
+            return
+        for group in self.conversion.of(self.outside_tensors):
+            self._set(group, self.source.read(group.names))
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for target, source in tied.items():
+            for absent, present in ((target, source), (source, target)):
+                if absent in parameters and parameters[absent].is_meta and not parameters[present].is_meta:
+                    self._assign(absent, parameters[present])
+        self._buffers_to_device(self.model)
+        needed = set(self.conversion.groups) & set(parameters)
+        missing = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta and name not in needed and not name.startswith(f"{self.path}.")
+        ]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint has no tensor for the parameter {missing[0]}"
+                + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+                + f" of {type(self.model).__name__}. Is it complete, and does its config.json belong to it?"
+            )
+
+    def read(self, block: Block) -> dict[str, Tensor]:
+        """The checkpoint tensors that `load` needs for a block."""
+        names = self.block_tensors[block.index] + self.shared_tensors[block.index]
+        return self.source.read(names, pin=self.device.type == "cuda" and not self.resident)
+
+    def load(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        """Put the checkpoint tensors of a block into its module, on the device, in the computing dtype.
+
+        `tensors` are those that `read` gave for it. Raises `CheckpointError` when a parameter has no tensor.
+        """
+        if self.resident:
+            return
+        for group in self.conversion.of(tensors):
+            self._set(group, tensors)
+        self._buffers_to_device(block.module)
+        for name, parameter in block.module.named_parameters():
+            source = self._tied.get(f"{block.path}.{name}", "")
+            if parameter.is_meta and source.startswith(f"{self.path}."):
+                path, _, leaf = source.rpartition(".")
+                self._assign(f"{block.path}.{name}", self._modules[path]._parameters[leaf])
+        for name, parameter in block.module.named_parameters():
+            if parameter.is_meta:
+                raise CheckpointError(
+                    f"the checkpoint has no tensor for the parameter {block.path}.{name} of "
+                    f"{type(self.model).__name__}. Is it complete, and does its config.json belong to it?"
+                )
+
+    def update(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put changed checkpoint tensors into a loaded block, together with the others of their groups.
+
+        `tensors` must hold every tensor of each group that it touches.
+        """
+        if not self.resident:
+            for group in self.conversion.of(tensors):
+                self._set(group, tensors)
+            return
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for group in self.conversion.of(tensors):
+            for name, value in self.conversion.convert(group, tensors).items():
+                if parameters[name].data_ptr() != value.data_ptr():
+                    with torch.no_grad():
+                        parameters[name].copy_(value)
+
+    def unload(self, block: Block) -> None:
+        """Drop a block's weights, and those of earlier blocks that it shared."""
+        if self.resident:
+            return
+        shared = [self._tied.get(f"{block.path}.{name}", "") for name, _ in block.module.named_parameters()]
+        owners = {path.rpartition(".")[0] for path in shared if path.startswith(f"{self.path}.")}
+        for module in [*block.module.modules(), *(self._modules[path] for path in owners)]:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+    def _set(self, group: TensorGroup, tensors: Mapping[str, Tensor]) -> None:
+        parts = {name: tensors[name].to(self.device, non_blocking=True) for name in group.names}
+        for name, value in self.conversion.convert(group, parts).items():
+            if value.is_floating_point():
+                value = value.to(torch.float32 if self._float32 and self._float32.search(name) else self.dtype)
+            self._assign(name, value)
+
+    def _assign(self, name: str, value: Tensor | None) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self._modules[path]
+        if value is None or leaf in module._buffers:
+            module._buffers[leaf] = value
+            return
+        expected = module._parameters[leaf]
+        if expected is not None and expected.shape != value.shape:
+            raise CheckpointError(
+                f"{name}: the checkpoint makes a tensor of shape {tuple(value.shape)}, and config.json asks for "
+                f"{tuple(expected.shape)}. The two do not belong together."
+            )
+        module._parameters[leaf] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
+        )
+
+    def _buffers_to_device(self, root: nn.Module) -> None:
+        stack = {id(block.module) for block in self.blocks} if root is self.model else set()
+        pending = [root]
+        while pending:
+            module = pending.pop()
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta and buffer.device != self.device:
+                    module._buffers[name] = buffer.to(self.device)
+            pending += [child for child in module.children() if id(child) not in stack]
+
+
+def _matrices(block: int, placed: Mapping[str, Sequence[Any]], source: Source) -> list[Matrix]:
+    result = []
+    for name, places in placed.items():
+        shape = source.shape(name)
+        fused = len(shape) == 3
+        for index, place in enumerate(places):
+            rows, columns = (shape[-1], shape[-2]) if place.transposed else (shape[-2], shape[-1])
+            result.append(
+                Matrix(
+                    name=f"{name}.{index}" if fused else name,
+                    shape=(rows, columns),
+                    block=block,
+                    tensor=name,
+                    index=index if fused else None,
+                    transposed=place.transposed,
+                    parameter=place.parameter,
+                    expert=place.expert,
+                    columns=place.columns,
+                )
+            )
+    return result
+
+
+def _embeddings(model: nn.Module, getter: str) -> nn.Module | None:
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        module = getattr(model, getter)()
+        return module if isinstance(module, nn.Module) else None
+    return None
+
+
+def _float32_pattern(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Parameters that transformers keeps in float32 when the rest is in half precision."""
+    names: set[str] = set()
+    if dtype == torch.float16:
+        names.update(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        names.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return re.compile("|".join(rf"(^|\.){name.replace('*', '.*')}($|\.)" for name in sorted(names))) if names else None
+
+
+class LoadedModel:
+    """A module in memory seen as a checkpoint: the names, shapes and dtypes that save_pretrained would give it."""
+
+    MAX_SHARD_BYTES = 5 * 10**9
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        state = model.state_dict()
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        pointers = {name: value.data_ptr() for name, value in state.items()}
+        self._state = {
+            name: value
+            for name, value in state.items()
+            if not (name in tied and tied[name] in pointers and pointers[tied[name]] == pointers[name])
+        }
+        meta = self._revert({name: torch.empty_like(value, device="meta") for name, value in self._state.items()})
+        self._tensors = {name: (tuple(value.shape), value.dtype) for name, value in meta.items()}
+        self._conversion: Conversion | None = None
+
+    def _revert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from transformers import PreTrainedModel
+
+        if not isinstance(self.model, PreTrainedModel):
+            return dict(state)
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(self.model, dict(state)))
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names, as save_pretrained would write them."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._tensors[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        return self._tensors[name][1]
+
+    def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
+        """The named tensors: views of the module's own where nothing is converted, else copies."""
+        if self._conversion is None:
+            self._conversion = Conversion(self.model, {name: self.shape(name) for name in self.names})
+        parameters = [name for group in self._conversion.of(names) for name in group.parameters]
+        tensors = self._revert({name: self._state[name].detach() for name in parameters if name in self._state})
+        return {name: tensors[name] for name in names}
+
+    def layout(self) -> Layout:
+        """Shards of at most 5 GB, in the order of the module."""
+        shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+        size = 0
+        for name, (shape, dtype) in self._tensors.items():
+            bytes_ = dtype.itemsize * int(torch.Size(shape).numel())
+            if shards[-1] and size + bytes_ > self.MAX_SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append((name, dtype, shape))
+            size += bytes_
+        names = shard_names(len(shards)) if len(shards) > 1 else [SINGLE_FILE]
+        return list(zip(names, shards, strict=True))
+
+
+@contextlib.contextmanager
+def loaded(skeleton: Skeleton, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """The block's module with its weights in it, dropped again at the end."""
+    skeleton.load(block, tensors)
+    try:
+        yield block.module
+    finally:
+        skeleton.unload(block)

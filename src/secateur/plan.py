@@ -1,0 +1,88 @@
+"""What to prune and how, decided before anything changes: `Plan = {matrix name: Pattern}`."""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from secateur.core.patterns import Group, Pattern, Unstructured, pattern_from_json
+from secateur.errors import PatternError
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Pattern]):
+    """A mapping from matrix names to patterns that can be printed, saved as JSON, and compared."""
+
+    patterns: Mapping[str, Pattern]
+
+    def __getitem__(self, name: str) -> Pattern:
+        return self.patterns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.patterns)
+
+    def __len__(self) -> int:
+        return len(self.patterns)
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object per matrix."""
+        return {name: pattern.to_json() for name, pattern in self.patterns.items()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Plan":
+        """The plan that `to_json` wrote. Raises `PatternError`."""
+        return cls({name: pattern_from_json(pattern) for name, pattern in value.items()})
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_json(), indent=2)
+
+    def check(self, shapes: Shapes) -> None:
+        """Raise `PatternError` for an unknown matrix, or one that cannot hold its pattern."""
+        for name, pattern in self.patterns.items():
+            if name not in shapes:
+                raise PatternError(f"{name}: no prunable matrix of this name in the model.{_nearest(name, shapes)}")
+            pattern.check(name, shapes[name])
+
+
+def uniform(
+    shapes: Shapes, pattern: Pattern, *, only: Sequence[str] = (), skip: Sequence[str] = (), per: Group = "row"
+) -> Plan:
+    """The plan with one pattern for every matrix that some `only` glob matches (all, without one) and no `skip` glob.
+
+    Globs match whole names, with or without a final ".weight". `per` is the comparison group for an unstructured
+    pattern that leaves it open. Raises `PatternError` for a glob that matches nothing and for an empty plan.
+    """
+    if isinstance(pattern, Unstructured) and pattern.per is None:
+        pattern = replace(pattern, per=per)
+    for option, globs in (("--only", only), ("--skip", skip)):
+        for glob in globs:
+            if not any(matches(name, glob) for name in shapes):
+                raise PatternError(f'{option} "{glob}" matches none of {len(shapes)} matrices.{_nearest(glob, shapes)}')
+    names = [
+        name
+        for name in shapes
+        if (not only or any(matches(name, glob) for glob in only)) and not any(matches(name, glob) for glob in skip)
+    ]
+    if not names:
+        raise PatternError(f"nothing is left to prune: --only and --skip leave none of {len(shapes)} matrices.")
+    plan = Plan(dict.fromkeys(names, pattern))
+    plan.check(shapes)
+    return plan
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob names a matrix, with or without the final ".weight"."""
+    return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
+
+
+def _nearest(name: str, shapes: Shapes) -> str:
+    plain = name.replace("*", "")
+    leaves = {part for known in shapes for part in known.split(".") if not part.isdigit() and part != "weight"}
+    near = difflib.get_close_matches(name, list(shapes), 1) or [
+        f"*.{leaf}" for part in plain.split(".") for leaf in difflib.get_close_matches(part, sorted(leaves), 1)
+    ]
+    return f' Did you mean "{near[-1]}"?' if near else f' They have names such as "{next(iter(shapes), "")}".'
