@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 import secateur
-from secateur.calibration import Windows, calibration_windows, check_vocabulary
+from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method, Problem, Solution
-from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
+from secateur.errors import CheckpointError, NumericalError, PatternError
 from secateur.manifest import FILE_NAME, Manifest, file_digests, tensor_digest
-from secateur.models.checkpoint import CheckpointWriter
+from secateur.models.checkpoint import CheckpointWriter, written
 from secateur.models.matrices import Enough, InputTap, Matrix, prunable_parameters
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.skeleton import Block, Skeleton
-from secateur.models.stream import Stream, states_folder
+from secateur.models.stream import Stream, default_batch_size, states_folder
 from secateur.plan import Plan, uniform
 
 
@@ -119,7 +119,8 @@ def prune(
             seed=seed,
             sampling=sampling,  # type: ignore[arg-type]  # checked there
         )
-        check_windows(windows, skeleton)
+        check_vocabulary(windows, skeleton.vocabulary_size)
+        check_length(windows, skeleton.positions)
     manifest = Manifest(
         versions={"secateur": secateur.__version__, "torch": torch.__version__, "python": platform.python_version()}
         | _optional_versions(),
@@ -129,7 +130,7 @@ def prune(
             "propagate": propagate,
             "device": str(skeleton.device),
             "dtype": str(skeleton.dtype).removeprefix("torch."),
-            "batch_size": batch_size or default_batch_size(windows, skeleton),
+            "batch_size": batch_size or default_batch_size(windows.length if windows else 1, skeleton.device),
             "statistics": sorted(kind.__name__ for kind in method.needs),
             "within": "block",
         },
@@ -143,10 +144,14 @@ def prune(
         if target is not None:
             scratch = stack.enter_context(_Scratch(target, overwrite))
             writer = stack.enter_context(_closing(CheckpointWriter(scratch.folder, skeleton.source.layout())))
-            opened.write_companions(scratch.folder)
-        states = (target or Path.cwd() / "secateur").with_suffix(".states")
+            with written(scratch.folder):
+                opened.write_companions(scratch.folder)
+        name = (target or Path.cwd() / "secateur").name
+        states = (target or Path.cwd() / name).with_name(f"{name}.states-{os.getpid()}")
         clock = _Clock(synchronise=skeleton.device.type == "cuda")
-        _Run(skeleton, method, plan, windows, writer, manifest, propagate, offload_states, states, clock, on_event).run()
+        _Run(
+            skeleton, method, plan, windows, writer, manifest, propagate, offload_states, states, clock, on_event
+        ).run()
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
         _totals(manifest)
         if writer is not None:
@@ -154,7 +159,8 @@ def prune(
             manifest.tensors, manifest.headers = writer.digests, writer.header_digests
             manifest.files = file_digests(scratch.folder)
             manifest.write(scratch.folder)
-            scratch.commit()
+            with written(scratch.target):
+                scratch.commit()
     on_event(Event("done"))
     return manifest
 
@@ -172,30 +178,11 @@ def make_plan(
     if isinstance(pattern, Plan):
         if only or skip:
             raise PatternError("a whole plan already says which matrices to prune; leave out only and skip.")
+        if not pattern:
+            raise PatternError("the plan is empty: it names no matrix, so nothing is left to prune.")
         pattern.check(shapes)
         return pattern
     return uniform(shapes, pattern or Unstructured(0.5), only=only, skip=skip, per=method.per)
-
-
-def check_windows(windows: Windows, skeleton: Skeleton) -> None:
-    """Raise `CalibrationError` when token ids or window length do not fit the model."""
-    embeddings = skeleton.model.get_input_embeddings() if hasattr(skeleton.model, "get_input_embeddings") else None
-    if embeddings is not None and hasattr(embeddings, "weight"):
-        check_vocabulary(windows, embeddings.weight.shape[0])
-    config = getattr(skeleton.model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text, "max_position_embeddings", None)
-    if isinstance(positions, int) and windows.input_ids.shape[1] > positions:
-        raise CalibrationError(
-            f"windows of {windows.input_ids.shape[1]} tokens, and the model has {positions} positions. "
-            f"Use --length {positions} or less."
-        )
-
-
-def default_batch_size(windows: Windows | None, skeleton: Skeleton) -> int:
-    """Samples that run through a block at once: about 2,048 tokens on a CPU, 16,384 on a GPU."""
-    tokens = 16384 if skeleton.device.type == "cuda" else 2048
-    return max(1, tokens // windows.input_ids.shape[1]) if windows is not None else 1
 
 
 @dataclass
@@ -223,7 +210,11 @@ class _Run:
                 planned[matrix.block].append(matrix)
         last = max(index for index, matrices in enumerate(planned) if matrices)
         stream = self._stream(last) if self.windows is not None else None
-        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as background, ExitStack() as stack:
+        with (
+            ThreadPoolExecutor(1, "read") as reader,
+            ThreadPoolExecutor(1, "write") as background,
+            ExitStack() as stack,
+        ):
             if stream is not None:
                 stack.callback(stream.close)
             written: Future[None] = background.submit(self._write_outside)
@@ -246,7 +237,9 @@ class _Run:
                 self._tell("write", block)
             written.result()
         if self.writer is not None and self.writer.missing:
-            raise CheckpointError(f"{len(self.writer.missing)} tensors were never written, first {self.writer.missing[0]}.")
+            raise CheckpointError(
+                f"{len(self.writer.missing)} tensors were never written, first {self.writer.missing[0]}."
+            )
 
     def _stream(self, last: int) -> Stream:
         assert self.windows is not None
@@ -285,20 +278,29 @@ class _Run:
         record: dict[str, Any] = {"index": block.index, "path": block.path, "matrices": len(matrices)}
         if stream is None:
             changed = self._solve(block, matrices, tensors, None)
+            if self.skeleton.resident:
+                self._update(changed, tensors)
         else:
             self.skeleton.load(block, tensors)
             try:
                 tap, dense = self._take_statistics(block, matrices, stream)
                 changed = self._solve(block, matrices, tensors, tap)
-                if changed:
-                    groups = self.skeleton.conversion.of(changed)
-                    names = [name for group in groups for name in group.names]
-                    self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
+                self._update(changed, tensors)
                 record["output_change"] = self._move_on(block, stream, dense, bool(changed), last)
             finally:
                 self.skeleton.unload(block)
         self.manifest.blocks.append(record)
         return changed
+
+    def _update(self, changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Put the changed tensors of a block into its module."""
+        names = [name for group in self.skeleton.conversion.of(changed) for name in group.names]
+        self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
+
+    def _update(self, tensors: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> None:
+        groups = self.skeleton.conversion.of(changed)
+        names = [name for group in groups for name in group.names]
+        self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
 
     def _take_statistics(self, block: Block, matrices: list[Matrix], stream: Stream) -> tuple[InputTap, list[Tensor]]:
         """The tap with the statistics of a block, and the dense outputs: of the first batch, or of all if needed."""
@@ -341,7 +343,8 @@ class _Run:
                     self.manifest.source_tensors[matrix.tensor] = tensor_digest(tensors[matrix.tensor])
                 if matrix.index is not None:
                     changed[matrix.tensor].copy_(tensors[matrix.tensor])
-            matrix.view(changed).copy_(solution.weight)
+            # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
+            matrix.view(changed).copy_(solution.weight.masked_fill(~solution.mask, 0))
             tokens = max((statistic.tokens for statistic in statistics.values()), default=None)
             self.manifest.matrices[matrix.name] = record | {
                 "tokens": tokens,
@@ -401,8 +404,8 @@ def check_finite(matrix: Matrix, tensors: Mapping[str, Tensor]) -> None:
     if not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
         raise NumericalError(
-            f"{matrix.name}: {bad} of {weight.numel()} weights are NaN or infinite. The checkpoint is damaged; download "
-            f'it again, or leave this matrix out with --skip "{matrix.name}".'
+            f"{matrix.name}: {bad} of {weight.numel()} weights are NaN or infinite. The checkpoint is damaged; "
+            f'download it again, or leave this matrix out with --skip "{matrix.name}".'
         )
 
 
@@ -411,18 +414,25 @@ def check_solution(
 ) -> dict[str, Any]:
     """The manifest's record of a solved matrix. Raises when the solution is not finite or breaks its pattern."""
     new, mask = solution.weight, solution.mask
-    if new.shape != weight.shape or new.dtype != weight.dtype or mask.shape != weight.shape:
+    expected, found = (weight.shape, weight.dtype, torch.bool), (new.shape, new.dtype, mask.dtype)
+    if found != expected or mask.shape != weight.shape:
         raise PatternError(
-            f"{matrix.name}: {method.name} gave a {new.dtype} weight of shape {tuple(new.shape)} and a mask of "
-            f"{tuple(mask.shape)}, expected {weight.dtype} and {tuple(weight.shape)}."
+            f"{matrix.name}: {method.name} gave a {new.dtype} weight of shape {tuple(new.shape)} and a {mask.dtype} "
+            f"mask of {tuple(mask.shape)}, expected {weight.dtype} and torch.bool, both of {tuple(weight.shape)}."
         )
     violation = pattern.violation(mask)
     if violation is not None:
         raise PatternError(f"{matrix.name}: the mask of {method.name} breaks {pattern}: {violation}.")
     if not bool(new.isfinite().all()):
-        raise NumericalError(f"{matrix.name}: {method.name} gave {int((~new.isfinite()).sum())} weights not finite.")
+        raise NumericalError(
+            f"{matrix.name}: {method.name} gave {int((~new.isfinite()).sum())} of {new.numel()} weights that are NaN or "
+            "infinite, where the source has none."
+        )
     if bool((new.ne(0) & ~mask).any()):
-        raise PatternError(f"{matrix.name}: {method.name} gave non-zero weights outside its own mask.")
+        raise PatternError(
+            f"{matrix.name}: {method.name} gave {int((new.ne(0) & ~mask).sum())} non-zero weights where its own mask "
+            "says that they are removed."
+        )
     zeros = new.numel() - int(new.count_nonzero())
     return {
         "block": matrix.block,
@@ -484,6 +494,8 @@ def _check_output(
         source = Path(model).expanduser()
         if source.exists() and (source.resolve() == target.resolve() or source.resolve() in target.resolve().parents):
             raise CheckpointError(f"{output}: the output is the source, or lies inside it. Choose another folder.")
+        if source.exists() and target.resolve() in source.resolve().parents:
+            raise CheckpointError(f"{output}: the output holds the source ({source}). Choose another folder.")
     if target.exists():
         if not overwrite:
             raise CheckpointError(f"{output}: exists already. Choose another folder, or pass --overwrite.")
@@ -492,11 +504,10 @@ def _check_output(
                 f"{output}: exists and holds no {FILE_NAME}, so Secateur did not write it and will not overwrite it. "
                 "Choose another folder, or remove it yourself."
             )
-    if not target.parent.exists():
-        try:
-            target.parent.mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(f"{target.parent}: cannot be made ({error.strerror}).") from None
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        reason = "no permission to write there" if above.is_dir() else "not a folder"
+        raise CheckpointError(f"{output}: cannot be made in {above} ({reason}). Choose another output folder.")
     return target
 
 
@@ -507,10 +518,11 @@ class _Scratch:
         self.target = target
         self.overwrite = overwrite
         self.folder = target.with_name(f"{target.name}.partial-{os.getpid()}")
+        self.made = [folder for folder in target.parents if not folder.exists()]  # innermost first
 
     def __enter__(self) -> "_Scratch":
         try:
-            self.folder.mkdir()
+            self.folder.mkdir(parents=True)
         except OSError as error:
             raise CheckpointError(
                 f"{self.target}: no folder can be made beside it ({error.strerror}). Choose another output folder."
@@ -534,6 +546,9 @@ class _Scratch:
     def __exit__(self, *exception: object) -> None:
         if self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                for folder in self.made:
+                    folder.rmdir()
 
 
 class _closing:  # noqa: N801 - a context manager, in the manner of contextlib.closing

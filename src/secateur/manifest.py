@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_bytes
+from secateur.models.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_bytes, written
 from secateur.models.skeleton import Source
 
 FILE_NAME = "secateur.json"
@@ -53,8 +53,13 @@ class Manifest:
         return cls(**{key: item for key, item in value.items() if key not in ("format", "digest")})
 
     def write(self, folder: Path) -> None:
-        """Write `secateur.json` into the folder."""
-        (folder / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        """Write `secateur.json` into the folder. Raises `CheckpointError` when that is not possible."""
+        with written(folder / FILE_NAME):
+            (folder / FILE_NAME).write_text(_text(self.to_json()))
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1) + "\n"
 
 
 def _digest(value: Mapping[str, Any]) -> str:
@@ -68,7 +73,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.exists():
         raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote can be verified.")
     try:
-        value = json.loads(file.read_text())
+        text = file.read_text()
+        value = json.loads(text)
         found, expected = value["digest"], _digest(value)
         version = value["format"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
@@ -77,6 +83,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{file}: format {version}, expected {FORMAT}; another version of Secateur wrote it.")
     if found != expected:
         raise CheckpointError(f"{file}: altered since it was written: digest {expected[:12]}, expected {found[:12]}.")
+    if text != _text(value):
+        # The digest is of the values: 1e-05 and 1E-05, or two spellings of one long decimal, are the same value.
+        raise CheckpointError(f"{file}: altered since it was written: the same values, spelled differently.")
     return Manifest.from_json(value)
 
 
@@ -141,9 +150,10 @@ def verify(
     for name in manifest.plan:
         if name not in manifest.matrices:
             result.problems.append(f"{name}: planned, but the manifest has no record of pruning it")
+    source_names = set(source.names) if source is not None else set()
     if source is not None:
-        result.compared_to = str(manifest.source.get("path"))
-        for name in set(source.names) ^ set(checkpoint.names):
+        result.compared_to = str(getattr(source, "folder", None) or manifest.source.get("path"))
+        for name in sorted(source_names ^ set(checkpoint.names)):
             where = "the source" if name in checkpoint.tensors else "the pruned checkpoint"
             result.problems.append(f"{name}: absent from {where}")
     for number, name in enumerate(checkpoint.names):
@@ -153,7 +163,7 @@ def verify(
             result.problems.append(f"{name}: its bytes differ from those that were written")
         for entry in planned.get(name, ()):
             _check_pattern(tensor, entry, result)
-        if source is not None and name in set(source.names):
+        if source is not None and name in source_names:
             _check_source(name, tensor, source.read([name])[name], manifest, planned.get(name, []), result)
         if progress is not None:
             progress(number + 1, len(checkpoint.names))
@@ -168,8 +178,10 @@ def _check_files(folder: Path, manifest: Manifest, checkpoint: Checkpoint, resul
         elif header.digest != digest:
             result.problems.append(f"{name}: its header differs from the one that was written")
     shards = {file.name for file in folder.glob("*.safetensors")}
-    result.problems += [f"{name}: a shard that was not written by the run" for name in shards - set(manifest.headers)]
-    for name in set(manifest.tensors) - set(checkpoint.tensors):
+    result.problems += [
+        f"{name}: a shard that was not written by the run" for name in sorted(shards - set(manifest.headers))
+    ]
+    for name in sorted(set(manifest.tensors) - set(checkpoint.tensors)):
         result.problems.append(f"{name}: the tensor is missing")
     found = file_digests(folder)
     for name, digest in manifest.files.items():
@@ -187,7 +199,10 @@ def _view(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
 
 
 def _check_pattern(tensor: Tensor, entry: Mapping[str, Any], result: Verification) -> None:
-    weight = _view(tensor, entry)
+    weight = _view(tensor, entry) if entry["index"] is None or tensor.dim() == 3 else tensor
+    if list(weight.shape) != entry["shape"]:
+        result.problems.append(f"{entry['name']}: of shape {list(weight.shape)}, the manifest records {entry['shape']}")
+        return
     kept = weight != 0
     result.matrices += 1
     zeros = kept.numel() - int(kept.sum())
@@ -219,12 +234,18 @@ def _check_source(
         return
     if name in manifest.source_tensors and manifest.source_tensors[name] != tensor_digest(original):
         result.problems.append(f"{name}: the source is not the one that was pruned; its bytes differ from the record")
+    experts = {entry["index"] for entry in planned} - {None}
+    for expert in set(range(len(tensor))) - experts if experts else ():
+        if not torch.equal(_bits(tensor[expert]), _bits(original[expert])):
+            result.problems.append(f"{name}.{expert}: not planned, yet its bytes differ from the source")
     for entry in planned:
         if not entry["kept_identical"]:
             continue
         pruned, dense = _bits(_view(tensor, entry)), _bits(_view(original, entry))
         if not bool(((pruned == dense) | (pruned == 0)).all()):
-            result.problems.append(f"{entry['name']}: a kept weight is not bit-identical to the source, or a zero is -0.0")
+            result.problems.append(
+                f"{entry['name']}: a kept weight is not bit-identical to the source, or a zero is -0.0"
+            )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -152,6 +152,15 @@ def check_vocabulary(windows: Windows, vocabulary_size: int) -> None:
         )
 
 
+def check_length(windows: Windows, positions: int | None) -> None:
+    """Return nothing when a window fits a model with that many positions (None: any number); else CalibrationError."""
+    if positions is not None and windows.length > positions:
+        raise CalibrationError(
+            f"windows of {windows.length} tokens, and the model has {positions} positions. "
+            f"Use --length {positions} or less."
+        )
+
+
 # Token ids as they are
 
 

@@ -72,7 +72,7 @@ def lowest(score: Float[Tensor, "rows columns"], count: int) -> Bool[Tensor, "ro
 
 def _check_sparsity(sparsity: float) -> None:
     if not 0 <= sparsity < 1:
-        hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        hint = f" Did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
         raise PatternError(f"sparsity must be at least 0 and below 1, got {sparsity:g}.{hint}")
 
 

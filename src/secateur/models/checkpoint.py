@@ -5,11 +5,13 @@ Both sides work on the bytes of the format itself (an 8-byte length, a JSON head
 known beforehand can be filled in any order, so that every finished block is on disk at once.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,15 @@ DTYPES: dict[str, torch.dtype] = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
@@ -70,7 +78,12 @@ def read_header(file: Path) -> Header:
         size = file.stat().st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if len(prefix) < 8:
+                raise CheckpointError(
+                    f"{file}: cut short: the file has {size} bytes, and the length of a safetensors header alone takes "
+                    "8. Download or copy it again."
+                )
+            length = struct.unpack("<Q", prefix)[0]
             if not 2 <= length <= size - 8:
                 raise CheckpointError(
                     f"{file}: not a safetensors file, or cut short: the header claims {length} bytes, the file has "
@@ -79,7 +92,9 @@ def read_header(file: Path) -> Header:
             raw = stream.read(length)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file. Download or copy the checkpoint again.") from None
-    except PermissionError as error:
+    except CheckpointError:
+        raise
+    except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
     try:
         entries = json.loads(raw)
@@ -95,11 +110,12 @@ def read_header(file: Path) -> Header:
             )
             for name, entry in entries.items()
         }
+        sizes = {name: _size(record, name) for name, record in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file}: the safetensors header is damaged ({error}). Download it again.") from None
+        raise CheckpointError(f"{file}: the safetensors header is damaged ({error!r}). Download it again.") from None
     position = base
     for name, record in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        expected = _size(record.dtype, record.shape, file, name)
+        expected = sizes[name]
         if record.start != position or record.bytes != expected:
             raise CheckpointError(
                 f"{file}: tensor {name} lies at bytes {record.start} to {record.end}, expected {position} to "
@@ -114,13 +130,14 @@ def read_header(file: Path) -> Header:
     return Header(tensors, metadata, hashlib.sha256(prefix + raw).hexdigest())
 
 
-def _size(dtype: str, shape: Sequence[int], file: Path, name: str) -> int:
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype}; known are {', '.join(DTYPES)}.")
-    count = 1
-    for width in shape:
-        count *= width
-    return count * DTYPES[dtype].itemsize
+def _size(record: TensorRecord, name: str) -> int:
+    if record.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{record.file}: tensor {name} has the unknown dtype {record.dtype}; known are {', '.join(DTYPES)}."
+        )
+    if not all(isinstance(number, int) for number in (*record.shape, record.start, record.end)):
+        raise TypeError(f"shape and offsets of {name} are not whole numbers")
+    return math.prod(record.shape) * DTYPES[record.dtype].itemsize
 
 
 class Checkpoint:
@@ -137,7 +154,9 @@ class Checkpoint:
         for file, header in self.headers.items():
             for name, record in sorted(header.tensors.items(), key=lambda item: item[1].start):
                 if name in self.tensors:
-                    raise CheckpointError(f"{folder}: tensor {name} is in {self.tensors[name].file.name} and {file.name}.")
+                    raise CheckpointError(
+                        f"{folder}: tensor {name} is in {self.tensors[name].file.name} and {file.name}."
+                    )
                 self.tensors[name] = record
         self._check_index()
 
@@ -198,7 +217,7 @@ class Checkpoint:
 
 def read_bytes(record: TensorRecord, buffer: Tensor) -> None:
     """Fill a uint8 tensor with the bytes of a record. Raises `CheckpointError` when the file ends early."""
-    view = memoryview(buffer.numpy()) if record.bytes else memoryview(b"")
+    view = _bytes_of(buffer)
     try:
         descriptor = os.open(record.file, os.O_RDONLY)
         try:
@@ -220,7 +239,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{index}: cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index ({error!r}). Download it again.") from None
 
 
@@ -241,7 +262,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if any(folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder}: holds PyTorch .bin weights only, and Secateur reads safetensors. Convert it once with\n"
-            "  python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+            '  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
             f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors'); "
             f"T.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
@@ -263,8 +284,13 @@ def shard_names(count: int) -> list[str]:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, as a view where it is contiguous in host memory."""
-    flat = tensor.detach().to("cpu").contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return _bytes_of(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8))
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    """A writable view of the memory of a uint8 tensor."""
+    array: Any = flat.numpy()
+    return memoryview(array) if flat.numel() else memoryview(b"")
 
 
 class CheckpointWriter:
@@ -288,14 +314,19 @@ class CheckpointWriter:
         if len(layout) > 1:
             weight_map = {name: place[0] for name, place in sorted(self._place.items())}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            with written(folder / INDEX_FILE):
+                (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
     def _create(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         places, position = {}, 0
         for name, dtype, shape in tensors:
             size = dtype.itemsize * int(torch.Size(shape).numel())
-            entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+            entries[name] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [position, position + size],
+            }
             places[name] = (position, size)
             position += size
         raw = json.dumps(entries, separators=(",", ":")).encode()
@@ -306,7 +337,7 @@ class CheckpointWriter:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             self._descriptors[file] = descriptor
             if len(head) + position:
-                _reserve(descriptor, len(head) + position)
+                reserve(descriptor, len(head) + position)
             os.pwrite(descriptor, head, 0)
         except OSError as error:
             self.close()
@@ -331,11 +362,9 @@ class CheckpointWriter:
         if len(data) != size:
             raise CheckpointError(f"{name}: {len(data)} bytes to write into {file}, expected {size}.")
         done = 0
-        try:
+        with written(self.folder / file):
             while done < size:
                 done += os.pwrite(self._descriptors[file], data[done:], start + done)
-        except OSError as error:
-            raise CheckpointError(f"{self.folder / file}: cannot be written ({error.strerror}).") from None
         self._touched.add(file)
         self.digests[name] = hashlib.sha256(data).hexdigest()
         return self.digests[name]
@@ -343,7 +372,8 @@ class CheckpointWriter:
     def flush(self) -> None:
         """Force what was written to the disk, so that a finished block survives a crash."""
         for file in self._touched:
-            os.fdatasync(self._descriptors[file])
+            with written(self.folder / file):
+                getattr(os, "fdatasync", os.fsync)(self._descriptors[file])  # macOS has fsync only
         self._touched.clear()
 
     def close(self) -> None:
@@ -356,7 +386,22 @@ class CheckpointWriter:
             self._descriptors.clear()
 
 
-def _reserve(descriptor: int, size: int) -> None:
+@contextlib.contextmanager
+def written(file: Path) -> Iterator[None]:
+    """Where the output is written to: whatever the system says goes on as a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or file}: cannot be written ({error.strerror}). "
+            "Free some space or choose another output folder."
+        ) from None
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give an open file its size and its place on the disk. Raises `OSError` when there is not enough room."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:  # macOS has no posix_fallocate; a full disk then shows at the first write
@@ -381,7 +426,16 @@ def locate(source: str, revision: str | None = None, progress: Callable[[str], N
             huggingface_hub.snapshot_download(
                 source,
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "USE_POLICY*"],
+                allow_patterns=[
+                    "*.safetensors",
+                    "*.json",
+                    "*.model",
+                    "*.txt",
+                    "*.jinja",
+                    "*.py",
+                    "LICENSE*",
+                    "USE_POLICY*",
+                ],
                 ignore_patterns=["original/*", "onnx/*", "consolidated*"],
             )
         )

@@ -8,7 +8,7 @@ entry of a tensor lands is found by sending tagged tensors down the same way.
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,13 +42,17 @@ class Placement:
     columns: Tensor | None  # the parameter's input column for each column of the matrix; None when they are the same
 
 
+# Which tensor of a group: the pattern that it matched, and its number among those that matched the same one.
+_Key = tuple[str, int]
+
+
 class Conversion:
     """The groups of tensors that make up a module's parameters, found from names and shapes alone."""
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._model = model
         self._config = getattr(model, "config", None)
-        self._traces: dict[Any, dict[int, tuple[str, int | None, bool, Tensor | None]]] = {}
+        self._traces: dict[Any, dict[_Key, Placement]] = {}
         self._known = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         self.groups: dict[str, TensorGroup] = {}
         self.unused: list[str] = []  # tensors that the module does not read; they are copied as they are
@@ -81,7 +85,7 @@ class Conversion:
             meta = {name: torch.empty(shapes[name], device="meta") for name in group.names}
             yield TensorGroup(target, matched, tuple(self.convert(group, meta)), by_pattern[pattern])
 
-    def _rename(self, name: str, renamings: Sequence[Any], converters: Sequence[Any]) -> tuple[str, str | None]:
+    def _rename(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         if not renamings and not converters:
             return name, None
         from transformers.core_model_loading import rename_source_key
@@ -100,7 +104,9 @@ class Conversion:
     def making(self, parameters: Iterable[str]) -> list[TensorGroup]:
         """The groups that make the named parameters, each once; parameters that no tensor makes are left out."""
         groups = {
-            self._by_parameter[name].target: self._by_parameter[name] for name in parameters if name in self._by_parameter
+            self._by_parameter[name].target: self._by_parameter[name]
+            for name in parameters
+            if name in self._by_parameter
         }
         return list(groups.values())
 
@@ -139,12 +145,12 @@ class Conversion:
             key = (pattern, 0 if stacked else index)
             if key not in traced:
                 continue
-            parameter, expert, is_transposed, columns = traced[key]
+            place = traced[key]
             if stacked:
-                if expert != 0:
+                if place.expert != 0:
                     raise CheckpointError(f"{name}: the stack of experts does not start with the first one.")
-                expert = index
-            result[name] = [Placement(parameter, expert, is_transposed, columns)]
+                place = replace(place, expert=index)
+            result[name] = [place]
         return result
 
     @staticmethod
@@ -167,20 +173,20 @@ class Conversion:
         parts: Sequence[tuple[str, str]],
         shapes: Mapping[str, tuple[int, ...]],
         transposed: Mapping[str, bool],
-    ) -> dict[tuple[str, int], tuple[str, int | None, bool, Tensor | None]]:
-        """For (pattern, index in it): parameter, expert, whether the file is transposed, and the columns."""
+    ) -> dict[_Key, Placement]:
+        """Where each tensor lands. Blocks that are built alike are traced once."""
         signature = (
             id(group.converter),
             tuple((pattern, shapes[name]) for name, pattern in parts),
             tuple(transposed.get(parameter) for parameter in group.parameters),
         )
-        suffixes = {_after_digits(parameter): parameter for parameter in group.parameters}
         if signature not in self._traces:
             traced = self._trace_tags(group, parts, shapes, transposed)
             self._traces[signature] = {
-                key: (_after_digits(parameter), *rest) for key, (parameter, *rest) in traced.items()
+                key: replace(place, parameter=_after_digits(place.parameter)) for key, place in traced.items()
             }
-        return {key: (suffixes[suffix], *rest) for key, (suffix, *rest) in self._traces[signature].items()}
+        full = {_after_digits(parameter): parameter for parameter in group.parameters}
+        return {key: replace(place, parameter=full[place.parameter]) for key, place in self._traces[signature].items()}
 
     def _trace_tags(
         self,
@@ -188,49 +194,51 @@ class Conversion:
         parts: Sequence[tuple[str, str]],
         shapes: Mapping[str, tuple[int, ...]],
         transposed: Mapping[str, bool],
-    ) -> dict[tuple[str, int], tuple[str, int | None, bool, Tensor | None]]:
+    ) -> dict[_Key, Placement]:
         # Each entry carries (tensor, row, column) in one integer through the very conversion that weights take.
-        bits = 20
-        tags, keys, counts = {}, {}, {}
+        tags: dict[str, Tensor] = {}
+        keys: list[_Key] = []
         for number, (name, pattern) in enumerate(parts):
             if len(shapes[name]) != 2:
                 return {}
             rows, columns = shapes[name]
-            tags[name] = (
-                (number << 2 * bits)
-                + (torch.arange(rows).unsqueeze(1) << bits)
-                + torch.arange(columns).unsqueeze(0)
-            )
-            counts[pattern] = counts.get(pattern, -1) + 1
-            keys[number] = (pattern, counts[pattern])
+            row, column = torch.arange(rows).unsqueeze(1), torch.arange(columns).unsqueeze(0)
+            tags[name] = (number << 2 * _BITS) + (row << _BITS) + column
+            keys.append((pattern, sum(key[0] == pattern for key in keys)))
         made = self.convert(TensorGroup(group.target, tuple(parts), (), group.converter), tags)
-        result: dict[tuple[str, int], tuple[str, int | None, bool, Tensor | None]] = {}
+        result: dict[_Key, Placement] = {}
         for parameter, value in made.items():
             if parameter not in transposed or value.dim() not in (2, 3):
                 continue
-            for expert in range(value.shape[0]) if value.dim() == 3 else [None]:
+            experts: Sequence[int | None] = range(value.shape[0]) if value.dim() == 3 else [None]
+            for expert in experts:
                 view = value if expert is None else value[expert]
                 view = view.t() if transposed[parameter] else view  # (out, in)
-                first_row = view[:, 0] >> 2 * bits
-                for number in first_row.unique().tolist() + (view[0] >> 2 * bits).unique().tolist():
-                    if keys[number] in result:
-                        continue
-                    row = int((view >> 2 * bits == number).any(dim=1).nonzero()[0])
-                    inputs = (view[row] >> 2 * bits == number).nonzero().squeeze(1)
-                    tag = view[row, inputs]
-                    mask = (1 << bits) - 1
-                    in_rows, in_columns = (tag >> bits) & mask, tag & mask
-                    is_transposed = bool(len(inputs) > 1 and in_rows[0] != in_rows[1])
-                    order = in_rows if is_transposed else in_columns
-                    columns = torch.empty_like(inputs)
-                    columns[order] = inputs
-                    whole = len(inputs) == view.shape[1] and bool((columns == torch.arange(len(inputs))).all())
-                    result[keys[number]] = (parameter, expert, is_transposed, None if whole else columns)
+                for number in {*(view[:, 0] >> 2 * _BITS).tolist(), *(view[0] >> 2 * _BITS).tolist()}:
+                    if keys[number] not in result:
+                        result[keys[number]] = _read_tags(view, number, parameter, expert)
         return result
 
 
+_BITS = 20  # of each coordinate in a tag; no matrix is wider than a million
+
+
+def _read_tags(view: Tensor, number: int, parameter: str, expert: int | None) -> Placement:
+    """The placement of tensor `number`, whose tags lie somewhere in an (out, in) view of a parameter."""
+    own = view >> 2 * _BITS == number
+    first = int(own.any(dim=1).nonzero()[0])
+    inputs = own[first].nonzero().squeeze(1)
+    tags = view[first, inputs]
+    rows, columns = (tags >> _BITS) & ((1 << _BITS) - 1), tags & ((1 << _BITS) - 1)
+    is_transposed = bool(len(inputs) > 1 and rows[0] != rows[1])
+    position = torch.empty_like(inputs)
+    position[rows if is_transposed else columns] = inputs
+    whole = len(inputs) == view.shape[1] and torch.equal(position, torch.arange(len(inputs)))
+    return Placement(parameter, expert, is_transposed, None if whole else position)
+
+
 def _rules(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """transformers' renamings and converters for this model; none for a module that is not transformers'."""
+    """The renamings and converters of transformers for this model; none for any other module."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):

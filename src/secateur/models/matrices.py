@@ -133,7 +133,7 @@ class InputTap(TorchFunctionMode):
         """Let go of the inputs that were kept for sharing."""
         self._recent.clear()
         # Exact: a forward may end early only where every matrix multiplies exactly once.
-        self._can_stop = self._can_stop and len(self._calls) == self._count and max(self._calls.values()) == 1
+        self._can_stop = self._can_stop and len(self._calls) == self._count and set(self._calls.values()) <= {1}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -189,11 +189,9 @@ class InputTap(TorchFunctionMode):
                 # A batched product multiplies every expert with every token; those routed elsewhere are all zero.
                 self._add((name, expert), rows[(rows != 0).any(dim=-1)], None)
             return
-        expert = None
-        if parameter.dim() == 3:
-            offset = weight.storage_offset() - parameter.storage_offset()
-            expert = offset // parameter.stride(0)
-        self._add((name, expert), x.reshape(-1, width), x)
+        fused = parameter.dim() == 3
+        offset = int(weight.storage_offset() - parameter.storage_offset())
+        self._add((name, offset // parameter.stride(0) if fused else None), x.reshape(-1, width), x)
 
     def _add(self, key: tuple[str, int | None], x: Tensor, source: Tensor | None) -> None:
         self._calls[key] = self._calls.get(key, 0) + 1
@@ -205,8 +203,10 @@ class InputTap(TorchFunctionMode):
                     and recent.shape == source.shape
                     and recent.stride() == source.stride()
                 )
-                if same and version == source._version and (
-                    leader == recent_key or (leader is None and self._updates[recent_key] == 1)
+                if (
+                    same
+                    and version == source._version
+                    and (leader == recent_key or (leader is None and self._updates[recent_key] == 1))
                 ):
                     self._leader[key] = recent_key
                     return

@@ -13,7 +13,7 @@ from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError
 from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
-from secateur.models.skeleton import LoadedModel, Skeleton, build_skeleton, prepare
+from secateur.models.skeleton import LoadedModel, Skeleton, Source, build_skeleton, prepare
 
 # Entries of config.json that describe how weights are packed; loaders refuse dense weights that carry them.
 PACKING_ENTRIES = ("quantization_config", "sparsity_config", "compression_config")
@@ -41,11 +41,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(
-            f'device "{name}" cannot be used here ({str(error).splitlines()[0]}). Use --device cpu or auto.'
-        ) from None
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f'device "{name}" cannot be used here ({reason}). Use --device cpu or auto.') from None
     return device
 
 
@@ -96,6 +95,13 @@ def open_model(
     )
 
 
+def open_source(model: str, revision: str | None = None) -> Source:
+    """The weights alone, under the names of the checkpoint; a GGUF file has to be dequantised for them."""
+    if model.endswith(".gguf"):
+        return open_model(model, device="cpu").skeleton.source
+    return Checkpoint(locate(model, revision))
+
+
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that most of the floating-point weights have."""
     sizes: dict[torch.dtype, int] = {}
@@ -133,12 +139,18 @@ def _open_module(model: nn.Module, device: torch.device | None, dtype: str) -> O
 
     def write(target: Path) -> None:
         if not hasattr(model, "config"):
-            raise ModelStructureError(f"{type(model).__name__}: has no config, so it cannot be written as a checkpoint.")
+            raise ModelStructureError(
+                f"{type(model).__name__}: has no config, so it cannot be written as a checkpoint."
+            )
         _write_configuration(model, target)
 
     return OpenedModel(
         skeleton=skeleton,
-        origin={"kind": "module", "path": getattr(model, "name_or_path", "") or None, "architecture": type(model).__name__},
+        origin={
+            "kind": "module",
+            "path": getattr(model, "name_or_path", "") or None,
+            "architecture": type(model).__name__,
+        },
         write_companions=write,
         load_tokenizer=lambda: None,
     )
@@ -155,7 +167,7 @@ def _open_gguf(file: Path, device: torch.device, dtype: str) -> OpenedModel:
 
     chosen = choose_dtype(dtype, device, torch.float32)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=chosen)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=chosen)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise CheckpointError(f"{file}: transformers cannot dequantise it: {error}") from None
     model.to(device)

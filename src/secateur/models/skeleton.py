@@ -85,9 +85,12 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The text decoder inside a multimodal model, or the model itself."""
     if hasattr(model, "get_decoder"):
         with contextlib.suppress(AttributeError, NotImplementedError):
-            decoder = model.get_decoder()
+            getter: Any = model.get_decoder
+            decoder = getter()
             # Some models call their head `decoder`; a decoder without blocks is not the one that is meant.
-            if isinstance(decoder, nn.Module) and any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+            if isinstance(decoder, nn.Module) and any(
+                isinstance(module, nn.ModuleList) for module in decoder.modules()
+            ):
                 return decoder
     return model
 
@@ -122,7 +125,7 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Modul
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         try:
             with init_empty_weights(include_buffers=False):
-                model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+                model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
             break
         except ValueError as error:
             failure = failure or error
@@ -138,7 +141,8 @@ def prepare(model: nn.Module) -> None:
     if hasattr(model, "set_experts_implementation"):
         # Fused kernels hide which expert multiplies what; the plain loop shows it to the input tap.
         with contextlib.suppress(ValueError, AttributeError):
-            model.set_experts_implementation("eager")
+            setter: Any = model.set_experts_implementation
+            setter("eager")
 
 
 class Skeleton:
@@ -169,6 +173,23 @@ class Skeleton:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         self._tied = {**{source: target for target, source in tied.items()}, **tied}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids that the input embeddings know."""
+        embeddings = _embeddings(self.model, "get_input_embeddings")
+        if embeddings is None or not hasattr(embeddings, "weight"):
+            raise ModelStructureError(f"{type(self.model).__name__}: has no input embeddings.")
+        weight: Any = embeddings.weight
+        return int(weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """The longest window that the configuration allows for, or None when it names no limit."""
+        config: Any = getattr(self.model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        value = getattr(text, "max_position_embeddings", None)
+        return value if isinstance(value, int) else None
 
     @cached_property
     def block_tensors(self) -> list[list[str]]:
@@ -222,7 +243,10 @@ class Skeleton:
         inside = {name for names in self.block_tensors for name in names}
         embeddings = {
             id(module.weight)
-            for module in (_embeddings(self.model, "get_input_embeddings"), _embeddings(self.model, "get_output_embeddings"))
+            for module in (
+                _embeddings(self.model, "get_input_embeddings"),
+                _embeddings(self.model, "get_output_embeddings"),
+            )
             if module is not None and hasattr(module, "weight")
         }
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -440,7 +464,7 @@ class LoadedModel:
         }
         meta = self._revert({name: torch.empty_like(value, device="meta") for name, value in self._state.items()})
         self._tensors = {name: (tuple(value.shape), value.dtype) for name, value in meta.items()}
-        self._conversion: Conversion | None = None
+        self._conversion = Conversion(model, {name: shape for name, (shape, _) in self._tensors.items()})
 
     def _revert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from transformers import PreTrainedModel
@@ -466,8 +490,6 @@ class LoadedModel:
 
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The named tensors: views of the module's own where nothing is converted, else copies."""
-        if self._conversion is None:
-            self._conversion = Conversion(self.model, {name: self.shape(name) for name in self.names})
         parameters = [name for group in self._conversion.of(names) for name in group.parameters]
         tensors = self._revert({name: self._state[name].detach() for name in parameters if name in self._state})
         return {name: tensors[name] for name in names}

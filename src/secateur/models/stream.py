@@ -8,6 +8,7 @@ before it, is then exactly the model's forward, one block at a time, for any arc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ModelStructureError
+from secateur.models.checkpoint import reserve, written
 from secateur.models.skeleton import Block, Skeleton
 
 
@@ -78,6 +80,10 @@ class HiddenStates:
             return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
         # Memory: the pages of a mapped file are the system's to write out and drop.
         file = self._folder / f"states-{batch}.bin"
+        size = like.numel() * like.dtype.itemsize
+        with written(file), file.open("wb") as stream:
+            # A mapped file without room on the disk would end the process with a bus error, not with an exception.
+            reserve(stream.fileno(), size)
         flat = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)
         return flat.view(like.shape)
 
@@ -112,6 +118,11 @@ def states_folder(offload: str, bytes_needed: int, scratch: Path) -> Path | None
     return Path(offload).expanduser() / scratch.name
 
 
+def default_batch_size(length: int, device: torch.device) -> int:
+    """Samples that run through a block at once: about 2,048 tokens on a CPU, 16,384 on a GPU."""
+    return max(1, (16384 if device.type == "cuda" else 2048) // length)
+
+
 class Stream:
     """Calibration samples at one block of the model, moved on block by block.
 
@@ -129,11 +140,15 @@ class Stream:
     ) -> None:
         self.skeleton = skeleton
         self.device = skeleton.device
-        self.batches: Sequence[Tensor] = input_ids.split(batch_size)
+        self.batches: Sequence[Tensor] = torch.split(input_ids, batch_size)
         self.states = HiddenStates(len(self.batches), states_folder, pin=skeleton.device.type == "cuda")
         self._calls: list[list[Call]] = []
         self._intern: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._record(progress)
+        try:
+            self._record(progress)
+        except BaseException:
+            self.close()
+            raise
 
     @torch.no_grad()
     def _record(self, progress: Callable[[int, int], None] | None) -> None:
@@ -154,9 +169,7 @@ class Stream:
             ) -> Any:
                 states, rest, keyword = _hidden_states(args, kwargs)
                 kept = {key: value for key, value in kwargs.items() if key != keyword}
-                calls.append(
-                    Call(self._interned(rest, interned), self._interned(kept, interned), keyword)
-                )
+                calls.append(Call(self._interned(rest, interned), self._interned(kept, interned), keyword))
                 if index == 0:
                     self.states.put(number, states)
                 if index == len(self.skeleton.blocks) - 1:
@@ -248,7 +261,7 @@ class Stream:
         ids = self.batches[batch].to(self.device)
         last = len(self.skeleton.blocks) - 1
         # Memory: logits of a whole batch can be larger than the model; what follows the blocks is per token.
-        for part, part_ids in zip(states.split(chunk, dim=-2), ids.split(chunk, dim=1), strict=True):
+        for part, part_ids in zip(torch.split(states, chunk, dim=-2), torch.split(ids, chunk, dim=1), strict=True):
 
             def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], part: Tensor = part) -> Any:
                 own = part if index == last else _hidden_states(args, kwargs)[0]
@@ -294,9 +307,7 @@ def _stubbed(skeleton: Skeleton, run: Callable[[int, tuple[Any, ...], dict[str, 
     stack = skeleton.model.get_submodule(skeleton.path)
     try:
         for block in skeleton.blocks:
-            stack._modules[str(block.index)] = _Stub(
-                block.module, lambda args, kwargs, index=block.index: run(index, args, kwargs)
-            )
+            stack._modules[str(block.index)] = _Stub(block.module, partial(run, block.index))
         yield
     finally:
         for block in skeleton.blocks:

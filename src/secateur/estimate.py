@@ -1,0 +1,246 @@
+"""What a run would prune and cost, before it starts: memory, disk and time, from headers and a short measurement."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from secateur.core.patterns import Pattern
+from secateur.core.problem import Method
+from secateur.engine import make_plan
+from secateur.models.matrices import numbered_experts
+from secateur.models.opened import OpenedModel, open_model
+from secateur.models.skeleton import Skeleton
+from secateur.models.stream import default_batch_size
+from secateur.plan import Plan
+
+DISK_BYTES_PER_SECOND = 500e6  # a plain SSD; no disk is measured, since that would take writing to it
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """All matrices of one kind: `model.layers.*.mlp.up_proj.weight`."""
+
+    kind: str
+    pattern: str | None  # None where nothing of the kind is planned
+    matrices: int
+    planned: int
+    shape: tuple[int, int]
+    weights: int
+
+
+@dataclass(frozen=True)
+class LeftOutRow:
+    """Tensors that are not pruned, for one reason."""
+
+    reason: str
+    tensors: int
+    weights: int
+    example: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The dry run. Bytes are totals at the peak; seconds are a rough forecast from a measured matrix product."""
+
+    model: str
+    architecture: str
+    blocks: int
+    method: str
+    kinds: list[KindRow]
+    left_out: list[LeftOutRow]
+    plan: Plan
+    planned_weights: int
+    zeros: int
+    all_weights: int
+    tokens: int
+    device: str
+    dtype: str
+    block_bytes: int
+    states_bytes: int
+    host_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    seconds: float
+    available_host_bytes: int
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; the plan as one object per matrix."""
+        return {**asdict(self), "plan": self.plan.to_json()}
+
+
+def estimate(
+    model: str | os.PathLike[str] | nn.Module | OpenedModel,
+    *,
+    method: Method,
+    pattern: Pattern | Plan | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Estimate:
+    """What `prune` with the same options would do, without reading a weight (a GGUF file has to be read).
+
+    Raises the same errors as `prune` for a model, pattern or glob that cannot work.
+    """
+    if isinstance(model, OpenedModel):
+        opened = model
+    else:
+        opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    skeleton = opened.skeleton
+    plan = make_plan(opened, method, pattern, only=only, skip=skip)
+    tokens = (samples or 128) * (length or 2048) if method.needs else 0
+    batch_tokens = (batch_size or default_batch_size(length or 2048, skeleton.device)) * (length or 2048)
+    sizes = _Sizes(skeleton, tokens, min(batch_tokens, tokens))
+    on_gpu = skeleton.device.type != "cpu"
+    host, on_device = sizes.host(on_gpu), sizes.device() if on_gpu else 0
+    notes = []
+    if skeleton.resident:
+        notes.append("The whole model is in memory: it was given as a module, or dequantised from GGUF.")
+    if sizes.states > psutil.virtual_memory().available // 2:
+        notes.append("The hidden states would not fit in half of the free memory; they go to a memory-mapped file.")
+    if host > psutil.virtual_memory().available:
+        notes.append("This needs more host memory than is free now: use fewer or shorter samples, or --batch-size 1.")
+    sizes_by_name = {matrix.name: matrix.shape[0] * matrix.shape[1] for matrix in skeleton.matrices}
+    return Estimate(
+        model=str(opened.origin.get("path")),
+        architecture=str(opened.origin["architecture"]),
+        blocks=len(skeleton.blocks),
+        method=method.name,
+        kinds=_kinds(skeleton, plan),
+        left_out=_left_out(skeleton),
+        plan=plan,
+        planned_weights=sum(sizes_by_name[name] for name in plan),
+        zeros=round(sum(sizes_by_name[name] * pattern.sparsity for name, pattern in plan.items())),
+        all_weights=sum(_count(skeleton.source.shape(name)) for name in skeleton.source.names),
+        tokens=tokens,
+        device=str(skeleton.device),
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        block_bytes=sizes.block_stored,
+        states_bytes=sizes.states,
+        host_bytes=host,
+        device_bytes=on_device,
+        disk_bytes=sizes.total,
+        seconds=_seconds(skeleton, plan, tokens, sizes),
+        available_host_bytes=psutil.virtual_memory().available,
+        notes=notes,
+    )
+
+
+class _Sizes:
+    """Bytes of the parts of a run."""
+
+    def __init__(self, skeleton: Skeleton, tokens: int, batch_tokens: int) -> None:
+        source = skeleton.source
+        self.skeleton = skeleton
+        config: Any = getattr(skeleton.model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        hidden = getattr(text, "hidden_size", 1024)
+        item = skeleton.dtype.itemsize
+        stored = [_bytes(skeleton, names) for names in skeleton.block_tensors]
+        computed = [sum(_count(source.shape(name)) for name in names) * item for names in skeleton.block_tensors]
+        self.block_stored = max(stored)
+        self.block_computed = max(computed)
+        self.outside = sum(_count(source.shape(name)) for name in skeleton.outside_tensors) * item
+        self.total = _bytes(skeleton, source.names)
+        self.states = tokens * hidden * item
+        widths = max((matrix.shape[0] + matrix.shape[1] for matrix in skeleton.matrices), default=0)
+        self.activations = batch_tokens * (4 * hidden + 3 * widths) * item
+
+    def host(self, on_gpu: bool) -> int:
+        """Interpreter and libraries as they are now, blocks read, changed and being written, and the states."""
+        now = psutil.Process().memory_info().rss
+        weights = self.total if self.skeleton.resident else 3 * self.block_stored
+        computing = 0 if on_gpu else self.activations
+        if not self.skeleton.resident and not on_gpu:
+            copied = self.block_computed if self.block_computed != self.block_stored else 0
+            computing += self.outside + copied
+        return now + weights + self.block_stored + self.states + computing
+
+    def device(self) -> int:
+        """What lies on the GPU: the parts outside the blocks, one block, its solution, one batch."""
+        return self.outside + 2 * self.block_computed + self.activations
+
+
+def _count(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _bytes(skeleton: Skeleton, names: Sequence[str]) -> int:
+    source = skeleton.source
+    return sum(_count(source.shape(name)) * source.dtype(name).itemsize for name in names)
+
+
+def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
+    rows: dict[str, KindRow] = {}
+    for matrix in skeleton.matrices:
+        known = rows.get(matrix.kind)
+        pattern = str(plan[matrix.name]) if matrix.name in plan else None
+        rows[matrix.kind] = KindRow(
+            matrix.kind,
+            (known.pattern if known and known.pattern else pattern),
+            (known.matrices if known else 0) + 1,
+            (known.planned if known else 0) + (pattern is not None),
+            matrix.shape,
+            (known.weights if known else 0) + matrix.shape[0] * matrix.shape[1],
+        )
+    return list(rows.values())
+
+
+def _left_out(skeleton: Skeleton) -> list[LeftOutRow]:
+    rows: dict[str, LeftOutRow] = {}
+    for name, reason in skeleton.left_out.items():
+        known = rows.get(reason)
+        size = _count(skeleton.source.shape(name))
+        rows[reason] = LeftOutRow(
+            reason,
+            (known.tensors if known else 0) + 1,
+            (known.weights if known else 0) + size,
+            known.example if known else name,
+        )
+    return sorted(rows.values(), key=lambda row: -row.weights)
+
+
+def _seconds(skeleton: Skeleton, plan: Plan, tokens: int, sizes: _Sizes) -> float:
+    """Two forwards of the blocks up to the last planned one, plus reading and writing, which overlap them."""
+    config: Any = getattr(skeleton.model, "config", None)
+    experts = numbered_experts(config) or 1
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    share = (getattr(text, "num_experts_per_tok", None) or 1) / experts
+    last = max(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
+    multiplied = sum(
+        matrix.shape[0] * matrix.shape[1] * (share if matrix.expert is not None else 1)
+        for matrix in skeleton.matrices
+        if matrix.block <= last
+    )
+    computing = 2 * 2 * tokens * multiplied / _multiplication_rate(skeleton) if tokens else 0.0
+    moving = (0 if skeleton.resident else sizes.total) / DISK_BYTES_PER_SECOND + sizes.total / DISK_BYTES_PER_SECOND
+    return max(computing, moving) + 1
+
+
+def _multiplication_rate(skeleton: Skeleton) -> float:
+    """Floating-point operations a second of a matrix product of the model's width, measured for a moment."""
+    width = max((matrix.shape[1] for matrix in skeleton.matrices), default=1024)
+    left = torch.randn(1024, width, device=skeleton.device).to(skeleton.dtype)
+    right = torch.randn(width, 1024, device=skeleton.device).to(skeleton.dtype)
+    _ = left @ right
+    if skeleton.device.type == "cuda":
+        torch.cuda.synchronize()
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.2:
+        _ = left @ right
+        products += 1
+        if skeleton.device.type == "cuda":
+            torch.cuda.synchronize()
+    return products * 2 * 1024 * width * 1024 / (time.perf_counter() - started)

@@ -1,0 +1,165 @@
+"""Perplexity in the convention of the pruning papers, streamed block by block."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
+from secateur.errors import NumericalError
+from secateur.models.opened import OpenedModel, open_model
+from secateur.models.stream import Stream, default_batch_size, states_folder
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The result of an evaluation.
+
+    `nats` is the mean over windows of the mean cross-entropy of a window's length - 1 predictions, `standard_error`
+    that mean's standard error over windows, and `perplexity` is exp(nats). `window_nats` are the windows' own means:
+    two models on the same tokens (same `digest`) are best compared by their differences, window by window.
+    """
+
+    data: str
+    windows: int
+    length: int
+    tokens: int
+    nats: float
+    standard_error: float
+    window_nats: list[float]
+    digest: str
+    seconds: float
+    provenance: Mapping[str, Any]
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean cross-entropy."""
+        return math.exp(self.nats) if self.nats < 700 else math.inf
+
+    @property
+    def perplexity_error(self) -> float:
+        """Standard error of the perplexity, to first order: perplexity times the error in nats."""
+        return self.perplexity * self.standard_error
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, with the perplexity and its error."""
+        return {"perplexity": self.perplexity, "perplexity_error": self.perplexity_error, **asdict(self)}
+
+
+def perplexity(
+    model: str | os.PathLike[str] | nn.Module | OpenedModel,
+    data: str | Tensor | Windows = "wikitext2",
+    *,
+    length: int | None = None,
+    windows: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload_states: str = "auto",
+    tokenizer: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Perplexity:
+    """The perplexity of a model on a text, in the memory of one block.
+
+    The text is tokenised once, cut into windows of `length` (2048) tokens without overlap, and the remainder dropped.
+    Each window predicts its tokens 2 to length; the mean cross-entropy of the windows, in float32 whatever the dtype
+    of the logits, is averaged and exponentiated.
+
+    Source: the evaluation of SparseGPT, Wanda and GBLM-Pruner. Raises `CalibrationError` for a text that is too short
+    or does not fit the model, and `NumericalError` when the model's outputs are not finite.
+    """
+    started = time.perf_counter()
+    if isinstance(model, OpenedModel):
+        opened = model
+    else:
+        opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    given = isinstance(data, Tensor | Windows)
+    cut = evaluation_windows(
+        data, tokenizer or (None if given else opened.load_tokenizer()), length=length, windows=windows
+    )
+    check_vocabulary(cut, opened.skeleton.vocabulary_size)
+    check_length(cut, opened.skeleton.positions)
+    losses = window_losses(opened, cut, batch_size=batch_size, offload_states=offload_states, progress=progress)
+    if not bool(losses.isfinite().all()):
+        bad = int((~losses.isfinite()).sum())
+        raise NumericalError(
+            f"{bad} of {len(losses)} windows have a loss that is not finite. "
+            "The model overflows or is damaged; try --dtype float32."
+        )
+    error = float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.nan
+    return Perplexity(
+        data=data if isinstance(data, str) else "token ids",
+        windows=cut.samples,
+        length=cut.length,
+        tokens=cut.samples * (cut.length - 1),
+        nats=float(losses.mean()),
+        standard_error=error,
+        window_nats=losses.tolist(),
+        digest=cut.digest,
+        seconds=time.perf_counter() - started,
+        provenance=cut.provenance,
+    )
+
+
+@torch.no_grad()
+def window_losses(
+    opened: OpenedModel,
+    windows: Windows,
+    *,
+    batch_size: int | None = None,
+    offload_states: str = "auto",
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Tensor:
+    """The mean cross-entropy of each window, in nats: float64 of shape (windows,)."""
+    skeleton = opened.skeleton
+    skeleton.load_outside()
+    ids = windows.input_ids
+    width = getattr(getattr(skeleton.model, "config", None), "hidden_size", 1024)
+    folder = states_folder(
+        offload_states, ids.numel() * width * skeleton.dtype.itemsize, Path.cwd() / f"secateur-{os.getpid()}.states"
+    )
+    stream = Stream(
+        skeleton,
+        ids,
+        batch_size=batch_size or default_batch_size(windows.length, skeleton.device),
+        states_folder=folder,
+        progress=lambda done, total: progress("record", done, total),
+    )
+    try:
+        for block in skeleton.blocks:
+            skeleton.load(block, skeleton.read(block))
+            for batch in range(len(stream.batches)):
+                stream.states.put(batch, stream.run(block, batch))
+            skeleton.unload(block)
+            stream.release(block)
+            progress("blocks", block.index + 1, len(skeleton.blocks))
+        losses = []
+        for batch, batch_ids in enumerate(stream.batches):
+            losses.append(_batch_losses(stream, batch, batch_ids))
+            progress("head", batch + 1, len(stream.batches))
+        return torch.cat(losses)
+    finally:
+        stream.close()
+
+
+def _batch_losses(stream: Stream, batch: int, ids: Tensor) -> Tensor:
+    targets = ids[:, 1:].to(stream.device)
+    total = torch.zeros(len(ids), dtype=torch.float64, device=stream.device)
+    position = 0
+    for part, logits in stream.logits(batch):
+        own = targets[:, position : position + part.shape[1]]
+        # Paper: the published code takes the loss in the logits' dtype, which newer transformers leave in half.
+        loss = nn.functional.cross_entropy(
+            logits[:, : own.shape[1]].float().flatten(0, 1), own.flatten(), reduction="none"
+        )
+        total += loss.view(own.shape).double().sum(dim=1)
+        position += part.shape[1]
+    return (total / targets.shape[1]).cpu()

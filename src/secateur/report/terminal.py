@@ -1,0 +1,173 @@
+"""Results as rich tables. Nothing is printed here."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from secateur.estimate import Estimate
+from secateur.evaluate.perplexity import Perplexity
+from secateur.manifest import Manifest, Verification
+from secateur.report.inspect import Inspection, MatrixSparsity
+
+
+def bytes_text(count: float) -> str:
+    """A size with a decimal unit: 1.4 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration: 4.2 s, 3 min 10 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def estimate_tables(estimate: Estimate) -> RenderableType:
+    """The dry run: what would be pruned, what not and why, and what it would take."""
+    planned = _table(
+        "matrices",
+        "count",
+        "out x in",
+        "weights",
+        "pattern",
+        title=f"{estimate.architecture}, {estimate.blocks} blocks",
+    )
+    for row in estimate.kinds:
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        partial = f" ({row.planned} of {row.matrices})" if 0 < row.planned < row.matrices else ""
+        planned.add_row(row.kind, str(row.matrices), shape, f"{row.weights:,}", (row.pattern or "left out") + partial)
+    left = _table("not pruned", "tensors", "weights", "for example", title="")
+    for reason in estimate.left_out:
+        left.add_row(reason.reason, str(reason.tensors), f"{reason.weights:,}", reason.example)
+    cost = _table("estimate", "", title="")
+    share = estimate.zeros / max(estimate.all_weights, 1)
+    cost.add_row("planned weights", f"{estimate.planned_weights:,} of {estimate.all_weights:,}")
+    cost.add_row("zeros afterwards", f"{estimate.zeros:,} ({share:.1%} of the model)")
+    cost.add_row("computing on", f"{estimate.device}, {estimate.dtype}")
+    cost.add_row("calibration", f"{estimate.tokens:,} tokens" if estimate.tokens else "none needed")
+    cost.add_row("largest block", bytes_text(estimate.block_bytes))
+    cost.add_row("hidden states", bytes_text(estimate.states_bytes))
+    free = bytes_text(estimate.available_host_bytes)
+    cost.add_row("host memory", f"about {bytes_text(estimate.host_bytes)} ({free} free)")
+    if estimate.device_bytes:
+        cost.add_row("device memory", f"about {bytes_text(estimate.device_bytes)}")
+    cost.add_row("disk", bytes_text(estimate.disk_bytes))
+    cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
+    return Group(planned, left, cost, *(Text(note, style="yellow") for note in estimate.notes))
+
+
+def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
+    """What a run did: by kind of matrix, how far the blocks moved, and where the time went."""
+    kinds: dict[str, list[dict[str, object]]] = {}
+    for entry in manifest.matrices.values():
+        kinds.setdefault(str(entry["kind"]), []).append(entry)
+    table = _table("matrices", "count", "sparsity", "tokens each", title=f"Pruned with {manifest.method}")
+    for kind, entries in kinds.items():
+        tokens = [int(str(entry["tokens"])) for entry in entries if entry["tokens"] is not None]
+        seen = f"{min(tokens):,}" if tokens else "-"
+        if tokens and min(tokens) != max(tokens):
+            seen = f"{min(tokens):,} to {max(tokens):,}"
+        zeros = sum(int(str(entry["zeros"])) for entry in entries)
+        weights = sum(_area(entry["shape"]) for entry in entries)
+        table.add_row(kind, str(len(entries)), f"{zeros / weights:.4f}", seen)
+    totals = manifest.totals
+    lines = [
+        f"{totals['zeros']:,} of {totals['weights']:,} planned weights are zero: sparsity {totals['sparsity']:.4f} "
+        f"(asked {totals['asked']:.4f})."
+    ]
+    changes = [block["output_change"] for block in manifest.blocks if block.get("output_change") is not None]
+    if changes:
+        worst = max(range(len(changes)), key=lambda index: changes[index])
+        lines.append(
+            f"Block outputs moved by {sum(changes) / len(changes):.3f} of their norm on average, most in block {worst} "
+            f"({changes[worst]:.3f})."
+        )
+    parts = [
+        f"{part} {seconds_text(value)}" for part, value in manifest.seconds.items() if part != "total" and value > 0.05
+    ]
+    lines.append(f"{seconds_text(manifest.seconds['total'])} in all" + (f": {', '.join(parts)}." if parts else "."))
+    if output is not None:
+        lines.append(f"Written to {output}; check it with: secateur verify {output}")
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _area(shape: object) -> int:
+    rows, columns = shape if isinstance(shape, list) else (0, 0)
+    return int(rows) * int(columns)
+
+
+def perplexity_table(result: Perplexity) -> RenderableType:
+    """Perplexity with its standard error, and what it was measured on."""
+    table = _table("data", "windows", "tokens", "nats", "perplexity", "seconds")
+    table.add_row(
+        result.data,
+        f"{result.windows} x {result.length}",
+        f"{result.tokens:,}",
+        f"{result.nats:.4f} ± {result.standard_error:.4f}",
+        f"{result.perplexity:.3f} ± {result.perplexity_error:.3f}",
+        f"{result.seconds:.1f}",
+    )
+    return table
+
+
+def inspection_tables(inspection: Inspection, every_matrix: bool = False) -> RenderableType:
+    """Sparsity and pattern by kind and by block, or of every matrix."""
+    if every_matrix:
+        table = _table("matrix", "out x in", "sparsity", "pattern")
+        for matrix in inspection.matrices:
+            shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
+            table.add_row(matrix.name, shape, f"{matrix.sparsity:.4f}", matrix.pattern)
+        return table
+    kinds = _table("by kind", "count", "sparsity", "pattern")
+    for kind, matrices in inspection.by_kind().items():
+        kinds.add_row(kind, str(len(matrices)), _sparsity(matrices), _patterns(matrices))
+    blocks = _table("by block", "count", "sparsity", "pattern", title="")
+    for block, matrices in inspection.by_block().items():
+        blocks.add_row(str(block), str(len(matrices)), _sparsity(matrices), _patterns(matrices))
+    total = Text(f"Sparsity of all prunable matrices: {inspection.sparsity:.4f}", style="bold")
+    return Group(kinds, blocks, total)
+
+
+def _sparsity(matrices: list[MatrixSparsity]) -> str:
+    values = [matrix.sparsity for matrix in matrices]
+    mean = sum(matrix.zeros for matrix in matrices) / sum(matrix.weights for matrix in matrices)
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if max(values) - min(values) > 5e-5 else ""
+    return f"{mean:.4f}{spread}"
+
+
+def _patterns(matrices: list[MatrixSparsity]) -> str:
+    counts: dict[str, int] = {}
+    for matrix in matrices:
+        counts[matrix.pattern] = counts.get(matrix.pattern, 0) + 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{pattern} ({count})" for pattern, count in counts.items())
+
+
+def verification_tables(result: Verification) -> RenderableType:
+    """The verdict, and every problem found."""
+    lines = [
+        f"{result.tensors} tensors hashed, {result.matrices} matrices checked against their patterns, "
+        f"sparsity {result.sparsity:.4f} of planned weights."
+    ]
+    if result.compared_to:
+        lines.append(f"Compared with the source {result.compared_to}.")
+    if result.ok:
+        return Group(*(Text(line) for line in lines), Text("Verified.", style="bold green"))
+    shown = [Text(f"  {problem}", style="red") for problem in result.problems[:20]]
+    more = [Text(f"  and {len(result.problems) - 20} more")] if len(result.problems) > 20 else []
+    heading = Text(f"NOT verified: {len(result.problems)} problems.", style="bold red")
+    return Group(*(Text(line) for line in lines), heading, *shown, *more)
