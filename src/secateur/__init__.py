@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         PatternError,
         SecateurError,
     )
-    from secateur.estimate import Estimate, estimate
     from secateur.evaluate.perplexity import Perplexity, perplexity
+    from secateur.forecast import Estimate, estimate
     from secateur.manifest import Manifest, Verification, verify
     from secateur.methods.magnitude import magnitude
     from secateur.methods.wanda import wanda, wanda_variant
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CalibrationError": "errors",
     "CheckpointError": "errors",
-    "Estimate": "estimate",
+    "Estimate": "forecast",
     "Event": "engine",
     "Manifest": "manifest",
     "Method": "core.problem",
@@ -53,7 +53,7 @@ _HOMES = {
     "Verification": "manifest",
     "Windows": "calibration",
     "calibration_windows": "calibration",
-    "estimate": "estimate",
+    "estimate": "forecast",
     "evaluation_windows": "calibration",
     "inspect": "report.inspect",
     "magnitude": "methods.magnitude",

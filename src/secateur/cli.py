@@ -271,7 +271,7 @@ def plan(
     chosen = _pattern(sparsity, pattern, per)
     solver = _method(method)
     with _quiet_libraries(), _status("Reading the model"):
-        from secateur.estimate import estimate
+        from secateur.forecast import estimate
 
         result = estimate(
             model,

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
-from secateur.core.patterns import NM, Pattern, Unstructured
+from secateur.core.patterns import NM, Pattern, Unstructured, with_group
 from secateur.core.problem import Method, Problem, Solution
-from secateur.errors import CheckpointError, NumericalError, PatternError
+from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
 from secateur.manifest import FILE_NAME, Manifest, file_digests, tensor_digest
-from secateur.models.checkpoint import CheckpointWriter, written
+from secateur.models.checkpoint import CheckpointWriter, writing
 from secateur.models.matrices import Enough, InputTap, Matrix, prunable_parameters
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.skeleton import Block, Skeleton
@@ -102,8 +102,11 @@ def prune(
     which says what to do.
     """
     started = time.perf_counter()
+    only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
     if propagate not in ("pruned", "dense"):
         raise PatternError(f'propagate must be "pruned" or "dense", got "{propagate}".')
+    if batch_size is not None and batch_size < 1:
+        raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
     target = _check_output(output, model, overwrite)
     opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
@@ -144,7 +147,7 @@ def prune(
         if target is not None:
             scratch = stack.enter_context(_Scratch(target, overwrite))
             writer = stack.enter_context(_closing(CheckpointWriter(scratch.folder, skeleton.source.layout())))
-            with written(scratch.folder):
+            with writing(scratch.folder):
                 opened.write_companions(scratch.folder)
         name = (target or Path.cwd() / "secateur").name
         states = (target or Path.cwd() / name).with_name(f"{name}.states-{os.getpid()}")
@@ -159,7 +162,7 @@ def prune(
             manifest.tensors, manifest.headers = writer.digests, writer.header_digests
             manifest.files = file_digests(scratch.folder)
             manifest.write(scratch.folder)
-            with written(scratch.target):
+            with writing(scratch.target):
                 scratch.commit()
     on_event(Event("done"))
     return manifest
@@ -181,8 +184,16 @@ def make_plan(
         if not pattern:
             raise PatternError("the plan is empty: it names no matrix, so nothing is left to prune.")
         pattern.check(shapes)
-        return pattern
+        return Plan({name: with_group(own, method.per) for name, own in pattern.items()})
     return uniform(shapes, pattern or Unstructured(0.5), only=only, skip=skip, per=method.per)
+
+
+@dataclass
+class _First:
+    """What went into a block for the first batch, and what came out of it while it was dense."""
+
+    input: Tensor
+    output: Tensor | None = None
 
 
 @dataclass
@@ -218,14 +229,14 @@ class _Run:
             if stream is not None:
                 stack.callback(stream.close)
             written: Future[None] = background.submit(self._write_outside)
-            coming = reader.submit(self._read, blocks[0])
+            coming = reader.submit(self._read, blocks[0], planned[0])
             for block in blocks:
                 started = time.perf_counter()
                 self._tell("read", block)
                 tensors = coming.result()
                 self.clock.add("wait for read", started)
                 if block.index + 1 < len(blocks):
-                    coming = reader.submit(self._read, blocks[block.index + 1])
+                    coming = reader.submit(self._read, blocks[block.index + 1], planned[block.index + 1])
                 matrices = planned[block.index]
                 own = {name: tensors[name] for name in skeleton.block_tensors[block.index]}
                 changed = self._prune_block(block, tensors, matrices, stream, last) if block.index <= last else {}
@@ -258,9 +269,15 @@ class _Run:
         self.clock.add("record calls", started)
         return stream
 
-    def _read(self, block: Block) -> dict[str, Tensor]:
+    def _read(self, block: Block, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
+        """In the background: a block's checkpoint tensors, their planned matrices checked and digested."""
         started = time.perf_counter()
         tensors = self.skeleton.read(block)
+        for matrix in matrices:
+            check_finite(matrix, tensors)
+        if self.writer is not None:
+            for name in dict.fromkeys(matrix.tensor for matrix in matrices):
+                self.manifest.source_tensors[name] = tensor_digest(tensors[name])
         self.clock.seconds["read"] = self.clock.seconds.get("read", 0.0) + time.perf_counter() - started
         return tensors
 
@@ -273,8 +290,6 @@ class _Run:
         last: int,
     ) -> dict[str, Tensor]:
         """The checkpoint tensors of the block that changed; the stream has moved on behind the pruned block."""
-        for matrix in matrices:
-            check_finite(matrix, tensors)
         record: dict[str, Any] = {"index": block.index, "path": block.path, "matrices": len(matrices)}
         if stream is None:
             changed = self._solve(block, matrices, tensors, None)
@@ -283,10 +298,10 @@ class _Run:
         else:
             self.skeleton.load(block, tensors)
             try:
-                tap, dense = self._take_statistics(block, matrices, stream)
+                tap, first = self._take_statistics(block, matrices, stream)
                 changed = self._solve(block, matrices, tensors, tap)
                 self._update(changed, tensors)
-                record["output_change"] = self._move_on(block, stream, dense, bool(changed), last)
+                record["output_change"] = self._move_on(block, matrices, stream, first, last)
             finally:
                 self.skeleton.unload(block)
         self.manifest.blocks.append(record)
@@ -297,13 +312,8 @@ class _Run:
         names = [name for group in self.skeleton.conversion.of(changed) for name in group.names]
         self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
 
-    def _update(self, tensors: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> None:
-        groups = self.skeleton.conversion.of(changed)
-        names = [name for group in groups for name in group.names]
-        self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
-
-    def _take_statistics(self, block: Block, matrices: list[Matrix], stream: Stream) -> tuple[InputTap, list[Tensor]]:
-        """The tap with the statistics of a block, and the dense outputs: of the first batch, or of all if needed."""
+    def _take_statistics(self, block: Block, matrices: list[Matrix], stream: Stream) -> tuple[InputTap, "_First"]:
+        """The tap with the statistics of a block, and what went into and came out of it for the first batch."""
         started = time.perf_counter()
         experts = {matrix.parameter for matrix in matrices}
         layout, _ = prunable_parameters(block.module, None)
@@ -312,19 +322,25 @@ class _Run:
         tap = InputTap(
             {name: (parameters[name[prefix:]], layout[name[prefix:]]) for name in sorted(experts)}, self.method.needs
         )
-        keep_all = self.propagate == "dense" or not matrices
-        outputs: list[Tensor] = []
+        single = self._single_pass(matrices)
+        first = _First(stream.states.get(0, stream.device))
         for batch, ids in enumerate(stream.batches):
-            tap.begin(len(ids), whole=batch == 0 or keep_all)
+            tap.begin(len(ids), whole=batch == 0 or single)
             with suppress(Enough), tap:
                 output = stream.run(block, batch)
-                if batch == 0 or keep_all:
-                    outputs.append(output if not keep_all else output.to("cpu"))
+                if batch == 0:
+                    first.output = output
+                if single:
+                    stream.states.put(batch, output)
             tap.end()
             self._tell("statistics", block, batch + 1, len(stream.batches))
         tap.check(matrices, sum(len(ids) for ids in stream.batches))
         self.clock.add("statistics forward", started)
-        return tap, outputs
+        return tap, first
+
+    def _single_pass(self, matrices: list[Matrix]) -> bool:
+        """Whether the outputs of the dense block are the next block's inputs, so that no second pass is needed."""
+        return self.propagate == "dense" or not matrices
 
     def _solve(
         self, block: Block, matrices: list[Matrix], tensors: Mapping[str, Tensor], tap: InputTap | None
@@ -338,11 +354,11 @@ class _Run:
             solution = self.method.solve(Problem(matrix.name, weight, self.plan[matrix.name], statistics))
             record = check_solution(matrix, self.plan[matrix.name], weight, solution, self.method)
             if matrix.tensor not in changed:
-                changed[matrix.tensor] = torch.empty_like(tensors[matrix.tensor], device="cpu")
-                if self.writer is not None:
-                    self.manifest.source_tensors[matrix.tensor] = tensor_digest(tensors[matrix.tensor])
+                original = tensors[matrix.tensor]
+                pin = self.skeleton.device.type == "cuda"
+                changed[matrix.tensor] = torch.empty(original.shape, dtype=original.dtype, pin_memory=pin)
                 if matrix.index is not None:
-                    changed[matrix.tensor].copy_(tensors[matrix.tensor])
+                    changed[matrix.tensor].copy_(original)
             # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
             matrix.view(changed).copy_(solution.weight.masked_fill(~solution.mask, 0))
             tokens = max((statistic.tokens for statistic in statistics.values()), default=None)
@@ -352,21 +368,22 @@ class _Run:
             }
         return changed
 
-    def _move_on(self, block: Block, stream: Stream, dense: list[Tensor], changed: bool, last: int) -> float | None:
+    def _move_on(
+        self, block: Block, matrices: list[Matrix], stream: Stream, first: "_First", last: int
+    ) -> float | None:
         """Make the next block's inputs; returns how far the first batch's output moved, relative to its norm."""
         started = time.perf_counter()
+        single = self._single_pass(matrices)
         change: float | None = None
-        if changed:
-            pruned = stream.run(block, 0)
-            change = relative_change(dense[0].to(pruned.device), pruned)
-        reuse = len(dense) == len(stream.batches) and (self.propagate == "dense" or not changed)
-        for batch in range(len(stream.batches)) if block.index < last else ():
-            if reuse:
-                output = dense[batch]
-            else:
-                output = pruned if batch == 0 else stream.run(block, batch)
-            stream.states.put(batch, output)
-            self._tell("forward", block, batch + 1, len(stream.batches))
+        if matrices and first.output is not None:
+            pruned = stream.run(block, 0, states=first.input, aside=single)
+            change = relative_change(first.output, pruned)
+            if not single and block.index < last:
+                stream.states.put(0, pruned)
+        if not single and block.index < last:
+            for batch in range(1, len(stream.batches)):
+                stream.states.put(batch, stream.run(block, batch))
+                self._tell("forward", block, batch + 1, len(stream.batches))
         stream.release(block)
         self.clock.add("propagation forward", started)
         return change
@@ -425,8 +442,8 @@ def check_solution(
         raise PatternError(f"{matrix.name}: the mask of {method.name} breaks {pattern}: {violation}.")
     if not bool(new.isfinite().all()):
         raise NumericalError(
-            f"{matrix.name}: {method.name} gave {int((~new.isfinite()).sum())} of {new.numel()} weights that are NaN or "
-            "infinite, where the source has none."
+            f"{matrix.name}: {method.name} gave {int((~new.isfinite()).sum())} of {new.numel()} weights that are NaN "
+            "or infinite, where the source has none."
         )
     if bool((new.ne(0) & ~mask).any()):
         raise PatternError(
@@ -505,8 +522,9 @@ def _check_output(
                 "Choose another folder, or remove it yourself."
             )
     above = next(folder for folder in target.parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        reason = "no permission to write there" if above.is_dir() else "not a folder"
+    effective = os.access in os.supports_effective_ids
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK, effective_ids=effective):
+        reason = "no permission to write there" if above.is_dir() else "it is not a folder"
         raise CheckpointError(f"{output}: cannot be made in {above} ({reason}). Choose another output folder.")
     return target
 
@@ -524,6 +542,7 @@ class _Scratch:
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
+            self._remove()
             raise CheckpointError(
                 f"{self.target}: no folder can be made beside it ({error.strerror}). Choose another output folder."
             ) from None
@@ -545,10 +564,13 @@ class _Scratch:
 
     def __exit__(self, *exception: object) -> None:
         if self.folder.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):
-                for folder in self.made:
-                    folder.rmdir()
+            self._remove()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            for folder in self.made:
+                folder.rmdir()
 
 
 class _closing:  # noqa: N801 - a context manager, in the manner of contextlib.closing

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_bytes, written
+from secateur.models.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_bytes, writing
 from secateur.models.skeleton import Source
 
 FILE_NAME = "secateur.json"
@@ -54,7 +54,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `secateur.json` into the folder. Raises `CheckpointError` when that is not possible."""
-        with written(folder / FILE_NAME):
+        with writing(folder / FILE_NAME):
             (folder / FILE_NAME).write_text(_text(self.to_json()))
 
 

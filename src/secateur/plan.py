@@ -3,17 +3,17 @@
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from secateur.core.patterns import Group, Pattern, Unstructured, pattern_from_json
+from secateur.core.patterns import Group, Pattern, pattern_from_json, with_group
 from secateur.errors import PatternError
 
 Shapes = Mapping[str, tuple[int, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan(Mapping[str, Pattern]):
     """A mapping from matrix names to patterns that can be printed, saved as JSON, and compared."""
 
@@ -56,8 +56,7 @@ def uniform(
     Globs match whole names, with or without a final ".weight". `per` is the comparison group for an unstructured
     pattern that leaves it open. Raises `PatternError` for a glob that matches nothing and for an empty plan.
     """
-    if isinstance(pattern, Unstructured) and pattern.per is None:
-        pattern = replace(pattern, per=per)
+    pattern = with_group(pattern, per)
     for option, globs in (("--only", only), ("--skip", skip)):
         for glob in globs:
             if not any(matches(name, glob) for name in shapes):
@@ -83,6 +82,8 @@ def _nearest(name: str, shapes: Shapes) -> str:
     plain = name.replace("*", "")
     leaves = {part for known in shapes for part in known.split(".") if not part.isdigit() and part != "weight"}
     near = difflib.get_close_matches(name, list(shapes), 1) or [
-        f"*.{leaf}" for part in plain.split(".") for leaf in difflib.get_close_matches(part, sorted(leaves), 1)
+        f"*.{leaf}" if any(matches(known, f"*.{leaf}") for known in shapes) else f"*{leaf}*"
+        for part in plain.split(".")
+        for leaf in difflib.get_close_matches(part, sorted(leaves), 1)
     ]
     return f' Did you mean "{near[-1]}"?' if near else f' They have names such as "{next(iter(shapes), "")}".'

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.errors import PatternError
+from secateur.errors import NumericalError, PatternError
 
 Group = Literal["row", "matrix", "search"]
 
@@ -93,7 +93,7 @@ class Unstructured:
             raise PatternError(f"per must be row, matrix or search, got {self.per!r}.")
 
     def mask(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
-        """True at the kept weights; exact counts for "row" and "matrix", within 0.001 for "search"."""
+        """True at the kept weights; exact counts for "row" (also for None) and "matrix", close for "search"."""
         if self.per == "search":
             return search_rows(score, self.sparsity)
         groups = score.reshape(1, -1) if self.per == "matrix" else score
@@ -105,10 +105,14 @@ class Unstructured:
     def violation(self, mask: Bool[Tensor, "out in"]) -> str | None:
         """A sentence when a group holds fewer zeros than asked for, else None.
 
-        More zeros are no violation: a weight that was kept may have been zero in the source.
+        More zeros are no violation: a weight that was kept may have been zero in the source. With `per` left open
+        the matrix must hold what all its rows together would lose.
         """
         if self.per == "search":
             return None
+        if self.per is None:
+            total, least = int((~mask).sum()), mask.shape[0] * removed_count(mask.shape[1], self.sparsity)
+            return f"the matrix has {total} zeros, expected at least {least}" if total < least else None
         groups = mask.reshape(1, -1) if self.per == "matrix" else mask
         expected = removed_count(groups.shape[1], self.sparsity)
         zeros = groups.shape[1] - groups.sum(dim=1)
@@ -150,7 +154,12 @@ class NM:
         return 1 - self.n / self.m
 
     def mask(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
-        """True at the n highest scores of every m; of equal scores the lower column is removed first."""
+        """True at the n highest scores of every m; of equal scores the lower column is removed first.
+
+        Raises `PatternError` when the width does not divide by M: groups never cross from one row into the next.
+        """
+        if score.shape[1] % self.m:
+            raise PatternError(f"{self} needs a width divisible by {self.m}, got {score.shape[1]}.")
         groups = score.reshape(-1, self.m)
         if self.m > 8:
             return ~lowest(groups, self.m - self.n).view(score.shape)
@@ -173,6 +182,8 @@ class NM:
 
     def violation(self, mask: Bool[Tensor, "out in"]) -> str | None:
         """A sentence that names the first group with more than N non-zeros, or None."""
+        if mask.shape[1] % self.m:
+            return f"{mask.shape[1]} columns do not divide into groups of {self.m}"
         kept = mask.view(mask.shape[0], -1, self.m).sum(dim=2)
         if int(kept.max()) > self.n:
             row, group = (kept > self.n).nonzero()[0].tolist()
@@ -198,6 +209,8 @@ def search_rows(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor,
     up to the last one with ``c <= alpha T``. One alpha for the whole matrix is bisected, from 0.4 in [0, 0.8], until
     the sparsity of the matrix is within 0.001 of the one asked for or the bracket is narrower than 0.001.
 
+    A sparsity that alpha = 0.8 does not reach is not reached. Raises `NumericalError` when a row's total overflows.
+
     Paper: the published code fails when no score of a row lies under the threshold; here such a row loses nothing.
     Source: Wanda, published code, `--use_variant`.
     """
@@ -206,6 +219,11 @@ def search_rows(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor,
     ascending = score.sort(dim=1, stable=True).values
     running = ascending.cumsum(dim=1)
     total = score.sum(dim=1)
+    if not bool(total.isfinite().all()):
+        raise NumericalError(
+            f"the scores of row {int(total.isfinite().int().argmin())} add up to more than {score.dtype} holds; "
+            "use fixed counts per row or per matrix."
+        )
 
     def removed_at(alpha: float) -> Bool[Tensor, "out in"]:
         under = (running <= (total * alpha).unsqueeze(1)).sum(dim=1, keepdim=True)
@@ -228,7 +246,7 @@ def search_rows(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor,
 def parse_pattern(text: str) -> NM:
     """The pattern that a string such as "2:4" names (keep 2 of every 4). Raises `PatternError`."""
     parts = text.split(":")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise PatternError(
             f'pattern must be N:M, such as 2:4 (keep 2 of every 4), got "{text}". '
             "For unstructured pruning use --sparsity 0.5."
@@ -238,8 +256,14 @@ def parse_pattern(text: str) -> NM:
 
 def pattern_from_json(value: Mapping[str, Any]) -> Pattern:
     """The pattern that `to_json` wrote. Raises `PatternError` for anything else."""
-    if set(value) == {"n", "m"}:
+    keys = set(value) if isinstance(value, Mapping) else None
+    if keys == {"n", "m"} and type(value["n"]) is type(value["m"]) is int:
         return NM(value["n"], value["m"])
-    if set(value) == {"sparsity", "per"}:
+    if keys == {"sparsity", "per"} and type(value["sparsity"]) in (int, float):
         return Unstructured(value["sparsity"], value["per"])
-    raise PatternError(f'a pattern is {{"n", "m"}} or {{"sparsity", "per"}}, got the keys {sorted(value)}.')
+    raise PatternError(f'a pattern is {{"n": 2, "m": 4}} or {{"sparsity": 0.5, "per": "row"}}, got {value!r}.')
+
+
+def with_group(pattern: Pattern, per: Group) -> Pattern:
+    """The pattern, compared per `per` where it is unstructured and leaves that open."""
+    return replace(pattern, per=per) if isinstance(pattern, Unstructured) and pattern.per is None else pattern

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.core.patterns import Group, Pattern
+from secateur.core.patterns import Group, Pattern, with_group
 from secateur.core.statistics import Statistic
 from secateur.errors import NumericalError
 
@@ -73,7 +73,7 @@ def select(
                 f"{problem.name}: {int((~scores.isfinite()).sum())} of {scores.numel()} {name} scores are not finite "
                 "although weights and statistics are: their product overflows float32."
             )
-        mask = problem.pattern.mask(scores)
+        mask = with_group(problem.pattern, per).mask(scores)
         return Solution(torch.where(mask, problem.weight, torch.zeros_like(problem.weight)), mask)
 
     return Method(name, solve, needs, per)

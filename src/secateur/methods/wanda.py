@@ -15,5 +15,5 @@ def wanda() -> Method:
 
 
 def wanda_variant() -> Method:
-    """Wanda with one searched row threshold for each matrix, so that rows differ in sparsity (within 0.001 overall)."""
+    """Wanda with row thresholds searched for each matrix, so that rows differ in sparsity (about as asked overall)."""
     return select("wanda-variant", scores.wanda, needs=frozenset({SquaredNorm}), per="search")

@@ -314,8 +314,12 @@ class CheckpointWriter:
         if len(layout) > 1:
             weight_map = {name: place[0] for name, place in sorted(self._place.items())}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            with written(folder / INDEX_FILE):
-                (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            try:
+                with writing(folder / INDEX_FILE):
+                    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            except CheckpointError:
+                self.close()
+                raise
 
     def _create(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -362,7 +366,7 @@ class CheckpointWriter:
         if len(data) != size:
             raise CheckpointError(f"{name}: {len(data)} bytes to write into {file}, expected {size}.")
         done = 0
-        with written(self.folder / file):
+        with writing(self.folder / file):
             while done < size:
                 done += os.pwrite(self._descriptors[file], data[done:], start + done)
         self._touched.add(file)
@@ -372,7 +376,7 @@ class CheckpointWriter:
     def flush(self) -> None:
         """Force what was written to the disk, so that a finished block survives a crash."""
         for file in self._touched:
-            with written(self.folder / file):
+            with writing(self.folder / file):
                 getattr(os, "fdatasync", os.fsync)(self._descriptors[file])  # macOS has fsync only
         self._touched.clear()
 
@@ -387,7 +391,7 @@ class CheckpointWriter:
 
 
 @contextlib.contextmanager
-def written(file: Path) -> Iterator[None]:
+def writing(file: Path) -> Iterator[None]:
     """Where the output is written to: whatever the system says goes on as a `CheckpointError`."""
     try:
         yield

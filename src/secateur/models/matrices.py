@@ -17,7 +17,7 @@ from secateur.errors import CalibrationError, ModelStructureError
 
 # Facts that a module does not tell about itself. Everything else is found out.
 TRANSPOSED_CLASSES = {"Conv1D", "Llama4TextExperts"}  # store (in, out)
-ROUTER_NAMES = {"gate", "router", "classifier", "wg", "shared_expert_gate"}  # last part of a router's path
+ROUTER_NAMES = {"gate", "classifier", "wg", "shared_expert_gate"}  # last part of a router's path, beside "router"
 MULTIPLICATIONS = {"linear", "addmm", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm"}
 
 
@@ -81,10 +81,11 @@ def _is_router(module_name: str, module: nn.Module, parameter: nn.Parameter, exp
     class_name = type(module).__name__
     if "Router" in class_name or "TopK" in class_name or "Gating" in class_name:
         return True
-    parts = module_name.split(".")
-    named = parts[-1] in ROUTER_NAMES or "router" in parts
+    if "router" in module_name:
+        return True
     # A plain linear layer called `gate` may be a projection; one output per expert gives a router away.
-    return named and ("router" in parts or not isinstance(module, nn.Linear) or parameter.shape[0] in (1, experts))
+    is_plain = isinstance(module, nn.Linear) and parameter.shape[0] not in (1, experts)
+    return module_name.rpartition(".")[2] in ROUTER_NAMES and not is_plain
 
 
 class Enough(Exception):  # noqa: N818 - not an error: it ends a forward that has nothing more to tell
@@ -124,14 +125,18 @@ class InputTap(TorchFunctionMode):
 
         With `whole` it runs to the end; otherwise it may end with `Enough` after the last multiplication of interest.
         """
-        self._samples = samples
+        self._samples += samples
         self._stop = self._can_stop and not whole
         self._calls.clear()
         self._recent.clear()
 
     def end(self) -> None:
-        """Let go of the inputs that were kept for sharing."""
+        """Count the samples of the forward, and let go of the inputs that were kept for sharing."""
         self._recent.clear()
+        # Exact: however often it multiplied, and whether or not a token was routed to it, a matrix has had them all.
+        for statistics in self._statistics.values():
+            for statistic in statistics.values():
+                statistic.samples = self._samples
         # Exact: a forward may end early only where every matrix multiplies exactly once.
         self._can_stop = self._can_stop and len(self._calls) == self._count and set(self._calls.values()) <= {1}
 
@@ -216,7 +221,7 @@ class InputTap(TorchFunctionMode):
             self._leader[key] = key
             self._statistics[key] = {kind: kind.empty(x.shape[1], x.device) for kind in self._kinds}
         for statistic in self._statistics[key].values():
-            statistic.update(x, self._samples)
+            statistic.update(x)
         self._updates[key] = self._updates.get(key, 0) + 1
         if source is not None:
             self._recent.append((source, source._version, key))
@@ -233,11 +238,15 @@ class InputTap(TorchFunctionMode):
         """Raise unless every matrix saw tokens, and only finite ones."""
         unseen = [matrix.name for matrix in matrices if not self._tokens(matrix)]
         if unseen:
+            its, it = ("its", "it") if len(unseen) == 1 else ("their", "them")
             raise ModelStructureError(
-                f"{_some(unseen)}: saw no token of the {samples} calibration samples, so nothing is known of its "
-                f'inputs. Calibrate on more samples (--samples), or leave it dense with --skip "{unseen[0]}".'
+                f"{_some(unseen)}: saw no token of the {samples} calibration samples, so nothing is known of {its} "
+                f'inputs. Calibrate on more samples (--samples), or leave {it} dense with --skip "{unseen[0]}"'
+                f"{' and so on' if len(unseen) > 1 else ''}."
             )
-        for matrix in matrices:
+        # In the order of the forward, so that the first one named is where the trouble begins.
+        order = {key: position for position, key in enumerate(self._leader)}
+        for matrix in sorted(matrices, key=lambda matrix: order[(matrix.parameter, matrix.expert)]):
             for statistic in self.statistics(matrix).values():
                 if not statistic.is_finite():
                     raise CalibrationError(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError
-from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
+from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate, writing
 from secateur.models.skeleton import LoadedModel, Skeleton, Source, build_skeleton, prepare
 
 # Entries of config.json that describe how weights are packed; loaders refuse dense weights that carry them.
@@ -78,6 +78,7 @@ def open_model(
     empty = build_skeleton(folder, trust_remote_code=trust_remote_code)
     stored = _main_dtype(checkpoint)
     skeleton = Skeleton(empty, checkpoint, device=chosen, dtype=choose_dtype(dtype, chosen, stored))
+    skeleton.check_complete()
     origin = {
         "kind": "checkpoint",
         "path": name if not Path(name).expanduser().is_dir() else str(folder.resolve()),
@@ -204,7 +205,12 @@ def _write_configuration(model: Any, target: Path) -> None:
 
 def _copy_companions(folder: Path, target: Path) -> None:
     for file in companion_files(folder):
-        shutil.copyfile(file, target / file.name)
+        try:
+            original = file.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
+        with original, writing(target / file.name), (target / file.name).open("wb") as copy:
+            shutil.copyfileobj(original, copy)
     _clean_configuration(target / "config.json")
 
 

@@ -71,9 +71,10 @@ def find_blocks(model: nn.Module) -> tuple[str, list[Block]]:
         if isinstance(module, nn.ModuleList) and len(module)
     }
     if not candidates:
+        children = ", ".join(name for name, _ in decoder.named_children())
         raise ModelStructureError(
-            f"{type(model).__name__}: no stack of decoder blocks (nn.ModuleList) found in it, only "
-            f"{', '.join(name for name, _ in decoder.named_children()) or 'no submodules'}. "
+            f"{type(model).__name__}: no stack of decoder blocks (nn.ModuleList) found in it"
+            f"{f', only {children}' if children else '; it has no submodules at all'}. "
             "Secateur prunes decoder-only language models."
         )
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in candidates.items()}
@@ -277,7 +278,9 @@ class Skeleton:
         for block in self.blocks:
             planned, reasons = prunable_parameters(block.module, experts)
             for name, parameter in block.module.named_parameters():
-                if owners[id(parameter)] > 1 and name in planned:
+                twin = self._tied.get(f"{block.path}.{name}", "")
+                shared = twin.startswith(f"{self.path}.") and not twin.startswith(f"{block.path}.")
+                if (owners[id(parameter)] > 1 or shared) and name in planned:
                     del planned[name]
                     reasons[name] = "shared between blocks"
             transposed = {f"{block.path}.{name}": value for name, value in planned.items()}
@@ -293,6 +296,41 @@ class Skeleton:
                 matrices += _matrices(block.index, placed, self.source)
             result.append((matrices, left_out))
         return result
+
+    def check_complete(self) -> None:
+        """Raise `CheckpointError` for parameters without a tensor, or with one of another shape, before the work."""
+        parameters = dict(self.model.named_parameters())
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        pairs = [*tied.items(), *((source, target) for target, source in tied.items())]
+        by_tie = {name for name, other in pairs if self.conversion.making([other])}
+        missing = [
+            name
+            for name, parameter in parameters.items()
+            if parameter.is_meta and name not in by_tie and not self.conversion.making([name])
+        ]
+        if missing:
+            raise self._missing(missing)
+        for group in self.conversion.groups.values():
+            found, parameter = self.source.shape(group.names[0]), parameters.get(group.target)
+            if group.converter is None and parameter is not None and found != parameter.shape:
+                raise self._misfit(group.names[0], found, tuple(parameter.shape))
+
+    def _missing(self, names: Sequence[str]) -> CheckpointError:
+        return CheckpointError(
+            f"{self._where}: no tensor for the parameter {names[0]}"
+            + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+            + f" of {type(self.model).__name__}. Is the checkpoint complete, and does its config.json belong to it?"
+        )
+
+    def _misfit(self, name: str, found: Sequence[int], expected: Sequence[int]) -> CheckpointError:
+        return CheckpointError(
+            f"{self._where}: {name} is of shape {tuple(found)}, and config.json asks for {tuple(expected)}. "
+            "The two do not belong together; download the checkpoint again."
+        )
+
+    @property
+    def _where(self) -> str:
+        return str(getattr(self.source, "folder", "the checkpoint"))
 
     def load_outside(self) -> None:
         """Load the embeddings, the final norm and the head; needed for any forward."""
@@ -314,11 +352,7 @@ class Skeleton:
             if parameter.is_meta and name not in needed and not name.startswith(f"{self.path}.")
         ]
         if missing:
-            raise CheckpointError(
-                f"the checkpoint has no tensor for the parameter {missing[0]}"
-                + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
-                + f" of {type(self.model).__name__}. Is it complete, and does its config.json belong to it?"
-            )
+            raise self._missing(missing)
 
     def read(self, block: Block) -> dict[str, Tensor]:
         """The checkpoint tensors that `load` needs for a block."""
@@ -340,12 +374,9 @@ class Skeleton:
             if parameter.is_meta and source.startswith(f"{self.path}."):
                 path, _, leaf = source.rpartition(".")
                 self._assign(f"{block.path}.{name}", self._modules[path]._parameters[leaf])
-        for name, parameter in block.module.named_parameters():
-            if parameter.is_meta:
-                raise CheckpointError(
-                    f"the checkpoint has no tensor for the parameter {block.path}.{name} of "
-                    f"{type(self.model).__name__}. Is it complete, and does its config.json belong to it?"
-                )
+        missing = [f"{block.path}.{name}" for name, value in block.module.named_parameters() if value.is_meta]
+        if missing:
+            raise self._missing(missing)
 
     def update(self, tensors: Mapping[str, Tensor]) -> None:
         """Put changed checkpoint tensors into a loaded block, together with the others of their groups.
@@ -388,10 +419,7 @@ class Skeleton:
             return
         expected = module._parameters[leaf]
         if expected is not None and expected.shape != value.shape:
-            raise CheckpointError(
-                f"{name}: the checkpoint makes a tensor of shape {tuple(value.shape)}, and config.json asks for "
-                f"{tuple(expected.shape)}. The two do not belong together."
-            )
+            raise self._misfit(name, value.shape, expected.shape)
         module._parameters[leaf] = (
             value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
         )

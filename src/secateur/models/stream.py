@@ -6,7 +6,8 @@ before it, is then exactly the model's forward, one block at a time, for any arc
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ModelStructureError
-from secateur.models.checkpoint import reserve, written
+from secateur.models.checkpoint import reserve, writing
 from secateur.models.skeleton import Block, Skeleton
 
 
@@ -81,7 +82,7 @@ class HiddenStates:
         # Memory: the pages of a mapped file are the system's to write out and drop.
         file = self._folder / f"states-{batch}.bin"
         size = like.numel() * like.dtype.itemsize
-        with written(file), file.open("wb") as stream:
+        with writing(file), file.open("wb") as stream:
             # A mapped file without room on the disk would end the process with a bus error, not with an exception.
             reserve(stream.fileno(), size)
         flat = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)
@@ -168,8 +169,8 @@ class Stream:
                 interned: dict[int, tuple[Tensor, Tensor]] = interned,
             ) -> Any:
                 states, rest, keyword = _hidden_states(args, kwargs)
-                kept = {key: value for key, value in kwargs.items() if key != keyword}
-                calls.append(Call(self._interned(rest, interned), self._interned(kept, interned), keyword))
+                kept = {key: self._interned(value, interned) for key, value in kwargs.items() if key != keyword}
+                calls.append(Call(self._interned(rest, interned), kept, keyword))
                 if index == 0:
                     self.states.put(number, states)
                 if index == len(self.skeleton.blocks) - 1:
@@ -189,6 +190,7 @@ class Stream:
         """
         wrappers: dict[type[nn.Module], Callable[[Tensor], Any]] = {}
         called: list[int] = []
+        passed: list[Tensor] = []
 
         def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             called.append(index)
@@ -201,7 +203,16 @@ class Stream:
                     wrappers[kind] = _wrapper(block.module(*args, **kwargs), block)
                 finally:
                     self.skeleton.unload(block)
-            return wrappers[kind](_hidden_states(args, kwargs)[0])
+            states = _hidden_states(args, kwargs)[0]
+            previous = passed.pop() if passed else states
+            in_order = called == list(range(index + 1))
+            if in_order and states is not previous and not torch.equal(states, previous):
+                raise ModelStructureError(
+                    f"{self.skeleton.path}: the model changes the hidden states between block {index - 1} and block "
+                    f"{index}, outside of any block. Such a model cannot be streamed block by block."
+                )
+            passed.append(states)
+            return wrappers[kind](states)
 
         with _stubbed(self.skeleton, run):
             self.skeleton.model(input_ids=self.batches[0][:1, :2].to(self.device), use_cache=False)
@@ -236,10 +247,17 @@ class Stream:
             return {key: self._interned(item, seen) for key, item in value.items()}
         return value
 
-    def run(self, block: Block, batch: int) -> Tensor:
-        """The hidden states that a loaded block makes of a batch; what goes into it stays as it is."""
+    def run(self, block: Block, batch: int, *, states: Tensor | None = None, aside: bool = False) -> Tensor:
+        """The hidden states that a loaded block makes of a batch; what goes into it stays as it is.
+
+        `states` are other inputs than those of the batch. With `aside`, what the block leaves for later blocks (shared
+        keys and values) is forgotten.
+        """
         call = self._calls[batch][block.index]
-        states = self.states.get(batch, self.device)
+        if aside:
+            kwargs = {key: _copied(value) for key, value in call.kwargs.items()}
+            call = Call(tuple(_copied(value) for value in call.args), kwargs, call.keyword)
+        states = self.states.get(batch, self.device) if states is None else states
         if call.keyword is None:
             output = block.module(states, *call.args, **call.kwargs)
         else:
@@ -273,6 +291,11 @@ class Stream:
     def close(self) -> None:
         """Drop the hidden states and their files."""
         self.states.close()
+
+
+def _copied(value: Any) -> Any:
+    """A shallow copy of what a block may write to, and anything else as it is."""
+    return copy(value) if isinstance(value, MutableMapping) else value
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], str | None]:

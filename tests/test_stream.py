@@ -1,0 +1,265 @@
+"""Streaming is the model's own forward: block by block from a folder, for every architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import tiny
+from secateur.errors import ModelStructureError
+from secateur.models.opened import open_model
+from secateur.models.skeleton import Skeleton, loaded
+from secateur.models.stream import HiddenStates, Stream, states_folder
+
+# Architectures whose structure cannot be streamed: {name: (why, what the error says)}.
+NOT_STREAMED = {"hrm_text": ("runs the same blocks several times", r"in the order 0, 1, 2, 0, 1, 2, .* expected each")}
+STREAMED = [name for name in tiny.ARCHITECTURES if name not in NOT_STREAMED]
+TOLERANCE = 1e-5
+
+
+def opened(name: str, folder: Path) -> Skeleton:
+    return open_model(tiny.save(name, folder)).skeleton
+
+
+def own_logits(folder: Path, ids: Tensor) -> Tensor:
+    """The logits of the model as transformers loads and runs it, experts one by one."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def replay(skeleton: Skeleton, stream: Stream) -> None:
+    for block in skeleton.blocks:
+        with loaded(skeleton, block, skeleton.read(block)):
+            for batch in range(len(stream.batches)):
+                stream.states.put(batch, stream.run(block, batch))
+
+
+def stream_logits(skeleton: Skeleton, ids: Tensor, batch_size: int, chunk: int = 512) -> Tensor:
+    skeleton.load_outside()
+    stream = Stream(skeleton, ids, batch_size=batch_size)
+    replay(skeleton, stream)
+    parts = []
+    for batch, own in enumerate(stream.batches):
+        pieces = list(stream.logits(batch, chunk))
+        assert torch.equal(torch.cat([piece for piece, _ in pieces], dim=1), own)
+        parts.append(torch.cat([logits for _, logits in pieces], dim=1))
+    return torch.cat(parts)
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_as_before(skeleton: Skeleton, modules: dict[str, nn.Module]) -> None:
+    """No stub and no weight of a block is left in the model."""
+    now = dict(skeleton.model.named_modules())
+    assert list(now) == list(modules)
+    assert all(now[path] is module for path, module in modules.items())
+    for block in skeleton.blocks:
+        assert skeleton.model.get_submodule(block.path) is block.module
+        assert all(parameter.is_meta for parameter in block.module.parameters())
+
+
+def test_nothing_is_left_out_unawares():
+    assert len(STREAMED) + len(NOT_STREAMED) == len(tiny.ARCHITECTURES) >= 90
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_replay_is_the_forward(name, tmp_path):
+    skeleton = opened(name, tmp_path / "source")
+    ids = tiny.tokens(samples=3, length=16)
+    expected = own_logits(tmp_path / "source", ids)
+    modules = dict(skeleton.model.named_modules())
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+    whole = stream_logits(skeleton, ids, batch_size=3)
+    assert distance(whole, expected) <= TOLERANCE
+    assert_as_before(skeleton, modules)
+
+    # Batches of two and one, and a head that sees five tokens at a time.
+    assert distance(stream_logits(skeleton, ids, batch_size=2, chunk=5), expected) <= TOLERANCE
+    assert_as_before(skeleton, modules)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_block_may_run_twice(name, tmp_path):
+    """The engine runs each block for its statistics, and again once it is pruned: its inputs must stay as they are."""
+    skeleton = opened(name, tmp_path)
+    skeleton.load_outside()
+    stream = Stream(skeleton, tiny.tokens(samples=2, length=12), batch_size=2)
+    with torch.no_grad():
+        for block in skeleton.blocks:
+            with loaded(skeleton, block, skeleton.read(block)):
+                before = stream.states.get(0, skeleton.device).clone()
+                first = stream.run(block, 0).clone()
+                assert torch.equal(stream.states.get(0, skeleton.device), before)
+                second = stream.run(block, 0)
+                assert torch.equal(second, first)
+                assert not torch.equal(second, before)
+            stream.states.put(0, second)
+
+
+@pytest.mark.parametrize("name", NOT_STREAMED)
+def test_what_cannot_be_streamed_says_so(name, tmp_path):
+    skeleton = opened(name, tmp_path / "source")
+    modules = dict(skeleton.model.named_modules())
+    skeleton.load_outside()
+    with pytest.raises(ModelStructureError, match=NOT_STREAMED[name][1]):
+        Stream(skeleton, tiny.tokens(), batch_size=2, states_folder=tmp_path / "states")
+    assert_as_before(skeleton, modules)
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_model_that_works_between_its_blocks_says_so(tmp_path, monkeypatch):
+    """RWKV halves its hidden states every few blocks, outside of them, and its weights to match."""
+    monkeypatch.setitem(tiny.TABLE, "rwkv", tiny.TABLE["rwkv"] | {"rescale_every": 2})
+    skeleton = opened("rwkv", tmp_path)
+    skeleton.load_outside()
+    with pytest.raises(ModelStructureError, match=r"changes the hidden states between block 1 and block 2"):
+        Stream(skeleton, tiny.tokens(), batch_size=2)
+
+
+def test_a_failure_while_recording_leaves_nothing(tmp_path):
+    skeleton = opened("llama", tmp_path / "source")
+    modules = dict(skeleton.model.named_modules())
+    skeleton.load_outside()
+
+    def interrupt(done: int, total: int) -> None:
+        assert (tmp_path / "states" / "states-0.bin").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Stream(skeleton, tiny.tokens(), batch_size=2, states_folder=tmp_path / "states", progress=interrupt)
+    assert_as_before(skeleton, modules)
+    assert not (tmp_path / "states").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3n_text", "opt_postnorm", "rwkv"])
+def test_states_on_disk_equal_those_in_memory(name, tmp_path):
+    skeleton = opened(name, tmp_path / "source")
+    skeleton.load_outside()
+    ids = tiny.tokens(samples=5, length=12)
+    folder = tmp_path / "deep" / "states"
+    in_memory = Stream(skeleton, ids, batch_size=2)
+    on_disk = Stream(skeleton, ids, batch_size=2, states_folder=folder)
+    for block in skeleton.blocks:
+        with loaded(skeleton, block, skeleton.read(block)), torch.no_grad():
+            for batch in range(3):
+                kept, mapped = (stream.states.get(batch, skeleton.device) for stream in (in_memory, on_disk))
+                assert torch.equal(kept, mapped)
+                assert (folder / f"states-{batch}.bin").stat().st_size >= mapped.nbytes
+                for stream in (in_memory, on_disk):
+                    stream.states.put(batch, stream.run(block, batch))
+    assert sorted(file.name for file in folder.iterdir()) == [f"states-{batch}.bin" for batch in range(3)]
+    for batch in range(3):
+        for (_, one), (_, two) in zip(in_memory.logits(batch), on_disk.logits(batch), strict=True):
+            assert torch.equal(one, two)
+    on_disk.close()
+    on_disk.close()
+    assert not folder.exists()
+    in_memory.close()
+    with pytest.raises(RuntimeError, match="no hidden states"):
+        in_memory.states.get(0, skeleton.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_hidden_states(dtype, on_disk, tmp_path):
+    states = HiddenStates(2, tmp_path / "states" if on_disk else None)
+    cpu = torch.device("cpu")
+    first, second = torch.randn(2, 3, 4).to(dtype), torch.randn(1, 3, 4).to(dtype)
+    states.put(0, first)
+    states.put(1, second)
+    assert torch.equal(states.get(0, cpu), first)
+    assert torch.equal(states.get(1, cpu), second)
+    states.put(0, first + 1)
+    assert torch.equal(states.get(0, cpu), first + 1)
+    assert torch.equal(states.get(1, cpu), second)
+    assert states.get(0, cpu).dtype == dtype
+    states.close()
+    assert not (tmp_path / "states").exists()
+
+
+def test_closing_spares_files_of_others(tmp_path):
+    states = HiddenStates(1, tmp_path)
+    states.put(0, torch.ones(2, 2))
+    (tmp_path / "precious.txt").write_text("mine")
+    states.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_states_folder(tmp_path):
+    scratch = tmp_path / "out.states"
+    assert states_folder("never", 1 << 60, scratch) is None
+    assert states_folder("auto", 1, scratch) is None
+    assert states_folder("auto", 1 << 60, scratch) == scratch
+    assert states_folder(str(tmp_path / "fast"), 1, scratch) == tmp_path / "fast" / "out.states"
+
+
+def test_aside_forgets_what_is_left_for_later_blocks(tmp_path):
+    """Gemma 3n's third block reads keys and values that the second one leaves behind."""
+    skeleton = opened("gemma3n_text", tmp_path)
+    skeleton.load_outside()
+    stream = Stream(skeleton, tiny.tokens(samples=2, length=12), batch_size=2)
+    replay_two, last = skeleton.blocks[:2], skeleton.blocks[2]
+    with torch.no_grad():
+        for block in replay_two:
+            with loaded(skeleton, block, skeleton.read(block)) as module:
+                output = stream.run(block, 0)
+                for parameter in module.parameters():
+                    parameter.zero_()
+                assert not torch.equal(stream.run(block, 0, aside=True), output)
+            stream.states.put(0, output)
+        with loaded(skeleton, last, skeleton.read(last)):
+            stream.states.put(0, stream.run(last, 0))
+    ((_, logits),) = stream.logits(0)
+    assert distance(logits, own_logits(tmp_path, stream.batches[0])) <= TOLERANCE
+
+
+def test_equal_masks_of_many_batches_are_kept_once(tmp_path):
+    skeleton = opened("gemma2", tmp_path)
+    skeleton.load_outside()
+    stream = Stream(skeleton, tiny.tokens(samples=6, length=12), batch_size=2)
+    for block in skeleton.blocks:
+        calls = [calls[block.index] for calls in stream._calls]
+        tensors = [{k: v for k, v in call.kwargs.items() if isinstance(v, Tensor)} for call in calls]
+        assert tensors[0]
+        for other in tensors[1:]:
+            assert all(other[key] is value for key, value in tensors[0].items())
+    full, sliding = (stream._calls[0][index].kwargs["attention_mask"] for index in (1, 0))
+    assert full is not sliding
+    assert not torch.equal(full, sliding)
+
+
+def test_a_module_in_memory_streams_as_itself():
+    model = tiny.build("mixtral")
+    skeleton = open_model(model).skeleton
+    ids = tiny.tokens(samples=3, length=16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    assert distance(stream_logits(skeleton, ids, batch_size=2), expected) <= TOLERANCE
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [type(block) for block in model.model.layers] == [type(model.model.layers[0])] * tiny.BLOCKS
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+def test_half_precision_follows_transformers(tmp_path):
+    tiny.save("llama", tmp_path)
+    ids = tiny.tokens(samples=2, length=16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    got = stream_logits(open_model(tmp_path, dtype="bfloat16").skeleton, ids, batch_size=2)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, expected)
