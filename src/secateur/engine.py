@@ -380,6 +380,7 @@ class _Run:
             change = relative_change(first.output, pruned)
             if not single and block.index < last:
                 stream.states.put(0, pruned)
+                self._tell("forward", block, 1, len(stream.batches))
         if not single and block.index < last:
             for batch in range(1, len(stream.batches)):
                 stream.states.put(batch, stream.run(block, batch))
