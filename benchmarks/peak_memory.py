@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from secateur.models.checkpoint import CheckpointWriter
+from secateur.models.writer import CheckpointWriter
 
 HIDDEN, MIDDLE, VOCABULARY = 2048, 6144, 512
 

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig
 
 import secateur
-from secateur.models.checkpoint import CheckpointWriter
+from secateur.models.writer import CheckpointWriter
 
 
 def make(folder: Path, hidden: int, middle: int, blocks: int, vocabulary: int, device: str) -> int:

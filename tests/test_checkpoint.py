@@ -29,12 +29,12 @@ from secateur.models.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
-    CheckpointWriter,
     companion_files,
     read_header,
     shard_names,
     tensor_bytes,
 )
+from secateur.models.writer import CheckpointWriter
 
 SHAPES = [(), (1,), (7,), (0,), (3, 5), (4, 0, 2), (2, 3, 4), (1, 1, 1, 1)]
 

@@ -8,7 +8,6 @@ The next block is read and the last one written while this one is computed.
 import datetime
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,15 +21,19 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
+from secateur.core.checks import check_solution, check_weight
 from secateur.core.patterns import NM, Pattern, Unstructured, with_group
 from secateur.core.problem import Method, Problem, Solution
-from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
-from secateur.manifest import FILE_NAME, Manifest, file_digests, tensor_digest
-from secateur.models.checkpoint import CheckpointWriter, writing
-from secateur.models.matrices import Enough, InputTap, Matrix, prunable_parameters
+from secateur.errors import CalibrationError, CheckpointError, PatternError
+from secateur.manifest import Manifest, file_digests, tensor_digest
+from secateur.models.matrices import Matrix, prunable_parameters
 from secateur.models.opened import OpenedModel, open_model
-from secateur.models.skeleton import Block, Skeleton
+from secateur.models.skeleton import Skeleton
 from secateur.models.stream import Stream, default_batch_size, states_folder
+from secateur.models.structure import Block
+from secateur.models.tap import Enough, InputTap
+from secateur.models.writer import CheckpointWriter, writing
+from secateur.output import Scratch, check_output
 from secateur.plan import Plan, uniform
 
 
@@ -107,7 +110,7 @@ def prune(
         raise PatternError(f'propagate must be "pruned" or "dense", got "{propagate}".')
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
-    target = _check_output(output, model, overwrite)
+    target = check_output(output, model, overwrite)
     opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
     plan = make_plan(opened, method, pattern, only=only, skip=skip)
@@ -145,8 +148,9 @@ def prune(
     with ExitStack() as stack:
         writer = None
         if target is not None:
-            scratch = stack.enter_context(_Scratch(target, overwrite))
-            writer = stack.enter_context(_closing(CheckpointWriter(scratch.folder, skeleton.source.layout())))
+            scratch = stack.enter_context(Scratch(target, overwrite))
+            writer = CheckpointWriter(scratch.folder, skeleton.source.layout())
+            stack.callback(writer.abandon)
             with writing(scratch.folder):
                 opened.write_companions(scratch.folder)
         name = (target or Path.cwd() / "secateur").name
@@ -274,7 +278,7 @@ class _Run:
         started = time.perf_counter()
         tensors = self.skeleton.read(block)
         for matrix in matrices:
-            check_finite(matrix, tensors)
+            check_weight(matrix.name, matrix.view(tensors))
         if self.writer is not None:
             for name in dict.fromkeys(matrix.tensor for matrix in matrices):
                 self.manifest.source_tensors[name] = tensor_digest(tensors[name])
@@ -351,8 +355,9 @@ class _Run:
             self._tell("solve", block, number, len(matrices), matrix.name)
             statistics = tap.statistics(matrix) if tap is not None else {}
             weight = matrix.view(tensors).to(self.skeleton.device)
-            solution = self.method.solve(Problem(matrix.name, weight, self.plan[matrix.name], statistics))
-            record = check_solution(matrix, self.plan[matrix.name], weight, solution, self.method)
+            problem = Problem(matrix.name, weight, self.plan[matrix.name], statistics)
+            solution = self.method.solve(problem)
+            check_solution(problem, solution, self.method)
             if matrix.tensor not in changed:
                 original = tensors[matrix.tensor]
                 pin = self.skeleton.device.type == "cuda"
@@ -362,7 +367,7 @@ class _Run:
             # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
             matrix.view(changed).copy_(solution.weight.masked_fill(~solution.mask, 0))
             tokens = max((statistic.tokens for statistic in statistics.values()), default=None)
-            self.manifest.matrices[matrix.name] = record | {
+            self.manifest.matrices[matrix.name] = _record(matrix, problem, solution) | {
                 "tokens": tokens,
                 "seconds": round(self.clock.add("solve", started), 6),
             }
@@ -411,47 +416,9 @@ class _Run:
         self.on_event(Event(stage, block.index, len(self.skeleton.blocks), done, total, matrix))
 
 
-def check_finite(matrix: Matrix, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `NumericalError` when a matrix holds NaN or infinity, or is not floating point."""
-    weight = matrix.view(tensors)
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise NumericalError(
-            f"{matrix.name}: stored as {weight.dtype}; pruning needs unquantised float weights. Dequantise the "
-            f'checkpoint, or leave this matrix out with --skip "{matrix.name}".'
-        )
-    if not bool(weight.isfinite().all()):
-        bad = int((~weight.isfinite()).sum())
-        raise NumericalError(
-            f"{matrix.name}: {bad} of {weight.numel()} weights are NaN or infinite. The checkpoint is damaged; "
-            f'download it again, or leave this matrix out with --skip "{matrix.name}".'
-        )
-
-
-def check_solution(
-    matrix: Matrix, pattern: Pattern, weight: Tensor, solution: Solution, method: Method
-) -> dict[str, Any]:
-    """The manifest's record of a solved matrix. Raises when the solution is not finite or breaks its pattern."""
-    new, mask = solution.weight, solution.mask
-    expected, found = (weight.shape, weight.dtype, torch.bool), (new.shape, new.dtype, mask.dtype)
-    if found != expected or mask.shape != weight.shape:
-        raise PatternError(
-            f"{matrix.name}: {method.name} gave a {new.dtype} weight of shape {tuple(new.shape)} and a {mask.dtype} "
-            f"mask of {tuple(mask.shape)}, expected {weight.dtype} and torch.bool, both of {tuple(weight.shape)}."
-        )
-    violation = pattern.violation(mask)
-    if violation is not None:
-        raise PatternError(f"{matrix.name}: the mask of {method.name} breaks {pattern}: {violation}.")
-    if not bool(new.isfinite().all()):
-        raise NumericalError(
-            f"{matrix.name}: {method.name} gave {int((~new.isfinite()).sum())} of {new.numel()} weights that are NaN "
-            "or infinite, where the source has none."
-        )
-    if bool((new.ne(0) & ~mask).any()):
-        raise PatternError(
-            f"{matrix.name}: {method.name} gave {int((new.ne(0) & ~mask).sum())} non-zero weights where its own mask "
-            "says that they are removed."
-        )
-    zeros = new.numel() - int(new.count_nonzero())
+def _record(matrix: Matrix, problem: Problem, solution: Solution) -> dict[str, Any]:
+    """The manifest's record of a solved matrix."""
+    zeros = solution.weight.numel() - int(solution.weight.count_nonzero())
     return {
         "block": matrix.block,
         "kind": matrix.kind,
@@ -459,10 +426,10 @@ def check_solution(
         "tensor": matrix.tensor,
         "index": matrix.index,
         "transposed": matrix.transposed,
-        "pattern": pattern.to_json(),
-        "sparsity": zeros / new.numel(),
+        "pattern": problem.pattern.to_json(),
+        "sparsity": zeros / solution.weight.numel(),
         "zeros": zeros,
-        "kept_identical": bool((new.eq(weight) | ~mask).all()),
+        "kept_identical": bool((solution.weight.eq(problem.weight) | ~solution.mask).all()),
         "notes": dict(solution.notes),
     }
 
@@ -498,91 +465,3 @@ def _optional_versions() -> dict[str, str]:
     import transformers
 
     return {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
-
-
-def _check_output(
-    output: str | os.PathLike[str] | None, model: str | os.PathLike[str] | nn.Module, overwrite: bool
-) -> Path | None:
-    if output is None:
-        if not isinstance(model, nn.Module):
-            raise CheckpointError(f"{model}: no output folder given; the source is never changed. Add -o OUT.")
-        return None
-    target = Path(output).expanduser().absolute()
-    if not isinstance(model, nn.Module):
-        source = Path(model).expanduser()
-        if source.exists() and (source.resolve() == target.resolve() or source.resolve() in target.resolve().parents):
-            raise CheckpointError(f"{output}: the output is the source, or lies inside it. Choose another folder.")
-        if source.exists() and target.resolve() in source.resolve().parents:
-            raise CheckpointError(f"{output}: the output holds the source ({source}). Choose another folder.")
-    if target.exists():
-        if not overwrite:
-            raise CheckpointError(f"{output}: exists already. Choose another folder, or pass --overwrite.")
-        if not target.is_dir() or (any(target.iterdir()) and not (target / FILE_NAME).exists()):
-            raise CheckpointError(
-                f"{output}: exists and holds no {FILE_NAME}, so Secateur did not write it and will not overwrite it. "
-                "Choose another folder, or remove it yourself."
-            )
-    above = next(folder for folder in target.parents if folder.exists())
-    effective = os.access in os.supports_effective_ids
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK, effective_ids=effective):
-        reason = "no permission to write there" if above.is_dir() else "it is not a folder"
-        raise CheckpointError(f"{output}: cannot be made in {above} ({reason}). Choose another output folder.")
-    return target
-
-
-class _Scratch:
-    """A temporary sibling of the output that takes its name when it is complete, and vanishes when it is not."""
-
-    def __init__(self, target: Path, overwrite: bool) -> None:
-        self.target = target
-        self.overwrite = overwrite
-        self.folder = target.with_name(f"{target.name}.partial-{os.getpid()}")
-        self.made = [folder for folder in target.parents if not folder.exists()]  # innermost first
-
-    def __enter__(self) -> "_Scratch":
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            self._remove()
-            raise CheckpointError(
-                f"{self.target}: no folder can be made beside it ({error.strerror}). Choose another output folder."
-            ) from None
-        return self
-
-    def commit(self) -> None:
-        """Give the finished folder its name; an output that is overwritten goes only then."""
-        if self.target.exists():
-            old = self.target.with_name(f"{self.target.name}.old-{os.getpid()}")
-            self.target.rename(old)
-            self.folder.rename(self.target)
-            shutil.rmtree(old)
-        else:
-            self.folder.rename(self.target)
-        with suppress(OSError):
-            descriptor = os.open(self.target.parent, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.folder.exists():
-            self._remove()
-
-    def _remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):
-            for folder in self.made:
-                folder.rmdir()
-
-
-class _closing:  # noqa: N801 - a context manager, in the manner of contextlib.closing
-    """Closes the writer however the run ends; closing twice is harmless."""
-
-    def __init__(self, writer: CheckpointWriter) -> None:
-        self.writer = writer
-
-    def __enter__(self) -> CheckpointWriter:
-        return self.writer
-
-    def __exit__(self, *exception: object) -> None:
-        with suppress(OSError):
-            self.writer.close()

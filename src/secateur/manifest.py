@@ -13,8 +13,9 @@ from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_bytes, writing
+from secateur.models.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_bytes
 from secateur.models.skeleton import Source
+from secateur.models.writer import writing
 
 FILE_NAME = "secateur.json"
 FORMAT = 1

@@ -1,24 +1,18 @@
-"""Every prunable weight as an (out, in) matrix, and the inputs that it multiplies.
+"""Every prunable weight as an (out, in) matrix.
 
 What is prunable is read off the module: linear layers, transposed `Conv1D`, and fused expert tensors, one matrix per
-expert. Inputs are tapped at the multiplication itself, so that it does not matter which module performs it.
+expert.
 """
 
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-
-from secateur.core.statistics import Statistic
-from secateur.errors import CalibrationError, ModelStructureError
 
 # Facts that a module does not tell about itself. Everything else is found out.
 TRANSPOSED_CLASSES = {"Conv1D", "Llama4TextExperts"}  # store (in, out)
 ROUTER_NAMES = {"gate", "classifier", "wg", "shared_expert_gate"}  # last part of a router's path, beside "router"
-MULTIPLICATIONS = {"linear", "addmm", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm"}
 
 
 @dataclass(frozen=True)
@@ -86,180 +80,6 @@ def _is_router(module_name: str, module: nn.Module, parameter: nn.Parameter, exp
     # A plain linear layer called `gate` may be a projection; one output per expert gives a router away.
     is_plain = isinstance(module, nn.Linear) and parameter.shape[0] not in (1, experts)
     return module_name.rpartition(".")[2] in ROUTER_NAMES and not is_plain
-
-
-class Enough(Exception):  # noqa: N818 - not an error: it ends a forward that has nothing more to tell
-    """Raised inside a block's forward when every statistic of the block has been taken."""
-
-
-class InputTap(TorchFunctionMode):
-    """Collects statistics of what the given parameters multiply, while it is active.
-
-    Matrices that read the same tensor (q, k, v; gate, up) share one statistic. A fused 3-D parameter has one per
-    expert. `stop_early` ends a forward with `Enough` once every parameter had its turn, where that can be known.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, tuple[nn.Parameter, bool]],  # name -> (parameter, stored (in, out))
-        kinds: frozenset[type[Statistic]],
-    ) -> None:
-        super().__init__()
-        self._kinds = sorted(kinds, key=lambda kind: kind.__name__)
-        self._targets: dict[int, list[tuple[str, nn.Parameter, bool]]] = {}
-        for name, (parameter, transposed) in parameters.items():
-            self._targets.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter, transposed))
-        self._count = len(parameters)
-        self._can_stop = all(parameter.dim() == 2 for parameter, _ in parameters.values())
-        self._statistics: dict[tuple[str, int | None], dict[type[Statistic], Statistic]] = {}
-        self._leader: dict[tuple[str, int | None], tuple[str, int | None]] = {}
-        # Memory: a few inputs are kept alive, just long enough for the other matrices that read the same one.
-        self._recent: deque[tuple[Tensor, int, tuple[str, int | None]]] = deque(maxlen=4)
-        self._updates: dict[tuple[str, int | None], int] = {}
-        self._calls: dict[tuple[str, int | None], int] = {}
-        self._samples = 0
-        self._stop = False
-
-    def begin(self, samples: int, *, whole: bool) -> None:
-        """Tell that the next forward is over `samples` further calibration samples.
-
-        With `whole` it runs to the end; otherwise it may end with `Enough` after the last multiplication of interest.
-        """
-        self._samples += samples
-        self._stop = self._can_stop and not whole
-        self._calls.clear()
-        self._recent.clear()
-
-    def end(self) -> None:
-        """Count the samples of the forward, and let go of the inputs that were kept for sharing."""
-        self._recent.clear()
-        # Exact: however often it multiplied, and whether or not a token was routed to it, a matrix has had them all.
-        for statistics in self._statistics.values():
-            for statistic in statistics.values():
-                statistic.samples = self._samples
-        # Exact: a forward may end early only where every matrix multiplies exactly once.
-        self._can_stop = self._can_stop and len(self._calls) == self._count and set(self._calls.values()) <= {1}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in MULTIPLICATIONS:
-            self._look(name, args, kwargs)
-        result = func(*args, **kwargs)
-        if self._stop and len(self._calls) == self._count:
-            raise Enough
-        return result
-
-    def _look(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = ("input", "mat1", "batch1", "mat2", "batch2", "other", "weight")
-        operands = [*args, *(kwargs[key] for key in named if key in kwargs)]
-        if name in ("addmm", "baddbmm"):
-            operands = operands[1:]
-        left, right = operands[0], operands[1]
-        if name == "__rmatmul__":
-            left, right = right, left
-        for weight, x, is_left in ((right, left, False), (left, right, True)):
-            if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or weight.device.type == "meta":
-                continue
-            target = self._target(weight)
-            if target is None:
-                continue
-            contracted = weight.dim() - 1 if is_left or name == "linear" else max(weight.dim() - 2, 0)
-            self._take(target, weight, contracted, x.transpose(-1, -2) if is_left and x.dim() > 1 else x)
-            return
-
-    def _target(self, weight: Tensor) -> tuple[str, nn.Parameter, bool] | None:
-        for target in self._targets.get(weight.untyped_storage().data_ptr(), ()):
-            start = target[1].storage_offset()
-            if start <= weight.storage_offset() < start + target[1].numel():
-                return target
-        return None
-
-    def _take(self, target: tuple[str, nn.Parameter, bool], weight: Tensor, contracted: int, x: Tensor) -> None:
-        name, parameter, transposed = target
-        input_dimension = parameter.dim() - (2 if transposed else 1)
-        width = parameter.shape[input_dimension]
-        stride = parameter.stride(input_dimension)
-        if weight.shape[contracted] != width or (width > 1 and weight.stride(contracted) != stride):
-            raise ModelStructureError(
-                f"{name}: multiplied along a dimension of {weight.shape[contracted]} (stride "
-                f"{weight.stride(contracted)}), expected in_features {width} (stride {stride}). The module stores it "
-                f"{'(in, out)' if not transposed else '(out, in)'}; skip it with --skip."
-            )
-        if parameter.dim() == 3 and weight.dim() == 3:
-            for expert in range(parameter.shape[0]):
-                rows = x[expert] if x.dim() == 3 else x
-                # A batched product multiplies every expert with every token; those routed elsewhere are all zero.
-                self._add((name, expert), rows[(rows != 0).any(dim=-1)], None)
-            return
-        fused = parameter.dim() == 3
-        offset = int(weight.storage_offset() - parameter.storage_offset())
-        self._add((name, offset // parameter.stride(0) if fused else None), x.reshape(-1, width), x)
-
-    def _add(self, key: tuple[str, int | None], x: Tensor, source: Tensor | None) -> None:
-        self._calls[key] = self._calls.get(key, 0) + 1
-        leader = self._leader.get(key)
-        if source is not None:
-            for recent, version, recent_key in self._recent:
-                same = recent is source or (
-                    recent.data_ptr() == source.data_ptr()
-                    and recent.shape == source.shape
-                    and recent.stride() == source.stride()
-                )
-                if (
-                    same
-                    and version == source._version
-                    and (leader == recent_key or (leader is None and self._updates[recent_key] == 1))
-                ):
-                    self._leader[key] = recent_key
-                    return
-        if leader is not None and leader != key:
-            raise ModelStructureError(f"{key[0]}: shared its input with {leader[0]} at first, and then did not.")
-        if key not in self._leader:
-            self._leader[key] = key
-            self._statistics[key] = {kind: kind.empty(x.shape[1], x.device) for kind in self._kinds}
-        for statistic in self._statistics[key].values():
-            statistic.update(x)
-        self._updates[key] = self._updates.get(key, 0) + 1
-        if source is not None:
-            self._recent.append((source, source._version, key))
-
-    def statistics(self, matrix: Matrix) -> dict[type[Statistic], Statistic]:
-        """The statistics of a matrix's inputs; none when no token reached it."""
-        leader = self._leader.get((matrix.parameter, matrix.expert))
-        found = self._statistics[leader] if leader is not None else {}
-        if matrix.columns is None:
-            return found
-        return {kind: statistic.select(matrix.columns) for kind, statistic in found.items()}
-
-    def check(self, matrices: list[Matrix], samples: int) -> None:
-        """Raise unless every matrix saw tokens, and only finite ones."""
-        unseen = [matrix.name for matrix in matrices if not self._tokens(matrix)]
-        if unseen:
-            its, it = ("its", "it") if len(unseen) == 1 else ("their", "them")
-            raise ModelStructureError(
-                f"{_some(unseen)}: saw no token of the {samples} calibration samples, so nothing is known of {its} "
-                f'inputs. Calibrate on more samples (--samples), or leave {it} dense with --skip "{unseen[0]}"'
-                f"{' and so on' if len(unseen) > 1 else ''}."
-            )
-        # In the order of the forward, so that the first one named is where the trouble begins.
-        order = {key: position for position, key in enumerate(self._leader)}
-        for matrix in sorted(matrices, key=lambda matrix: order[(matrix.parameter, matrix.expert)]):
-            for statistic in self.statistics(matrix).values():
-                if not statistic.is_finite():
-                    raise CalibrationError(
-                        f"{matrix.name}: its inputs on the calibration samples contain NaN or infinity. "
-                        "Is the model itself sound? Try --dtype float32, and check the dense model with secateur eval."
-                    )
-
-    def _tokens(self, matrix: Matrix) -> int:
-        return max((statistic.tokens for statistic in self.statistics(matrix).values()), default=0)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def numbered_experts(config: Any) -> int | None:

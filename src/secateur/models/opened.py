@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError
-from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate, writing
-from secateur.models.skeleton import LoadedModel, Skeleton, Source, build_skeleton, prepare
+from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
+from secateur.models.loaded import LoadedModel
+from secateur.models.skeleton import Skeleton, Source
+from secateur.models.structure import build_skeleton, prepare
+from secateur.models.writer import writing
 
 # Entries of config.json that describe how weights are packed; loaders refuse dense weights that carry them.
 PACKING_ENTRIES = ("quantization_config", "sparsity_config", "compression_config")

@@ -1,22 +1,19 @@
-"""A model without weights, its stack of decoder blocks, and the tensors of a checkpoint put into it block by block."""
+"""A model without weights, and the tensors of a checkpoint put into it block by block."""
 
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ModelStructureError
-from secateur.models.checkpoint import SINGLE_FILE, shard_names
+from secateur.models.checkpoint import Layout
 from secateur.models.conversion import Conversion, TensorGroup
 from secateur.models.matrices import Matrix, numbered_experts, prunable_parameters
-
-Layout = Sequence[tuple[str, Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]]
+from secateur.models.structure import Block, decoder_of, embeddings_of, find_blocks
 
 
 class Source(Protocol):
@@ -42,108 +39,6 @@ class Source(Protocol):
     def layout(self) -> Layout:
         """The shards of an output with the same tensors."""
         ...
-
-
-@dataclass(frozen=True)
-class Block:
-    """One decoder block: its position, its path in the model, its module."""
-
-    index: int
-    path: str
-    module: nn.Module
-
-
-def find_blocks(model: nn.Module) -> tuple[str, list[Block]]:
-    """The path of the block stack and its blocks: the `ModuleList` of the decoder that holds most parameters.
-
-    Raises `ModelStructureError` when there is none.
-    """
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelStructureError(
-            f"{type(model).__name__}: an encoder-decoder; Secateur prunes decoder-only language models."
-        )
-    decoder = decoder_of(model)
-    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    candidates = {
-        f"{prefix}.{name}".strip("."): module
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    if not candidates:
-        children = ", ".join(name for name, _ in decoder.named_children())
-        raise ModelStructureError(
-            f"{type(model).__name__}: no stack of decoder blocks (nn.ModuleList) found in it"
-            f"{f', only {children}' if children else '; it has no submodules at all'}. "
-            "Secateur prunes decoder-only language models."
-        )
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in candidates.items()}
-    path = max(sizes, key=lambda name: sizes[name])
-    return path, [Block(index, f"{path}.{index}", module) for index, module in enumerate(candidates[path])]
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The text decoder inside a multimodal model, or the model itself."""
-    if hasattr(model, "get_decoder"):
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            getter: Any = model.get_decoder
-            decoder = getter()
-            # Some models call their head `decoder`; a decoder without blocks is not the one that is meant.
-            if isinstance(decoder, nn.Module) and any(
-                isinstance(module, nn.ModuleList) for module in decoder.modules()
-            ):
-                return decoder
-    return model
-
-
-def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model that a folder's config.json describes, in eval mode, its parameters on the meta device.
-
-    Buffers that are computed (rotary frequencies, causal masks) are real. Raises `CheckpointError` when transformers
-    cannot build it.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: no config.json in it. Give the folder of a whole checkpoint.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}/config.json: transformers cannot use it: {error}") from None
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{folder}: the weights are quantised ({method}); pruning needs the unquantised checkpoint. "
-            "Load it with transformers, dequantise it (model.dequantize()), save it, and prune that."
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelStructureError(
-            f"{folder}: {config.model_type} is an encoder-decoder; Secateur prunes decoder-only language models."
-        )
-    failure: Exception | None = None
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        try:
-            with init_empty_weights(include_buffers=False):
-                model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
-            break
-        except ValueError as error:
-            failure = failure or error
-    else:
-        raise CheckpointError(f"{folder}: transformers knows no causal language model for it: {failure}")
-    prepare(model)
-    return model
-
-
-def prepare(model: nn.Module) -> None:
-    """Set a model up for taking statistics: eval mode, and experts multiplied one by one."""
-    model.eval()
-    if hasattr(model, "set_experts_implementation"):
-        # Fused kernels hide which expert multiplies what; the plain loop shows it to the input tap.
-        with contextlib.suppress(ValueError, AttributeError):
-            setter: Any = model.set_experts_implementation
-            setter("eager")
 
 
 class Skeleton:
@@ -178,7 +73,7 @@ class Skeleton:
     @property
     def vocabulary_size(self) -> int:
         """Number of token ids that the input embeddings know."""
-        embeddings = _embeddings(self.model, "get_input_embeddings")
+        embeddings = embeddings_of(self.model, "get_input_embeddings")
         if embeddings is None or not hasattr(embeddings, "weight"):
             raise ModelStructureError(f"{type(self.model).__name__}: has no input embeddings.")
         weight: Any = embeddings.weight
@@ -245,8 +140,8 @@ class Skeleton:
         embeddings = {
             id(module.weight)
             for module in (
-                _embeddings(self.model, "get_input_embeddings"),
-                _embeddings(self.model, "get_output_embeddings"),
+                embeddings_of(self.model, "get_input_embeddings"),
+                embeddings_of(self.model, "get_output_embeddings"),
             )
             if module is not None and hasattr(module, "weight")
         }
@@ -458,13 +353,6 @@ def _matrices(block: int, placed: Mapping[str, Sequence[Any]], source: Source) -
     return result
 
 
-def _embeddings(model: nn.Module, getter: str) -> nn.Module | None:
-    with contextlib.suppress(AttributeError, NotImplementedError):
-        module = getattr(model, getter)()
-        return module if isinstance(module, nn.Module) else None
-    return None
-
-
 def _float32_pattern(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
     """Parameters that transformers keeps in float32 when the rest is in half precision."""
     names: set[str] = set()
@@ -473,68 +361,6 @@ def _float32_pattern(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | 
     if dtype in (torch.float16, torch.bfloat16):
         names.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     return re.compile("|".join(rf"(^|\.){name.replace('*', '.*')}($|\.)" for name in sorted(names))) if names else None
-
-
-class LoadedModel:
-    """A module in memory seen as a checkpoint: the names, shapes and dtypes that save_pretrained would give it."""
-
-    MAX_SHARD_BYTES = 5 * 10**9
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        state = model.state_dict()
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        pointers = {name: value.data_ptr() for name, value in state.items()}
-        self._state = {
-            name: value
-            for name, value in state.items()
-            if not (name in tied and tied[name] in pointers and pointers[tied[name]] == pointers[name])
-        }
-        meta = self._revert({name: torch.empty_like(value, device="meta") for name, value in self._state.items()})
-        self._tensors = {name: (tuple(value.shape), value.dtype) for name, value in meta.items()}
-        self._conversion = Conversion(model, {name: shape for name, (shape, _) in self._tensors.items()})
-
-    def _revert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from transformers import PreTrainedModel
-
-        if not isinstance(self.model, PreTrainedModel):
-            return dict(state)
-        from transformers.core_model_loading import revert_weight_conversion
-
-        return dict(revert_weight_conversion(self.model, dict(state)))
-
-    @property
-    def names(self) -> list[str]:
-        """Tensor names, as save_pretrained would write them."""
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self._tensors[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return self._tensors[name][1]
-
-    def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
-        """The named tensors: views of the module's own where nothing is converted, else copies."""
-        parameters = [name for group in self._conversion.of(names) for name in group.parameters]
-        tensors = self._revert({name: self._state[name].detach() for name in parameters if name in self._state})
-        return {name: tensors[name] for name in names}
-
-    def layout(self) -> Layout:
-        """Shards of at most 5 GB, in the order of the module."""
-        shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
-        size = 0
-        for name, (shape, dtype) in self._tensors.items():
-            bytes_ = dtype.itemsize * int(torch.Size(shape).numel())
-            if shards[-1] and size + bytes_ > self.MAX_SHARD_BYTES:
-                shards.append([])
-                size = 0
-            shards[-1].append((name, dtype, shape))
-            size += bytes_
-        names = shard_names(len(shards)) if len(shards) > 1 else [SINGLE_FILE]
-        return list(zip(names, shards, strict=True))
 
 
 @contextlib.contextmanager

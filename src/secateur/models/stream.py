@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ModelStructureError
-from secateur.models.checkpoint import reserve, writing
-from secateur.models.skeleton import Block, Skeleton
+from secateur.models.skeleton import Skeleton
+from secateur.models.structure import Block
+from secateur.models.writer import reserve, writing
 
 
 @dataclass
