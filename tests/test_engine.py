@@ -1016,3 +1016,26 @@ def test_a_method_cannot_break_the_plan(change, error, message, tmp_path):
     with pytest.raises(error, match=message):
         prune(source, method=solved(change), **arguments)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_module_in_memory_is_set_back_into_its_mode():
+    model = tiny.build("mixtral").train()
+    model.model.layers[1].eval()
+    model.set_experts_implementation("grouped_mm")
+    before = {name: module.training for name, module in model.named_modules()}
+    prune(model, method=wanda(), pattern=Unstructured(0.5), calibration=tiny.tokens(8, 32))
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_the_manifest_says_what_was_left_out_and_why(tmp_path):
+    out = tmp_path / "out"
+    source = tiny.save("mixtral", tmp_path / "source")
+    manifest = prune(source, method=magnitude(), pattern=Unstructured(0.5), output=out)
+    rows = {row["reason"]: row for row in manifest.left_out}
+    assert set(rows) == {"router", "embedding or lm_head", "bias or norm"}
+    assert rows["router"]["tensors"] == 3
+    planned = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest.matrices.values())
+    checkpoint = Checkpoint(source)
+    total = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names)
+    assert planned + sum(row["weights"] for row in rows.values()) == total

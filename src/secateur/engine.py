@@ -141,11 +141,13 @@ def prune(
             "within": "block",
         },
         plan=plan.to_json(),
+        left_out=skeleton.left_out_by_reason(),
         command=list(command) if command is not None else None,
         calibration=dict(windows.provenance) | {"digest": windows.digest} if windows is not None else None,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     with ExitStack() as stack:
+        stack.callback(opened.restore)
         writer = None
         if target is not None:
             scratch = stack.enter_context(Scratch(target, overwrite))

@@ -112,6 +112,14 @@ def estimate(
         notes.append("The hidden states would not fit in half of the free memory; they go to a memory-mapped file.")
     if host > psutil.virtual_memory().available:
         notes.append("This needs more host memory than is free now: use fewer or shorter samples, or --batch-size 1.")
+    left_out = [LeftOutRow(**row) for row in skeleton.left_out_by_reason()]
+    all_weights = sum(_count(skeleton.source.shape(name)) for name in skeleton.source.names)
+    for row in left_out:
+        if row.reason.startswith("not a linear matrix") and row.weights > all_weights / 100:
+            notes.append(
+                f"{row.weights / all_weights:.0%} of all weights stay dense because Secateur does not know how they "
+                f"are multiplied: {row.reason}, such as {row.example}."
+            )
     sizes_by_name = {matrix.name: matrix.shape[0] * matrix.shape[1] for matrix in skeleton.matrices}
     return Estimate(
         model=str(opened.origin.get("path")),
@@ -119,11 +127,11 @@ def estimate(
         blocks=len(skeleton.blocks),
         method=method.name,
         kinds=_kinds(skeleton, plan),
-        left_out=_left_out(skeleton),
+        left_out=left_out,
         plan=plan,
         planned_weights=sum(sizes_by_name[name] for name in plan),
         zeros=round(sum(sizes_by_name[name] * pattern.sparsity for name, pattern in plan.items())),
-        all_weights=sum(_count(skeleton.source.shape(name)) for name in skeleton.source.names),
+        all_weights=all_weights,
         tokens=tokens,
         device=str(skeleton.device),
         dtype=str(skeleton.dtype).removeprefix("torch."),
@@ -196,20 +204,6 @@ def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
             (known.weights if known else 0) + matrix.shape[0] * matrix.shape[1],
         )
     return list(rows.values())
-
-
-def _left_out(skeleton: Skeleton) -> list[LeftOutRow]:
-    rows: dict[str, LeftOutRow] = {}
-    for name, reason in skeleton.left_out.items():
-        known = rows.get(reason)
-        size = _count(skeleton.source.shape(name))
-        rows[reason] = LeftOutRow(
-            reason,
-            (known.tensors if known else 0) + 1,
-            (known.weights if known else 0) + size,
-            known.example if known else name,
-        )
-    return sorted(rows.values(), key=lambda row: -row.weights)
 
 
 def _seconds(skeleton: Skeleton, plan: Plan, tokens: int, sizes: _Sizes) -> float:

@@ -30,6 +30,7 @@ class Manifest:
     source: dict[str, Any]
     settings: dict[str, Any]
     plan: dict[str, Any]
+    left_out: list[dict[str, Any]] = field(default_factory=list)  # why other tensors were not prunable, by reason
     command: list[str] | None = None
     calibration: dict[str, Any] | None = None
     matrices: dict[str, dict[str, Any]] = field(default_factory=dict)

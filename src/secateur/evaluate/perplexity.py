@@ -87,7 +87,10 @@ def perplexity(
     )
     check_vocabulary(cut, opened.skeleton.vocabulary_size)
     check_length(cut, opened.skeleton.positions)
-    losses = window_losses(opened, cut, batch_size=batch_size, offload_states=offload_states, progress=progress)
+    try:
+        losses = window_losses(opened, cut, batch_size=batch_size, offload_states=offload_states, progress=progress)
+    finally:
+        opened.restore()
     if not bool(losses.isfinite().all()):
         bad = int((~losses.isfinite()).sum())
         raise NumericalError(

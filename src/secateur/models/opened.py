@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,15 @@ class OpenedModel:
     """A model ready to be streamed.
 
     `origin` is the provenance for the manifest; `write_companions(folder)` writes configuration, tokenizer and
-    licence beside new weights; `load_tokenizer()` gives the tokenizer, or None when there is none.
+    licence beside new weights; `load_tokenizer()` gives the tokenizer, or None when there is none; `restore()` sets a
+    module in memory back into the mode in which it was given.
     """
 
     skeleton: Skeleton
     origin: dict[str, Any]
     write_companions: Callable[[Path], None]
     load_tokenizer: Callable[[], Any]
-    folder: Path | None = None
-    checkpoint: Checkpoint | None = field(default=None, repr=False)
+    restore: Callable[[], None] = lambda: None
 
 
 def choose_device(name: str) -> torch.device:
@@ -94,8 +94,6 @@ def open_model(
         origin=origin,
         write_companions=lambda target: _copy_companions(folder, target),
         load_tokenizer=lambda: _tokenizer(folder, trust_remote_code),
-        folder=folder,
-        checkpoint=checkpoint,
     )
 
 
@@ -137,7 +135,7 @@ def _open_module(model: nn.Module, device: torch.device | None, dtype: str) -> O
         )
     if device is not None:
         model.to(device)
-    prepare(model)
+    restore = prepare(model)
     source = LoadedModel(model)
     skeleton = Skeleton(model, source, device=parameters[0].device, dtype=parameters[0].dtype, resident=True)
 
@@ -157,6 +155,7 @@ def _open_module(model: nn.Module, device: torch.device | None, dtype: str) -> O
         },
         write_companions=write,
         load_tokenizer=lambda: None,
+        restore=restore,
     )
 
 

@@ -1,6 +1,7 @@
 """A model without weights, and the tensors of a checkpoint put into it block by block."""
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -160,6 +161,15 @@ class Skeleton:
             else:
                 reasons[name] = "outside the decoder blocks"
         return reasons
+
+    def left_out_by_reason(self) -> list[dict[str, Any]]:
+        """One row for each reason: reason, number of tensors and of weights, and an example; most weights first."""
+        rows: dict[str, dict[str, Any]] = {}
+        for name, reason in self.left_out.items():
+            row = rows.setdefault(reason, {"reason": reason, "tensors": 0, "weights": 0, "example": name})
+            row["tensors"] += 1
+            row["weights"] += math.prod(self.source.shape(name))
+        return sorted(rows.values(), key=lambda row: -row["weights"])
 
     @cached_property
     def _inventory(self) -> list[tuple[list[Matrix], dict[str, str]]]:

@@ -75,7 +75,8 @@ class HiddenStates:
             return
         if kept is None or kept.shape != states.shape:
             kept = self._batches[batch] = self._empty(batch, states)
-        kept.copy_(states, non_blocking=self._pin)
+        # Exact: only page-locked memory takes part in the order of the GPU's work; other copies have to wait.
+        kept.copy_(states, non_blocking=kept.is_pinned())
 
     def _empty(self, batch: int, like: Tensor) -> Tensor:
         if self._folder is None:

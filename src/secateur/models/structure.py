@@ -1,6 +1,7 @@
 """The structure of a model, found out rather than known: its decoder, its stack of blocks, and a skeleton to fill."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,31 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Modul
     return model
 
 
-def prepare(model: nn.Module) -> None:
-    """Set a model up for taking statistics: eval mode, and experts multiplied one by one."""
+def prepare(model: nn.Module) -> Callable[[], None]:
+    """Set a model up for taking statistics, and return a function that sets it back.
+
+    In eval mode, and with experts multiplied one by one: fused kernels hide which expert multiplies what, and the
+    plain loop shows it to the input tap.
+    """
+    training = {name: module.training for name, module in model.named_modules()}
+    config: Any = getattr(model, "config", None)
+    implementation = getattr(config, "_experts_implementation", None)
     model.eval()
     if hasattr(model, "set_experts_implementation"):
-        # Fused kernels hide which expert multiplies what; the plain loop shows it to the input tap.
-        with contextlib.suppress(ValueError, AttributeError):
-            setter: Any = model.set_experts_implementation
-            setter("eager")
+        _set_experts(model, "eager")
+
+    def restore() -> None:
+        for name, module in model.named_modules():
+            module.training = training.get(name, module.training)
+        if implementation not in (None, "eager"):
+            _set_experts(model, implementation)
+
+    return restore
+
+
+def _set_experts(model: Any, implementation: str) -> None:
+    with contextlib.suppress(ValueError, AttributeError):
+        model.set_experts_implementation(implementation)
 
 
 def embeddings_of(model: nn.Module, getter: str) -> nn.Module | None:
