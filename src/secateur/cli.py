@@ -61,17 +61,18 @@ def _load_config(context: typer.Context, value: Path | None) -> Path | None:
     import yaml
 
     try:
-        content = yaml.safe_load(value.read_text()) or {}
-    except OSError as error:
-        raise typer.BadParameter(f"--config {value}: cannot be read ({error.strerror}).") from None
+        # Values stay the text they are, as on a command line: YAML 1.1 would read `pattern: 2:4` as the number 124.
+        content = yaml.load(value.read_text(), Loader=yaml.BaseLoader) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{value} cannot be read ({getattr(error, 'strerror', 'not text')}).") from None
     except yaml.YAMLError as error:
-        raise typer.BadParameter(f"--config {value}: not YAML: {error}") from None
+        raise typer.BadParameter(f"{value} is not YAML: {error}") from None
     if not isinstance(content, dict):
-        raise typer.BadParameter(f"--config {value}: expected keys and values, found {type(content).__name__}.")
+        kind = "a list" if isinstance(content, list) else "text"
+        raise typer.BadParameter(f"{value}: expected keys and values, found {kind}.")
     known = {
-        option.lstrip("-").replace("-", "_"): parameter.name
+        max(parameter.opts, key=len).lstrip("-").replace("-", "_"): parameter
         for parameter in context.command.params
-        for option in [*parameter.opts, parameter.name or ""]
         if parameter.name not in ("config", "help")
     }
     defaults: dict[str, Any] = {}
@@ -80,8 +81,12 @@ def _load_config(context: typer.Context, value: Path | None) -> Path | None:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f' Did you mean "{near[0]}"?' if near else f" Known keys: {', '.join(sorted(known))}."
-            raise typer.BadParameter(f'--config {value}: unknown key "{key}".{hint}')
-        defaults[str(known[name])] = item
+            raise typer.BadParameter(f'{value}: unknown key "{key}".{hint}')
+        if item in ("", "null", "~"):
+            continue
+        if getattr(known[name], "multiple", False) and not isinstance(item, list):
+            item = [item]
+        defaults[str(known[name].name)] = item
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
 
@@ -587,7 +592,7 @@ def _progress() -> Iterator[Callable[["Event"], None]]:
 
         def plain(event: "Event") -> None:
             elapsed = time.perf_counter() - started
-            if event.stage == "calibrate":
+            if event.stage == "calibrate" and not event.total:
                 typer.echo("drawing calibration samples", err=True)
             elif event.stage == "write":
                 typer.echo(f"block {event.block + 1} of {event.blocks} pruned, {elapsed:.1f} s", err=True)
@@ -599,7 +604,7 @@ def _progress() -> Iterator[Callable[["Event"], None]]:
 
         def show(event: "Event") -> None:
             if event.stage == "calibrate":
-                bar.update(task, description="calibration samples", total=None, detail="")
+                bar.update(task, description="calibration", total=event.total or None, completed=event.done, detail="")
             elif event.stage == "record":
                 bar.update(task, description="recording calls", total=event.total, completed=event.done, detail="")
             elif event.blocks:
@@ -621,16 +626,18 @@ def _evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def main() -> None:
-    """Run the command line. Exits with 2 for the user's mistake and with 1 for a failure."""
-    debug = "--debug" in sys.argv[1:]
+    """Run the command line. Exits with 2 for the user's mistake, 1 for a failure, 130 for an interruption."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     try:
-        app()
+        app(args=arguments)
     except SecateurError as error:
-        if debug:
+        if len(arguments) < len(sys.argv[1:]):
             raise
         typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1 if isinstance(error, NumericalError) else 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # typer's own code for an interruption
+            raise
         typer.secho("Interrupted; nothing was left behind.", err=True)
         sys.exit(130)
 

@@ -27,6 +27,7 @@ from secateur.core.problem import Method, Problem, Solution
 from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.manifest import Manifest, file_digests, tensor_digest
 from secateur.models.matrices import Matrix, prunable_parameters
+from secateur.models.memory import trim
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import Stream, default_batch_size, states_folder
@@ -124,6 +125,7 @@ def prune(
             length=length,
             seed=seed,
             sampling=sampling,  # type: ignore[arg-type]  # checked there
+            progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
         )
         check_vocabulary(windows, skeleton.vocabulary_size)
         check_length(windows, skeleton.positions)
@@ -251,6 +253,7 @@ class _Run:
                 self.clock.add("wait for write", started)
                 written = background.submit(self._write, own | changed)
                 del tensors, own, changed
+                trim()
                 self._tell("write", block)
             written.result()
         if self.writer is not None and self.writer.missing:

@@ -106,6 +106,11 @@ def estimate(
     on_gpu = skeleton.device.type != "cpu"
     host, on_device = sizes.host(on_gpu), sizes.device() if on_gpu else 0
     notes = []
+    if method.needs and skeleton.positions is not None and (length or 2048) > skeleton.positions:
+        notes.append(
+            f"Windows of {length or 2048} tokens do not fit in the model's {skeleton.positions} positions, and prune "
+            f"will refuse them. Use --length {skeleton.positions} or less."
+        )
     if skeleton.resident:
         notes.append("The whole model is in memory: it was given as a module, or dequantised from GGUF.")
     if sizes.states > psutil.virtual_memory().available // 2:

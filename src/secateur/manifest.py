@@ -72,6 +72,8 @@ def _digest(value: Mapping[str, Any]) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a pruned checkpoint. Raises `CheckpointError` when it is missing, foreign or altered."""
     file = folder / FILE_NAME
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give one that `secateur prune` wrote.")
     if not file.exists():
         raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote can be verified.")
     try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
 from secateur.errors import NumericalError
+from secateur.models.memory import trim
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import Stream, default_batch_size, states_folder
 
@@ -48,8 +49,11 @@ class Perplexity:
         return self.perplexity * self.standard_error
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, with the perplexity and its error."""
-        return {"perplexity": self.perplexity, "perplexity_error": self.perplexity_error, **asdict(self)}
+        """All fields, with the perplexity and its error; errors are None where one window alone gives none."""
+        value = {"perplexity": self.perplexity, "perplexity_error": self.perplexity_error, **asdict(self)}
+        if math.isnan(self.standard_error):  # JSON knows no NaN
+            value["perplexity_error"] = value["standard_error"] = None
+        return value
 
 
 def perplexity(
@@ -143,6 +147,7 @@ def window_losses(
                 stream.states.put(batch, stream.run(block, batch))
             skeleton.unload(block)
             stream.release(block)
+            trim()
             progress("blocks", block.index + 1, len(skeleton.blocks))
         losses = []
         for batch, batch_ids in enumerate(stream.batches):

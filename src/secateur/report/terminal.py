@@ -49,10 +49,10 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
         shape = f"{row.shape[0]} x {row.shape[1]}"
         partial = f" ({row.planned} of {row.matrices})" if 0 < row.planned < row.matrices else ""
         planned.add_row(row.kind, str(row.matrices), shape, f"{row.weights:,}", (row.pattern or "left out") + partial)
-    left = _table("not pruned", "tensors", "weights", "for example", title="")
+    left = _table("not pruned", "tensors", "weights", "for example")
     for reason in estimate.left_out:
         left.add_row(reason.reason, str(reason.tensors), f"{reason.weights:,}", reason.example)
-    cost = _table("estimate", "", title="")
+    cost = _table("estimate", "")
     share = estimate.zeros / max(estimate.all_weights, 1)
     cost.add_row("planned weights", f"{estimate.planned_weights:,} of {estimate.all_weights:,}")
     cost.add_row("zeros afterwards", f"{estimate.zeros:,} ({share:.1%} of the model)")
@@ -66,7 +66,7 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
         cost.add_row("device memory", f"about {bytes_text(estimate.device_bytes)}")
     cost.add_row("disk", bytes_text(estimate.disk_bytes))
     cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
-    return Group(planned, left, cost, *(Text(note, style="yellow") for note in estimate.notes))
+    return Group(planned, "", left, "", cost, *(Text(note, style="yellow") for note in estimate.notes))
 
 
 def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
@@ -112,12 +112,13 @@ def _area(shape: object) -> int:
 def perplexity_table(result: Perplexity) -> RenderableType:
     """Perplexity with its standard error, and what it was measured on."""
     table = _table("data", "windows", "tokens", "nats", "perplexity", "seconds")
+    several = result.windows > 1
     table.add_row(
         result.data,
         f"{result.windows} x {result.length}",
         f"{result.tokens:,}",
-        f"{result.nats:.4f} ± {result.standard_error:.4f}",
-        f"{result.perplexity:.3f} ± {result.perplexity_error:.3f}",
+        f"{result.nats:.4f}" + (f" ± {result.standard_error:.4f}" if several else ""),
+        f"{result.perplexity:.3f}" + (f" ± {result.perplexity_error:.3f}" if several else ""),
         f"{result.seconds:.1f}",
     )
     return table
@@ -134,11 +135,11 @@ def inspection_tables(inspection: Inspection, every_matrix: bool = False) -> Ren
     kinds = _table("by kind", "count", "sparsity", "pattern")
     for kind, matrices in inspection.by_kind().items():
         kinds.add_row(kind, str(len(matrices)), _sparsity(matrices), _patterns(matrices))
-    blocks = _table("by block", "count", "sparsity", "pattern", title="")
+    blocks = _table("by block", "count", "sparsity", "pattern")
     for block, matrices in inspection.by_block().items():
         blocks.add_row(str(block), str(len(matrices)), _sparsity(matrices), _patterns(matrices))
     total = Text(f"Sparsity of all prunable matrices: {inspection.sparsity:.4f}", style="bold")
-    return Group(kinds, blocks, total)
+    return Group(kinds, "", blocks, "", total)
 
 
 def _sparsity(matrices: list[MatrixSparsity]) -> str:
