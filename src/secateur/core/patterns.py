@@ -160,17 +160,17 @@ class NM:
         """
         if score.shape[1] % self.m:
             raise PatternError(f"{self} needs a width divisible by {self.m}, got {score.shape[1]}.")
-        groups = score.reshape(-1, self.m)
         if self.m > 8:
-            return ~lowest(groups, self.m - self.n).view(score.shape)
+            return ~lowest(score.reshape(-1, self.m), self.m - self.n).view(score.shape)
         # Exact: the rank in a stable ascending sort, by comparing all pairs, without sorting millions of tiny rows.
-        rank = torch.zeros_like(groups, dtype=torch.int8)
+        positions = score.reshape(-1, self.m).t().contiguous()  # (m, groups): every comparison runs along memory
+        rank = torch.zeros_like(positions, dtype=torch.int8)
         for left in range(self.m):
             for right in range(left + 1, self.m):
-                left_is_lower = groups[:, left] <= groups[:, right]
-                rank[:, right] += left_is_lower
-                rank[:, left] += ~left_is_lower
-        return (rank >= self.m - self.n).view(score.shape)
+                left_is_lower = positions[left] <= positions[right]
+                rank[right] += left_is_lower
+                rank[left] += ~left_is_lower
+        return (rank >= self.m - self.n).t().reshape(score.shape)
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Raise `PatternError` when the width does not divide by M."""
