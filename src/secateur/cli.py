@@ -1,6 +1,7 @@
 """The command line: strings to objects, printing, exit codes. Heavy imports wait for the command that needs them."""
 
 import importlib
+import inspect as inspection
 import json
 import os
 import sys
@@ -50,6 +51,12 @@ def _main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Prune pretrained large language models in one shot, block by block, without retraining."""
+    # Libraries read these when they are imported, and torch imports tqdm.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -504,8 +511,8 @@ def _method(name: str) -> "Method":
 
     if name in METHODS:
         return METHODS[name]()
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
         import difflib
 
         near = difflib.get_close_matches(name, METHODS, 1)
@@ -515,25 +522,29 @@ def _method(name: str) -> "Method":
         )
     sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        home = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise PatternError(f"--method {name}: {error}. Looked in {os.getcwd()} and on the Python path.") from None
-    except AttributeError:
-        raise PatternError(f'--method {name}: the module {module} has no "{attribute}".') from None
-    result = found if isinstance(found, Method) else found() if callable(found) else found
-    if not isinstance(result, Method):
-        raise PatternError(f"--method {name}: gives a {type(result).__name__}, expected a secateur.Method.")
-    return result
+    if not hasattr(home, attribute):
+        raise PatternError(f'--method {name}: the module {module} has no "{attribute}".')
+    found = getattr(home, attribute)
+    if not isinstance(found, Method) and callable(found):
+        try:
+            inspection.signature(found).bind()
+        except TypeError as error:
+            raise PatternError(
+                f"--method {name}: expected a secateur.Method, or a function without arguments that returns one, and "
+                f"this one cannot be called so ({error}). See docs/methods.md."
+            ) from None
+        found = found()
+    if not isinstance(found, Method):
+        raise PatternError(f"--method {name}: gives a {type(found).__name__}, expected a secateur.Method.")
+    return found
 
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Keep the progress bars and advice of other libraries away from our own output."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging: Any = importlib.import_module("transformers.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -177,7 +177,10 @@ def _open_gguf(file: Path, device: torch.device, dtype: str) -> OpenedModel:
     prepare(model)
 
     def tokenizer() -> Any:
-        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        try:
+            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        except Exception as error:  # the converters raise whatever their tokenizer library does
+            raise CheckpointError(f"{file}: transformers cannot convert its tokenizer: {error}") from None
 
     def write(target: Path) -> None:
         _write_configuration(model, target)
