@@ -134,8 +134,8 @@ def pruned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_wanda_hurts_less_than_magnitude(
     dense: secateur.Perplexity, pruned: dict[str, Path], pattern: secateur.Pattern, margin: float
 ) -> None:
-    # Seeds 0, 1, 2 gave: dense 19.3, 21.2, 20.7; 50 %: Wanda 22.3, 24.5, 23.6, magnitude 28.8, 30.6, 29.5;
-    # 2:4: Wanda 29.6, 30.3, 28.9, magnitude 40.1, 45.8, 49.3 (60 windows).
+    # Seeds 0, 1, 2 gave: dense 22.1, 20.5, 20.3; 50 %: Wanda 25.2, 23.4, 23.8, magnitude 31.6, 30.0, 30.5;
+    # 2:4: Wanda 30.0, 27.5, 29.2, magnitude 44.0, 43.0, 38.6.
     wanda, magnitude = (evaluate(pruned[f"{name} {pattern}"]) for name in ("wanda", "magnitude"))
     assert dense.digest == wanda.digest == magnitude.digest
     assert dense.perplexity < 30  # it has learnt something: 512 would be guessing
