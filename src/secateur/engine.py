@@ -29,7 +29,7 @@ from secateur.manifest import Manifest, file_digests, tensor_digest
 from secateur.models.matrices import Matrix, prunable_parameters
 from secateur.models.memory import trim
 from secateur.models.opened import OpenedModel, open_model
-from secateur.models.skeleton import Skeleton
+from secateur.models.skeleton import Skeleton, loaded
 from secateur.models.stream import Stream, default_batch_size, states_folder
 from secateur.models.structure import Block
 from secateur.models.tap import Enough, InputTap
@@ -131,7 +131,7 @@ def prune(
         check_length(windows, skeleton.positions)
     manifest = Manifest(
         versions={"secateur": secateur.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        | _optional_versions(),
+        | _library_versions(),
         method=method.name,
         source=opened.origin,
         settings={
@@ -266,8 +266,8 @@ class _Run:
         started = time.perf_counter()
         self.skeleton.load_outside()
         ids = self.windows.input_ids
-        width = getattr(getattr(self.skeleton.model, "config", None), "hidden_size", 1024)
-        folder = states_folder(self.offload, ids.numel() * width * self.skeleton.dtype.itemsize, self.scratch)
+        needed = ids.numel() * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        folder = states_folder(self.offload, needed, self.scratch)
         stream = Stream(
             self.skeleton,
             ids,
@@ -305,14 +305,11 @@ class _Run:
             if self.skeleton.resident:
                 self._update(changed, tensors)
         else:
-            self.skeleton.load(block, tensors)
-            try:
+            with loaded(self.skeleton, block, tensors):
                 tap, first = self._take_statistics(block, matrices, stream)
                 changed = self._solve(block, matrices, tensors, tap)
                 self._update(changed, tensors)
                 record["output_change"] = self._move_on(block, matrices, stream, first, last)
-            finally:
-                self.skeleton.unload(block)
         self.manifest.blocks.append(record)
         return changed
 
@@ -465,7 +462,7 @@ def _asked(pattern: Mapping[str, Any]) -> float:
     return NM(**pattern).sparsity if "n" in pattern else float(pattern["sparsity"])
 
 
-def _optional_versions() -> dict[str, str]:
+def _library_versions() -> dict[str, str]:
     import accelerate
     import transformers
 

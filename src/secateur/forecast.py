@@ -159,9 +159,7 @@ class _Sizes:
     def __init__(self, skeleton: Skeleton, tokens: int, batch_tokens: int) -> None:
         source = skeleton.source
         self.skeleton = skeleton
-        config: Any = getattr(skeleton.model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        hidden = getattr(text, "hidden_size", 1024)
+        hidden = skeleton.hidden_size
         item = skeleton.dtype.itemsize
         stored = [_bytes(skeleton, names) for names in skeleton.block_tensors]
         computed = [sum(_count(source.shape(name)) for name in names) * item for names in skeleton.block_tensors]
@@ -219,10 +217,8 @@ def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
 
 def _seconds(skeleton: Skeleton, plan: Plan, tokens: int, sizes: _Sizes) -> float:
     """Two forwards of the blocks up to the last planned one, plus reading and writing, which overlap them."""
-    config: Any = getattr(skeleton.model, "config", None)
-    experts = numbered_experts(config) or 1
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    share = (getattr(text, "num_experts_per_tok", None) or 1) / experts
+    experts = numbered_experts(skeleton.text_config) or 1
+    share = (getattr(skeleton.text_config, "num_experts_per_tok", None) or 1) / experts
     last = max(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
     multiplied = sum(
         matrix.shape[0] * matrix.shape[1] * (share if matrix.expert is not None else 1)

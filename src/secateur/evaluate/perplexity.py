@@ -129,10 +129,8 @@ def window_losses(
     skeleton = opened.skeleton
     skeleton.load_outside()
     ids = windows.input_ids
-    width = getattr(getattr(skeleton.model, "config", None), "hidden_size", 1024)
-    folder = states_folder(
-        offload_states, ids.numel() * width * skeleton.dtype.itemsize, Path.cwd() / f"secateur-{os.getpid()}.states"
-    )
+    needed = ids.numel() * skeleton.hidden_size * skeleton.dtype.itemsize
+    folder = states_folder(offload_states, needed, Path.cwd() / f"secateur-{os.getpid()}.states")
     stream = Stream(
         skeleton,
         ids,

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,7 +294,7 @@ def _bytes_of(flat: Tensor) -> memoryview:
     return memoryview(array) if flat.numel() else memoryview(b"")
 
 
-def locate(source: str, revision: str | None = None, progress: Callable[[str], None] | None = None) -> Path:
+def locate(source: str, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: the folder itself, or the hub's snapshot in huggingface_hub's cache.
 
     Raises `CheckpointError` when it is neither, or when the hub cannot be reached.

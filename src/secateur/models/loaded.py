@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur.models.checkpoint import SINGLE_FILE, Layout, shard_names
+from secateur.models.checkpoint import Layout, shard_names
 from secateur.models.conversion import Conversion
 
 
@@ -67,5 +67,4 @@ class LoadedModel:
                 size = 0
             shards[-1].append((name, dtype, shape))
             size += bytes_
-        names = shard_names(len(shards)) if len(shards) > 1 else [SINGLE_FILE]
-        return list(zip(names, shards, strict=True))
+        return list(zip(shard_names(len(shards)), shards, strict=True))

@@ -52,7 +52,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype to compute in; "auto" is the checkpoint's on a GPU, and float32 on a CPU, which is faster there."""
+    """The dtype to compute in; "auto" is the checkpoint's on a GPU, and float32 for half precision on a CPU."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if name == "auto":
         return torch.float32 if device.type == "cpu" and stored.itemsize < 4 else stored

@@ -83,10 +83,19 @@ class Skeleton:
     @property
     def positions(self) -> int | None:
         """The longest window that the configuration allows for, or None when it names no limit."""
-        config: Any = getattr(self.model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        value = getattr(text, "max_position_embeddings", None)
+        value = getattr(self.text_config, "max_position_embeddings", None)
         return value if isinstance(value, int) else None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states between blocks."""
+        return int(getattr(self.text_config, "hidden_size", 1024))
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model, also inside a multimodal one; None for a module without any."""
+        config: Any = getattr(self.model, "config", None)
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     @cached_property
     def block_tensors(self) -> list[list[str]]:
