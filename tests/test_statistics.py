@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from secateur.core import statistics
+from secateur.core import gram, statistics
+from secateur.core.gram import CrossGram, Gram
 from secateur.core.statistics import SquaredNorm, Statistic
 from secateur.methods import METHODS
 
-STATISTICS: list[type[Statistic]] = [SquaredNorm]
+STATISTICS: list[type[Statistic]] = [SquaredNorm, Gram]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDTH = 6
 
@@ -41,7 +42,11 @@ def assert_same(one: Any, other: Any, *, exact: bool = False) -> None:
     for field, value in vars(one).items():
         if isinstance(value, Tensor):
             tolerance = 0.0 if exact else 1e-6
-            torch.testing.assert_close(vars(other)[field], value, rtol=tolerance, atol=0.0, equal_nan=True)
+            # Entries of a Gram matrix are sums of either sign: their rounding is that of the squares.
+            least = 3 * tolerance * float(value.diagonal().max()) if value.dim() == 2 else 0.0
+            torch.testing.assert_close(
+                vars(other)[field], value, rtol=tolerance, atol=least, equal_nan=True, check_dtype=value.dim() != 2
+            )
         else:
             assert vars(other)[field] == value, field
 
@@ -49,8 +54,9 @@ def assert_same(one: Any, other: Any, *, exact: bool = False) -> None:
 def test_every_statistic_is_in_the_list() -> None:
     defined = {
         kind
-        for _, kind in inspect.getmembers(statistics, inspect.isclass)
-        if kind.__module__ == statistics.__name__ and hasattr(kind, "update") and kind is not Statistic
+        for module in (statistics, gram)
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if kind.__module__ == module.__name__ and hasattr(kind, "update") and kind not in (Statistic, CrossGram)
     }
     needed = {kind for method in METHODS.values() for kind in method().needs}
     assert defined | needed == set(STATISTICS)

@@ -267,3 +267,20 @@ def pattern_from_json(value: Mapping[str, Any]) -> Pattern:
 def with_group(pattern: Pattern, per: Group) -> Pattern:
     """The pattern, compared per `per` where it is unstructured and leaves that open."""
     return replace(pattern, per=per) if isinstance(pattern, Unstructured) and pattern.per is None else pattern
+
+
+def gradual_mask(pattern: Pattern, score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
+    """The mask of a pattern on the way to it, when only `sparsity` of its own sparsity is reached: True = kept.
+
+    An unstructured pattern has fewer zeros. Any other keeps what it would keep in the end, and of the rest the highest
+    scores of the matrix, so that every zero is one that the pattern allows.
+
+    Source: Boža (arXiv 2401.02938), section 3.4, and its published code for N:M.
+    """
+    if sparsity >= pattern.sparsity:
+        return pattern.mask(score)
+    if isinstance(pattern, Unstructured):
+        return replace(pattern, sparsity=sparsity).mask(score)
+    last = pattern.mask(score)
+    rest = score.masked_fill(last, torch.inf).view(1, -1)
+    return ~lowest(rest, min(removed_count(score.numel(), sparsity), int((~last).sum()))).view(score.shape)

@@ -1,18 +1,24 @@
 """The three objects that everything is made of: a Problem, a Method that solves it, and its Solution."""
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.core.gradients import GradientKind, GradientNorm
+from secateur.core.gram import Gram
 from secateur.core.patterns import Group, Pattern, with_group
-from secateur.core.statistics import Statistic
+from secateur.core.statistics import SquaredNorm, Statistic
 from secateur.errors import NumericalError
 
 S = TypeVar("S", bound=Statistic)
+Parameters = ParamSpec("Parameters")
+Made = TypeVar("Made", "Method", "Refinement")
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,24 @@ class Problem:
     weight: Float[Tensor, "out in"]
     pattern: Pattern
     statistics: Mapping[type[Statistic], Statistic] = field(default_factory=dict)
+    gradient: GradientNorm | None = None
 
     def statistic(self, kind: type[S]) -> S:
-        """The statistic of that kind, which the method must have listed in its `needs`."""
+        """The statistic of that kind, which the method must have listed in its `needs`.
+
+        A `Gram` answers for a `SquaredNorm` that was not collected: it is the diagonal.
+        """
+        if kind is SquaredNorm and kind not in self.statistics and Gram in self.statistics:
+            return cast(S, self.statistic(Gram).squared_norm())
         if kind not in self.statistics:
             raise KeyError(f"{self.name}: {kind.__name__} was not collected; list it in the needs of the method.")
         return cast(S, self.statistics[kind])
+
+    def gradient_norm(self) -> GradientNorm:
+        """The statistic of its gradients, which the method must have asked for."""
+        if self.gradient is None:
+            raise KeyError(f"{self.name}: no gradients were collected; name them in the `gradient` of the method.")
+        return self.gradient
 
 
 @dataclass(frozen=True)
@@ -44,14 +62,17 @@ class Solution:
 class Method:
     """How to solve a problem. `solve` is pure: it never writes to the problem.
 
-    `needs` are the statistics to collect beforehand; with none, the method runs without calibration data. `per` is
-    the comparison group of unstructured patterns that leave it open.
+    `needs` are the statistics of inputs to collect beforehand, and `gradient` the statistic of gradients; with
+    neither, the method runs without calibration data. `per` is the comparison group of unstructured patterns that
+    leave it open. `options` are what it was made with, for the record; `with_options` fills them in.
     """
 
     name: str
     solve: Callable[[Problem], Solution]
     needs: frozenset[type[Statistic]] = frozenset()
     per: Group = "row"
+    gradient: GradientKind | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def select(
@@ -60,6 +81,7 @@ def select(
     *,
     needs: frozenset[type[Statistic]] = frozenset(),
     per: Group = "row",
+    gradient: GradientKind | None = None,
 ) -> Method:
     """The method that keeps the weights with the highest scores and changes none of them.
 
@@ -76,4 +98,51 @@ def select(
         mask = with_group(problem.pattern, per).mask(scores)
         return Solution(torch.where(mask, problem.weight, torch.zeros_like(problem.weight)), mask)
 
-    return Method(name, solve, needs, per)
+    return Method(name, solve, needs, per, gradient)
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What to do after a method: from a problem and its solution so far to a better solution.
+
+    `refine` is pure: it writes neither to the problem nor to the solution. `needs` as for a `Method`.
+    """
+
+    name: str
+    refine: Callable[[Problem, Solution], Solution]
+    needs: frozenset[type[Statistic]] = frozenset()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def chain(method: Method, *refinements: Refinement) -> Method:
+    """The method with the refinements after it, in this order; named "method+refinement+...".
+
+    It needs what any of them needs. Of notes with the same name the last one counts.
+    """
+
+    def solve(problem: Problem) -> Solution:
+        problem = replace(problem, pattern=with_group(problem.pattern, method.per))
+        solution = method.solve(problem)
+        for refinement in refinements:
+            refined = refinement.refine(problem, solution)
+            solution = replace(refined, notes={**solution.notes, **refined.notes})
+        return solution
+
+    name = "+".join([method.name, *(refinement.name for refinement in refinements)])
+    needs = method.needs.union(*(refinement.needs for refinement in refinements))
+    options = dict(method.options)
+    for refinement in refinements:
+        options |= {f"{refinement.name}.{option}": value for option, value in refinement.options.items()}
+    return replace(method, name=name, solve=solve, needs=needs, options=options)
+
+
+def with_options(factory: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
+    """The factory of a method or refinement, whose results remember the arguments that they were made with."""
+
+    @functools.wraps(factory)
+    def make(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Made:
+        bound = inspect.signature(factory).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return replace(factory(*args, **kwargs), options=dict(bound.arguments))
+
+    return make

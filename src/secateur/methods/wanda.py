@@ -16,4 +16,4 @@ def wanda() -> Method:
 
 def wanda_variant() -> Method:
     """Wanda with row thresholds searched for each matrix, so that rows differ in sparsity (about as asked overall)."""
-    return select("wanda-variant", scores.wanda, needs=frozenset({SquaredNorm}), per="search")
+    return select("wanda_variant", scores.wanda, needs=frozenset({SquaredNorm}), per="search")

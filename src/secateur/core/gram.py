@@ -1,0 +1,155 @@
+"""Second moments of a matrix's inputs: un-normalised sums of outer products, which merge like every statistic."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from secateur.core.statistics import SquaredNorm
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Nothing; float32 products inside the block keep all 24 bits (no TF32), and the setting is put back after it."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # PyTorch refuses to read the old switch where somebody has set the new one.
+        settings = torch.backends.cuda.matmul
+        precision = settings.fp32_precision
+        settings.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = precision
+        return
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Gram:
+    """Sum over tokens of ``x xᵀ``: ``total_jk = sum_t x_tj x_tk``, of shape (in, in).
+
+    Sums are float32, and float64 from the first float64 tokens on; half-precision tokens are widened batch by batch.
+    The Hessian of the squared error of one output row is ``2 total / samples``.
+
+    Source: Frantar and Alistarh, SparseGPT (arXiv 2301.00774), section 3. The published code keeps the running mean
+    ``2 total / samples``.
+    """
+
+    def __init__(self, total: Float[Tensor, "in in"], tokens: int = 0, samples: int = 0) -> None:
+        self.total = total
+        self.tokens = tokens
+        self.samples = samples
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
+        """The statistic of no tokens: zeros of shape (in_features, in_features), float32."""
+        return cls(torch.zeros(in_features, in_features, device=device))
+
+    def update(self, x: Float[Tensor, "tokens in"], samples: int = 0) -> None:
+        """Add the outer products of `x`, any float dtype."""
+        self.total = _add_product(self.total, x, x)
+        self.tokens += x.shape[0]
+        self.samples += samples
+
+    def merge(self, other: Self) -> None:
+        """Add what `other` has seen. Raises `ValueError` for another width."""
+        self.total = _merged(self.total, other.total)
+        self.tokens += other.tokens
+        self.samples += other.samples
+
+    def select(self, columns: Int[Tensor, " selected"]) -> Self:
+        """The second moments of these inputs among each other."""
+        return type(self)(_selected(self.total, columns), self.tokens, self.samples)
+
+    def is_finite(self) -> bool:
+        """Whether every sum is a finite number."""
+        return bool(self.total.isfinite().all())
+
+    def squared_norm(self) -> SquaredNorm:
+        """The diagonal, float64, as the statistic of its own that it is."""
+        return SquaredNorm(self.total.diagonal().double().clone(), self.tokens, self.samples)
+
+
+class CrossGram:
+    """Sum over tokens of ``x_dense xᵀ``, of shape (in, in): what the dense model's inputs have to do with the own ones.
+
+    With it a matrix is fitted to the outputs ``W X_dense`` of the dense model instead of to its own ``W X``; see
+    `secateur.core.linalg.right_hand_side`. dtypes as in `Gram`.
+
+    Source: the asymmetric targets of GPTAQ (arXiv 2504.02692), here as a sum of its own.
+    """
+
+    def __init__(self, total: Float[Tensor, "in in"], tokens: int = 0, samples: int = 0) -> None:
+        self.total = total
+        self.tokens = tokens
+        self.samples = samples
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
+        """The statistic of no tokens: zeros of shape (in_features, in_features), float32."""
+        return cls(torch.zeros(in_features, in_features, device=device))
+
+    def update(
+        self,
+        x: Float[Tensor, "tokens in"],
+        samples: int = 0,
+        *,
+        dense: Float[Tensor, "tokens in"] | None = None,
+    ) -> None:
+        """Add the tokens `x`, which the dense model had as `dense`. Raises `ValueError` without them."""
+        if dense is None or dense.shape != x.shape:
+            found = "none" if dense is None else str(tuple(dense.shape))
+            raise ValueError(f"the dense model's tokens must come with {tuple(x.shape)} tokens, got {found}.")
+        self.total = _add_product(self.total, dense, x)
+        self.tokens += x.shape[0]
+        self.samples += samples
+
+    def merge(self, other: Self) -> None:
+        """Add what `other` has seen. Raises `ValueError` for another width."""
+        self.total = _merged(self.total, other.total)
+        self.tokens += other.tokens
+        self.samples += other.samples
+
+    def select(self, columns: Int[Tensor, " selected"]) -> Self:
+        """The products of these inputs with the dense model's same ones."""
+        return type(self)(_selected(self.total, columns), self.tokens, self.samples)
+
+    def is_finite(self) -> bool:
+        """Whether every sum is a finite number."""
+        return bool(self.total.isfinite().all())
+
+
+def _add_product(
+    total: Float[Tensor, "in in"], left: Float[Tensor, "tokens in"], right: Float[Tensor, "tokens in"]
+) -> Float[Tensor, "in in"]:
+    """``total + leftᵀ right``, in place unless the sum has to be widened."""
+    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), total.dtype)
+    total = total.to(wide)
+    # Memory: one float32 copy of half-precision tokens serves both sides.
+    left, right = (left.to(wide),) * 2 if left is right else (left.to(wide), right.to(wide))
+    with full_precision():
+        if total.device == left.device:
+            return total.addmm_(left.t(), right)
+        return total.add_((left.t() @ right).to(total.device))
+
+
+def _merged(total: Float[Tensor, "in in"], other: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    if other.shape != total.shape:
+        raise ValueError(f"a statistic of {len(other)} columns cannot be merged into {len(total)}.")
+    return total.to(torch.promote_types(total.dtype, other.dtype)).add_(other.to(total.device))
+
+
+def _selected(total: Float[Tensor, "in in"], columns: Int[Tensor, " selected"]) -> Float[Tensor, "selected selected"]:
+    columns = columns.to(total.device)
+    return total[columns.unsqueeze(1), columns]

@@ -1,0 +1,40 @@
+"""Least squares on the kept weights: the best that a given mask can do for its matrix.
+
+Source: the second stage of ALPS (Meng et al., arXiv 2406.07831, section 3.2), for any mask; the exact solve is the
+textbook one.
+"""
+
+from secateur.core.gram import Gram, full_precision
+from secateur.core.linalg import climb, conjugate_gradients, finished, normalise, solve_on_support
+from secateur.core.problem import Problem, Refinement, Solution
+
+
+def least_squares(*, damping: float = 0.01, iterations: int = 32, exact: bool = False) -> Refinement:
+    """The refinement that fits the kept weights of a solution to the outputs of the dense ones; its mask stays.
+
+    Minimises ``||(W' - W) X||² + damping ||(W' - W) N||²`` over the kept weights of every row, ``N`` the norms of the
+    inputs: `damping` is relative to each input's own. Kept weights on inputs that are always zero are the dense ones.
+
+    Options: `iterations` of conjugate gradients from the solution's weights, none of which raises the damped error;
+    with `exact` one Cholesky factorisation per row instead, of ``kept³ / 3`` multiply-adds each. Notes:
+    `least_squares_damping`, `least_squares_iterations` as used (0 when exact), `reconstruction_error`.
+    """
+
+    @full_precision()
+    def refine(problem: Problem, solution: Solution) -> Solution:
+        scaled = normalise(problem)
+        start, used, steps = scaled.into(solution.weight), damping, 0
+        if exact:
+            weight, used = climb(
+                problem.name,
+                scaled.gram,
+                damping,
+                lambda gram, value: solve_on_support(gram, scaled.right.add(scaled.weight, alpha=value), solution.mask),
+            )
+        else:
+            gram, right, used = scaled.damped(damping)
+            weight, steps = conjugate_gradients(gram, right, start, solution.mask, iterations=iterations)
+        notes = {"least_squares_damping": used, "least_squares_iterations": float(steps)}
+        return finished(problem, scaled.back(weight), solution.mask, **notes)
+
+    return Refinement("least_squares", refine, frozenset({Gram}))

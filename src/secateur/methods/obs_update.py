@@ -1,0 +1,67 @@
+"""The ablations of Wanda: a mask by one score, and the weight update of SparseGPT.
+
+Source: Sun et al., arXiv 2306.11695, section 5 ("pruning with weight update"); published code, `ablate.py`. Sequential:
+the mask of the dense weights, then the update. Iterative: the mask is chosen again in every 128 columns, or in every
+group of M, on the weights as they are updated.
+Paper: the published ablations weight calibration sample j by 1/j in the norms. Sums over tokens hold no order, and here
+every sample counts alike.
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.core.gram import Gram
+from secateur.core.linalg import finished, inverse_factor, outputs_target, working_gram
+from secateur.core.patterns import with_group
+from secateur.core.problem import Method, Problem, Refinement, Solution
+from secateur.core.statistics import SquaredNorm
+from secateur.core.sweep import choose_as_it_goes, follow, sweep
+
+
+def obs_update(*, damping: float = 0.01) -> Refinement:
+    """The refinement that prunes the dense weights once more with the same mask, by SparseGPT's column sweep.
+
+    ``chain(wanda(), obs_update())`` is the sequential ablation. Weights of the solution before it do not matter.
+    Option: `damping`, as in `sparsegpt`. Notes: `obs_update_damping` as used, `reconstruction_error`.
+    """
+
+    def refine(problem: Problem, solution: Solution) -> Solution:
+        gram = working_gram(problem)
+        factor, used = inverse_factor(problem.name, gram, damping)
+        weight, mask = sweep(outputs_target(problem, gram, used), factor, follow(solution.mask))
+        return finished(problem, weight, mask, obs_update_damping=used)
+
+    return Refinement("obs_update", refine, frozenset({Gram}))
+
+
+def magnitude_iterative(*, damping: float = 0.01) -> Method:
+    """The method with ``|W_ij|`` on weights as they are updated, compared over 128 columns (iterative ablation)."""
+    return _iterative("magnitude_iterative", lambda problem: lambda first, weight: weight.abs(), damping)
+
+
+def wanda_iterative(*, damping: float = 0.01) -> Method:
+    """The method with ``|W_ij| ||X_j||₂`` on weights as they are updated, compared over 128 columns (the same)."""
+
+    def score(problem: Problem) -> Callable[[int, Tensor], Tensor]:
+        norm = problem.statistic(SquaredNorm).per_sample().sqrt()
+        return lambda first, weight: weight.abs() * norm[first : first + weight.shape[1]].to(weight)
+
+    return _iterative("wanda_iterative", score, damping)
+
+
+def _iterative(
+    name: str,
+    score: Callable[[Problem], Callable[[int, Float[Tensor, "out some"]], Float[Tensor, "out some"]]],
+    damping: float,
+) -> Method:
+    def solve(problem: Problem) -> Solution:
+        gram = working_gram(problem)
+        factor, used = inverse_factor(problem.name, gram, damping)
+        pattern = with_group(problem.pattern, "matrix")
+        choose, group = choose_as_it_goes(problem.name, pattern, len(problem.weight), score(problem))
+        weight, mask = sweep(outputs_target(problem, gram, used), factor, choose, group=group)
+        return finished(problem, weight, mask, damping=used)
+
+    return Method(name, solve, frozenset({Gram}), per="matrix")

@@ -1,0 +1,18 @@
+"""RIA: relative importance and activations. A weight matters as much as its share of its column and of its row.
+
+Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024,
+section 4.1. The published code compares over the whole matrix unless told otherwise. The channel permutation of the
+same paper is not part of this.
+"""
+
+from secateur.core import scores
+from secateur.core.problem import Method, select
+from secateur.core.statistics import SquaredNorm
+
+
+def ria(*, exponent: float = 0.5) -> Method:
+    """The method with ``S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) ||X_j||₂ ** exponent``.
+
+    Option: `exponent`, 0.5 as published; it damps the norm of the input.
+    """
+    return select("ria", lambda problem: scores.ria(problem, exponent), needs=frozenset({SquaredNorm}), per="matrix")
