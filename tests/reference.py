@@ -144,3 +144,96 @@ def retained(score: Tensor, mask: Tensor) -> float:
     """The sum of the kept scores."""
     flat = zip(score.flatten().tolist(), mask.flatten().tolist(), strict=True)
     return math.fsum(value for value, kept in flat if kept)
+
+
+# Gradients: from the gradients of each sample, each of shape (out, in), written from the formulas
+
+
+def gradient_norm(gradients: list[Tensor], norm: str) -> list[list[float]]:
+    """||G_ij|| over samples: sum_n |g_nij| for l1, sqrt(sum_n g_nij ** 2) for l2 (GBLM-Pruner, section 3)."""
+    samples = [gradient.double().tolist() for gradient in gradients]
+    result = []
+    for i in range(len(samples[0])):
+        row = []
+        for j in range(len(samples[0][0])):
+            values = [sample[i][j] for sample in samples]
+            if norm == "l1":
+                row.append(math.fsum(abs(value) for value in values))
+            else:
+                row.append(math.sqrt(math.fsum(value**2 for value in values)))
+        result.append(row)
+    return result
+
+
+def gblm_score(weight: Tensor, inputs: list[Tensor], gradients: list[Tensor], norm: str, alpha: float) -> Tensor:
+    """S_ij = |W_ij| sqrt(s_j) + alpha |W_ij| ||G_ij||, s_j the published running mean over samples."""
+    s, g = published_running_mean(inputs), gradient_norm(gradients, norm)
+    rows = weight.double().tolist()
+    return torch.tensor(
+        [
+            [abs(w) * math.sqrt(s[j]) + alpha * abs(w) * g[i][j] for j, w in enumerate(row)]
+            for i, row in enumerate(rows)
+        ],
+        dtype=torch.float64,
+    )
+
+
+def gblm_paper_score(weight: Tensor, inputs: list[Tensor], gradients: list[Tensor], norm: str, alpha: float) -> Tensor:
+    """S_ij = |W_ij| ||X_j||_2 + alpha |W_ij| ||G_ij||, with the norm over all tokens of all samples."""
+    by_input, g = wanda_score(weight, torch.cat(inputs)).tolist(), gradient_norm(gradients, norm)
+    rows = weight.double().tolist()
+    return torch.tensor(
+        [[by_input[i][j] + alpha * abs(w) * g[i][j] for j, w in enumerate(row)] for i, row in enumerate(rows)],
+        dtype=torch.float64,
+    )
+
+
+def gblm_inverse_score(
+    weight: Tensor, inputs: list[Tensor], gradients: list[Tensor], norm: str, alpha: float
+) -> Tensor:
+    """S_ij = |W_ij| sqrt(s_j) / (alpha ||G_ij|| + 1e-8)."""
+    s, g = published_running_mean(inputs), gradient_norm(gradients, norm)
+    rows = weight.double().tolist()
+    return torch.tensor(
+        [
+            [abs(w) * math.sqrt(s[j]) / (alpha * g[i][j] + 1e-8) for j, w in enumerate(row)]
+            for i, row in enumerate(rows)
+        ],
+        dtype=torch.float64,
+    )
+
+
+def gradient_score(weight: Tensor, gradients: list[Tensor], norm: str) -> Tensor:
+    """S_ij = |W_ij| ||G_ij||."""
+    g, rows = gradient_norm(gradients, norm), weight.double().tolist()
+    return torch.tensor(
+        [[abs(w) * g[i][j] for j, w in enumerate(row)] for i, row in enumerate(rows)], dtype=torch.float64
+    )
+
+
+def wanda_plus_score(weight: Tensor, inputs: list[Tensor], gradients: list[Tensor], alpha: float) -> Tensor:
+    """S_ij = |W_ij| (sqrt(s_j) + alpha sqrt(mean_n g_nij ** 2)) (Wanda++, equation 4)."""
+    s, g = published_running_mean(inputs), gradient_norm(gradients, "l2")
+    root = math.sqrt(len(gradients))
+    rows = weight.double().tolist()
+    return torch.tensor(
+        [
+            [abs(w) * (math.sqrt(s[j]) + alpha * g[i][j] / root) for j, w in enumerate(row)]
+            for i, row in enumerate(rows)
+        ],
+        dtype=torch.float64,
+    )
+
+
+def pruner_zero_score(weight: Tensor, gradients: list[Tensor], norm: str) -> Tensor:
+    """S_ij = W_ij ** 2 * mms(||G||)_ij, mms(x) = (x - min x) / (max x - min x) over the whole matrix."""
+    g, rows = gradient_norm(gradients, norm), weight.double().tolist()
+    flat = [value for row in g for value in row]
+    low, high = min(flat), max(flat)
+    return torch.tensor(
+        [
+            [w * w * ((g[i][j] - low) / (high - low) if high > low else 0.0) for j, w in enumerate(row)]
+            for i, row in enumerate(rows)
+        ],
+        dtype=torch.float64,
+    )

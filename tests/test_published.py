@@ -21,6 +21,8 @@ import tiny
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method
 from secateur.engine import prune
+from secateur.gradient_pass import gradients as gradients_to
+from secateur.methods.gblm import gblm
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda, wanda_variant
 
@@ -302,3 +304,110 @@ def test_propagation_through_pruned_blocks_is_what_was_published(material, tmp_p
     differ = {name for name in got if name in state and not torch.equal(got[name], state[name])}
     assert differ
     assert not any(name.startswith("model.layers.0.") for name in differ)
+
+
+# GBLM-Pruner: gradients of the whole model first, then Wanda's loop with another metric
+
+
+def published_gradients(model: PreTrainedModel, samples: Tensor, norm: str, scale: float = 100.0) -> dict[str, Tensor]:
+    """The gradient file of the published code: `scale` times every gradient, its norm over samples, in float32.
+
+    Paper: the published code loads the model in float16 and adds |g| up in float16.
+    """
+    model.train()
+    layers = model.model.layers
+    linears = {
+        f"{index}.{name}": linear for index, layer in enumerate(layers) for name, linear in find_layers(layer).items()
+    }
+    gradients = {name: torch.zeros_like(linear.weight) for name, linear in linears.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=0.01)
+    optimizer.zero_grad()
+    for sample in samples:
+        outputs = model(input_ids=sample.unsqueeze(0), labels=sample.unsqueeze(0))
+        outputs.loss.backward()
+        for name, linear in linears.items():
+            assert linear.weight.requires_grad
+            gradient = linear.weight.grad.detach().clone().to(torch.float32) * scale
+            gradients[name] = gradients[name] + (torch.abs(gradient) if norm == "l1" else gradient**2)
+        optimizer.zero_grad()
+    if norm == "l2":
+        gradients = {name: torch.sqrt(total) for name, total in gradients.items()}
+    model.eval()
+    return gradients
+
+
+@torch.no_grad()
+def published_gblm(
+    model: PreTrainedModel,
+    samples: Tensor,
+    gradients: dict[str, Tensor],
+    *,
+    ratio: float = 0.5,
+    n: int = 0,
+    m: int = 0,
+    skip: str | None = None,
+) -> None:
+    layers = model.model.layers
+    inputs: list[Tensor] = []
+    cache: dict[str, Any] = {}
+    first = layers[0]
+    layers[0] = Catcher(first, inputs, cache)
+    for sample in samples:
+        try:
+            model(sample.unsqueeze(0), use_cache=False)
+        except CaughtError:
+            continue
+    layers[0] = first
+    for index, layer in enumerate(layers):
+        subset = find_layers(layer, skip)
+        wrapped = {name: WrappedLayer(linear) for name, linear in subset.items()}
+        handles = [
+            linear.register_forward_hook(lambda _, inp, out, into=wrapped[name]: into.add_batch(inp[0]))
+            for name, linear in subset.items()
+        ]
+        for inp in inputs:
+            layer(inp, **cache)
+        for handle in handles:
+            handle.remove()
+        for name, linear in subset.items():
+            metric = torch.abs(linear.weight.data) * torch.sqrt(wrapped[name].scaler_row.reshape((1, -1)))
+            metric_of_gradient = torch.abs(linear.weight.data) * torch.abs(gradients[f"{index}.{name}"])
+            metric = metric + metric_of_gradient
+            linear.weight.data[wanda_mask(metric, ratio, n, m, variant=False)] = 0
+        outputs = [layer(inp, **cache) for inp in inputs]
+        inputs = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "published"),
+    [(Unstructured(0.5), {"ratio": 0.5}), (NM(2, 4), {"n": 2, "m": 4}), (NM(4, 8), {"n": 4, "m": 8})],
+    ids=["0.5", "2:4", "4:8"],
+)
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_gblm(material, pattern, norm, published, tmp_path):
+    folder, windows = material
+    skip = undividable(folder, pattern)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    gradients = published_gradients(reference, windows, norm)
+    published_gblm(reference, windows, gradients, skip=skip, **published)
+    manifest = prune(
+        folder,
+        method=gblm(norm),
+        pattern=pattern,
+        calibration=windows,
+        skip=[f"*.{skip}"] if skip else [],
+        output=tmp_path / "out",
+    )
+    compare(folder, tmp_path / "out", reference, len(manifest.matrices), skip)
+
+
+def test_gblm_is_not_wanda(material, tmp_path):
+    """The comparison can tell: without its gradients, and with the other norm's, the weights are others."""
+    folder, windows = material
+    file = gradients_to(folder, tmp_path / "gradients", norms=["l1", "l2"], calibration=windows)
+    for name, method in {"wanda": wanda(), "l1": gblm("l1"), "l2": gblm("l2")}.items():
+        given = file.path if method.gradient else None
+        prune(folder, method=method, calibration=windows, gradient=given, output=tmp_path / name)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("wanda", "l1", "l2")]
+    for one, two in ((0, 1), (0, 2), (1, 2)):
+        assert any(not torch.equal(weights[one][name], weights[two][name]) for name in weights[0])

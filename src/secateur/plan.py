@@ -56,7 +56,16 @@ def uniform(
     Globs match whole names, with or without a final ".weight". `per` is the comparison group for an unstructured
     pattern that leaves it open. Raises `PatternError` for a glob that matches nothing and for an empty plan.
     """
-    pattern = with_group(pattern, per)
+    plan = Plan(dict.fromkeys(matching(shapes, only=only, skip=skip), with_group(pattern, per)))
+    plan.check(shapes)
+    return plan
+
+
+def matching(shapes: Shapes, *, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[str]:
+    """The names that some `only` glob matches (all, without one) and no `skip` glob.
+
+    Raises `PatternError` for a glob that matches nothing and when nothing is left.
+    """
     for option, globs in (("--only", only), ("--skip", skip)):
         for glob in globs:
             if not any(matches(name, glob) for name in shapes):
@@ -68,9 +77,7 @@ def uniform(
     ]
     if not names:
         raise PatternError(f"nothing is left to prune: --only and --skip leave none of {len(shapes)} matrices.")
-    plan = Plan(dict.fromkeys(names, pattern))
-    plan.check(shapes)
-    return plan
+    return names
 
 
 def matches(name: str, glob: str) -> bool:

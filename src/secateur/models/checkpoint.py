@@ -191,14 +191,7 @@ class Checkpoint:
 
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The named tensors, freshly read into host memory (page-locked with `pin`, for transfers to a GPU)."""
-        return {name: self._read(self.tensors[name], pin) for name in names}
-
-    @staticmethod
-    def _read(record: TensorRecord, pin: bool) -> Tensor:
-        # Memory: pread copies into this buffer alone; a memory map would count every page it touched.
-        buffer = torch.empty(record.bytes, dtype=torch.uint8, pin_memory=pin)
-        read_bytes(record, buffer)
-        return buffer.view(DTYPES[record.dtype]).view(record.shape)
+        return {name: read_tensor(self.tensors[name], pin=pin) for name in names}
 
     def layout(self) -> Layout:
         """The shards of an output with the same tensors: (standard file name, [(name, dtype, shape)])."""
@@ -214,6 +207,14 @@ class Checkpoint:
             )
             for name, shard in zip(names, shards, strict=True)
         ]
+
+
+def read_tensor(record: TensorRecord, *, pin: bool = False) -> Tensor:
+    """The tensor of a record, freshly read into host memory."""
+    # Memory: pread copies into this buffer alone; a memory map would count every page it touched.
+    buffer = torch.empty(record.bytes, dtype=torch.uint8, pin_memory=pin)
+    read_bytes(record, buffer)
+    return buffer.view(DTYPES[record.dtype]).view(record.shape)
 
 
 def read_bytes(record: TensorRecord, buffer: Tensor) -> None:

@@ -40,6 +40,7 @@ class Placement:
     expert: int | None
     transposed: bool  # the file stores (in, out)
     columns: Tensor | None  # the parameter's input column for each column of the matrix; None when they are the same
+    rows: Tensor | None  # the same for the output rows
 
 
 # Which tensor of a group: the pattern that it matched, and its number among those that matched the same one.
@@ -133,7 +134,7 @@ class Conversion:
             if parameter not in transposed:
                 return {}
             experts = range(shapes[name][0]) if len(shapes[name]) == 3 else [None]
-            return {name: [Placement(parameter, expert, transposed[parameter], None) for expert in experts]}
+            return {name: [Placement(parameter, expert, transposed[parameter], None, None) for expert in experts]}
         if not any(parameter in transposed for parameter in group.parameters):
             return {}
         parts, stacked = self._representatives(group)
@@ -221,6 +222,7 @@ class Conversion:
 
 
 _BITS = 20  # of each coordinate in a tag; no matrix is wider than a million
+_COORDINATE = (1 << _BITS) - 1
 
 
 def _read_tags(view: Tensor, number: int, parameter: str, expert: int | None) -> Placement:
@@ -228,13 +230,21 @@ def _read_tags(view: Tensor, number: int, parameter: str, expert: int | None) ->
     own = view >> 2 * _BITS == number
     first = int(own.any(dim=1).nonzero()[0])
     inputs = own[first].nonzero().squeeze(1)
-    tags = view[first, inputs]
-    rows, columns = (tags >> _BITS) & ((1 << _BITS) - 1), tags & ((1 << _BITS) - 1)
-    is_transposed = bool(len(inputs) > 1 and rows[0] != rows[1])
-    position = torch.empty_like(inputs)
-    position[rows if is_transposed else columns] = inputs
-    whole = len(inputs) == view.shape[1] and torch.equal(position, torch.arange(len(inputs)))
-    return Placement(parameter, expert, is_transposed, None if whole else position)
+    outputs = own[:, inputs[0]].nonzero().squeeze(1)
+    row = view[first, inputs]
+    is_transposed = bool(len(inputs) > 1 and row[0] >> _BITS != row[1] >> _BITS)
+    along, across = (_BITS, 0) if is_transposed else (0, _BITS)
+    columns = _positions(inputs, row >> along & _COORDINATE, view.shape[1])
+    rows = _positions(outputs, view[outputs, inputs[0]] >> across & _COORDINATE, view.shape[0])
+    return Placement(parameter, expert, is_transposed, columns, rows)
+
+
+def _positions(places: Tensor, coordinates: Tensor, size: int) -> Tensor | None:
+    """The place of each coordinate; None when every coordinate is in its own place and nothing else is there."""
+    position = torch.empty_like(places)
+    position[coordinates] = places
+    whole = len(places) == size and torch.equal(position, torch.arange(size))
+    return None if whole else position
 
 
 def _rules(model: nn.Module) -> tuple[list[Any], list[Any]]:

@@ -4,11 +4,13 @@ What is prunable is read off the module: linear layers, transposed `Conv1D`, and
 expert.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from secateur.models.structure import Block
 
 # Facts that a module does not tell about itself. Everything else is found out.
 TRANSPOSED_CLASSES = {"Conv1D", "Llama4TextExperts"}  # store (in, out)
@@ -28,6 +30,7 @@ class Matrix:
     parameter: str  # the module's parameter that multiplies with it
     expert: int | None  # which slice of that parameter it is
     columns: Tensor | None = None  # the parameter's input columns, where they are not simply all of them
+    rows: Tensor | None = None  # and its output rows
 
     def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The matrix as an (out, in) view of its checkpoint tensor."""
@@ -35,10 +38,22 @@ class Matrix:
         value = value if self.index is None else value[self.index]
         return value.t() if self.transposed else value
 
+    def of_parameter(self, value: Tensor, transposed: bool) -> Tensor:
+        """The (out, in) part of a tensor laid out like the parameter, which stores (in, out) when `transposed`."""
+        value = value if self.expert is None else value[self.expert]
+        value = value.t() if transposed else value
+        value = value if self.rows is None else value[self.rows.to(value.device)]
+        return value if self.columns is None else value[:, self.columns.to(value.device)]
+
     @property
     def kind(self) -> str:
         """The name without numbers: `model.layers.*.mlp.up_proj.weight` for every block."""
-        return ".".join("*" if part.isdigit() else part for part in self.name.split("."))
+        return matrix_kind(self.name)
+
+
+def matrix_kind(name: str) -> str:
+    """A matrix's name with a star for every number."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def prunable_parameters(block: nn.Module, experts: int | None) -> tuple[dict[str, bool], dict[str, str]]:
@@ -69,6 +84,15 @@ def prunable_parameters(block: nn.Module, experts: int | None) -> tuple[dict[str
             else:
                 left_out[name] = f"not a linear matrix ({class_name}.{leaf})"
     return planned, left_out
+
+
+def tapped(block: Block, matrices: Sequence[Matrix]) -> tuple[dict[str, tuple[nn.Parameter, bool]], dict[str, bool]]:
+    """The parameters of a block that make the given matrices, and for each whether it is stored (in, out)."""
+    layout, _ = prunable_parameters(block.module, None)
+    prefix = len(block.path) + 1
+    parameters = dict(block.module.named_parameters())
+    stored = {name: layout[name[prefix:]] for name in sorted({matrix.parameter for matrix in matrices})}
+    return {name: (parameters[name[prefix:]], stored[name]) for name in stored}, stored
 
 
 def _is_router(module_name: str, module: nn.Module, parameter: nn.Parameter, experts: int | None) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -367,6 +368,7 @@ def _matrices(block: int, placed: Mapping[str, Sequence[Any]], source: Source) -
                     parameter=place.parameter,
                     expert=place.expert,
                     columns=place.columns,
+                    rows=place.rows,
                 )
             )
     return result
@@ -390,3 +392,15 @@ def loaded(skeleton: Skeleton, block: Block, tensors: Mapping[str, Tensor]) -> I
         yield block.module
     finally:
         skeleton.unload(block)
+
+
+def read_ahead(skeleton: Skeleton, blocks: Sequence[Block]) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+    """Each block in turn and the checkpoint tensors that it needs; those of the next one are read meanwhile."""
+    with ThreadPoolExecutor(1, "read") as reader:
+        coming = reader.submit(skeleton.read, blocks[0]) if blocks else None
+        for position, block in enumerate(blocks):
+            assert coming is not None
+            tensors = coming.result()
+            if position + 1 < len(blocks):
+                coming = reader.submit(skeleton.read, blocks[position + 1])
+            yield block, tensors

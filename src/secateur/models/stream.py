@@ -255,11 +255,19 @@ class Stream:
         `states` are other inputs than those of the batch. With `aside`, what the block leaves for later blocks (shared
         keys and values) is forgotten.
         """
-        call = self._calls[batch][block.index]
+        call = self.call(block, batch)
         if aside:
             kwargs = {key: _copied(value) for key, value in call.kwargs.items()}
             call = Call(tuple(_copied(value) for value in call.args), kwargs, call.keyword)
-        states = self.states.get(batch, self.device) if states is None else states
+        return self.replay(block, call, self.states.get(batch, self.device) if states is None else states)
+
+    def call(self, block: Block, batch: int) -> Call:
+        """How the model called a block for a batch."""
+        return self._calls[batch][block.index]
+
+    @staticmethod
+    def replay(block: Block, call: Call, states: Tensor) -> Tensor:
+        """The hidden states that a loaded block makes of others, called in the given way."""
         if call.keyword is None:
             output = block.module(states, *call.args, **call.kwargs)
         else:
@@ -277,18 +285,32 @@ class Stream:
 
         Ids are (samples, tokens); logits are (samples, tokens, vocabulary) for those positions.
         """
-        states = self.states.get(batch, self.device)
-        ids = self.batches[batch].to(self.device)
-        last = len(self.skeleton.blocks) - 1
+        for states, ids in self._parts(batch, chunk):
+            yield ids, self._logits(states, ids)
+
+    def head(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(hidden states, logits) of a batch, a few tokens at a time, with the logits' graph back to these states."""
+        for part, ids in self._parts(batch, chunk):
+            states = part.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._logits(states, ids)
+            yield states, logits
+
+    def _parts(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
         # Memory: logits of a whole batch can be larger than the model; what follows the blocks is per token.
-        for part, part_ids in zip(torch.split(states, chunk, dim=-2), torch.split(ids, chunk, dim=1), strict=True):
+        states, ids = self.states.get(batch, self.device), self.batches[batch].to(self.device)
+        yield from zip(torch.split(states, chunk, dim=-2), torch.split(ids, chunk, dim=1), strict=True)
 
-            def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], part: Tensor = part) -> Any:
-                own = part if index == last else _hidden_states(args, kwargs)[0]
-                return self._structures[type(self.skeleton.blocks[index].module)](own)
+    def _logits(self, states: Tensor, ids: Tensor) -> Tensor:
+        last = len(self.skeleton.blocks) - 1
 
-            with _stubbed(self.skeleton, run):
-                yield part_ids, self.skeleton.model(input_ids=part_ids, use_cache=False).logits
+        def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            own = states if index == last else _hidden_states(args, kwargs)[0]
+            return self._structures[type(self.skeleton.blocks[index].module)](own)
+
+        with _stubbed(self.skeleton, run):
+            logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     def close(self) -> None:
         """Drop the hidden states and their files."""

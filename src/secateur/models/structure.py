@@ -107,17 +107,21 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Modul
 def prepare(model: nn.Module) -> Callable[[], None]:
     """Set a model up for taking statistics, and return a function that sets it back.
 
-    In eval mode, and with experts multiplied one by one: fused kernels hide which expert multiplies what, and the
-    plain loop shows it to the input tap.
+    In eval mode, its parameters without gradients of their own, and with experts multiplied one by one: fused kernels
+    hide which expert multiplies what, and the plain loop shows it to the input tap.
     """
     training = {name: module.training for name, module in model.named_modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config: Any = getattr(model, "config", None)
     implementation = getattr(config, "_experts_implementation", None)
     model.eval()
+    model.requires_grad_(False)
     if hasattr(model, "set_experts_implementation"):
         _set_experts(model, "eager")
 
     def restore() -> None:
+        for parameter in trained:
+            parameter.requires_grad_()
         for name, module in model.named_modules():
             module.training = training.get(name, module.training)
         if implementation not in (None, "eager"):

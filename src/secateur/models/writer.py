@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ class CheckpointWriter:
     All space is reserved when the writer is made, so that a full disk is found out before the work, not after it.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
         self.folder = folder
+        self._metadata = {"format": "pt", **(metadata or {})}
         self.digests: dict[str, str] = {}
         self.header_digests: dict[str, str] = {}
         self._place: dict[str, tuple[str, int, int]] = {}
@@ -43,7 +44,7 @@ class CheckpointWriter:
                 raise
 
     def _create(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, Any] = {"__metadata__": self._metadata}
         places, position = {}, 0
         for name, dtype, shape in tensors:
             size = dtype.itemsize * int(torch.Size(shape).numel())
