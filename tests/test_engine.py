@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
+from secateur.block_loop import Event
 from secateur.core.patterns import NM, Unstructured
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import SquaredNorm
-from secateur.engine import Event, prune
+from secateur.engine import prune
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, NumericalError, PatternError
 from secateur.manifest import Manifest, read_manifest, verify
 from secateur.methods.magnitude import magnitude
@@ -958,7 +959,7 @@ def test_the_output_folder_may_be_relative_and_deep(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"propagate": "both"}, PatternError, "propagate must be"),
+        ({"propagate": "both"}, PatternError, "--propagate: got"),
         ({"only": ["*.nothing"]}, PatternError, "matches none of 21 matrices"),
         ({"skip": ["*"]}, PatternError, "nothing is left to prune"),
         ({"pattern": NM(2, 5)}, PatternError, r"needs in_features divisible by 5, got (32|48)"),

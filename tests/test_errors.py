@@ -227,7 +227,7 @@ def test_plans_that_do_not_fit(model: Path, refused: Refused) -> None:
 
 
 def test_propagate_is_spelled_wrong(model: Path, refused: Refused) -> None:
-    refused(PatternError, 'propagate must be "pruned" or "dense", got "prunned".', model, propagate="prunned")
+    refused(PatternError, '--propagate: got "prunned", expected pruned or dense.', model, propagate="prunned")
 
 
 # Damaged checkpoints
@@ -858,7 +858,7 @@ def test_folders_on_the_way_are_removed_again(model: Path, tmp_path: Path, refus
     )
     refused(
         PatternError,
-        'propagate must be "pruned" or "dense", got "x".',
+        '--propagate: got "x", expected pruned or dense.',
         model,
         propagate="x",
         output=tmp_path / "new" / "out",

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from secateur.block_loop import Event
     from secateur.calibration import Windows, calibration_windows, evaluation_windows
+    from secateur.core.gradients import GradientKind, GradientNorm
     from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern
     from secateur.core.problem import Method, Problem, Solution, select
     from secateur.core.statistics import SquaredNorm, Statistic
-    from secateur.engine import Event, prune
+    from secateur.engine import prune
     from secateur.errors import (
         CalibrationError,
         CheckpointError,
@@ -24,9 +26,14 @@ if TYPE_CHECKING:
     )
     from secateur.evaluate.perplexity import Perplexity, perplexity
     from secateur.forecast import Estimate, estimate
+    from secateur.gradient_file import GradientFile
+    from secateur.gradient_pass import gradients
     from secateur.manifest import Manifest, Verification, verify
+    from secateur.methods.gblm import gblm, gblm_inverse, gradient
     from secateur.methods.magnitude import magnitude
+    from secateur.methods.pruner_zero import pruner_zero
     from secateur.methods.wanda import wanda, wanda_variant
+    from secateur.methods.wanda_plus import wanda_plus
     from secateur.plan import Plan, uniform
     from secateur.report.inspect import inspect
 
@@ -34,7 +41,10 @@ _HOMES = {
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "Estimate": "forecast",
-    "Event": "engine",
+    "Event": "block_loop",
+    "GradientFile": "gradient_file",
+    "GradientKind": "core.gradients",
+    "GradientNorm": "core.gradients",
     "Manifest": "manifest",
     "Method": "core.problem",
     "ModelStructureError": "errors",
@@ -55,15 +65,21 @@ _HOMES = {
     "calibration_windows": "calibration",
     "estimate": "forecast",
     "evaluation_windows": "calibration",
+    "gblm": "methods.gblm",
+    "gblm_inverse": "methods.gblm",
+    "gradient": "methods.gblm",
+    "gradients": "gradient_pass",
     "inspect": "report.inspect",
     "magnitude": "methods.magnitude",
     "parse_pattern": "core.patterns",
     "perplexity": "evaluate.perplexity",
     "prune": "engine",
+    "pruner_zero": "methods.pruner_zero",
     "select": "core.problem",
     "uniform": "plan",
     "verify": "manifest",
     "wanda": "methods.wanda",
+    "wanda_plus": "methods.wanda_plus",
     "wanda_variant": "methods.wanda",
 }
 
@@ -72,6 +88,9 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "CheckpointError",
     "Estimate",
     "Event",
+    "GradientFile",
+    "GradientKind",
+    "GradientNorm",
     "Manifest",
     "Method",
     "ModelStructureError",
@@ -92,15 +111,21 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "calibration_windows",
     "estimate",
     "evaluation_windows",
+    "gblm",
+    "gblm_inverse",
+    "gradient",
+    "gradients",
     "inspect",
     "magnitude",
     "parse_pattern",
     "perplexity",
     "prune",
+    "pruner_zero",
     "select",
     "uniform",
     "verify",
     "wanda",
+    "wanda_plus",
     "wanda_variant",
 ]
 

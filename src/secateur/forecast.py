@@ -1,18 +1,23 @@
 """What a run would prune and cost, before it starts: memory, disk and time, from headers and a short measurement."""
 
+import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
+from secateur.core.gradients import GradientKind, Scope
+from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
-from secateur.engine import make_plan
+from secateur.engine import check_choices, gradient_file, make_plan
+from secateur.gradient_pass import chunk_sizes, gradient_batch_size
 from secateur.models.matrices import numbered_experts
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.skeleton import Skeleton
@@ -86,9 +91,15 @@ def estimate(
     length: int | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
+    gradient: str | os.PathLike[str] | None = None,
+    propagate: str = "pruned",
+    within: str = "block",
+    targets: str = "pruned",
+    statistics_device: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    offload_states: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Estimate:
@@ -101,17 +112,45 @@ def estimate(
     else:
         opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
+    check_choices(method, propagate, within, targets)
     plan = make_plan(opened, method, pattern, only=only, skip=skip)
-    tokens = (samples or 128) * (length or 2048) if method.needs else 0
-    batch_tokens = (batch_size or default_batch_size(length or 2048, skeleton.device)) * (length or 2048)
-    sizes = _Sizes(skeleton, tokens, min(batch_tokens, tokens))
+    file = gradient_file(gradient, method, skeleton, plan)
+    kind = method.gradient if file is None else None  # the gradients that are still to be taken
+    samples, length = samples or 128, length or 2048
+    tokens = samples * length if method.needs or kind is not None else 0
+    if kind is None:
+        batch_size = batch_size or default_batch_size(length, skeleton.device)
+    else:
+        batch_size = gradient_batch_size(skeleton, length, kind.granularity, batch_size)
+    sizes = _Sizes(skeleton, tokens, min(batch_size * length, tokens))
+    if kind is not None:
+        first = min(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
+        scratch = Path.cwd() / "secateur"
+        chunk = chunk_sizes(skeleton, samples, length, batch_size, kind.scope, offload_states, first, scratch)
+        sizes.take_gradients(plan, kind.scope, 0 if chunk.folder is not None else chunk.bytes)
+    if Gram in method.needs:
+        sizes.take_grams(plan, targets, statistics_device)
     on_gpu = skeleton.device.type != "cpu"
     host, on_device = sizes.host(on_gpu), sizes.device() if on_gpu else 0
     notes = []
-    if method.needs and skeleton.positions is not None and (length or 2048) > skeleton.positions:
+    if method.needs and skeleton.positions is not None and length > skeleton.positions:
         notes.append(
-            f"Windows of {length or 2048} tokens do not fit in the model's {skeleton.positions} positions, and prune "
+            f"Windows of {length} tokens do not fit in the model's {skeleton.positions} positions, and prune "
             f"will refuse them. Use --length {skeleton.positions} or less."
+        )
+    if kind is not None and kind.scope == "model":
+        passes = math.ceil(samples / chunk.samples)
+        notes.append(
+            f"Gradients first: the inputs of all blocks take {chunk.bytes / 1e9:.1f} GB "
+            f"{'in memory' if chunk.folder is None else f'in {chunk.folder.parent}'}"
+            + (f", for {chunk.samples} samples at a time in {passes} passes over the weights" if passes > 1 else "")
+            + f", and their norms {sizes.gradients / 1e9:.1f} GB in a temporary file beside the output."
+        )
+    if Gram in method.needs:
+        notes.append(
+            f"The Gram matrices of a block take at most {(sizes.grams + sizes.grams_elsewhere) / 1e9:.1f} GB"
+            f"{f' on {statistics_device}' if sizes.grams_elsewhere else ''}; the time to solve is not part of the "
+            "estimate."
         )
     if skeleton.resident:
         notes.append("The whole model is in memory: it was given as a module, or dequantised from GGUF.")
@@ -146,8 +185,8 @@ def estimate(
         states_bytes=sizes.states,
         host_bytes=host,
         device_bytes=on_device,
-        disk_bytes=sizes.total,
-        seconds=_seconds(skeleton, plan, tokens, sizes),
+        disk_bytes=sizes.total + sizes.gradients,
+        seconds=_seconds(skeleton, plan, tokens, sizes, method, kind),
         available_host_bytes=psutil.virtual_memory().available,
         notes=notes,
     )
@@ -159,6 +198,7 @@ class _Sizes:
     def __init__(self, skeleton: Skeleton, tokens: int, batch_tokens: int) -> None:
         source = skeleton.source
         self.skeleton = skeleton
+        self.batch_tokens = batch_tokens
         hidden = skeleton.hidden_size
         item = skeleton.dtype.itemsize
         stored = [_bytes(skeleton, names) for names in skeleton.block_tensors]
@@ -170,13 +210,49 @@ class _Sizes:
         self.states = tokens * hidden * item
         widths = max((matrix.shape[0] + matrix.shape[1] for matrix in skeleton.matrices), default=0)
         self.activations = batch_tokens * (4 * hidden + 3 * widths) * item
+        self.gradients = 0  # of the file that they are kept in
+        self.accumulators = 0
+        self.grams = 0
+        self.grams_elsewhere = 0
+        self.solving = 0
         self.in_heap = batch_tokens * max(hidden, widths - hidden) * item < MAPPED_BYTES
+
+    def take_gradients(self, plan: Plan, scope: Scope, states: int) -> None:
+        """Count what gradients add: sums in float32, the graph of a batch, and the inputs of all blocks."""
+        planned = [matrix for matrix in self.skeleton.matrices if matrix.name in plan]
+        by_block: dict[int, int] = {}
+        graph: dict[int, int] = {}
+        for matrix in planned:
+            by_block[matrix.block] = by_block.get(matrix.block, 0) + math.prod(matrix.shape)
+            graph[matrix.block] = graph.get(matrix.block, 0) + sum(matrix.shape)
+        self.accumulators = 4 * max(by_block.values())
+        if scope == "model":
+            self.gradients = 4 * sum(by_block.values())
+        self.activations += 2 * self.batch_tokens * max(graph.values()) * self.skeleton.dtype.itemsize
+        self.states = max(self.states, states)
+
+    def take_grams(self, plan: Plan, targets: str, statistics_device: str | None) -> None:
+        """Count Gram matrices, one for each matrix as if none shared its input, and the copies that solvers make."""
+        by_block: dict[int, int] = {}
+        widest = 0
+        for matrix in self.skeleton.matrices:
+            if matrix.name in plan:
+                by_block[matrix.block] = by_block.get(matrix.block, 0) + 4 * matrix.shape[1] ** 2
+                widest = max(widest, 4 * matrix.shape[1] ** 2)
+        grams = max(by_block.values()) * (2 if targets == "dense" else 1)
+        elsewhere = statistics_device is not None and torch.device(statistics_device) != self.skeleton.device
+        self.grams, self.grams_elsewhere = (0, grams) if elsewhere else (grams, 0)
+        self.solving = 3 * widest
+        if targets == "dense":
+            self.states *= 2
+            self.solving += self.block_computed
 
     def host(self, on_gpu: bool) -> int:
         """Interpreter and libraries as they are now, blocks read, changed and being written, and the states."""
         now = psutil.Process().memory_info().rss + LIBRARY_BYTES
         weights = self.total if self.skeleton.resident else 3 * self.block_stored
-        computing = 0 if on_gpu else self.activations
+        computing = self.grams_elsewhere
+        computing += 0 if on_gpu else self.activations + self.accumulators + self.grams + self.solving
         if self.in_heap and not on_gpu:
             # Memory: what is freed between tensors that live leaves holes; measured, on models of 5 to 40 MB a block.
             computing += 3 * self.activations // 2 + self.states // 2
@@ -187,7 +263,8 @@ class _Sizes:
 
     def device(self) -> int:
         """What lies on the GPU: the parts outside the blocks, one block, its solution, one batch."""
-        return self.outside + 2 * self.block_computed + self.activations
+        working = self.activations + self.accumulators + self.grams + self.solving
+        return self.outside + 2 * self.block_computed + working
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -215,8 +292,13 @@ def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
     return list(rows.values())
 
 
-def _seconds(skeleton: Skeleton, plan: Plan, tokens: int, sizes: _Sizes) -> float:
-    """Two forwards of the blocks up to the last planned one, plus reading and writing, which overlap them."""
+def _seconds(
+    skeleton: Skeleton, plan: Plan, tokens: int, sizes: _Sizes, method: Method, kind: GradientKind | None
+) -> float:
+    """The forwards of the blocks up to the last planned one, plus reading and writing, which overlap them.
+
+    Two for statistics of inputs, four for gradients of the loss, two more than before for regional ones.
+    """
     experts = numbered_experts(skeleton.text_config) or 1
     share = (getattr(skeleton.text_config, "num_experts_per_tok", None) or 1) / experts
     last = max(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
@@ -225,7 +307,10 @@ def _seconds(skeleton: Skeleton, plan: Plan, tokens: int, sizes: _Sizes) -> floa
         for matrix in skeleton.matrices
         if matrix.block <= last
     )
-    computing = 2 * 2 * tokens * multiplied / _multiplication_rate(skeleton) if tokens else 0.0
+    forwards = 2 if method.needs or (kind is not None and kind.scope == "block") else 0
+    if kind is not None:
+        forwards += 4 if kind.scope == "model" else 2
+    computing = 2 * forwards * tokens * multiplied / _multiplication_rate(skeleton) if tokens else 0.0
     moving = (0 if skeleton.resident else sizes.total) / DISK_BYTES_PER_SECOND + sizes.total / DISK_BYTES_PER_SECOND
     return max(computing, moving) + 1
 

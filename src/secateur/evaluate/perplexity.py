@@ -85,13 +85,13 @@ def perplexity(
         opened = model
     else:
         opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    given = isinstance(data, Tensor | Windows)
-    cut = evaluation_windows(
-        data, tokenizer or (None if given else opened.load_tokenizer()), length=length, windows=windows
-    )
-    check_vocabulary(cut, opened.skeleton.vocabulary_size)
-    check_length(cut, opened.skeleton.positions)
     try:
+        given = isinstance(data, Tensor | Windows)
+        cut = evaluation_windows(
+            data, tokenizer or (None if given else opened.load_tokenizer()), length=length, windows=windows
+        )
+        check_vocabulary(cut, opened.skeleton.vocabulary_size)
+        check_length(cut, opened.skeleton.positions)
         losses = window_losses(opened, cut, batch_size=batch_size, offload_states=offload_states, progress=progress)
     finally:
         opened.restore()

@@ -4,9 +4,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from secateur.core.gradients import GradientKind
 from secateur.evaluate.perplexity import Perplexity
 from secateur.forecast import Estimate
+from secateur.gradient_file import GradientFile
 from secateur.manifest import Manifest, Verification
+from secateur.models.matrices import matrix_kind
 from secateur.report.inspect import Inspection, MatrixSparsity
 
 
@@ -172,3 +175,27 @@ def verification_tables(result: Verification) -> RenderableType:
     more = [Text(f"  and {len(result.problems) - 20} more")] if len(result.problems) > 20 else []
     heading = Text(f"NOT verified: {len(result.problems)} problems.", style="bold red")
     return Group(*(Text(line) for line in lines), heading, *shown, *more)
+
+
+def gradient_table(file: GradientFile) -> RenderableType:
+    """A file of gradients: what they are of, and how large they are in the matrices of each kind."""
+    held = file.provenance
+    head = _table(str(file.path), "")
+    head.add_row("model", str(held["model"].get("path")))
+    head.add_row("tokens", f"{held['samples']} samples of {held['length']}")
+    head.add_row("gradients", f"per {held['granularity']}, of the {held['scope']}")
+    rows = _table("matrices", "count", "norm", "mean", "largest", "zero")
+    kinds: dict[str, list[str]] = {}
+    for name in file.matrices:
+        kinds.setdefault(matrix_kind(name), []).append(name)
+    for kind, names in kinds.items():
+        for norm in held["norms"]:
+            total, largest, zeros, weights = 0.0, 0.0, 0, 0
+            for name in names:
+                value = file.read(name, GradientKind(norm, held["granularity"], held["scope"])).norm()
+                total, largest = total + float(value.double().sum()), max(largest, float(value.max()))
+                zeros, weights = zeros + value.numel() - int(value.count_nonzero()), weights + value.numel()
+            rows.add_row(
+                kind, str(len(names)), norm, f"{total / weights:.2e}", f"{largest:.2e}", f"{zeros / weights:.1%}"
+            )
+    return Group(head, Text(), rows)

@@ -1,0 +1,134 @@
+"""What a person sees while a command runs and when it is done: bars and spinners on a terminal, lines in a pipe."""
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from secateur.block_loop import Event
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the progress bars and advice of other libraries away from our own output."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+
+
+def print_tables(content: Any) -> None:
+    """Print tables to standard output."""
+    from rich.console import Console
+
+    # A pipe has no width; lines are then as long as they need to be.
+    Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(content)
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON object to standard output."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[detail]}"),
+        console=Console(stderr=True),
+    ) as bar:
+        yield bar
+
+
+@contextmanager
+def progress() -> Iterator[Callable[["Event"], None]]:
+    """A bar over blocks with the stage and time left on a terminal; one line per block in a pipe."""
+    started = time.perf_counter()
+    if not sys.stderr.isatty():
+
+        def plain(event: "Event") -> None:
+            elapsed = time.perf_counter() - started
+            if event.stage == "calibrate" and not event.total:
+                typer.echo("drawing calibration samples", err=True)
+            elif event.stage.startswith("gradients") and event.done == event.total:
+                typer.echo(f"{event.stage}, {elapsed:.1f} s", err=True)
+            elif event.stage == "write":
+                typer.echo(f"block {event.block + 1} of {event.blocks} pruned, {elapsed:.1f} s", err=True)
+
+        yield plain
+        return
+    with _bar() as bar:
+        task = bar.add_task("opening", total=None, detail="")
+
+        def show(event: "Event") -> None:
+            if event.stage == "calibrate":
+                bar.update(task, description="calibration", total=event.total or None, completed=event.done, detail="")
+            elif event.stage == "record":
+                bar.update(task, description="recording calls", total=event.total, completed=event.done, detail="")
+            elif event.stage.startswith("gradients"):
+                bar.update(task, description=event.stage, total=event.total, completed=event.done, detail="")
+            elif event.blocks:
+                detail = event.matrix or f"{event.stage} {event.done}/{event.total}" if event.total else event.stage
+                finished = event.block + (event.stage == "write")
+                bar.update(task, description="blocks", total=event.blocks, completed=finished, detail=detail)
+
+        yield show
+
+
+@contextmanager
+def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    with _bar() as bar:
+        task = bar.add_task("opening", total=None, detail="")
+        yield lambda stage, done, total: bar.update(task, description=stage, total=total, completed=done, detail="")
+
+
+@contextmanager
+def gradient_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each sweep on a terminal; one line when a sweep is done in a pipe."""
+    if sys.stderr.isatty():
+        with evaluation_progress() as show:
+            yield show
+        return
+    started = time.perf_counter()
+
+    def plain(stage: str, done: int, total: int) -> None:
+        if total and done == total:
+            typer.echo(f"{stage}, {time.perf_counter() - started:.1f} s", err=True)
+
+    yield plain
