@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--blocks", default="8,16,32")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--method", default="wanda")
+    parser.add_argument("--offload-states", action="store_true", help="hidden states in memory-mapped files")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="secateur-memory-") as name:
         scratch = Path(name)
@@ -77,8 +79,9 @@ def main() -> None:
             size = make(scratch / "model", blocks)
             code = (
                 "import json, resource, secateur;"
-                f"m = secateur.prune('{scratch}/model', method=secateur.wanda(),"
+                f"m = secateur.prune('{scratch}/model', method=secateur.{arguments.method}(),"
                 f" calibration='{scratch}/ids.safetensors',"
+                f" offload_states={str(scratch) if arguments.offload_states else 'auto'!r},"
                 f" output='{scratch}/out', overwrite=True);"
                 "print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, m.seconds['total']]))"
             )

@@ -3,12 +3,15 @@
     python benchmarks/perplexity_table.py --calibration c4.jsonl --data wikitext2:wiki.test.raw
 
 Every row is calibrated on the same samples and evaluated on the same windows; the error is the standard error over
-windows, and the difference to Wanda's row of the same pattern is taken window by window.
+windows, and the difference to Wanda's row of the same pattern is taken window by window. A method of gradients may
+name its norm, as in gblm:l2; the gradients of the language-model loss are taken once for all rows.
 """
 
 import argparse
+import json
 import math
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -28,8 +31,9 @@ def main() -> None:
     parser.add_argument("--data", default="python-docs")
     parser.add_argument("--window", type=int, default=1024, help="evaluation window")
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--methods", default="magnitude,wanda,wanda-variant")
+    parser.add_argument("--methods", default="magnitude,wanda,wanda_variant")
     parser.add_argument("--patterns", default="0.5,4:8,2:4")
+    parser.add_argument("--json", type=Path, help="add one line for each row, with the loss of every window")
     arguments = parser.parse_args()
     from secateur.methods import METHODS
 
@@ -39,26 +43,50 @@ def main() -> None:
     def evaluate(folder: Path) -> secateur.Perplexity:
         return secateur.perplexity(folder, arguments.data, length=arguments.window, windows=arguments.windows)
 
-    print(f"{'method':<16}{'pattern':<9}{'perplexity':>11}{'± error':>9}{'nats - wanda':>20}{'seconds':>9}", flush=True)
+    def record(name: str, text: str, row: secateur.Perplexity, seconds: float) -> None:
+        if arguments.json is not None:
+            line = {"method": name, "pattern": text, "seed": arguments.seed, "seconds": seconds, **row.to_json()}
+            with arguments.json.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def make(name: str) -> secateur.Method:
+        plain, _, norm = name.partition(":")
+        return METHODS[plain](norm=norm) if norm else METHODS[plain]()  # type: ignore[call-arg]
+
+    calibration = {
+        "calibration": arguments.calibration,
+        "sampling": arguments.sampling,
+        "samples": arguments.samples,
+        "length": arguments.length,
+        "seed": arguments.seed,
+    }
+    names = sorted(arguments.methods.split(","), key=lambda name: name != "wanda")
+    kinds = {name: make(name).gradient for name in names}
+    norms = sorted({kind.norm for kind in kinds.values() if kind is not None and kind.scope == "model"})
+    gradient = scratch / "table-gradients.safetensors"
+    if norms:
+        started = time.perf_counter()
+        secateur.gradients(model, gradient, norms=norms, overwrite=True, **calibration)
+        print(f"gradients ({', '.join(norms)}) of seed {arguments.seed}: {time.perf_counter() - started:.1f} s")
+    print(f"{'method':<20}{'pattern':<9}{'perplexity':>11}{'± error':>9}{'nats - wanda':>20}{'seconds':>9}", flush=True)
     dense = evaluate(Path(model))
-    print(f"{'dense':<16}{'':<9}{dense.perplexity:>11.3f}{dense.perplexity_error:>9.3f}", flush=True)
+    print(f"{'dense':<20}{'':<9}{dense.perplexity:>11.3f}{dense.perplexity_error:>9.3f}", flush=True)
+    record("dense", "", dense, 0.0)
     for text in arguments.patterns.split(","):
         pattern = secateur.parse_pattern(text) if ":" in text else secateur.Unstructured(float(text))
         rows = {}
-        for name in sorted(arguments.methods.split(","), key=lambda name: name != "wanda"):
-            if ":" in text and name.endswith("-variant"):
+        for name in names:
+            if ":" in text and name.endswith("_variant"):
                 continue  # the variant searches row thresholds, which N:M leaves no room for
+            kind = kinds[name]
             manifest = secateur.prune(
                 model,
-                method=METHODS[name](),
+                method=make(name),
                 pattern=pattern,
-                calibration=arguments.calibration,
-                sampling=arguments.sampling,
-                samples=arguments.samples,
-                length=arguments.length,
-                seed=arguments.seed,
+                gradient=gradient if kind is not None and kind.scope == "model" else None,
                 output=scratch / "table",
                 overwrite=True,
+                **calibration,
             )
             row = rows[name] = evaluate(scratch / "table")
             difference = ""
@@ -67,10 +95,11 @@ def main() -> None:
                 error = float(paired.std()) / math.sqrt(len(paired))
                 difference = f"{float(paired.mean()):+.4f} ± {error:.4f}"
             print(
-                f"{name:<16}{text:<9}{row.perplexity:>11.3f}{row.perplexity_error:>9.3f}{difference:>20}"
+                f"{name:<20}{text:<9}{row.perplexity:>11.3f}{row.perplexity_error:>9.3f}{difference:>20}"
                 f"{manifest.seconds['total']:>9.1f}",
                 flush=True,
             )
+            record(name, text, row, manifest.seconds["total"])
 
 
 if __name__ == "__main__":

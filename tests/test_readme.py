@@ -32,13 +32,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_marked_blocks_are_there() -> None:
     assert len(MARKED.findall(README)) == README.count("run by a test. -->") == 2
-    assert [line.split()[1] for line in blocks("")[0].splitlines()] == ["plan", "prune", "eval", "inspect", "verify"]
+    assert [line.split()[1] for line in blocks("")[0].splitlines()] == [
+        "plan",
+        "prune",
+        "eval",
+        "gradients",
+        "inspect",
+        "verify",
+    ]
 
 
 def test_the_commands(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"MODEL": str(model), "PRUNED": str(tmp_path / "pruned")}
+    names = {"MODEL": str(model), "PRUNED": str(tmp_path / "pruned"), "GRADIENTS": str(tmp_path / "gradients.st")}
     shown = {}
     for line in blocks("")[0].splitlines():
         arguments = [names.get(word, word) for word in shlex.split(line)]
@@ -52,6 +59,7 @@ def test_the_commands(
     assert "2:4" in shown["plan"]
     assert "sparsity 0.5000 (asked 0.5000)" in shown["prune"]
     assert "8 x 128" in shown["eval"]
+    assert "per sample, of the model" in shown["gradients"]
     assert "Sparsity of all prunable matrices: 0.5000" in shown["inspect"]
     assert shown["verify"].rstrip().endswith("Verified.")
 
@@ -71,7 +79,7 @@ def test_the_method_in_the_documentation(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = (ROOT / "docs" / "methods.md").read_text()
-    code, command = re.findall(r"^```\w*\n(.*?)^```$", text[text.index("## A method of your own") :], re.M | re.S)
+    code, command, _ = re.findall(r"^```\w*\n(.*?)^```$", text[text.index("## A method of your own") :], re.M | re.S)
     name = code.splitlines()[0].removeprefix("# ")
     (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
@@ -99,7 +107,9 @@ def test_other_commands_in_the_documentation_have_options_that_exist() -> None:
     commands: Any = typer.main.get_command(cli.app)
     found = 0
     for page in PAGES:
-        for line in re.findall(r"(?:^|`)(secateur (?:plan|prune|eval|inspect|verify)[^`\n#]*)", page.read_text(), re.M):
+        for line in re.findall(
+            r"(?:^|`)(secateur (?:plan|prune|gradients|eval|inspect|verify)[^`\n#]*)", page.read_text(), re.M
+        ):
             words = line.split()
             known = {option for parameter in commands.commands[words[1]].params for option in parameter.opts}
             assert {word for word in words[2:] if re.match(r"--?[a-z]", word)} <= known, f"{page.name}: {line}"
