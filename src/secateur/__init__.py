@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from secateur.block_loop import Event
     from secateur.calibration import Windows, calibration_windows, evaluation_windows
     from secateur.core.gradients import GradientKind, GradientNorm
+    from secateur.core.gram import Gram
     from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern
-    from secateur.core.problem import Method, Problem, Solution, select
+    from secateur.core.problem import Method, Problem, Refinement, Solution, chain, select, with_options
     from secateur.core.statistics import SquaredNorm, Statistic
     from secateur.engine import prune
     from secateur.errors import (
@@ -29,9 +30,16 @@ if TYPE_CHECKING:
     from secateur.gradient_file import GradientFile
     from secateur.gradient_pass import gradients
     from secateur.manifest import Manifest, Verification, verify
+    from secateur.methods.admm import admm
+    from secateur.methods.alps import alps
     from secateur.methods.gblm import gblm, gblm_inverse, gradient
+    from secateur.methods.least_squares import least_squares
     from secateur.methods.magnitude import magnitude
+    from secateur.methods.obs_update import magnitude_iterative, obs_update, wanda_iterative
     from secateur.methods.pruner_zero import pruner_zero
+    from secateur.methods.ria import ria
+    from secateur.methods.sparsegpt import sparsegpt
+    from secateur.methods.swaps import swaps
     from secateur.methods.wanda import wanda, wanda_variant
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plan import Plan, uniform
@@ -45,6 +53,7 @@ _HOMES = {
     "GradientFile": "gradient_file",
     "GradientKind": "core.gradients",
     "GradientNorm": "core.gradients",
+    "Gram": "core.gram",
     "Manifest": "manifest",
     "Method": "core.problem",
     "ModelStructureError": "errors",
@@ -55,6 +64,7 @@ _HOMES = {
     "Perplexity": "evaluate.perplexity",
     "Plan": "plan",
     "Problem": "core.problem",
+    "Refinement": "core.problem",
     "SecateurError": "errors",
     "Solution": "core.problem",
     "SquaredNorm": "core.statistics",
@@ -62,7 +72,10 @@ _HOMES = {
     "Unstructured": "core.patterns",
     "Verification": "manifest",
     "Windows": "calibration",
+    "admm": "methods.admm",
+    "alps": "methods.alps",
     "calibration_windows": "calibration",
+    "chain": "core.problem",
     "estimate": "forecast",
     "evaluation_windows": "calibration",
     "gblm": "methods.gblm",
@@ -70,17 +83,25 @@ _HOMES = {
     "gradient": "methods.gblm",
     "gradients": "gradient_pass",
     "inspect": "report.inspect",
+    "least_squares": "methods.least_squares",
     "magnitude": "methods.magnitude",
+    "magnitude_iterative": "methods.obs_update",
+    "obs_update": "methods.obs_update",
     "parse_pattern": "core.patterns",
     "perplexity": "evaluate.perplexity",
     "prune": "engine",
     "pruner_zero": "methods.pruner_zero",
+    "ria": "methods.ria",
     "select": "core.problem",
+    "sparsegpt": "methods.sparsegpt",
+    "swaps": "methods.swaps",
     "uniform": "plan",
     "verify": "manifest",
     "wanda": "methods.wanda",
+    "wanda_iterative": "methods.obs_update",
     "wanda_plus": "methods.wanda_plus",
     "wanda_variant": "methods.wanda",
+    "with_options": "core.problem",
 }
 
 __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
@@ -91,6 +112,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "GradientFile",
     "GradientKind",
     "GradientNorm",
+    "Gram",
     "Manifest",
     "Method",
     "ModelStructureError",
@@ -101,6 +123,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Perplexity",
     "Plan",
     "Problem",
+    "Refinement",
     "SecateurError",
     "Solution",
     "SquaredNorm",
@@ -108,7 +131,10 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Unstructured",
     "Verification",
     "Windows",
+    "admm",
+    "alps",
     "calibration_windows",
+    "chain",
     "estimate",
     "evaluation_windows",
     "gblm",
@@ -116,17 +142,25 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "gradient",
     "gradients",
     "inspect",
+    "least_squares",
     "magnitude",
+    "magnitude_iterative",
+    "obs_update",
     "parse_pattern",
     "perplexity",
     "prune",
     "pruner_zero",
+    "ria",
     "select",
+    "sparsegpt",
+    "swaps",
     "uniform",
     "verify",
     "wanda",
+    "wanda_iterative",
     "wanda_plus",
     "wanda_variant",
+    "with_options",
 ]
 
 

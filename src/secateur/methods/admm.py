@@ -9,9 +9,10 @@ import torch
 from secateur.core.gram import Gram, full_precision
 from secateur.core.linalg import finished, normalise, shifted_inverse
 from secateur.core.patterns import gradual_mask, with_group
-from secateur.core.problem import Method, Problem, Solution
+from secateur.core.problem import Method, Problem, Solution, with_options
 
 
+@with_options
 def admm(*, damping: float = 0.1, penalty: float = 1.0, iterations: int = 20, growing: int = 15) -> Method:
     """The method that alternates between the least squares weights and the nearest ones with the pattern's zeros.
 

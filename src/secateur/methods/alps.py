@@ -10,7 +10,7 @@ import torch
 from secateur.core.gram import Gram, full_precision
 from secateur.core.linalg import conjugate_gradients, finished, normalise, shifted_inverse
 from secateur.core.patterns import with_group
-from secateur.core.problem import Method, Problem, Solution
+from secateur.core.problem import Method, Problem, Solution, with_options
 
 EVERY = 3  # iterations between two looks at the mask
 SETTLING = 30  # iterations before a mask that hardly changes is taken for settled
@@ -18,6 +18,7 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the kept weights more than
 LEAST = 1e-4  # penalty; a first mask that stays in place even then is the answer
 
 
+@with_options
 def alps(
     *, damping: float = 0.01, penalty: float = 0.1, iterations: int = 300, polish: int = 10, settled: float = 0.0003
 ) -> Method:

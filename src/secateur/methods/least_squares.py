@@ -6,9 +6,10 @@ textbook one.
 
 from secateur.core.gram import Gram, full_precision
 from secateur.core.linalg import climb, conjugate_gradients, finished, normalise, solve_on_support
-from secateur.core.problem import Problem, Refinement, Solution
+from secateur.core.problem import Problem, Refinement, Solution, with_options
 
 
+@with_options
 def least_squares(*, damping: float = 0.01, iterations: int = 32, exact: bool = False) -> Refinement:
     """The refinement that fits the kept weights of a solution to the outputs of the dense ones; its mask stays.
 

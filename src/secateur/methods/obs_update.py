@@ -15,11 +15,12 @@ from torch import Tensor
 from secateur.core.gram import Gram
 from secateur.core.linalg import finished, inverse_factor, outputs_target, working_gram
 from secateur.core.patterns import with_group
-from secateur.core.problem import Method, Problem, Refinement, Solution
+from secateur.core.problem import Method, Problem, Refinement, Solution, with_options
 from secateur.core.statistics import SquaredNorm
 from secateur.core.sweep import choose_as_it_goes, follow, sweep
 
 
+@with_options
 def obs_update(*, damping: float = 0.01) -> Refinement:
     """The refinement that prunes the dense weights once more with the same mask, by SparseGPT's column sweep.
 
@@ -36,11 +37,13 @@ def obs_update(*, damping: float = 0.01) -> Refinement:
     return Refinement("obs_update", refine, frozenset({Gram}))
 
 
+@with_options
 def magnitude_iterative(*, damping: float = 0.01) -> Method:
     """The method with ``|W_ij|`` on weights as they are updated, compared over 128 columns (iterative ablation)."""
     return _iterative("magnitude_iterative", lambda problem: lambda first, weight: weight.abs(), damping)
 
 
+@with_options
 def wanda_iterative(*, damping: float = 0.01) -> Method:
     """The method with ``|W_ij| ||X_j||₂`` on weights as they are updated, compared over 128 columns (the same)."""
 

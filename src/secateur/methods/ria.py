@@ -6,10 +6,11 @@ same paper is not part of this.
 """
 
 from secateur.core import scores
-from secateur.core.problem import Method, select
+from secateur.core.problem import Method, select, with_options
 from secateur.core.statistics import SquaredNorm
 
 
+@with_options
 def ria(*, exponent: float = 0.5) -> Method:
     """The method with ``S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) ||X_j||₂ ** exponent``.
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from secateur.core.gram import Gram
 from secateur.core.linalg import finished, inverse_factor, outputs_target, working_gram
 from secateur.core.patterns import with_group
-from secateur.core.problem import Method, Problem, Solution
+from secateur.core.problem import Method, Problem, Solution, with_options
 from secateur.core.sweep import choose_as_it_goes, sweep
 
 
+@with_options
 def sparsegpt(*, damping: float = 0.01) -> Method:
     """The method that chooses masks by ``w_ij² / U_jj²`` on weights as they are updated, and updates the others.
 

@@ -7,10 +7,11 @@ from secateur.core.exchange import exchange
 from secateur.core.gram import Gram
 from secateur.core.linalg import finished, right_hand_side, working_gram, working_weight
 from secateur.core.patterns import NM, Unstructured
-from secateur.core.problem import Problem, Refinement, Solution
+from secateur.core.problem import Problem, Refinement, Solution, with_options
 from secateur.errors import PatternError
 
 
+@with_options
 def swaps(*, limit: int = 100, candidates: int = 64) -> Refinement:
     """The refinement that exchanges kept and removed weights within rows while that lowers ``||(W - W') X||²``.
 
