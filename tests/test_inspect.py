@@ -1,6 +1,7 @@
 """What a checkpoint is found to be, and what a run is said to cost before it starts."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
 import tiny
-from secateur.errors import CheckpointError, PatternError
+from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.forecast import Estimate, estimate
 from secateur.models.checkpoint import SINGLE_FILE
 from secateur.report.inspect import detect_pattern
@@ -199,6 +200,47 @@ def test_states_and_tokens(model: Path) -> None:
     none = estimate(model, method=secateur.magnitude(), samples=10, length=48)
     assert (none.tokens, none.states_bytes) == (0, 0)
     assert estimate(model, method=secateur.wanda()).tokens == 128 * 2048
+
+
+def test_what_gradients_add(model: Path, tmp_path: Path) -> None:
+    options = {"samples": 10, "length": 48}
+    plain = estimate(model, method=secateur.wanda(), **options)
+    with_gradients = estimate(model, method=secateur.gblm(), **options)
+    (note,) = with_gradients.notes
+    saved = (tiny.BLOCKS + 3) * 480 * tiny.HIDDEN * 4  # what goes into each block, what comes out, and gradients of it
+    assert with_gradients.states_bytes == saved
+    assert note.startswith(f"Gradients first: the inputs of all blocks take {saved / 1e9:.1f} GB in memory, and their")
+    assert with_gradients.disk_bytes - plain.disk_bytes == 4 * plain.planned_weights
+    assert with_gradients.host_bytes > plain.host_bytes
+    tokens = estimate(model, method=secateur.gradient(), **options)
+    assert tokens.tokens == 480
+    # Regional gradients are taken on the way, and a file holds those that were taken before.
+    assert estimate(model, method=secateur.wanda_plus(), **options).disk_bytes == plain.disk_bytes
+    file = tmp_path / "gradients"
+    secateur.gradients(model, file, calibration=tiny.tokens())
+    given = estimate(model, method=secateur.gblm(), gradient=file, **options)
+    assert (given.notes, given.disk_bytes) == ([], plain.disk_bytes)
+    with pytest.raises(CalibrationError, match="uses no gradients"):
+        estimate(model, method=secateur.wanda(), gradient=file, **options)
+
+
+def test_gradients_that_do_not_fit_take_several_passes(model: Path) -> None:
+    (note, *_) = [
+        note for note in estimate(model, method=secateur.gblm(), samples=10**9, length=64).notes if "first" in note
+    ]
+    passes = int(re.search(r"for (\d+) samples at a time in (\d+) passes over the weights", note)[2])  # type: ignore[index]
+    assert passes > 1
+
+
+def test_what_gram_matrices_add(model: Path) -> None:
+    options = {"samples": 10, "length": 48}
+    plain = estimate(model, method=secateur.wanda(), **options)
+    second = estimate(model, method=secateur.sparsegpt(), **options)
+    dense = estimate(model, method=secateur.sparsegpt(), targets="dense", **options)
+    assert second.notes[0].startswith("The Gram matrices of a block take at most ")
+    assert dense.host_bytes > second.host_bytes > plain.host_bytes
+    with pytest.raises(PatternError, match="changes no weights"):
+        estimate(model, method=secateur.wanda(), targets="dense", **options)
 
 
 def test_windows_longer_than_the_model_are_noted(model: Path) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from secateur.block_statistics import Collected, DenseTwin, First, collect_statistics, sites
 from secateur.calibration import Windows
 from secateur.core.checks import check_solution, check_weight
-from secateur.core.gram import CrossGram
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import Statistic
 from secateur.errors import CheckpointError
@@ -89,6 +88,7 @@ class BlockLoop:
 
     skeleton: Skeleton
     method: Method
+    needs: frozenset[type[Statistic]]  # the method's, and those that its targets take
     plan: Plan
     windows: Windows | None
     writer: CheckpointWriter | None
@@ -108,11 +108,6 @@ class BlockLoop:
         """Whether gradients are taken block by block on the way, rather than read from a file."""
         return self.method.gradient is not None and self.gradients is None
 
-    @property
-    def needs(self) -> frozenset[type[Statistic]]:
-        """The statistics of inputs to collect: the method's, and those that its targets take."""
-        return self.method.needs | ({CrossGram} if self.targets == "dense" else frozenset())
-
     @torch.no_grad()
     def run(self) -> None:
         """Prune block by block, and write everything. Raises what the method and the checks raise."""
@@ -122,7 +117,7 @@ class BlockLoop:
             if matrix.name in self.plan:
                 planned[matrix.block].append(matrix)
         last = max(index for index, matrices in enumerate(planned) if matrices)
-        streams = self._streams(last) if self.method.needs or self.regional else None
+        streams = self._streams(last) if self.needs or self.regional else None
         with (
             ThreadPoolExecutor(1, "read") as reader,
             ThreadPoolExecutor(1, "write") as background,

@@ -1,5 +1,6 @@
 """What a method needs to know of one block, collected while the calibration samples run through it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -13,7 +14,7 @@ from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.core.statistics import Statistic
 from secateur.gradient_pass import check_gradient
 from secateur.models.backward import GradientTap, regional_gradient
-from secateur.models.matrices import Matrix, matrix_kind, tapped
+from secateur.models.matrices import Matrix, tapped
 from secateur.models.stream import HiddenStates, Stream
 from secateur.models.structure import Block
 from secateur.models.tap import Enough, InputRecorder, Inputs, InputTap
@@ -146,9 +147,15 @@ def sites(block: Block, matrices: Sequence[Matrix], stream: Stream) -> list[list
     with tap:
         stream.run(block, 0, aside=True)
     leaders = tap.leaders()
-    order = list(dict.fromkeys(matrix_kind(leader) for leader in leaders.values()))
-    groups: dict[str, list[Matrix]] = {kind: [] for kind in order}
+    site_of = {_site(parameter): _site(leader) for (parameter, _), leader in leaders.items()}
+    groups: dict[str, list[Matrix]] = {site: [] for site in dict.fromkeys(site_of.values())}
     for matrix in matrices:
-        leader = leaders.get((matrix.parameter, matrix.expert), matrix.parameter)
-        groups.setdefault(matrix_kind(leader), []).append(matrix)
+        # An expert that the first batch did not reach belongs where the others of its kind are.
+        name = _site(matrix.parameter)
+        groups.setdefault(site_of.get(name, name), []).append(matrix)
     return [group for group in groups.values() if group]
+
+
+def _site(parameter: str) -> str:
+    """A parameter's name, the same for all experts of a mixture."""
+    return re.sub(r"(experts?\.)\d+\.", r"\1*.", parameter)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import secateur
 from secateur.block_loop import BlockLoop, Clock, Event, OnEvent
 from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
-from secateur.core.gram import Gram
+from secateur.core.gram import CrossGram, Gram
 from secateur.core.patterns import NM, Pattern, Unstructured, with_group
 from secateur.core.problem import Method
 from secateur.errors import CalibrationError, PatternError
 from secateur.gradient_file import GradientFile
 from secateur.gradient_pass import collect, gradient_batch_size
 from secateur.manifest import Manifest, file_digests, tensor_digest
+from secateur.models.matrices import Matrix
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import default_batch_size
@@ -82,6 +83,7 @@ def prune(
     started = time.perf_counter()
     only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
     check_choices(method, propagate, within, targets)
+    kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
     target = check_output(output, model, overwrite)
@@ -90,6 +92,8 @@ def prune(
         stack.callback(opened.restore)
         skeleton = opened.skeleton
         plan = make_plan(opened, method, pattern, only=only, skip=skip)
+        if targets == "dense":
+            check_dense_targets([matrix for matrix in skeleton.matrices if matrix.name in plan])
         given = gradient_file(gradient, method, skeleton, plan)
         windows = None
         if method.needs or (method.gradient is not None and given is None):
@@ -107,6 +111,7 @@ def prune(
             check_length(windows, skeleton.positions)
             if given is not None:
                 given.check_tokens(windows.digest, windows.samples, windows.length)
+        needs = method.needs | ({CrossGram} if targets == "dense" else frozenset())
         regional = method.gradient is not None and method.gradient.scope == "block" and given is None
         if regional and windows is not None:
             assert method.gradient is not None
@@ -121,7 +126,8 @@ def prune(
                 "device": str(skeleton.device),
                 "dtype": str(skeleton.dtype).removeprefix("torch."),
                 "batch_size": batch_size or default_batch_size(windows.length if windows else 1, skeleton.device),
-                "statistics": sorted(kind.__name__ for kind in method.needs),
+                "statistics": sorted(kind.__name__ for kind in needs),
+                "statistics_device": None if kept_on is None else str(kept_on),
                 "within": within,
                 "targets": targets,
                 "options": dict(method.options),
@@ -163,6 +169,7 @@ def prune(
         BlockLoop(
             skeleton=skeleton,
             method=method,
+            needs=needs,
             plan=plan,
             windows=windows,
             writer=writer,
@@ -175,7 +182,7 @@ def prune(
             gradients=given,
             within=within,
             targets=targets,
-            statistics_device=choose_device(statistics_device) if statistics_device is not None else None,
+            statistics_device=kept_on,
         ).run()
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
         _totals(manifest)
@@ -206,10 +213,22 @@ def check_choices(method: Method, propagate: str, within: str, targets: str) -> 
         raise PatternError(f"--within site: {method.name} takes no statistics of inputs, in any order.")
     if within == "site" and method.gradient is not None and method.gradient.scope == "block":
         raise PatternError(f"--within site: {method.name} takes gradients of whole blocks; use --within block.")
-    if targets == "dense" and Gram not in method.needs:
+    if targets == "pruned" and CrossGram in method.needs:
+        raise PatternError(f"--targets pruned: {method.name} needs the dense model's inputs; use --targets dense.")
+    if targets == "dense" and not method.needs & {Gram, CrossGram}:
         raise PatternError(
             f"--targets dense: {method.name} changes no weights, so nothing can be fitted. Use a method that does, or "
             f"refine it: --method {method.name}+least_squares."
+        )
+
+
+def check_dense_targets(matrices: Sequence[Matrix]) -> None:
+    """Raise `PatternError` where an expert is to be fitted to the dense model, which may send it other tokens."""
+    routed = next((matrix.name for matrix in matrices if matrix.expert is not None or ".experts." in matrix.name), None)
+    if routed is not None:
+        raise PatternError(
+            f"--targets dense: {routed} is an expert, to which the dense model sends other tokens than the pruned one, "
+            'so that their inputs cannot be paired. Use --targets pruned, or leave experts out: --skip "*expert*".'
         )
 
 

@@ -16,10 +16,10 @@ from secateur.core.gradients import GradientKind, Scope
 from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
-from secateur.engine import check_choices, gradient_file, make_plan
+from secateur.engine import check_choices, check_dense_targets, gradient_file, make_plan
 from secateur.gradient_pass import chunk_sizes, gradient_batch_size
 from secateur.models.matrices import numbered_experts
-from secateur.models.opened import OpenedModel, open_model
+from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import default_batch_size
 from secateur.plan import Plan
@@ -114,6 +114,10 @@ def estimate(
     skeleton = opened.skeleton
     check_choices(method, propagate, within, targets)
     plan = make_plan(opened, method, pattern, only=only, skip=skip)
+    if targets == "dense":
+        check_dense_targets([matrix for matrix in skeleton.matrices if matrix.name in plan])
+    if statistics_device is not None:
+        choose_device(statistics_device, "--statistics-device")
     file = gradient_file(gradient, method, skeleton, plan)
     kind = method.gradient if file is None else None  # the gradients that are still to be taken
     samples, length = samples or 128, length or 2048

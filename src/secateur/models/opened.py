@@ -38,8 +38,11 @@ class OpenedModel:
     restore: Callable[[], None] = lambda: None
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that a name asks for; "auto" is the first GPU, else the CPU. Raises `CheckpointError`."""
+def choose_device(name: str, option: str = "--device") -> torch.device:
+    """The device that a name asks for; "auto" is the first GPU, else the CPU.
+
+    Raises `CheckpointError` that names the option where it cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -47,7 +50,7 @@ def choose_device(name: str) -> torch.device:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f'device "{name}" cannot be used here ({reason}). Use --device cpu or auto.') from None
+        raise CheckpointError(f'device "{name}" cannot be used here ({reason}). Use {option} cpu or auto.') from None
     return device
 
 

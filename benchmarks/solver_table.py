@@ -1,0 +1,116 @@
+"""SmolLM2-135M pruned by every kind of solver: perplexity on several texts, solver time and peak memory.
+
+    python benchmarks/solver_table.py --calibration c4.jsonl --data wikitext2:wiki.test.raw --data web.jsonl
+        --methods wanda,sparsegpt,alps,wanda+least_squares,alps@site@dense --patterns 0.5,2:4 --json cells.jsonl
+
+A method may be refined with a plus, and followed by @site (statistics in true sequential order) and @dense (targets of
+the dense model). Every cell is pruned and evaluated in a process of its own, for its peak memory, and becomes one
+line of the JSON file; cells that are in the file already are not run again. The table at the end shows all of them.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import secateur
+import smollm2
+
+SCRATCH = Path(tempfile.gettempdir()) / "secateur-benchmarks"
+
+
+def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """Prune and evaluate; the cell with its figures."""
+    from secateur.cli.parsing import method_of
+
+    folder, pruned = SCRATCH / "smollm2", SCRATCH / "solver-table"
+    figures: dict[str, Any] = {}
+    if cell["method"] != "dense":
+        name, *choices = cell["method"].split("@")
+        text = cell["pattern"]
+        manifest = secateur.prune(
+            folder,
+            method=method_of(name),
+            pattern=secateur.parse_pattern(text) if ":" in text else secateur.Unstructured(float(text)),
+            calibration=cell["calibration"],
+            sampling="concat",
+            samples=cell["samples"],
+            length=cell["length"],
+            seed=cell["seed"],
+            within="site" if "site" in choices else "block",
+            targets="dense" if "dense" in choices else "pruned",
+            output=pruned,
+            overwrite=True,
+        )
+        errors = [entry["notes"].get("reconstruction_error") for entry in manifest.matrices.values()]
+        figures = {
+            "solve seconds": manifest.seconds["solve"],
+            "prune seconds": manifest.seconds["total"],
+            "prune peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "reconstruction error": sum(errors) / len(errors) if all(error is not None for error in errors) else None,
+        }
+        folder = pruned
+    for data in cell["data"]:
+        result = secateur.perplexity(folder, data, length=cell["window"], windows=cell["windows"])
+        figures[Path(data).name] = result.to_json()
+    return {**cell, **figures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", default="python-docs")
+    parser.add_argument("--data", action="append")
+    parser.add_argument("--methods", default="magnitude,wanda,sparsegpt,admm,alps")
+    parser.add_argument("--patterns", default="0.5,2:4")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--window", type=int, default=1024, help="evaluation window")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--json", type=Path, default=SCRATCH / "cells.jsonl")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        print(json.dumps(run_cell(json.loads(arguments.cell))))
+        return
+    smollm2.checkpoint(SCRATCH / "smollm2")
+    common = {
+        "calibration": arguments.calibration,
+        "data": arguments.data or ["python-docs"],
+        "samples": arguments.samples,
+        "length": arguments.length,
+        "window": arguments.window,
+        "windows": arguments.windows,
+    }
+    cells: list[dict[str, Any]] = [{**common, "method": "dense", "pattern": "", "seed": 0}]
+    for pattern in arguments.patterns.split(","):
+        for seed in map(int, arguments.seeds.split(",")):
+            for method in arguments.methods.split(","):
+                cells.append({**common, "method": method, "pattern": pattern, "seed": seed})
+    done = [json.loads(line) for line in arguments.json.read_text().splitlines()] if arguments.json.exists() else []
+    names = [Path(data).name for data in common["data"]]
+    print(f"{'method':<28}{'pattern':<8}{'seed':>5}" + "".join(f"{name[-22:]:>24}" for name in names), end="")
+    print(f"{'solve s':>9}{'prune s':>9}{'peak MiB':>10}", flush=True)
+    for cell in cells:
+        result = next((old for old in done if all(old.get(key) == value for key, value in cell.items())), None)
+        if result is None:
+            command = [sys.executable, __file__, "--cell", json.dumps(cell)]
+            result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            with arguments.json.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        values = (f"{result[name]['perplexity']:.3f} ± {result[name]['perplexity_error']:.3f}" for name in names)
+        costs = [result.get(key) for key in ("solve seconds", "prune seconds", "prune peak MiB")]
+        print(
+            f"{cell['method']:<28}{cell['pattern']:<8}{cell['seed']:>5}"
+            + "".join(f"{value:>24}" for value in values)
+            + ("" if None in costs else f"{costs[0]:>9.1f}{costs[1]:>9.1f}{costs[2]:>10.0f}"),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
