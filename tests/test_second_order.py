@@ -473,8 +473,8 @@ def test_experts_are_not_fitted_to_the_dense_model(within: str, tmp_path: Path) 
     with pytest.raises(
         PatternError,
         match=r"^--targets dense: model\.layers\.0\.block_sparse_moe\.experts\.0\.w1\.weight is an expert, to which "
-        r"the dense model sends other tokens than the pruned one, so that their inputs cannot be paired\. Use --targets "
-        r'pruned, or leave experts out: --skip "\*expert\*"\.$',
+        r"the dense model sends other tokens than the pruned one, so that their inputs cannot be paired\. "
+        r'Use --targets pruned, or leave experts out: --skip "\*expert\*"\.$',
     ):
         prune(source, **arguments)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
