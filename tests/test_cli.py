@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 FIRST = "model.layers.0.mlp.down_proj.weight"
 CALIBRATION = ["--calibration", "python-docs", "--sampling", "concat", "--samples", "4", "--length", "32"]
 
-WHAT = {"--method", "--norm", "--alpha", "--sparsity", "--pattern", "--per", "--only", "--skip"}
+WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", "--per", "--only", "--skip"}
 TEXT = {"--calibration", "--samples", "--length", "--seed", "--sampling"}
 PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--statistics-device"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}

@@ -6,6 +6,7 @@ The loops know transformers, forward hooks and the equations; of Secateur they u
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -24,11 +25,12 @@ import tiny
 from secateur.block_statistics import sites
 from secateur.cli.parsing import method_of
 from secateur.core.gram import CrossGram, Gram
+from secateur.core.harmonic import HarmonicNorm
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method, Problem, Refinement, Solution, chain, with_options
 from secateur.core.statistics import SquaredNorm
 from secateur.engine import check_choices, prune
-from secateur.errors import CheckpointError, PatternError
+from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.manifest import Manifest, verify
 from secateur.methods import METHODS
 from secateur.methods.least_squares import least_squares
@@ -932,3 +934,60 @@ def test_better_solvers_hurt_less(pattern: Pattern) -> None:
     assert joint < 0.92 * published
     assert sequential < 0.96 * joint
     assert sequential > 4  # the dense model's
+
+
+# Options by name, and the weighting of the published ablations
+
+
+def test_options_as_text() -> None:
+    method = method_of("alps+least-squares", ["damping=0.05", "iterations=12", "least_squares.exact=true"])
+    assert method.options["damping"] == 0.05
+    assert method.options["iterations"] == 12
+    assert method.options["least_squares.exact"] is True
+    assert method.options["least_squares.iterations"] == 32
+    assert method_of("gblm", ["norm=l2"], alpha=3.0).options == {"norm": "l2", "alpha": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("damping", '--option damping: expected NAME=VALUE, such as "damping=0.02".'),
+        ("damping=much", '--option damping=much: got "much", expected a number.'),
+        ("iterations=1.5", '--option iterations=1.5: got "1.5", expected a whole number.'),
+        ("least_squares.exact=1", '--option least_squares.exact=1: got "1", expected true or false.'),
+        ("swaps.limit=3", "--option swaps.limit=3: swaps is no part of admm+least_squares."),
+        (
+            "exact=true",
+            "--option exact=true: admm has no option exact; it has damping, penalty, iterations, growing. "
+            "Did you mean least_squares.exact?",
+        ),
+    ],
+)
+def test_options_that_are_none(setting: str, message: str) -> None:
+    with pytest.raises(PatternError, match=f"^{re.escape(message)}$"):
+        method_of("admm+least_squares", [setting])
+
+
+def test_the_weighting_of_the_published_ablations(tmp_path: Path) -> None:
+    """Each sample's squares are scaled by 2 / j and averaged, as the published loop does, one sample at a time."""
+    source = tiny.save("llama", tmp_path / "source")
+    ids = calibration()
+    name = "model.layers.0.mlp.down_proj.weight"
+    path = name.removesuffix(".weight")
+    scaler = torch.zeros(1, dtype=torch.float64)
+    for number, sample in enumerate(ids, 1):
+        x = inputs(load(source), [path], sample[None])[path].double()
+        scaled = x.T * (2 / number) ** 0.5
+        scaler = scaler * (number - 1) / number + scaled.norm(dim=1) ** 2 / number
+    score = load_file(source / "model.safetensors")[name].double().abs() * scaler.sqrt()
+    expected = Unstructured(0.5, "row").mask(score)
+    method = method_of("wanda", ["weighting=published"])
+    prune(source, method=method, calibration=ids, output=tmp_path / "out", only=[name])
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name] != 0, expected)
+    prune(source, method=method_of("wanda"), calibration=ids, output=tmp_path / "equal", only=[name])
+    assert not torch.equal(load_file(tmp_path / "equal" / "model.safetensors")[name] != 0, expected)
+    with pytest.raises(CalibrationError, match=r"^--batch-size: got 2, expected 1: HarmonicNorm goes by samples\.$"):
+        prune(source, method=method, calibration=ids, output=tmp_path / "no", batch_size=2)
+    assert method_of("wanda_iterative", ["weighting=published"]).needs == {Gram, HarmonicNorm}
+    with pytest.raises(PatternError, match='weighting: got "other", expected equal or published'):
+        method_of("wanda", ["weighting=other"])

@@ -116,6 +116,11 @@ def prune(
         if regional and windows is not None:
             assert method.gradient is not None
             batch_size = gradient_batch_size(skeleton, windows.length, method.gradient.granularity, batch_size)
+        ordered = next((kind for kind in needs if getattr(kind, "one_sample_at_a_time", False)), None)
+        if ordered is not None and batch_size not in (None, 1):
+            raise CalibrationError(f"--batch-size: got {batch_size}, expected 1: {ordered.__name__} goes by samples.")
+        if ordered is not None:
+            batch_size = 1
         manifest = Manifest(
             versions={"secateur": secateur.__version__, "torch": torch.__version__, "python": platform.python_version()}
             | _library_versions(),

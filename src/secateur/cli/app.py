@@ -28,6 +28,7 @@ from secateur.cli.options import (
     JsonOption,
     LengthOption,
     MethodOption,
+    MethodOptionsOption,
     ModelArgument,
     NormOption,
     OffloadOption,
@@ -96,6 +97,7 @@ def plan(
     method: MethodOption = "wanda",
     norm: NormOption = None,
     alpha: AlphaOption = None,
+    option: MethodOptionsOption = None,
     sparsity: SparsityOption = None,
     pattern: PatternOption = None,
     per: PerOption = None,
@@ -129,7 +131,7 @@ def plan(
     from secateur.cli.parsing import method_of, pattern_of
 
     chosen = pattern_of(sparsity, pattern, per)
-    solver = method_of(method, norm=norm, alpha=alpha)
+    solver = method_of(method, option or (), norm=norm, alpha=alpha)
     with quiet_libraries(), status("Reading the model"):
         from secateur.forecast import estimate
 
@@ -177,6 +179,7 @@ def prune(
     method: MethodOption = "wanda",
     norm: NormOption = None,
     alpha: AlphaOption = None,
+    option: MethodOptionsOption = None,
     sparsity: SparsityOption = None,
     pattern: PatternOption = None,
     per: PerOption = None,
@@ -209,7 +212,7 @@ def prune(
     from secateur.cli.parsing import method_of, pattern_of
 
     chosen = pattern_of(sparsity, pattern, per)
-    solver = method_of(method, norm=norm, alpha=alpha)
+    solver = method_of(method, option or (), norm=norm, alpha=alpha)
     with quiet_libraries(), progress() as on_event:
         from secateur.engine import prune as run
 

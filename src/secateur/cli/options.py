@@ -92,6 +92,15 @@ AlphaOption = Annotated[
         show_default=False,
     ),
 ]
+MethodOptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        help="NAME=VALUE for the method, REFINEMENT.NAME=VALUE for a refinement, such as damping=0.02; repeat it.",
+        rich_help_panel="What to prune",
+        show_default=False,
+    ),
+]
 GradientOption = Annotated[
     Path | None,
     typer.Option(

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from secateur.core.patterns import Pattern, Unstructured, parse_pattern
 from secateur.core.problem import Method, chain
@@ -29,13 +29,16 @@ def pattern_of(sparsity: float | None, pattern: str | None, per: str | None) -> 
     return Unstructured(0.5 if sparsity is None else sparsity, per)  # type: ignore[arg-type]  # checked there
 
 
-def method_of(name: str, **options: object) -> Method:
+def method_of(name: str, settings: Sequence[str] = (), **options: object) -> Method:
     """The method that a name stands for: one of ours, refined by others (wanda+swaps), or MODULE:FUNCTION.
 
-    `options` go to its factory; those that are None were not given. Underscores and hyphens are the same.
+    `options` go to its factory; those that are None were not given. `settings` are options as text: "damping=0.02" of
+    the method, "least_squares.damping=0.02" of a refinement. Underscores and hyphens are the same.
     """
     options = {option: value for option, value in options.items() if value is not None}
-    if ":" in name:
+    if ":" in name.partition("+")[0]:
+        if settings:
+            raise PatternError(f"--option {settings[0]}: has no meaning for {name}; set it in your own function.")
         if options:
             raise PatternError(f"--{next(iter(options))}: has no meaning for {name}; set it in your own function.")
         return _own_method(name)
@@ -43,13 +46,44 @@ def method_of(name: str, **options: object) -> Method:
     _check_known(first, METHODS, "method", _OWN)
     for part in rest:
         _check_known(part, REFINEMENTS, "refinement")
-    accepted = inspect.signature(METHODS[first]).parameters
     for option in options:
-        if option not in accepted:
+        if option not in inspect.signature(METHODS[first]).parameters:
             others = [other for other in METHODS if option in inspect.signature(METHODS[other]).parameters]
             raise PatternError(f"--{option}: the method {first} has no such option; {', '.join(others)} do.")
-    method = METHODS[first](**options)
-    return chain(method, *(REFINEMENTS[part]() for part in rest)) if rest else method
+    given: dict[str, dict[str, object]] = {part: {} for part in (first, *rest)}
+    given[first] = options
+    for setting in settings:
+        part, option, value = _setting(setting, first, rest)
+        given[part][option] = value
+    method = METHODS[first](**given[first])
+    return chain(method, *(REFINEMENTS[part](**given[part]) for part in rest)) if rest else method
+
+
+def _setting(text: str, method: str, refinements: Sequence[str]) -> tuple[str, str, object]:
+    """(method or refinement, option, value) of "option=value" or "refinement.option=value"."""
+    key, equals, value = text.partition("=")
+    part, dot, option = key.replace("-", "_").rpartition(".")
+    part = part if dot else method
+    if not (equals and option):
+        raise PatternError(f'--option {text}: expected NAME=VALUE, such as "damping=0.02".')
+    if part not in (method, *refinements):
+        raise PatternError(f"--option {text}: {part} is no part of {'+'.join((method, *refinements))}.")
+    factory = METHODS[part] if part == method else REFINEMENTS[part]
+    known = inspect.signature(factory).parameters
+    if option not in known:
+        others = [other for other in refinements if option in inspect.signature(REFINEMENTS[other]).parameters]
+        hint = f" Did you mean {others[0]}.{option}?" if others else ""
+        names = f"it has {', '.join(known)}" if known else "it has none"
+        raise PatternError(f"--option {text}: {part} has no option {option}; {names}.{hint}")
+    kind = type(known[option].default)
+    words: dict[str, object] = {"true": True, "false": False}
+    try:
+        return part, option, words[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        raise PatternError(f'--option {text}: got "{value}", expected {_KINDS[kind]}.') from None
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def _check_known(name: str, known: Mapping[str, object], kind: str, also: str = "") -> None:

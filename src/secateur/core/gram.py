@@ -1,7 +1,7 @@
 """Second moments of a matrix's inputs: un-normalised sums of outer products, which merge like every statistic."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import _GeneratorContextManager, contextmanager
 from typing import Self
 
 import torch
@@ -12,28 +12,34 @@ from secateur.core.statistics import SquaredNorm
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Nothing; float32 products inside the block keep all 24 bits (no TF32), and the setting is put back after it."""
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Nothing; float32 products inside the block may be TF32 on GPUs, or not; the setting is put back after it."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
         # PyTorch refuses to read the old switch where somebody has set the new one.
         settings = torch.backends.cuda.matmul
         precision = settings.fp32_precision
-        settings.fp32_precision = "ieee"
+        settings.fp32_precision = "tf32" if tf32 else "ieee"
         try:
             yield
         finally:
             settings.fp32_precision = precision
         return
-    if before == "highest":
+    wanted = "high" if tf32 else "highest"
+    if before == wanted:
         yield
         return
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(wanted)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def full_precision() -> _GeneratorContextManager[None]:
+    """Nothing; float32 products inside the block keep all 24 bits (no TF32), and the setting is put back after it."""
+    return float32_products(tf32=False)
 
 
 class Gram:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.core.harmonic import HarmonicNorm
 from secateur.core.problem import Problem
 from secateur.core.statistics import SquaredNorm
 
@@ -26,6 +27,12 @@ def wanda(problem: Problem) -> Float[Tensor, "out in"]:
     """
     weight = absolute(problem.weight)
     return weight.mul_(problem.statistic(SquaredNorm).per_sample().sqrt().to(weight))
+
+
+def wanda_by_order(problem: Problem) -> Float[Tensor, "out in"]:
+    """Wanda's score with the norms of its published ablations, see `HarmonicNorm`."""
+    weight = absolute(problem.weight)
+    return weight.mul_(problem.statistic(HarmonicNorm).total.sqrt().to(weight))
 
 
 def ria(problem: Problem, exponent: float = 0.5) -> Float[Tensor, "out in"]:

@@ -3,21 +3,24 @@
 Source: Sun et al., arXiv 2306.11695, section 5 ("pruning with weight update"); published code, `ablate.py`. Sequential:
 the mask of the dense weights, then the update. Iterative: the mask is chosen again in every 128 columns, or in every
 group of M, on the weights as they are updated.
-Paper: the published ablations weight calibration sample j by 1/j in the norms. Sums over tokens hold no order, and here
-every sample counts alike.
+Paper: the published ablations weight calibration sample j by 1/j in the norms. Here every sample counts alike, unless
+`weighting="published"` asks for theirs.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
 
 from secateur.core.gram import Gram
+from secateur.core.harmonic import HarmonicNorm
 from secateur.core.linalg import finished, inverse_factor, outputs_target, working_gram
 from secateur.core.patterns import with_group
 from secateur.core.problem import Method, Problem, Refinement, Solution, with_options
 from secateur.core.statistics import SquaredNorm
 from secateur.core.sweep import choose_as_it_goes, follow, sweep
+from secateur.errors import PatternError
 
 
 @with_options
@@ -44,14 +47,23 @@ def magnitude_iterative(*, damping: float = 0.01) -> Method:
 
 
 @with_options
-def wanda_iterative(*, damping: float = 0.01) -> Method:
-    """The method with ``|W_ij| ||X_j||₂`` on weights as they are updated, compared over 128 columns (the same)."""
+def wanda_iterative(*, damping: float = 0.01, weighting: str = "equal") -> Method:
+    """The method with ``|W_ij| ||X_j||₂`` on weights as they are updated, compared over 128 columns (the same).
+
+    `weighting` as in `wanda`.
+    """
+    if weighting not in ("equal", "published"):
+        raise PatternError(f'weighting: got "{weighting}", expected equal or published.')
 
     def score(problem: Problem) -> Callable[[int, Tensor], Tensor]:
-        norm = problem.statistic(SquaredNorm).per_sample().sqrt()
+        if weighting == "published":
+            norm = problem.statistic(HarmonicNorm).total.sqrt()
+        else:
+            norm = problem.statistic(SquaredNorm).per_sample().sqrt()
         return lambda first, weight: weight.abs() * norm[first : first + weight.shape[1]].to(weight)
 
-    return _iterative("wanda_iterative", score, damping)
+    method = _iterative("wanda_iterative", score, damping)
+    return method if weighting == "equal" else replace(method, needs=method.needs | {HarmonicNorm})
 
 
 def _iterative(

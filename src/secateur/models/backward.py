@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.core.gradients import Granularity, Norm, add_gradient
+from secateur.core.gram import float32_products, full_precision
 from secateur.errors import ModelStructureError, NumericalError
 from secateur.models.memory import trim
 from secateur.models.skeleton import Skeleton, loaded, read_ahead
@@ -100,10 +101,12 @@ class GradientTap(ProductTap):
             gradient = gradient.transpose(-1, -2)
         wide = _wide(x.dtype)
         x, gradient = x.to(wide), gradient.to(wide) * factor if factor != 1 else gradient.to(wide)
-        with _exact_products(product.x.dtype):
-            if self._granularity == "token":
+        if self._granularity == "token":
+            with full_precision():
                 self._add_tokens(product, x, gradient)
-                return
+            return
+        # Exact: bfloat16 and float16 numbers are TF32 numbers, and their products are added up in float32 either way.
+        with float32_products(tf32=product.x.dtype.itemsize == 2):
             parts = self._by_sample(product, x, gradient)
             key = _region(product)
             if self._calls[key] == 1:
@@ -174,23 +177,6 @@ def _region(product: Product) -> tuple[Any, ...]:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class _exact_products:  # noqa: N801 - a context manager
-    """Products of float32 tensors that lose nothing: TF32 only where both factors came from half precision.
-
-    Exact: bfloat16 and float16 numbers are TF32 numbers, and their products are added up in float32 either way.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._allowed = dtype.itemsize == 2
-
-    def __enter__(self) -> None:
-        self._before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = self._allowed
-
-    def __exit__(self, *exception: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = self._before
 
 
 @dataclass
