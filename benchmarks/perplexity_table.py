@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--methods", default="magnitude,wanda,wanda_variant")
     parser.add_argument("--patterns", default="0.5,4:8,2:4")
+    parser.add_argument("--no-dense", action="store_true", help="do not evaluate the dense model")
     parser.add_argument("--json", type=Path, help="add one line for each row, with the loss of every window")
     arguments = parser.parse_args()
     from secateur.methods import METHODS
@@ -69,9 +70,10 @@ def main() -> None:
         secateur.gradients(model, gradient, norms=norms, overwrite=True, **calibration)
         print(f"gradients ({', '.join(norms)}) of seed {arguments.seed}: {time.perf_counter() - started:.1f} s")
     print(f"{'method':<20}{'pattern':<9}{'perplexity':>11}{'± error':>9}{'nats - wanda':>20}{'seconds':>9}", flush=True)
-    dense = evaluate(Path(model))
-    print(f"{'dense':<20}{'':<9}{dense.perplexity:>11.3f}{dense.perplexity_error:>9.3f}", flush=True)
-    record("dense", "", dense, 0.0)
+    if not arguments.no_dense:
+        dense = evaluate(Path(model))
+        print(f"{'dense':<20}{'':<9}{dense.perplexity:>11.3f}{dense.perplexity_error:>9.3f}", flush=True)
+        record("dense", "", dense, 0.0)
     for text in arguments.patterns.split(","):
         pattern = secateur.parse_pattern(text) if ":" in text else secateur.Unstructured(float(text))
         rows = {}

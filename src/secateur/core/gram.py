@@ -42,7 +42,39 @@ def full_precision() -> _GeneratorContextManager[None]:
     return float32_products(tf32=False)
 
 
-class Gram:
+class _SecondMoments:
+    """What sums of outer products have in common: a `total` of shape (in, in), and counts."""
+
+    def __init__(self, total: Float[Tensor, "in in"], tokens: int = 0, samples: int = 0) -> None:
+        self.total = total
+        self.tokens = tokens
+        self.samples = samples
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
+        """The statistic of no tokens: zeros of shape (in_features, in_features), float32."""
+        return cls(torch.zeros(in_features, in_features, device=device))
+
+    def merge(self, other: Self) -> None:
+        """Add what `other` has seen. Raises `ValueError` for another width."""
+        if other.total.shape != self.total.shape:
+            raise ValueError(f"a statistic of {len(other.total)} columns cannot be merged into {len(self.total)}.")
+        wide = torch.promote_types(self.total.dtype, other.total.dtype)
+        self.total = self.total.to(wide).add_(other.total.to(self.total.device))
+        self.tokens += other.tokens
+        self.samples += other.samples
+
+    def select(self, columns: Int[Tensor, " selected"]) -> Self:
+        """The sums for these inputs among each other."""
+        columns = columns.to(self.total.device)
+        return type(self)(self.total[columns.unsqueeze(1), columns], self.tokens, self.samples)
+
+    def is_finite(self) -> bool:
+        """Whether every sum is a finite number."""
+        return bool(self.total.isfinite().all())
+
+
+class Gram(_SecondMoments):
     """Sum over tokens of ``x xᵀ``: ``total_jk = sum_t x_tj x_tk``, of shape (in, in).
 
     Sums are float32, and float64 from the first float64 tokens on; half-precision tokens are widened batch by batch.
@@ -52,42 +84,18 @@ class Gram:
     ``2 total / samples``.
     """
 
-    def __init__(self, total: Float[Tensor, "in in"], tokens: int = 0, samples: int = 0) -> None:
-        self.total = total
-        self.tokens = tokens
-        self.samples = samples
-
-    @classmethod
-    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
-        """The statistic of no tokens: zeros of shape (in_features, in_features), float32."""
-        return cls(torch.zeros(in_features, in_features, device=device))
-
     def update(self, x: Float[Tensor, "tokens in"], samples: int = 0) -> None:
         """Add the outer products of `x`, any float dtype."""
         self.total = _add_product(self.total, x, x)
         self.tokens += x.shape[0]
         self.samples += samples
 
-    def merge(self, other: Self) -> None:
-        """Add what `other` has seen. Raises `ValueError` for another width."""
-        self.total = _merged(self.total, other.total)
-        self.tokens += other.tokens
-        self.samples += other.samples
-
-    def select(self, columns: Int[Tensor, " selected"]) -> Self:
-        """The second moments of these inputs among each other."""
-        return type(self)(_selected(self.total, columns), self.tokens, self.samples)
-
-    def is_finite(self) -> bool:
-        """Whether every sum is a finite number."""
-        return bool(self.total.isfinite().all())
-
     def squared_norm(self) -> SquaredNorm:
         """The diagonal, float64, as the statistic of its own that it is."""
         return SquaredNorm(self.total.diagonal().double().clone(), self.tokens, self.samples)
 
 
-class CrossGram:
+class CrossGram(_SecondMoments):
     """Sum over tokens of ``x_dense xᵀ``, of shape (in, in): what the dense model's inputs have to do with the own ones.
 
     With it a matrix is fitted to the outputs ``W X_dense`` of the dense model instead of to its own ``W X``; see
@@ -95,16 +103,6 @@ class CrossGram:
 
     Source: the asymmetric targets of GPTAQ (arXiv 2504.02692), here as a sum of its own.
     """
-
-    def __init__(self, total: Float[Tensor, "in in"], tokens: int = 0, samples: int = 0) -> None:
-        self.total = total
-        self.tokens = tokens
-        self.samples = samples
-
-    @classmethod
-    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
-        """The statistic of no tokens: zeros of shape (in_features, in_features), float32."""
-        return cls(torch.zeros(in_features, in_features, device=device))
 
     def update(
         self,
@@ -121,20 +119,6 @@ class CrossGram:
         self.tokens += x.shape[0]
         self.samples += samples
 
-    def merge(self, other: Self) -> None:
-        """Add what `other` has seen. Raises `ValueError` for another width."""
-        self.total = _merged(self.total, other.total)
-        self.tokens += other.tokens
-        self.samples += other.samples
-
-    def select(self, columns: Int[Tensor, " selected"]) -> Self:
-        """The products of these inputs with the dense model's same ones."""
-        return type(self)(_selected(self.total, columns), self.tokens, self.samples)
-
-    def is_finite(self) -> bool:
-        """Whether every sum is a finite number."""
-        return bool(self.total.isfinite().all())
-
 
 def _add_product(
     total: Float[Tensor, "in in"], left: Float[Tensor, "tokens in"], right: Float[Tensor, "tokens in"]
@@ -148,14 +132,3 @@ def _add_product(
         if total.device == left.device:
             return total.addmm_(left.t(), right)
         return total.add_((left.t() @ right).to(total.device))
-
-
-def _merged(total: Float[Tensor, "in in"], other: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    if other.shape != total.shape:
-        raise ValueError(f"a statistic of {len(other)} columns cannot be merged into {len(total)}.")
-    return total.to(torch.promote_types(total.dtype, other.dtype)).add_(other.to(total.device))
-
-
-def _selected(total: Float[Tensor, "in in"], columns: Int[Tensor, " selected"]) -> Float[Tensor, "selected selected"]:
-    columns = columns.to(total.device)
-    return total[columns.unsqueeze(1), columns]
