@@ -212,17 +212,18 @@ def gradient_score(weight: Tensor, gradients: list[Tensor], norm: str) -> Tensor
 
 
 def wanda_plus_score(weight: Tensor, inputs: list[Tensor], gradients: list[Tensor], alpha: float) -> Tensor:
-    """S_ij = |W_ij| (sqrt(s_j) + alpha sqrt(mean_n g_nij ** 2)) (Wanda++, equation 4)."""
-    s, g = published_running_mean(inputs), gradient_norm(gradients, "l2")
-    root = math.sqrt(len(gradients))
+    """S_ij = |W_ij| (||X_j||_2 + alpha sqrt(mean_n g_nij ** 2)) (Wanda++, section 4.1), the norm over all tokens."""
+    norms = [math.sqrt(math.fsum(float(x) ** 2 for x in column)) for column in zip(*_tokens(inputs), strict=True)]
+    g, root = gradient_norm(gradients, "l2"), math.sqrt(len(gradients))
     rows = weight.double().tolist()
     return torch.tensor(
-        [
-            [abs(w) * (math.sqrt(s[j]) + alpha * g[i][j] / root) for j, w in enumerate(row)]
-            for i, row in enumerate(rows)
-        ],
+        [[abs(w) * (norms[j] + alpha * g[i][j] / root) for j, w in enumerate(row)] for i, row in enumerate(rows)],
         dtype=torch.float64,
     )
+
+
+def _tokens(inputs: list[Tensor]) -> list[list[float]]:
+    return [token for sample in inputs for token in sample.double().tolist()]
 
 
 def pruner_zero_score(weight: Tensor, gradients: list[Tensor], norm: str) -> Tensor:

@@ -1182,8 +1182,8 @@ def wanda_plus_by_hand(folder: Path, ids: Tensor, sparsity: float, *, behind_pru
             for name, own in zip(linears, found, strict=True):
                 regional[name] += own**2
         for name, module in linears.items():
-            s, g = squares[name] / len(ids), (regional[name] / len(ids)).sqrt()
-            score = (module.weight.abs() * (s.sqrt() + 100 * g)).detach()
+            g = (regional[name] / len(ids)).sqrt()
+            score = (module.weight.abs() * (squares[name].sqrt() + 100 * g)).detach()
             mask = masks[f"model.layers.{index}.{name}.weight"] = reference.select_rows(score, sparsity)
             if behind_pruned:
                 module.weight.data.mul_(mask)

@@ -15,17 +15,17 @@ from secateur.core.statistics import SquaredNorm
 
 @with_options
 def wanda_plus(alpha: float = 100.0) -> Method:
-    """The method with ``S_ij = |W_ij| (sqrt(s_j) + alpha sqrt(mean_n g_nij ** 2))``, compared within each output row.
+    """The method with ``S_ij = |W_ij| (||X_j||_2 + alpha sqrt(mean_n g_nij ** 2))``, compared within each output row.
 
-    ``g_n`` is the gradient of ``||f(X_n)||_2``, the norm of the block's output for sample n.
-
-    Paper: writes ``||X_j||_2`` and leaves open over which tokens. ``sqrt(s_j)``, its root mean square over samples, is
-    the counterpart of the gradient's, so that `alpha` means the same for any number of samples.
+    ``||X_j||_2`` is over the tokens of all samples, as the formula has it, and ``g_n`` the gradient of
+    ``||f(X_n)||_2``, the norm of the block's output for sample n. The first term grows as the root of the number of
+    samples and the second does not: with N samples `alpha` weighs ``1 / sqrt(N)`` of what it weighs with one.
     """
 
     def score(problem: Problem) -> Float[Tensor, "out in"]:
         regional = problem.gradient_norm().root_mean_square()
-        return scores.wanda(problem).add_(scores.absolute(problem.weight).mul_(regional).mul_(alpha))
+        norm = problem.statistic(SquaredNorm).norm()
+        return scores.absolute(problem.weight).mul_(regional.mul_(alpha).add_(norm))
 
     kind = GradientKind("l2", scope="block")
     return select("wanda_plus", score, needs=frozenset({SquaredNorm}), gradient=kind)
