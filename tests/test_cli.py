@@ -41,6 +41,7 @@ OPTIONS = {
     | HOW
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
     "eval": HOW | {"--data", "--length", "--windows", "--config", "--json"},
+    "compare": (HOW - {"--revision"}) | {"--data", "--length", "--windows", "--csv", "--config", "--json"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
     "verify": {"--source", "--json"},
 }

@@ -36,6 +36,7 @@ def test_the_marked_blocks_are_there() -> None:
         "plan",
         "prune",
         "eval",
+        "compare",
         "gradients",
         "inspect",
         "verify",
@@ -59,6 +60,7 @@ def test_the_commands(
     assert "2:4" in shown["plan"]
     assert "sparsity 0.5000 (asked 0.5000)" in shown["prune"]
     assert "8 x 128" in shown["eval"]
+    assert "same first choice" in shown["compare"]
     assert "per sample, of the model" in shown["gradients"]
     assert "Sparsity of all prunable matrices: 0.5000" in shown["inspect"]
     assert shown["verify"].rstrip().endswith("Verified.")
@@ -108,7 +110,7 @@ def test_other_commands_in_the_documentation_have_options_that_exist() -> None:
     found = 0
     for page in PAGES:
         for line in re.findall(
-            r"(?:^|`)(secateur (?:plan|prune|gradients|eval|inspect|verify)[^`\n#]*)", page.read_text(), re.M
+            r"(?:^|`)(secateur (?:plan|prune|gradients|eval|compare|inspect|verify)[^`\n#]*)", page.read_text(), re.M
         ):
             words = line.split()
             known = {option for parameter in commands.commands[words[1]].params for option in parameter.opts}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PatternError,
         SecateurError,
     )
+    from secateur.evaluate.agreement import Agreement, agreement
     from secateur.evaluate.perplexity import Perplexity, perplexity
     from secateur.forecast import Estimate, estimate
     from secateur.gradient_file import GradientFile
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from secateur.report.inspect import inspect
 
 _HOMES = {
+    "Agreement": "evaluate.agreement",
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "Estimate": "forecast",
@@ -73,6 +75,7 @@ _HOMES = {
     "Verification": "manifest",
     "Windows": "calibration",
     "admm": "methods.admm",
+    "agreement": "evaluate.agreement",
     "alps": "methods.alps",
     "calibration_windows": "calibration",
     "chain": "core.problem",
@@ -105,6 +108,7 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
+    "Agreement",
     "CalibrationError",
     "CheckpointError",
     "Estimate",
@@ -132,6 +136,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Verification",
     "Windows",
     "admm",
+    "agreement",
     "alps",
     "calibration_windows",
     "chain",

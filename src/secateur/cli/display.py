@@ -4,8 +4,9 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -34,6 +35,19 @@ def print_tables(content: Any) -> None:
 def print_json(value: Any) -> None:
     """Print a JSON object to standard output."""
     typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the single values of rows into a CSV file, with a header; lists and objects are left out."""
+    import csv
+
+    from secateur.models.writer import writing
+
+    columns = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
+    with writing(file), file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @contextmanager

@@ -183,6 +183,10 @@ SamplesOption = Annotated[
 LengthOption = Annotated[
     int | None, typer.Option("--length", "-l", min=2, help="Tokens in each window [default: 2048].", show_default=False)
 ]
+WindowsOption = Annotated[
+    int | None,
+    typer.Option("--windows", "-w", min=1, help="Use only the first windows [default: all].", show_default=False),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the sampling.", rich_help_panel="Calibration")]
 SamplingOption = Annotated[
     str | None,

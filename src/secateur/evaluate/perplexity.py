@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
 from secateur.errors import NumericalError
-from secateur.models.memory import trim
+from secateur.evaluate.forward import after_the_last_block
 from secateur.models.opened import OpenedModel, open_model
-from secateur.models.stream import Stream, default_batch_size, states_folder
+from secateur.models.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -126,34 +125,14 @@ def window_losses(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Tensor:
     """The mean cross-entropy of each window, in nats: float64 of shape (windows,)."""
-    skeleton = opened.skeleton
-    skeleton.load_outside()
-    ids = windows.input_ids
-    needed = ids.numel() * skeleton.hidden_size * skeleton.dtype.itemsize
-    folder = states_folder(offload_states, needed, Path.cwd() / f"secateur-{os.getpid()}.states")
-    stream = Stream(
-        skeleton,
-        ids,
-        batch_size=batch_size or default_batch_size(windows.length, skeleton.device),
-        states_folder=folder,
-        progress=lambda done, total: progress("record", done, total),
-    )
-    try:
-        for block in skeleton.blocks:
-            skeleton.load(block, skeleton.read(block))
-            for batch in range(len(stream.batches)):
-                stream.states.put(batch, stream.run(block, batch))
-            skeleton.unload(block)
-            stream.release(block)
-            trim()
-            progress("blocks", block.index + 1, len(skeleton.blocks))
+    with after_the_last_block(
+        opened, windows, batch_size=batch_size, offload_states=offload_states, progress=progress
+    ) as stream:
         losses = []
-        for batch, batch_ids in enumerate(stream.batches):
-            losses.append(_batch_losses(stream, batch, batch_ids))
+        for batch, ids in enumerate(stream.batches):
+            losses.append(_batch_losses(stream, batch, ids))
             progress("head", batch + 1, len(stream.batches))
         return torch.cat(losses)
-    finally:
-        stream.close()
 
 
 def _batch_losses(stream: Stream, batch: int, ids: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """Results as rich tables. Nothing is printed here."""
 
+import math
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from secateur.core.gradients import GradientKind
+from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.perplexity import Perplexity
 from secateur.forecast import Estimate
 from secateur.gradient_file import GradientFile
@@ -199,3 +203,40 @@ def gradient_table(file: GradientFile) -> RenderableType:
                 kind, str(len(names)), norm, f"{total / weights:.2e}", f"{largest:.2e}", f"{zeros / weights:.1%}"
             )
     return Group(head, Text(), rows)
+
+
+def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
+    """One table for each text: the dense model first, then each pruned one; the best of each column is bold."""
+    tables: list[RenderableType] = []
+    for rows in results:
+        first = rows[0]
+        title = f"{first.data}, {first.windows} windows of {first.length} tokens"
+        table = _table(
+            "model", "perplexity", "nats - dense", "KL per token", "KL 99 %", "same first choice", title=title
+        )
+        table.add_row("dense", f"{first.perplexity_dense:.3f}", "", "", "", "")
+        columns = [
+            [row.perplexity for row in rows],
+            [row.difference for row in rows],
+            [row.kl for row in rows],
+            [row.kl_99 for row in rows],
+            [-row.top1 for row in rows],
+        ]
+        for number, row in enumerate(rows):
+            cells = [
+                f"{row.perplexity:.3f}",
+                f"{row.difference:+.4f}{_plus_minus(row.difference_error, '.4f')}",
+                f"{row.kl:.4f}{_plus_minus(row.kl_error, '.4f')}",
+                f"{row.kl_99:.3f}",
+                f"{row.top1:.1%}{_plus_minus(100 * row.top1_error, '.1f')}",
+            ]
+            best = [len(rows) > 1 and column[number] == min(column) for column in columns]
+            table.add_row(
+                row.model, *(Text(cell, "bold" if bold else "") for cell, bold in zip(cells, best, strict=True))
+            )
+        tables += [table, Text()]
+    return Group(*tables[:-1])
+
+
+def _plus_minus(error: float, form: str) -> str:
+    return "" if math.isnan(error) else f" ± {error:{form}}"

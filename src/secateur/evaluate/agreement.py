@@ -1,0 +1,223 @@
+"""How far pruned models agree with the dense one on the same tokens: divergence, first choices, perplexity."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
+from secateur.errors import CheckpointError, NumericalError
+from secateur.evaluate.forward import after_the_last_block
+from secateur.models.opened import OpenedModel, open_model
+from secateur.models.stream import Stream
+
+LOGITS_BYTES = 64 << 20  # of each model's float32 logits that are compared at once
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A pruned model beside the dense one, over the predictions of tokens 2 to length of every window.
+
+    `kl` is the mean over tokens of ``KL(dense || pruned)`` in nats, `kl_error` its standard error over windows, `kl_99`
+    the 99th percentile over tokens. `top1` is the share of tokens for which both models rank the same next token
+    first. `window_kl`, `window_top1`, `window_nats` (the pruned model's loss) and `window_nats_dense` are means of
+    windows, for paired comparisons. `digest` is that of the tokens.
+    """
+
+    model: str
+    data: str
+    windows: int
+    length: int
+    tokens: int
+    kl: float
+    kl_error: float
+    kl_99: float
+    top1: float
+    top1_error: float
+    window_kl: list[float]
+    window_top1: list[float]
+    window_nats: list[float]
+    window_nats_dense: list[float]
+    digest: str
+    seconds: float
+    provenance: Mapping[str, Any]
+
+    @property
+    def perplexity(self) -> float:
+        """The pruned model's perplexity."""
+        return _exponential(self.window_nats)
+
+    @property
+    def perplexity_dense(self) -> float:
+        """The dense model's."""
+        return _exponential(self.window_nats_dense)
+
+    @property
+    def difference(self) -> float:
+        """The pruned model's mean loss minus the dense one's, in nats."""
+        return float(self._differences().mean())
+
+    @property
+    def difference_error(self) -> float:
+        """The standard error of `difference`, from the differences of windows; NaN for one window."""
+        return _error(self._differences())
+
+    def _differences(self) -> Tensor:
+        return torch.tensor(self.window_nats, dtype=torch.float64) - torch.tensor(
+            self.window_nats_dense, dtype=torch.float64
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, both perplexities and their difference; errors are None where one window alone gives none."""
+        value = {
+            "perplexity": self.perplexity,
+            "perplexity_dense": self.perplexity_dense,
+            "difference": self.difference,
+            "difference_error": self.difference_error,
+            **vars(self),
+        }
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in value.items()}
+
+
+@torch.no_grad()
+def agreement(
+    dense: str | os.PathLike[str] | nn.Module | OpenedModel,
+    pruned: Sequence[str | os.PathLike[str] | nn.Module | OpenedModel],
+    data: str | Tensor | Windows = "wikitext2",
+    *,
+    length: int | None = None,
+    windows: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload_states: str = "auto",
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[Agreement]:
+    """The agreement of each pruned model with the dense one, on the same windows of a text.
+
+    The models run one after the other, each in the memory of one block; between them only the dense model's last
+    hidden states are kept. The text is cut as for `perplexity`.
+
+    Raises `CheckpointError` for models with different vocabularies, `NumericalError` for outputs that are not finite,
+    and what `perplexity` raises.
+    """
+    with ExitStack() as stack:
+        reference = _opened(dense, device, dtype, trust_remote_code)
+        stack.callback(reference.restore)
+        given = isinstance(data, Tensor | Windows)
+        cut = evaluation_windows(
+            data, tokenizer or (None if given else reference.load_tokenizer()), length=length, windows=windows
+        )
+        check_vocabulary(cut, reference.skeleton.vocabulary_size)
+        check_length(cut, reference.skeleton.positions)
+        run = {"batch_size": batch_size, "offload_states": offload_states}
+        expected = stack.enter_context(
+            after_the_last_block(reference, cut, **run, progress=_named(progress, "dense"))  # type: ignore[arg-type]
+        )
+        results = []
+        for number, model in enumerate(pruned):
+            started = time.perf_counter()
+            name = f"pruned {number + 1}" if len(pruned) > 1 else "pruned"
+            opened = _opened(model, device, dtype, trust_remote_code)
+            try:
+                own, held = opened.skeleton.vocabulary_size, reference.skeleton.vocabulary_size
+                if own != held:
+                    raise CheckpointError(
+                        f"{opened.origin.get('path')}: has a vocabulary of {own} tokens, the dense model has {held}. "
+                        "They cannot be compared."
+                    )
+                with after_the_last_block(opened, cut, **run, progress=_named(progress, name)) as stream:  # type: ignore[arg-type]
+                    figures = _compare(expected, stream, _named(progress, name))
+            finally:
+                opened.restore()
+            results.append(
+                Agreement(
+                    model=str(opened.origin.get("path")),
+                    data=data if isinstance(data, str) else "token ids",
+                    windows=cut.samples,
+                    length=cut.length,
+                    tokens=cut.samples * (cut.length - 1),
+                    digest=cut.digest,
+                    seconds=time.perf_counter() - started,
+                    provenance=cut.provenance,
+                    **figures,
+                )
+            )
+        return results
+
+
+def _opened(model: Any, device: str, dtype: str, trust_remote_code: bool) -> OpenedModel:
+    if isinstance(model, OpenedModel):
+        return model
+    return open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """The figures of an `Agreement`, from the two models' last hidden states, a few tokens' logits at a time."""
+    batches: list[Tensor] = []  # (divergence, first choices equal, pruned loss, dense loss) of each token
+    vocabulary = dense.skeleton.vocabulary_size
+    for batch, ids in enumerate(dense.batches):
+        chunk = max(16, LOGITS_BYTES // (4 * len(ids) * vocabulary))
+        targets = ids[:, 1:].to(dense.device)
+        position = 0
+        parts = []
+        for (_, expected), (_, found) in zip(dense.logits(batch, chunk), pruned.logits(batch, chunk), strict=True):
+            own = targets[:, position : position + expected.shape[1]]
+            position += expected.shape[1]
+            if not own.shape[1]:
+                continue
+            p, q = (logits[:, : own.shape[1]].float().log_softmax(-1) for logits in (expected, found))
+            parts.append(
+                torch.stack(
+                    [
+                        (p.exp() * (p - q)).sum(-1),
+                        (p.argmax(-1) == q.argmax(-1)).float(),
+                        *(-logits.gather(-1, own.unsqueeze(-1)).squeeze(-1) for logits in (q, p)),
+                    ]
+                )
+            )
+        batches.append(torch.cat(parts, dim=-1).cpu())
+        progress("head", batch + 1, len(dense.batches))
+    kl, top1, own_nats, dense_nats = torch.cat(batches, dim=1).double()
+    for who, nats in (("dense", dense_nats), ("pruned", own_nats)):
+        if not bool(nats.isfinite().all()):
+            bad = int((~nats.isfinite()).any(dim=1).sum())
+            raise NumericalError(
+                f"{bad} of {len(nats)} windows have a loss that is not finite in the {who} model. "
+                "It overflows or is damaged; try --dtype float32."
+            )
+    # A divergence is never negative; rounding in float32 can make it so by a little.
+    kl = kl.clamp(min=0)
+    return {
+        "kl": float(kl.mean()),
+        "kl_error": _error(kl.mean(dim=1)),
+        "kl_99": float(kl.flatten().kthvalue(math.ceil(0.99 * kl.numel())).values),
+        "top1": float(top1.mean()),
+        "top1_error": _error(top1.mean(dim=1)),
+        "window_kl": kl.mean(dim=1).tolist(),
+        "window_top1": top1.mean(dim=1).tolist(),
+        "window_nats": own_nats.mean(dim=1).tolist(),
+        "window_nats_dense": dense_nats.mean(dim=1).tolist(),
+    }
+
+
+def _error(values: Tensor) -> float:
+    """The standard error of the mean of windows; NaN for one window."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def _exponential(nats: Sequence[float]) -> float:
+    mean = math.fsum(nats) / len(nats)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _named(progress: Callable[[str, int, int], None], name: str) -> Callable[[str, int, int], None]:
+    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)
