@@ -107,10 +107,7 @@ def estimate(
 
     Raises the same errors as `prune` for a model, pattern or glob that cannot work.
     """
-    if isinstance(model, OpenedModel):
-        opened = model
-    else:
-        opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
     check_choices(method, propagate, within, targets)
     plan = make_plan(opened, method, pattern, only=only, skip=skip)

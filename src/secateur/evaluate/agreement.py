@@ -110,7 +110,7 @@ def agreement(
     and what `perplexity` raises.
     """
     with ExitStack() as stack:
-        reference = _opened(dense, device, dtype, trust_remote_code)
+        reference = open_model(dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         stack.callback(reference.restore)
         given = isinstance(data, Tensor | Windows)
         cut = evaluation_windows(
@@ -126,7 +126,7 @@ def agreement(
         for number, model in enumerate(pruned):
             started = time.perf_counter()
             name = f"pruned {number + 1}" if len(pruned) > 1 else "pruned"
-            opened = _opened(model, device, dtype, trust_remote_code)
+            opened = open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             try:
                 own, held = opened.skeleton.vocabulary_size, reference.skeleton.vocabulary_size
                 if own != held:
@@ -152,12 +152,6 @@ def agreement(
                 )
             )
         return results
-
-
-def _opened(model: Any, device: str, dtype: str, trust_remote_code: bool) -> OpenedModel:
-    if isinstance(model, OpenedModel):
-        return model
-    return open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], None]) -> dict[str, Any]:

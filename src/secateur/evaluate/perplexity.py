@@ -80,10 +80,7 @@ def perplexity(
     or does not fit the model, and `NumericalError` when the model's outputs are not finite.
     """
     started = time.perf_counter()
-    if isinstance(model, OpenedModel):
-        opened = model
-    else:
-        opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     try:
         given = isinstance(data, Tensor | Windows)
         cut = evaluation_windows(

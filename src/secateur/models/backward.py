@@ -181,10 +181,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class BlockGradients:
-    """The gradients of one block: `totals[parameter, norm]`, laid out like the parameter, and its tensors."""
+    """The gradients of one block: `totals[parameter, norm]`, laid out like the parameter."""
 
     block: Block
-    tensors: Mapping[str, Tensor]
     totals: Mapping[tuple[str, Norm], Tensor]
 
 
@@ -259,7 +258,7 @@ def model_gradients(
                 finally:
                     own.states.close()
                 stream.release(block)
-                yield BlockGradients(block, tensors, tap.totals)
+                yield BlockGradients(block, tap.totals)
                 del tap
             trim()
             progress("backward", done + 1, count - first)
@@ -305,7 +304,7 @@ def regional_gradients(
                     stream.states.put(batch, regional_gradient(stream, block, batch, tap))
                 stream.release(block)
                 if tap is not None:
-                    yield BlockGradients(block, tensors, tap.totals)
+                    yield BlockGradients(block, tap.totals)
                 del tap
             trim()
             progress("forward and backward", block.index + 1, len(skeleton.blocks))

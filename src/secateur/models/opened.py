@@ -65,14 +65,19 @@ def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.
 
 
 def open_model(
-    model: str | os.PathLike[str] | nn.Module,
+    model: str | os.PathLike[str] | nn.Module | OpenedModel,
     *,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> OpenedModel:
-    """The model opened. Raises `CheckpointError` or `ModelStructureError` for anything that is not one."""
+    """The model opened; one that is open already stays as it is.
+
+    Raises `CheckpointError` or `ModelStructureError` for anything that is not a model.
+    """
+    if isinstance(model, OpenedModel):
+        return model
     chosen = choose_device(device)
     if isinstance(model, nn.Module):
         return _open_module(model, chosen if device != "auto" else None, dtype)
