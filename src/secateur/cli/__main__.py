@@ -1,6 +1,6 @@
 """`python -m secateur.cli`."""
 
-from secateur.cli.app import main
+from secateur.cli import main
 
 if __name__ == "__main__":
     main()
