@@ -45,7 +45,6 @@ class Chart:
     series: Sequence[Series]
     percent: bool = False
     logarithmic: bool = False
-    whole: bool = True  # x counts something
     limits: tuple[float, float] | None = None
     level: tuple[str, float] | None = None
 
@@ -64,20 +63,20 @@ class Chart:
         columns = [(self.x, True), *((series.label, True) for series in self.series)]
         return Table(f"{self.name}-numbers", f"{self.title}: the numbers", columns, rows)
 
-    def inline(self, width: float) -> str:
-        """An `<svg>` element for a page, `width` inches wide, in the page's colours, with its own words for readers."""
-        with _style("none", f"{self.name}-{width}"):
-            stream = io.BytesIO()
-            figure = self._figure(width)
-            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        return _for_page(stream.getvalue(), f"{self.name}-{'wide' if width == WIDE else 'narrow'}", self)
+    def draw(self, folder: Path) -> tuple[str, str]:
+        """`<svg>` elements for wide and narrow screens, in the page's colours; NAME.svg and NAME.png go to a folder.
 
-    def save(self, folder: Path) -> None:
-        """Write NAME.svg and NAME.png, on white."""
-        with _style("path", self.name):
-            figure = self._figure(WIDE)
-            figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None, "Title": self.title})
-            figure.savefig(folder / f"{self.name}.png", dpi=200)
+        The files are on white, with letters as outlines, so that they look the same everywhere.
+        """
+        import matplotlib
+
+        with _style(self.name):
+            wide, narrow = self._figure(WIDE), self._figure(NARROW)
+            elements = _for_page(wide, f"{self.name}-wide", self), _for_page(narrow, f"{self.name}-narrow", self)
+            with matplotlib.rc_context({"svg.fonttype": "path"}):
+                wide.savefig(folder / f"{self.name}.svg", metadata={"Date": None, "Title": self.title})
+            wide.savefig(folder / f"{self.name}.png", dpi=200)
+        return elements
 
     def _figure(self, width: float) -> "Figure":
         from matplotlib.figure import Figure
@@ -124,7 +123,10 @@ class Chart:
             axes.set_ylim(bottom=0)
         if self.percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-        if self.whole:
+        places = sorted({x for series in self.series for x in series.x})
+        if len(places) <= 8:
+            axes.set_xticks(places)
+        else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 12))
         axes.set_xlabel(self.x)
         axes.set_title(self.y, loc="left")
@@ -133,10 +135,12 @@ class Chart:
         axes.tick_params(length=0)
         if legend_rows:
             figure.legend(loc="outside lower left", ncols=across, frameon=False, handlelength=2.2, columnspacing=1.4)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, drawn several times
         return figure
 
 
-def _style(fonttype: str, salt: str) -> Any:
+def _style(salt: str) -> Any:
     """Matplotlib with our settings and no others, for the length of a `with`."""
     import matplotlib
 
@@ -144,7 +148,7 @@ def _style(fonttype: str, salt: str) -> Any:
         {
             **matplotlib.rcParamsDefault,
             "backend": "agg",
-            "svg.fonttype": fonttype,
+            "svg.fonttype": "none",
             "svg.hashsalt": salt,
             "font.family": ["DejaVu Sans"],
             "font.size": 8.5,
@@ -175,10 +179,12 @@ def check_installed() -> None:
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
-def _for_page(raw: bytes, prefix: str, chart: Chart) -> str:
-    """Matplotlib's SVG as an element of a page: no prologue, metadata, or style of its own; ids of its own."""
+def _for_page(figure: "Figure", prefix: str, chart: Chart) -> str:
+    """A figure as an element of a page: no prologue, metadata, or style of its own; ids of its own."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     ElementTree.register_namespace("", _SVG)
-    root = ElementTree.fromstring(raw)
+    root = ElementTree.fromstring(stream.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):

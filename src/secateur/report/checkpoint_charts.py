@@ -7,7 +7,7 @@ from secateur.report.charts import Chart, Series
 from secateur.report.masks import Group, MaskReport, groups
 from secateur.report.tables import share
 
-ALIKE = 5e-5  # sparsities that differ by less are told in a sentence
+ALIKE = 0.02  # sparsities that differ by less make a flat chart, and are told in a sentence
 
 
 def depth_charts(manifest: Manifest, matrices: Sequence[MaskReport]) -> dict[str, Chart]:

@@ -12,11 +12,11 @@ from secateur.card import papers, patterns, source_name
 from secateur.manifest import Manifest, read_manifest
 from secateur.models.checkpoint import Checkpoint
 from secateur.report import checkpoint_tables
-from secateur.report.charts import Chart, check_installed
+from secateur.report.charts import check_installed
 from secateur.report.checkpoint_charts import depth_charts
 from secateur.report.evaluations import Evaluation, data_name, tables
 from secateur.report.masks import Group, MaskReport, groups, read_masks
-from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder, write_page
+from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
 from secateur.report.structure import Structure
 from secateur.report.tables import share
 from secateur.report.terminal import seconds_text
@@ -29,9 +29,9 @@ def build(
 ) -> Path:
     """The page of a pruned checkpoint, written to its folder `report` together with its pictures.
 
-    `evaluations` are mappings with `kind` ("perplexity", "agreement", "tasks", or anything whose result has `rows`),
-    `key` and `result`, the JSON of what an evaluation returned. The checkpoint is read one tensor at a time. The folder appears
-    under its name when it is complete, and replaces an earlier report.
+    `evaluations` are mappings with `kind` ("perplexity", "agreement", "tasks", or any other whose result has `rows`),
+    `key` and `result`, the JSON of what an evaluation returned. The checkpoint is read one tensor at a time. The
+    folder appears under its name when it is complete, and replaces an earlier report.
 
     Raises `CheckpointError` for what is no pruned checkpoint or cannot be written to, and `SecateurError` when the
     libraries of reports are missing.
@@ -42,9 +42,13 @@ def build(
     with report_folder(folder) as made:
         matrices = read_masks(folder, manifest, lambda done, total: progress("reading", done, total))
         shown = [matrix for matrix in matrices if matrix.picture is not None]
-        charts = depth_charts(manifest, matrices)
+        found = depth_charts(manifest, matrices)
+        charts = {}
+        for done, (name, chart) in enumerate(found.items()):
+            charts[name] = Drawn(chart, made)
+            progress("charts", done + 1, len(found))
         html = render("checkpoint.html", _content(folder, manifest, matrices, shown, evaluations, charts))
-        write_page(made, html, list(charts.values()), progress)
+        (made / PAGE).write_text(html, encoding="utf-8")
         _write_csv(made / "matrices.csv", matrices)
         (made / "masks").mkdir()
         for done, matrix in enumerate(shown):
@@ -59,7 +63,7 @@ def _content(
     matrices: Sequence[MaskReport],
     shown: Sequence[MaskReport],
     evaluations: Sequence[Evaluation],
-    charts: Mapping[str, Chart],
+    charts: Mapping[str, Drawn],
 ) -> dict[str, Any]:
     """What the template fills in."""
     kinds = groups(matrices, lambda matrix: matrix.label)
@@ -98,7 +102,7 @@ def _content(
         "evaluations": evaluated,
         "sparsity_words": _sparsity_words(matrices),
         "kinds": checkpoint_tables.kinds(manifest, kinds),
-        "charts": {name: Drawn(chart) for name, chart in charts.items()},
+        "charts": charts,
         "group_words": _group_words(manifest),
         "structure_kinds": checkpoint_tables.structure([*kinds, whole]),
         "pictures_words": f"Pictured are {part}." if part else "",
@@ -137,10 +141,9 @@ def _group_words(manifest: Manifest) -> str:
 def _sparsity_words(matrices: Sequence[MaskReport]) -> str:
     lowest, highest = (pick(matrices, key=lambda matrix: matrix.sparsity) for pick in (min, max))
     if highest.sparsity - lowest.sparsity < 5e-5:
-        return f"Every matrix has the same share of zeros: {share(highest.sparsity)}, counted in the files."
+        return f"Every matrix has the same share of zeros in the files: {share(highest.sparsity)}."
     return (
-        f"From {share(lowest.sparsity)} in {lowest.name} to {share(highest.sparsity)} in {highest.name}, counted in the "
-        "files."
+        f"From {share(lowest.sparsity)} in {lowest.name} to {share(highest.sparsity)} in {highest.name}, in the files."
     )
 
 
@@ -200,9 +203,10 @@ def _write_csv(file: Path, matrices: Sequence[MaskReport]) -> None:
 
 def _save_picture(file: Path, matrix: MaskReport) -> None:
     """The picture in shades of grey, black where all is kept, about 512 pixels on its longer side."""
-    from matplotlib.image import imsave
+    from PIL import Image
 
     assert matrix.picture is not None
     shares = matrix.picture.shares()
     times = max(1, round(512 / max(shares.shape)))
-    imsave(file, shares.repeat(times, 0).repeat(times, 1), cmap="gray_r", vmin=0, vmax=1)
+    grey = (255 * (1 - shares)).round().astype("uint8")
+    Image.fromarray(grey.repeat(times, 0).repeat(times, 1)).save(file)

@@ -95,24 +95,23 @@ def provenance(manifest: Manifest) -> list[Table]:
     """Source, calibration, settings and versions."""
     source = dict(manifest.source)
     headers = source.pop("headers", None) or {}
-    made = [
-        _pairs("source", "Source", source | {f"header of {name}, sha256": value for name, value in headers.items()})
-    ]
+    made = [pairs("source", "Source", source | {f"header of {name}, sha256": value for name, value in headers.items()})]
     if manifest.calibration is not None:
         calibration = dict(manifest.calibration)
         parts = calibration.pop("sources", [])
         calibration["tokens, sha256"] = calibration.pop("digest", None)
-        made.append(_pairs("calibration", "Calibration", calibration))
+        made.append(pairs("calibration", "Calibration", calibration))
         for place, part in enumerate(parts):
             caption = "Text" if len(parts) == 1 else f"Text {place + 1} of {len(parts)}"
             facts = {key: bytes_text(value) if key == "bytes" else value for key, value in part.items()}
-            made.append(_pairs(f"text-{place + 1}", caption, facts))
-    made.append(_pairs("run", "Settings", manifest.settings | {"date": manifest.created}))
-    made.append(_pairs("versions", "Versions", manifest.versions))
+            made.append(pairs(f"text-{place + 1}", caption, facts))
+    made.append(pairs("run", "Settings", manifest.settings | {"date": manifest.created}))
+    made.append(pairs("versions", "Versions", manifest.versions))
     return made
 
 
-def _pairs(name: str, caption: str, values: Mapping[str, Any]) -> Table:
+def pairs(name: str, caption: str, values: Mapping[str, Any]) -> Table:
+    """What was set to what; what was left out is left out."""
     known = {key: value for key, value in values.items() if value is not None and value not in ({}, [])}
     rows = [[text(key.replace("_", " ")), text(_plain(value))] for key, value in known.items()]
     return Table(name, caption, [("what", False), ("value", False)], rows, headed=False)

@@ -41,7 +41,7 @@ def _results(content: Mapping[str, Any]) -> Iterator[tuple[str | None, str, Mapp
         if "kl" in row:
             yield row["model"], "agreement", row
         elif "window_nats" in row:
-            yield row.get("model"), "perplexity", row
+            yield row.get("model"), "perplexity", {key: value for key, value in row.items() if key != "tasks"}
     tasks = content.get("tasks") or []
     for answered in [tasks] if isinstance(tasks, Mapping) else tasks:
         for result in answered["results"]:
@@ -99,7 +99,7 @@ def _agreement(results: Sequence[Mapping[str, Any]]) -> Table:
         ("difference, nats", True),
         ("KL per token", True),
         ("KL, 99 %", True),
-        ("same first choice", True),
+        ("same choice", True),
     ]
     return Table(
         "agreement", "Perplexity beside the dense model on the same tokens, paired window by window", columns, rows

@@ -3,7 +3,7 @@
 import base64
 import datetime
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +13,7 @@ import secateur
 from secateur.errors import CheckpointError
 from secateur.models.writer import writing
 from secateur.output import Scratch
-from secateur.report.charts import NARROW, WIDE, Chart
+from secateur.report.charts import Chart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,12 +23,11 @@ GENERATOR = '<meta name="generator" content="Secateur'
 
 
 class Drawn:
-    """A chart as the templates want it: `<svg>` for wide and for narrow screens, and its numbers."""
+    """A chart as the templates want it, drawn: `<svg>` for wide and for narrow screens, and its numbers."""
 
-    def __init__(self, chart: Chart) -> None:
-        self.name = chart.name
-        self.wide, self.narrow = chart.inline(WIDE), chart.inline(NARROW)
-        self.table = chart.table
+    def __init__(self, chart: Chart, folder: Path) -> None:
+        self.name, self.table = chart.name, chart.table
+        self.wide, self.narrow = chart.draw(folder)
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
@@ -79,11 +78,3 @@ def is_report(folder: Path) -> bool:
     return (
         GENERATOR in page.read_text(encoding="utf-8", errors="replace") if page.is_file() else not any(folder.iterdir())
     )
-
-
-def write_page(folder: Path, html: str, charts: Sequence[Chart], progress: Callable[[str, int, int], None]) -> None:
-    """Write the page, and every chart as SVG and PNG, into a folder."""
-    (folder / PAGE).write_text(html, encoding="utf-8")
-    for number, chart in enumerate(charts):
-        chart.save(folder)
-        progress("charts", number + 1, len(charts))

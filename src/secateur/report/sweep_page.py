@@ -7,8 +7,9 @@ from typing import Any
 
 from secateur.errors import CheckpointError
 from secateur.report.charts import Chart, Series, check_installed
+from secateur.report.checkpoint_tables import pairs
 from secateur.report.evaluations import data_name
-from secateur.report.page import PAGE, Drawn, render, report_folder, write_page
+from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
 from secateur.report.tables import Cell, Table, number, percent, text
 from secateur.report.terminal import seconds_text
 
@@ -28,11 +29,14 @@ def build_sweep(folder: Path, progress: Callable[[str, int, int], None] = lambda
     """
     check_installed()
     sweep = read_sweep(folder)
-    charts = {data: _chart(sweep, data, place) for place, data in enumerate(_texts(sweep))}
-    html = render("sweep.html", _content(sweep, charts))
     with report_folder(folder) as made:
-        write_page(made, html, [chart for chart in charts.values() if chart is not None], progress)
-    return folder / "report" / PAGE
+        charts: dict[str, Drawn | None] = {}
+        for place, data in enumerate(_texts(sweep)):
+            chart = _chart(sweep, data, place)
+            charts[data] = None if chart is None else Drawn(chart, made)
+            progress("charts", place + 1, len(_texts(sweep)))
+        (made / PAGE).write_text(render("sweep.html", _content(sweep, charts)), encoding="utf-8")
+    return folder / FOLDER / PAGE
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
@@ -95,12 +99,11 @@ def _chart(sweep: Mapping[str, Any], data: str, place: int) -> Chart | None:
         y="perplexity",
         series=series,
         logarithmic=True,
-        whole=False,
         level=("dense", dense["perplexity"]) if dense else None,
     )
 
 
-def _content(sweep: Mapping[str, Any], charts: Mapping[str, Chart | None]) -> dict[str, Any]:
+def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> dict[str, Any]:
     done = _done(sweep)
     methods = list(dict.fromkeys(cell["method"] for cell in sweep["cells"]))
     kinds = list(dict.fromkeys(cell["pattern"] for cell in sweep["cells"]))
@@ -113,7 +116,7 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Chart | None]) -> di
                 "anchor": f"text-{place + 1}",
                 "heading": f"Perplexity on {name}",
                 "words": _words(dense),
-                "chart": None if chart is None else Drawn(chart),
+                "chart": chart,
                 "table": _grid(sweep, data, name, methods, kinds, place),
             }
         )
@@ -148,15 +151,7 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Chart | None]) -> di
         ],
         "texts": texts,
         "runs": _runs(sweep, list(charts)),
-        "settings": Table(
-            "settings-table",
-            "Common to all runs",
-            [("what", False), ("value", False)],
-            [
-                [text(str(key)), text(json.dumps(value) if isinstance(value, list | dict) else str(value))]
-                for key, value in sweep.get("settings", {}).items()
-            ],
-        ),
+        "settings": pairs("settings-table", "Common to all runs", sweep.get("settings", {})),
     }
 
 
@@ -191,25 +186,17 @@ def _grid(
 
 
 def _runs(sweep: Mapping[str, Any], texts: Sequence[str]) -> Table:
-    rows = [
-        [
-            text(cell["method"]),
-            text(cell["pattern"]),
-            percent(cell.get("sparsity")),
-            *(number((cell.get("figures") or {}).get(data, {}).get("perplexity"), ".3f") for data in texts),
-            number(cell.get("seconds"), ".1f"),
-            text(str(cell["status"])),
-            text(str(cell.get("folder") or "")),
-        ]
-        for cell in sweep["cells"]
-    ]
-    columns = [
-        ("method", False),
-        ("pattern", False),
-        ("sparsity", True),
-        *((f"perplexity, {data_name({'data': data})}", True) for data in texts),
-        ("seconds", True),
-        ("status", False),
-        ("folder", False),
-    ]
-    return Table("every-run", "Every run", columns, rows, sortable=True, long=len(rows) > 16)
+    """A row for each run, with its paired difference from the dense model where the sweep has it."""
+    rows = []
+    for cell in sweep["cells"]:
+        row = [text(cell["method"]), text(cell["pattern"]), percent(cell.get("sparsity"))]
+        for data in texts:
+            figure = (cell.get("figures") or {}).get(data, {})
+            row.append(number(figure.get("perplexity"), ".3f"))
+            row.append(number(figure.get("difference"), "+.4f", figure.get("difference_error")))
+        rows.append([*row, number(cell.get("seconds"), ".1f"), text(str(cell["status"]))])
+    columns = [("method", False), ("pattern", False), ("sparsity", True)]
+    for data in texts:
+        columns += [(f"perplexity, {data_name({'data': data})}", True), ("nats − dense", True)]
+    columns += [("seconds", True), ("status", False)]
+    return Table("every-run", "A row for each run", columns, rows, sortable=True, long=len(rows) > 16)

@@ -209,7 +209,7 @@
     $("values-drawn").replaceChildren(svg);
     $("values-caption").textContent = (scored
       ? "Scores of the kept and of the pruned weights of this matrix, as the method ranked them; shares of all weights, stacked."
-      : "The method gives no score to a weight. Shown instead: the magnitudes of the weights that this matrix kept.")
+      : "The run recorded no scores; methods that update weights have none to record. Shown instead: the magnitudes of the weights that this matrix kept.")
       + (logarithmic ? " Two bins to an octave; the lowest one also holds everything below it." : "");
     const table = document.createElement("table"), head = table.createTHead().insertRow();
     for (const words of ["from", "to", "kept", ...(scored ? ["pruned"] : [])]) {
