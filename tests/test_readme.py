@@ -37,6 +37,7 @@ def test_the_marked_blocks_are_there() -> None:
         "prune",
         "eval",
         "compare",
+        "report",
         "gradients",
         "inspect",
         "verify",
@@ -61,6 +62,7 @@ def test_the_commands(
     assert "sparsity 0.5000 (asked 0.5000)" in shown["prune"]
     assert "8 x 128" in shown["eval"]
     assert "same first choice" in shown["compare"]
+    assert (tmp_path / "pruned" / "report" / "index.html").exists()
     assert "per sample, of the model" in shown["gradients"]
     assert "Sparsity of all prunable matrices: 0.5000" in shown["inspect"]
     assert shown["verify"].rstrip().endswith("Verified.")
@@ -110,7 +112,9 @@ def test_other_commands_in_the_documentation_have_options_that_exist() -> None:
     found = 0
     for page in PAGES:
         for line in re.findall(
-            r"(?:^|`)(secateur (?:plan|prune|gradients|eval|compare|inspect|verify)[^`\n#]*)", page.read_text(), re.M
+            r"(?:^|`)(secateur (?:plan|prune|gradients|eval|compare|report|inspect|verify)[^`\n#]*)",
+            page.read_text(),
+            re.M,
         ):
             words = line.split()
             known = {option for parameter in commands.commands[words[1]].params for option in parameter.opts}

@@ -26,6 +26,7 @@ from secateur.report import charts, masks, pictures
 from secateur.report.checkpoint_page import build
 from secateur.report.evaluations import read_evaluations
 from secateur.report.sweep_page import build_sweep
+from test_cli import call  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 DATA = next((up / "shared" / "data" for up in (ROOT, ROOT.parent) if (up / "shared" / "data").is_dir()), ROOT)
@@ -412,6 +413,46 @@ def test_labels():
     assert list(masks.short_kinds(kinds).values()) == ["mlp.up_proj", "self_attn.q_proj"]
     assert list(masks.short_kinds(kinds[:1]).values()) == ["mlp.up_proj"]
     assert list(masks.short_kinds(["h.*.fc.weight", "h.*.fc.deep.weight"]).values()) == ["fc", "fc.deep"]
+
+
+# The command
+
+
+def test_the_command(tmp_path, call, monkeypatch):  # noqa: F811
+    pruned = make("llama", tmp_path)
+    ids = tiny.tokens(4, 24)
+    (beside,) = secateur.agreement(tmp_path / "source", [pruned], ids)
+    (tmp_path / "c.json").write_text(json.dumps({"dense": "d", "results": [beside.to_json()]}))
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url))  # None: no browser could be started
+    result = call("report", pruned, "--evaluation", tmp_path / "c.json", "--open")
+    page = pruned / "report" / "index.html"
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[0] == f"Report: {page}"
+    assert result.out.splitlines()[1] == "No browser could be started here; open the page yourself."
+    assert opened == [page.as_uri()]
+    assert f"{beside.perplexity:.3f}" in cells(page, "agreement")[0]
+    assert f"| {beside.perplexity:.3f} |" in (pruned / "README.md").read_text()
+    assert secateur.verify(pruned, None).ok
+    (pruned / "README.md").write_text("My own.")
+    result = call("report", pruned, "--evaluation", tmp_path / "c.json")
+    assert result.out.splitlines()[1] == "README.md has no place for figures any more and was left as it is."
+    assert (pruned / "README.md").read_text() == "My own."
+
+
+def test_mistakes(tmp_path, call):  # noqa: F811
+    pruned = make("llama", tmp_path)
+    for arguments, message in (
+        (["report", tmp_path / "source"], "no secateur.json in it"),
+        (["report", pruned, "-e", tmp_path / "gone.json"], "gone.json: cannot be read (No such file or directory)"),
+    ):
+        result = call(*arguments)
+        assert result.code == 2
+        assert message in result.message
+    (tmp_path / "sweep.json").write_text("{}")
+    result = call("report", tmp_path, "-e", tmp_path / "sweep.json")
+    assert result.code == 2
+    assert "is a sweep; its sweep.json has the figures of every run" in result.message
 
 
 # Sweeps

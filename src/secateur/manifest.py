@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give one that `secateur prune` wrote.")
     if not file.exists():
-        raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote can be verified.")
+        raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote have one.")
     try:
         text = file.read_text()
         value = json.loads(text)

@@ -12,8 +12,8 @@ from secateur.cli.display import evaluation_progress, quiet_libraries
 @app.command(
     epilog=epilog(
         "secateur report ./pruned --open",
-        "secateur compare ./llama ./pruned --json > compared.json",
         "secateur report ./pruned --evaluation compared.json",
+        "secateur report ./my-sweep",
     )
 )
 def report(
