@@ -137,9 +137,9 @@ def verify(
 ) -> Verification:
     """Proof from the files alone that a checkpoint is what its manifest says.
 
-    Every byte of every shard and companion file is hashed, and every planned matrix is checked against its pattern.
-    With `source`, every tensor outside the plan must be byte-identical to it, and for methods that only select, every
-    kept weight bit-identical and every removed one +0.0.
+    Every byte of every shard and companion file but the model card is hashed, and every planned matrix is checked
+    against its pattern. With `source`, every tensor outside the plan must be byte-identical to it, and for methods that
+    only select, every kept weight bit-identical and every removed one +0.0.
 
     Raises `CheckpointError` when there is nothing to verify: no manifest, or shards that cannot be read.
     """
