@@ -251,7 +251,7 @@ DtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="To compute in: auto, float32, bfloat16, float16. The output keeps the source's.",
+        help="To compute in: auto, float32, bfloat16, float16, float64. The output keeps the source's.",
         rich_help_panel="How to run",
     ),
 ]
