@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -65,7 +66,8 @@ class Results:
         except OSError as error:
             raise CheckpointError(f"{file}: the evaluation cannot be kept ({error.strerror}).") from None
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
     def of(self, model_digest: str) -> list[Record]:
         """All evaluations of a model, oldest first."""

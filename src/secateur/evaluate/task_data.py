@@ -7,7 +7,7 @@ set, so that prompts, answers and metrics stay the harness's.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from secateur.errors import CalibrationError
 from secateur.models.checkpoint import file_digest
 
 SPLITS = ("train", "validation", "dev", "test")
-SUBJECT = "subject"  # the column of a file that serves all tasks of a group
+SUBJECT = "subject"  # the column of a file that serves several tasks
 
 
 @contextmanager
@@ -41,7 +41,8 @@ class LocalData:
     """A folder of JSON lines files that serve tasks.
 
     A file is called TASK_SPLIT or TASK.SPLIT, SPLIT being train, validation, dev or test, then anything, then .jsonl.
-    One named after a group serves each of its tasks with the rows whose column `subject` is the task's subset.
+    One called as the tasks of a family begin (mmlu for mmlu_anatomy) serves each of them with the rows whose column
+    `subject` is the task's subset.
     `written` is a scratch folder for configurations.
     """
 
@@ -58,49 +59,46 @@ class LocalData:
         Raises `CalibrationError` when a task has no file, or none to draw its examples from.
         """
         used: set[Path] = set()
-        self._configure(name, (), shots, used)
+        self._configure(name, shots, used)
         listing = sorted(file_digest(file) for file in used)
         return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
-    def _configure(self, name: str, groups: tuple[str, ...], shots: int | None, used: set[Path]) -> None:
+    def _configure(self, name: str, shots: int | None, used: set[Path]) -> None:
         entry = self.index.get(name)
         if entry is None:
-            raise CalibrationError(
-                f"{groups[-1]}: its task {name} is part of the group's own file; it takes no local data."
-            )
-        if entry.kind.name in ("GROUP", "TAG"):
-            if entry.kind.name == "GROUP":
-                self._write(name, {"include": str(entry.yaml_path), "group": name})
-            for member in sorted(entry.tags) if entry.kind.name == "TAG" else _members(entry.cfg):
-                self._configure(member, (*groups, name), shots, used)
+            raise CalibrationError(f"{name}: a task that only its group's own file describes takes no local data.")
+        kind = entry.kind.name
+        if kind == "GROUP":
+            self._write(name, {"include": str(entry.yaml_path), "group": name})
+        if kind in ("GROUP", "TAG"):
+            for member in sorted(entry.tags) if kind == "TAG" else _members(entry.cfg):
+                self._configure(member, shots, used)
             return
-        if entry.kind.name != "TASK":
+        if kind != "TASK":
             raise CalibrationError(f"{name}: a task with code of its own, which takes no local data. Leave it out.")
-        splits, origins = self._splits(name, groups, entry.cfg)
+        splits, origins = self._splits(name, entry.cfg)
         used |= set(origins)
         evaluated = self._evaluated(name, entry.cfg, splits)
         self._check_examples(name, entry.cfg, splits, evaluated, shots)
         self._write(name, self._configuration(entry, splits))
 
-    def _splits(
-        self, name: str, groups: Sequence[str], config: Mapping[str, Any]
-    ) -> tuple[dict[str, Path], list[Path]]:
-        """(file of each split for a task, the files that the user gave for it): its own, or those of its group."""
+    def _splits(self, name: str, config: Mapping[str, Any]) -> tuple[dict[str, Path], list[Path]]:
+        """(file of each split for a task, the files that the user gave for it): its own, or those of its family."""
         own = self._named(name)
         if own:
             return own, list(own.values())
         subject = str(config.get("dataset_name"))
-        for group in reversed(groups):
-            shared = self._named(group)
+        words = name.split("_")
+        for count in range(len(words) - 1, 0, -1):
+            shared = self._named("_".join(words[:count]))
             splits = {
                 split: parts[subject] for split, file in shared.items() if subject in (parts := self._parts(file))
             }
             if splits:
                 return splits, [shared[split] for split in splits]
-        wanted = " or ".join(f"{known}_{SPLITS[-1]}*.jsonl" for known in (name, *groups))
         raise CalibrationError(
-            f"{name}: no file for it in {self.folder}. Expected TASK_SPLIT*.jsonl, such as {wanted}; "
-            f"found {self._found()}."
+            f"{name}: no file for it in {self.folder}. Expected {name}_SPLIT*.jsonl, SPLIT being one of "
+            f"{', '.join(SPLITS)}; found {self._found()}."
         )
 
     def _named(self, name: str) -> dict[str, Path]:
@@ -125,8 +123,8 @@ class LocalData:
                     rows.setdefault(str(json.loads(line)[SUBJECT]), []).append(line)
                 except (ValueError, KeyError, TypeError):
                     raise CalibrationError(
-                        f'{file}, line {number}: expected a JSON object with a "{SUBJECT}", which tells the tasks of '
-                        "the group apart."
+                        f'{file}, line {number}: expected a JSON object with a "{SUBJECT}", which tells the tasks '
+                        "that the file serves apart."
                     ) from None
             folder = self.written / f"{file.stem}-by-subject"
             folder.mkdir()

@@ -44,7 +44,7 @@ class TaskResult:
 
     def to_json(self) -> dict[str, Any]:
         """All fields; a value that is not a number is None."""
-        value = asdict(self)
+        value = {**asdict(self), "notes": list(self.notes)}
         for metric in value["metrics"].values():
             if math.isnan(metric["value"]):  # JSON knows no NaN
                 metric["value"] = None
