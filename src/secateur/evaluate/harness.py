@@ -87,13 +87,21 @@ def wrapped(whole: WholeModel, batch_size: int | None) -> Any:
 
 
 def run_task(
-    harness: Any, manager: Any, name: str, *, limit: int | None, shots: int | None, local: bool
+    model: Callable[[], Any],
+    manager: Any,
+    name: str,
+    *,
+    limit: int | None,
+    shots: int | None,
+    local: bool,
+    report: Callable[[int, int], None],
 ) -> tuple[TaskResult, ...]:
     """All results of one name: of a task, or of all tasks and means of a group.
 
     It is set up as `lm_eval.simple_evaluate` does, which would also look for a git repository and list the system's
-    packages. Raises `CalibrationError` for data that cannot be used, and `NumericalError` for likelihoods that are no
-    numbers.
+    packages. `model()` gives what `wrapped` gave; it is asked for when the data is there.
+
+    Raises `CalibrationError` for data that cannot be used, and `NumericalError` for likelihoods that are no numbers.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
@@ -119,6 +127,8 @@ def run_task(
             if own is None or (shots is not None and own != 0):
                 task.set_config(key="num_fewshot", value=shots or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        harness = model()
+        harness.report = report
         heard.clear()
         evaluation = evaluate(lm=harness, task_dict=loaded, limit=limit)
     for task, samples in evaluation["samples"].items():

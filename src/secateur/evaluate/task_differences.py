@@ -86,7 +86,11 @@ def _of_task(name: str, own: TaskResult, reference: TaskResult) -> Difference:
 def _of_group(name: str, own: TaskResult, reference: TaskResult, rows: Mapping[str, TaskComparison]) -> Difference:
     """Of a weighted mean over tasks: the tasks' errors added as those of independent ones, their flips summed."""
     value = own.metrics[name].value - reference.metrics[name].value
-    parts = [(weight, rows[task].differences[name]) for task, weight in own.members.items()]
+    parts = [
+        (weight, rows[task].differences[name]) for task, weight in own.members.items() if name in rows[task].differences
+    ]
+    if len(parts) < len(own.members):  # a mean over some of its tasks; the weights are of all
+        return Difference(value, None, None, None)
     errors = [weight * part.error for weight, part in parts if part.error is not None]
     error = math.sqrt(math.fsum(error**2 for error in errors)) if len(errors) == len(parts) else None
     return Difference(

@@ -53,7 +53,8 @@ def tasks(
 
     `limit` takes the first documents of each task only; `shots` replaces the number of examples in the prompt where a
     task does not fix it. `task_data` is a folder of local files (see `LocalData`), used for all tasks, with no network.
-    Requests run in batches of `batch_size`, which is 8 on a CPU and found out by the harness on a GPU.
+    Requests run in batches of `batch_size`, which is 8 on a CPU and found out by the harness on a GPU. What says how to
+    open the model has no effect on a `WholeModel`.
 
     Every name is evaluated by itself, so that its result does not depend on what else was asked for. With a `store`,
     those whose model, settings and data are the same as before are taken from it, unless `fresh`.
@@ -80,7 +81,8 @@ def tasks(
         settings = {"limit": limit, "shots": shots, "dtype": str(whole.dtype).removeprefix("torch.")}
         versions = {"lm_eval": version("lm_eval")}
         keys = {name: {"task": name, "data": data[name], **settings, **versions} for name in wanted}
-        digest = model_digest(whole.path) if store is not None and whole.path is not None else None
+        path = None if store is None or tokenizer is not None else whole.path  # a module in memory has none
+        digest = model_digest(path) if path is not None else None
         found: dict[str, tuple[TaskResult, ...]] = {}
         reused: dict[str, str] = {}
         if store is not None and digest is not None and not fresh:
@@ -89,11 +91,18 @@ def tasks(
                     found[name] = tuple(map(TaskResult.from_json, record.result["results"]))
                     reused[name] = record.created
         missing = [name for name in wanted if name not in found]
-        harness: Any = wrapped(whole, batch_size) if missing else None
+        harness = functools.cache(lambda: wrapped(whole, batch_size))  # loaded once, when a task is ready to run
         for number, name in enumerate(missing):
             stage = f"{name} ({number + 1} of {len(missing)})" if len(missing) > 1 else name
-            harness.report = functools.partial(progress, stage)
-            found[name] = run_task(harness, manager, name, limit=limit, shots=shots, local=task_data is not None)
+            found[name] = run_task(
+                harness,
+                manager,
+                name,
+                limit=limit,
+                shots=shots,
+                local=task_data is not None,
+                report=functools.partial(progress, stage),
+            )
             if store is not None and digest is not None:
                 rows = [result.to_json() for result in found[name]]
                 _keep(store, digest, keys[name], {"model": whole.name, "results": rows})
