@@ -34,14 +34,17 @@ WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", 
 TEXT = {"--calibration", "--samples", "--length", "--seed", "--sampling"}
 PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--statistics-device"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
+TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "gradients": TEXT
     | HOW
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
-    "eval": HOW | {"--data", "--length", "--windows", "--config", "--json"},
-    "compare": (HOW - {"--revision"}) | {"--data", "--length", "--windows", "--csv", "--config", "--json"},
+    "eval": HOW | TASKS | {"--data", "--length", "--windows", "--config", "--json"},
+    "compare": (HOW - {"--revision"})
+    | TASKS
+    | {"--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
     "verify": {"--source", "--json"},
 }

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     )
     from secateur.evaluate.agreement import Agreement, agreement
     from secateur.evaluate.perplexity import Perplexity, perplexity
+    from secateur.evaluate.results import Results, model_digest
+    from secateur.evaluate.task_differences import TaskComparison, task_differences
+    from secateur.evaluate.task_results import TaskResult, TaskResults
+    from secateur.evaluate.tasks import tasks
     from secateur.forecast import Estimate, estimate
     from secateur.gradient_file import GradientFile
     from secateur.gradient_pass import gradients
@@ -67,10 +71,14 @@ _HOMES = {
     "Plan": "plan",
     "Problem": "core.problem",
     "Refinement": "core.problem",
+    "Results": "evaluate.results",
     "SecateurError": "errors",
     "Solution": "core.problem",
     "SquaredNorm": "core.statistics",
     "Statistic": "core.statistics",
+    "TaskComparison": "evaluate.task_differences",
+    "TaskResult": "evaluate.task_results",
+    "TaskResults": "evaluate.task_results",
     "Unstructured": "core.patterns",
     "Verification": "manifest",
     "Windows": "calibration",
@@ -89,6 +97,7 @@ _HOMES = {
     "least_squares": "methods.least_squares",
     "magnitude": "methods.magnitude",
     "magnitude_iterative": "methods.obs_update",
+    "model_digest": "evaluate.results",
     "obs_update": "methods.obs_update",
     "parse_pattern": "core.patterns",
     "perplexity": "evaluate.perplexity",
@@ -98,6 +107,8 @@ _HOMES = {
     "select": "core.problem",
     "sparsegpt": "methods.sparsegpt",
     "swaps": "methods.swaps",
+    "task_differences": "evaluate.task_differences",
+    "tasks": "evaluate.tasks",
     "uniform": "plan",
     "verify": "manifest",
     "wanda": "methods.wanda",
@@ -128,10 +139,14 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Plan",
     "Problem",
     "Refinement",
+    "Results",
     "SecateurError",
     "Solution",
     "SquaredNorm",
     "Statistic",
+    "TaskComparison",
+    "TaskResult",
+    "TaskResults",
     "Unstructured",
     "Verification",
     "Windows",
@@ -150,6 +165,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "least_squares",
     "magnitude",
     "magnitude_iterative",
+    "model_digest",
     "obs_update",
     "parse_pattern",
     "perplexity",
@@ -159,6 +175,8 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "select",
     "sparsegpt",
     "swaps",
+    "task_differences",
+    "tasks",
     "uniform",
     "verify",
     "wanda",

@@ -38,14 +38,17 @@ def print_json(value: Any) -> None:
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the single values of rows into a CSV file, with a header; lists and objects are left out."""
+    """Write the single values of rows into a CSV file, with a header; lists and objects are left out.
+
+    A column that only some rows have is empty in the others.
+    """
     import csv
 
     from secateur.models.writer import writing
 
-    columns = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
+    columns = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | dict))
     with writing(file), file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, extrasaction="ignore")
+        writer = csv.DictWriter(stream, list(columns), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
