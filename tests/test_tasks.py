@@ -389,8 +389,6 @@ def ran(model: Path, data: Path, tmp_path: Path) -> Ran:
             **{"limit": 4, "task_data": data, **options},
         )
         assert set(found.reused) == set(names) - set(seen)
-        again = tasks(folder, names, store=store, **{"limit": 4, "task_data": data, **options, "fresh": False})
-        assert (set(again.reused), again.results) == (set(names), found.results)
         return list(seen)
 
     return run
