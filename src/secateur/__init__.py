@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plan import Plan, uniform
     from secateur.report.inspect import inspect
+    from secateur.sweep_folder import Sweep
+    from secateur.sweep_run import sweep
 
 _HOMES = {
     "Agreement": "evaluate.agreement",
@@ -71,6 +73,7 @@ _HOMES = {
     "Solution": "core.problem",
     "SquaredNorm": "core.statistics",
     "Statistic": "core.statistics",
+    "Sweep": "sweep_folder",
     "Unstructured": "core.patterns",
     "Verification": "manifest",
     "Windows": "calibration",
@@ -98,6 +101,7 @@ _HOMES = {
     "select": "core.problem",
     "sparsegpt": "methods.sparsegpt",
     "swaps": "methods.swaps",
+    "sweep": "sweep_run",
     "uniform": "plan",
     "verify": "manifest",
     "wanda": "methods.wanda",
@@ -132,6 +136,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Solution",
     "SquaredNorm",
     "Statistic",
+    "Sweep",
     "Unstructured",
     "Verification",
     "Windows",
@@ -159,6 +164,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "select",
     "sparsegpt",
     "swaps",
+    "sweep",
     "uniform",
     "verify",
     "wanda",

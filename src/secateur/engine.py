@@ -88,7 +88,7 @@ def prune(
     only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
     check_choices(method, propagate, within, targets)
     if statistics is not None and propagate != "dense":
-        raise PatternError("statistics can be shared with propagate=\"dense\" only: pruned blocks change the inputs.")
+        raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
     kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
