@@ -220,12 +220,12 @@ def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
             raise _changed(folder, f"--{key.replace('_', '-')}", old[key], value)
     for label, method in new["methods"].items():
         held = old["methods"].get(label, method)
+        if held["name"] != method["name"]:
+            raise _changed(folder, f"--methods {label} for", held["name"], method["name"], label)
         for option in sorted({*held["options"], *method["options"]}):
             before, now = (side["options"].get(option) for side in (held, method))
             if before != now:
                 raise _changed(folder, f"--option {label}.{option}", before, now, label)
-        if held != method:
-            raise _changed(folder, f"--methods {label}", held["name"], method["name"], label)
     for what, digest in new["digests"].items():
         held = old["digests"].get(what, digest)
         if held != digest:
@@ -258,14 +258,17 @@ def pattern_text(pattern: Pattern) -> str:
 
 def _percent(sparsity: float) -> str:
     # Exact: the decimal that was written, so that two sparsities never share a name.
-    text = format(Decimal(str(sparsity)) * 100, "f")
+    percent = Decimal(str(sparsity)) * 100
+    text = format(percent, "f")
+    if len(text) > 24:
+        return format(percent, "e")
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def cell_name(label: str, pattern: Pattern) -> str:
     """A file name for a cell, legal on every system and different for different cells: "wanda-50", "wanda-2of4"."""
     if isinstance(pattern, Unstructured):
-        end = f"{_percent(pattern.sparsity)}{pattern.per or ''}"
+        end = f"{_percent(pattern.sparsity)}{pattern.per or ''}".replace("-", "_")
     elif isinstance(pattern, NM):
         end = f"{pattern.n}of{pattern.m}"
     else:

@@ -139,7 +139,7 @@ class SweepLoop:
         check_vocabulary(self.calibration, opened.skeleton.vocabulary_size)
         check_length(self.calibration, opened.skeleton.positions)
         self._note_digest("calibration", self.calibration)
-        for task in self.tasks:
+        for task in (task for task in self.tasks if task.method.needs or task.method.gradient is not None):
             size = _batch_size(opened, task.method, self.calibration.length, self.options["batch_size"])
             self.batch_sizes[task.cell.method] = size
 

@@ -53,18 +53,14 @@ def _table(
     values = {
         key: value for key, cell in cells.items() if (value := _number(cell.figures.get(data, {}), path)) is not None
     }
-    best = {
-        column: min((value for (_, pattern), value in values.items() if pattern == column), default=None)
-        for column in columns
-    }
-    several = len({method for method, _ in cells}) > 1
+    rivals = {column: [value for (_, pattern), value in values.items() if pattern == column] for column in columns}
     rows = [("dense", [Entry(f"{dense:.{decimals}f}")] * len(columns))] if dense is not None else []
     for method in dict.fromkeys(cell.method for cell in sweep.cells):
         entries = []
         for column in columns:
             value, cell = values.get((method, column)), cells.get((method, column))
             if value is not None:
-                entries.append(Entry(f"{value:.{decimals}f}", several and value == best[column]))
+                entries.append(Entry(f"{value:.{decimals}f}", len(rivals[column]) > 1 and value == min(rivals[column])))
             else:
                 entries.append(Entry(cell.status if cell is not None and cell.status != "done" else ""))
         rows.append((method, entries))

@@ -153,7 +153,7 @@ def sweep_progress() -> Iterator[Callable[["SweepEvent"], None]]:
         result = f"failed: {cell.error}" if cell.status == "failed" else found
         left = event.cells - event.finished
         time_left = f", about {seconds_text(event.seconds_left)}" if left and event.seconds_left is not None else ""
-        return f"{cell.name}: {result}, {seconds_text(cell.seconds)}, {left} cells left{time_left}"
+        return f"{cell.name}: {result}, {seconds_text(cell.seconds)}, {left} of {event.cells} cells left{time_left}"
 
     if not sys.stderr.isatty():
 
