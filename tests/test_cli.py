@@ -37,6 +37,12 @@ HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", 
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
+    "sweep": (WHAT - {"--method", "--norm", "--alpha"})
+    | TEXT
+    | (PRUNING - {"--gradient"})
+    | HOW
+    | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--dry-run"}
+    | {"--output", "--config", "--json"},
     "gradients": TEXT
     | HOW
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},

@@ -135,8 +135,11 @@ def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def sweep_progress() -> Iterator[Callable[["SweepEvent"], None]]:
-    """A bar over cells with the stage of the one at hand on a terminal; one line per cell in a pipe."""
+def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[[Any], None]]]:
+    """(what shows an event, what prints a table above that).
+
+    Events are a bar over cells with the stage of the one at hand on a terminal, and one line per cell in a pipe.
+    """
     from secateur.report.terminal import seconds_text
 
     def line(event: "SweepEvent") -> str | None:
@@ -148,9 +151,9 @@ def sweep_progress() -> Iterator[Callable[["SweepEvent"], None]]:
             return f"{cell.name}: pruned again for what it lacks, since its checkpoint was not kept"
         if event.kind != "cell" or cell is None:
             return None
-        figures = next(iter(cell.figures.values()), {})
-        found = f"perplexity {figures['perplexity']:.2f}" if figures.get("perplexity") else ""
-        result = f"failed: {cell.error}" if cell.status == "failed" else found
+        found = {data.rpartition("/")[2]: figures.get("perplexity") for data, figures in cell.figures.items()}
+        numbers = [f"{value:.2f}" + (f" on {data}" if len(found) > 1 else "") for data, value in found.items() if value]
+        result = f"failed: {cell.error}" if cell.status == "failed" else f"perplexity {', '.join(numbers)}"
         left = event.cells - event.finished
         time_left = f", about {seconds_text(event.seconds_left)}" if left and event.seconds_left is not None else ""
         return f"{cell.name}: {result}, {seconds_text(cell.seconds)}, {left} of {event.cells} cells left{time_left}"
@@ -162,7 +165,7 @@ def sweep_progress() -> Iterator[Callable[["SweepEvent"], None]]:
             if text is not None:
                 typer.echo(text, err=True)
 
-        yield plain
+        yield plain, lambda content: print_tables(content, error=True)
         return
     with _bar() as bar:
         task = bar.add_task("cells", total=None, detail="")
@@ -172,10 +175,11 @@ def sweep_progress() -> Iterator[Callable[["SweepEvent"], None]]:
             if text is not None:
                 bar.console.print(text, highlight=False, markup=False)
             where = event.cell.name if event.cell is not None else "all cells"
-            inner = f"{where}: {event.stage} {event.done}/{event.total}" if event.total else event.stage
+            stage = event.stage.rpartition("/")[2]  # of a file, the name alone
+            inner = f"{where}: {stage} {event.done}/{event.total}" if event.total else stage
             bar.update(task, total=event.cells or None, completed=event.finished, detail=inner)
 
-        yield show
+        yield show, bar.console.print
 
 
 @contextmanager

@@ -174,15 +174,17 @@ def sweep(
     with quiet_libraries():
         from secateur.report.terminal import sweep_estimate_tables, sweep_table_groups
         from secateur.sweep_estimate import SweepEstimate
+        from secateur.sweep_folder import pattern_text
         from secateur.sweep_run import sweep as run
 
-        def show(estimate: SweepEstimate) -> None:
-            if dry_run and as_json:
-                print_json(estimate.to_json())
-            else:
-                print_tables(sweep_estimate_tables(estimate), error=not dry_run)
+        estimates: list[SweepEstimate] = []
+        with sweep_progress() as (on_event, print_above):
 
-        with sweep_progress() as on_event:
+            def on_estimate(estimate: SweepEstimate) -> None:
+                estimates.append(estimate)
+                if not dry_run:
+                    print_above(sweep_estimate_tables(estimate))
+
             result = run(
                 model,
                 methods=grid,
@@ -212,17 +214,21 @@ def sweep(
                 trust_remote_code=trust_remote_code,
                 dry_run=dry_run,
                 command=["secateur", *sys.argv[1:]],
-                on_estimate=show,
+                on_estimate=on_estimate,
                 on_event=on_event,
             )
-    if dry_run:
-        return
-    if as_json:
+    if dry_run and as_json:
+        print_json(estimates[0].to_json())
+    elif dry_run:
+        print_tables(sweep_estimate_tables(estimates[0]))
+    elif as_json:
         print_json(result.to_json())
     else:
         print_tables(sweep_table_groups(result))
-    if result.failed:
-        typer.secho(f"{len(result.failed)} of {len(result.cells)} cells failed:", fg=typer.colors.RED, err=True)
-        for cell in result.failed:
+    asked = {(label, pattern_text(own)) for label in grid for own in patterns}
+    failed = [cell for cell in result.failed if (cell.method, cell.pattern) in asked]
+    if failed and not dry_run:
+        typer.secho(f"{len(failed)} of {len(asked)} cells failed:", fg=typer.colors.RED, err=True)
+        for cell in failed:
             typer.secho(f"  {cell.name}: {cell.error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1)

@@ -204,13 +204,12 @@ def sweep_table_groups(sweep: Sweep) -> RenderableType:
     """The tables of a sweep, the best of each column bold."""
     parts: list[RenderableType] = []
     for own in sweep_tables(sweep):
-        table = _table("method", *own.columns, title=own.title)
+        table = _table("method", *own.columns)
         for name, entries in own.rows:
             table.add_row(name, *(Text(entry.text, "bold" if entry.best else "") for entry in entries))
-        parts += [table, Text()]
-    return Group(
-        *parts, Text(f"Written to {sweep.folder}: sweep.json, table.md, table.csv, and a folder for each cell.")
-    )
+        # A title of the table itself would be folded to the table's width.
+        parts += [Text(own.title, style="bold"), table, Text()]
+    return Group(*parts, Text(f"Written to {sweep.folder}: sweep.json, table.md, table.csv and the cells."))
 
 
 def gradient_table(file: GradientFile) -> RenderableType:
