@@ -136,6 +136,8 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CalibrationError, match=f"shared by runs with {name} "):
             prune(source, output=tmp_path / "d", **base | options)
+    with pytest.raises(CalibrationError, match="HarmonicNorm is not among the statistics that these runs share"):
+        prune(source, output=tmp_path / "d", **base | {"method": secateur.wanda(weighting="published")})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "source", "statistics"]
 
 

@@ -13,7 +13,7 @@ import yaml
 import secateur
 from secateur.cli.parsing import methods_of, patterns_of
 from secateur.errors import PatternError
-from test_cli import CALIBRATION, Call, call, model, process, terminal  # noqa: F401
+from test_cli import CALIBRATION, Call, call, model, terminal  # noqa: F401
 
 EVALUATION = ["--data", "python-docs", "--eval-length", "32", "--windows", "4"]
 
@@ -21,21 +21,21 @@ EVALUATION = ["--data", "python-docs", "--eval-length", "32", "--windows", "4"]
 def test_in_a_pipe(model: Path, call: Call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     grid = ["--methods", "magnitude,wanda", "--sparsity", "0.5,0.6", "--pattern", "2:4"]
-    done = process("sweep", model, "-o", out, *grid, *CALIBRATION, *EVALUATION)
-    assert done.returncode == 0, done.stderr
+    done = call("sweep", model, "-o", out, *grid, *CALIBRATION, *EVALUATION)
+    assert done.code == 0, done.err
     cells = [f"{method} {pattern}" for method in ("magnitude", "wanda") for pattern in ("50%", "60%", "2:4")]
-    lines = [line for line in done.stderr.splitlines() if ": perplexity" in line]
+    lines = [line for line in done.err.splitlines() if ": perplexity" in line]
     assert len(lines) == 6
     for number, (cell, line) in enumerate(zip(cells, lines, strict=True)):
         left = [r"5", r"4", r"3", r"2", r"1"][number] if number < 5 else "0"
         end = rf"{left} of 6 cells left" + (r", about \d+\.\d s" if number < 5 else "")
         assert re.fullmatch(rf"{re.escape(cell)}: perplexity \d+\.\d\d, \d+\.\d s, {end}", line)
-    assert "6 cells to run, 0 finished" in done.stderr
-    assert re.search(r"^time +about \d", done.stderr, re.M)
-    for line, method in zip(done.stdout.splitlines()[1:5], ("method", "dense", "magnitude", "wanda"), strict=True):
+    assert "6 cells to run, 0 finished" in done.err
+    assert re.search(r"^time +about \d", done.err, re.M)
+    for line, method in zip(done.out.splitlines()[1:5], ("method", "dense", "magnitude", "wanda"), strict=True):
         assert line.startswith(method)
-    assert re.search(r"^method +50% +60% +2:4$", done.stdout, re.M)
-    assert "\x1b" not in done.stdout + done.stderr
+    assert re.search(r"^method +50% +60% +2:4$", done.out, re.M)
+    assert "\x1b" not in done.out + done.err
     # Once more, as a program: nothing is left to do.
     again = call("sweep", model, "-o", out, *grid, *CALIBRATION, *EVALUATION, "--json")
     assert again.code == 0
@@ -59,7 +59,7 @@ def test_on_a_terminal(model: Path, tmp_path: Path) -> None:
     assert code == 0, shown
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert re.search(r"cells \S+ 2/2", plain)  # the bar counts cells, and ends complete
-    assert re.search(r"wanda 50%: blocks [123]/3", plain)  # and shows where in a cell
+    assert re.search(r"wanda 50%: blocks \d/3", plain)  # and shows where in a cell
     assert plain.count("2 cells to run, 0 finished") == 1
     assert re.search(r"\r\x1b\[2K(\x1b\[1m)?2 cells to run", shown)  # above the bar, not into it
     values = {float(value): bold for bold, value in re.findall(r"(\x1b\[1m)?(\d+\.\d\d)(?:\x1b|\s|$)", shown)}

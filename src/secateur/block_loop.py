@@ -253,20 +253,18 @@ class BlockLoop:
         return {"output_change": self._move_on(block, matrices, pruned, first, streams.last), **sizes}
 
     def _kinds(self) -> frozenset[type[Statistic]]:
-        """The statistics to take on the way: those of this run, and of further ones that will share them."""
+        """The statistics to take on the way: those of this run, or of all that share them."""
         if self.shared is None:
             return self.needs
-        return frozenset() if self.shared.complete else self.needs | self.shared.kinds
+        return frozenset() if self.shared.complete else self.shared.kinds
 
     def _exchange(self, shared: SharedStatistics, block: Block, collected: Collected) -> Collected:
         """What was collected, given to the runs that share it or completed with what an earlier one has left."""
-        if not shared.complete:
-            shared.put(block.index, collected.inputs)
-            inputs = collected.inputs
-        else:
-            inputs = shared.get(block.index)
+        if shared.complete:
+            return replace(collected, inputs=shared.get(block.index, self.needs))
+        shared.put(block.index, collected.inputs)
         # Exact: a method must not see what it did not ask for; the diagonal of a Gram matrix is no SquaredNorm.
-        return replace(collected, inputs=inputs.only(self.needs))
+        return replace(collected, inputs=collected.inputs.only(self.needs))
 
     def _update(self, changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put the changed tensors of a block into its module."""

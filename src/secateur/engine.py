@@ -182,7 +182,7 @@ def prune(
         shared = statistics if needs else None
         if shared is not None:
             assert windows is not None
-            shared.begin(_shareable(manifest, opened, windows, plan))
+            shared.begin(needs, _shareable(manifest, opened, windows, plan))
         BlockLoop(
             skeleton=skeleton,
             method=method,

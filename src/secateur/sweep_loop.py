@@ -189,11 +189,15 @@ class SweepLoop:
             began = time.perf_counter()
             cell = self._run_cell(task)
             self._drop_unneeded()
-            self.folder.write_sweep(self.sweep)
+            self._write()
             done, spent = done + self.seconds[cell.folder], spent + time.perf_counter() - began
             left = sum(self.seconds[other.cell.folder] for other in pending[number + 1 :])
             self.position = (number + 1, len(pending))
             self._tell(SweepEvent("cell", cell, seconds_left=left * spent / done if done else None))
+        self._write()
+
+    def _write(self) -> None:
+        self.folder.write_sweep(self.sweep)
         self.folder.write("table.md", markdown(self.sweep))
         self.folder.write("table.csv", table_csv(self.sweep))
 

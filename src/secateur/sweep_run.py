@@ -12,7 +12,7 @@ from secateur.calibration.corpora import is_token_file
 from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from secateur.core.patterns import Pattern, Unstructured
 from secateur.core.problem import Method
-from secateur.errors import CheckpointError, ModelStructureError, PatternError
+from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
 from secateur.models.memory import trim
 from secateur.models.opened import open_model
 from secateur.sweep_estimate import SweepEstimate, Task
@@ -79,6 +79,8 @@ def sweep(
     if keep not in KEEP:
         raise CheckpointError(f'--keep: got "{keep}", expected none, best or all.')
     only, skip, data = ([word] if isinstance(word, str) else list(word) for word in (only, skip, data))
+    if not data:
+        raise CalibrationError("--data: got none, expected at least one text to evaluate on.")
     folder = SweepFolder(output, model)
     what = {"only": only, "skip": skip, "propagate": propagate, "within": within, "targets": targets}
     opening: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -101,7 +103,7 @@ def sweep(
             "windows": windows,
             "keep": keep,
             "agreement": agreement,
-            "data": data,
+            "data": list(dict.fromkeys(data)),
             "methods": {task.cell.method: _described(task.method) for task in tasks},
             "digests": {},
         }

@@ -177,7 +177,8 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
             where = event.cell.name if event.cell is not None else "all cells"
             stage = event.stage.rpartition("/")[2]  # of a file, the name alone
             inner = f"{where}: {stage} {event.done}/{event.total}" if event.total else stage
-            bar.update(task, total=event.cells or None, completed=event.finished, detail=inner)
+            begins = not bar.tasks[0].fields["detail"].startswith(where)
+            bar.update(task, total=event.cells or None, completed=event.finished, detail=inner, refresh=begins)
 
         yield show, bar.console.print
 
