@@ -38,6 +38,12 @@ TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
+    "sweep": (WHAT - {"--method", "--norm", "--alpha"})
+    | TEXT
+    | (PRUNING - {"--gradient"})
+    | HOW
+    | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--dry-run"}
+    | {"--output", "--config", "--json"},
     "gradients": TEXT
     | HOW
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
@@ -422,7 +428,7 @@ def test_an_interruption(call: Call, model: Path, tmp_path: Path, monkeypatch: p
     result = call("prune", model, "-o", "out", "--method", "interrupting:method")
     assert (result.code, result.out) == (130, "")
     assert result.err.splitlines()[0].startswith("block 1 of 3 pruned")
-    assert result.err.splitlines()[-1] == "Interrupted; nothing was left behind."
+    assert result.err.splitlines()[-1] == "Interrupted; nothing half-written was left behind."
     assert [path.name for path in tmp_path.iterdir()] == ["interrupting.py"]
 
 

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plan import Plan, uniform
     from secateur.report.inspect import inspect
+    from secateur.sweep_folder import Sweep
+    from secateur.sweep_run import sweep
 
 _HOMES = {
     "Agreement": "evaluate.agreement",
@@ -76,6 +78,7 @@ _HOMES = {
     "Solution": "core.problem",
     "SquaredNorm": "core.statistics",
     "Statistic": "core.statistics",
+    "Sweep": "sweep_folder",
     "TaskComparison": "evaluate.task_differences",
     "TaskResult": "evaluate.task_results",
     "TaskResults": "evaluate.task_results",
@@ -107,6 +110,7 @@ _HOMES = {
     "select": "core.problem",
     "sparsegpt": "methods.sparsegpt",
     "swaps": "methods.swaps",
+    "sweep": "sweep_run",
     "task_differences": "evaluate.task_differences",
     "tasks": "evaluate.tasks",
     "uniform": "plan",
@@ -144,6 +148,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Solution",
     "SquaredNorm",
     "Statistic",
+    "Sweep",
     "TaskComparison",
     "TaskResult",
     "TaskResults",
@@ -175,6 +180,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "select",
     "sparsegpt",
     "swaps",
+    "sweep",
     "task_differences",
     "tasks",
     "uniform",

@@ -30,6 +30,7 @@ from secateur.models.stream import default_batch_size
 from secateur.models.writer import CheckpointWriter, writing
 from secateur.output import Scratch, check_output
 from secateur.plan import Plan, uniform
+from secateur.shared_statistics import SharedStatistics
 
 
 def prune(
@@ -49,6 +50,7 @@ def prune(
     within: str = "block",
     targets: str = "pruned",
     statistics_device: str | None = None,
+    statistics: SharedStatistics | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -72,6 +74,8 @@ def prune(
     of the block behind its matrices that were pruned already ("site": true sequential order). `targets` says which
     outputs methods that update weights fit: those that a matrix would have on its own inputs ("pruned", as published),
     or those that it has in the dense model ("dense"). `statistics_device` is where statistics are kept.
+    `statistics` are shared with other runs on the same model and tokens, with `propagate="dense"`: the first one takes
+    them, and the others need no forward for them.
     `gradient` is a file that `gradients` wrote for this model and these tokens; without it, a method that needs
     gradients takes them first.
 
@@ -83,6 +87,8 @@ def prune(
     started = time.perf_counter()
     only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
     check_choices(method, propagate, within, targets)
+    if statistics is not None and propagate != "dense":
+        raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
     kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
@@ -113,6 +119,8 @@ def prune(
                 given.check_tokens(windows.digest, windows.samples, windows.length)
         needs = method.needs | ({CrossGram} if targets == "dense" else frozenset())
         regional = method.gradient is not None and method.gradient.scope == "block" and given is None
+        if regional and statistics is not None:
+            raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
         if regional and windows is not None:
             assert method.gradient is not None
             batch_size = gradient_batch_size(skeleton, windows.length, method.gradient.granularity, batch_size)
@@ -171,6 +179,10 @@ def prune(
                 progress=lambda stage, done, total: on_event(Event(f"gradients: {stage}", done=done, total=total)),
             )
             clock.add("gradients", began)
+        shared = statistics if needs else None
+        if shared is not None:
+            assert windows is not None
+            shared.begin(needs, _shareable(manifest, opened, windows, plan))
         BlockLoop(
             skeleton=skeleton,
             method=method,
@@ -188,7 +200,10 @@ def prune(
             within=within,
             targets=targets,
             statistics_device=kept_on,
+            shared=shared,
         ).run()
+        if shared is not None:
+            shared.complete = True
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
         _totals(manifest)
         if writer is not None:
@@ -260,6 +275,12 @@ def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict
     if gradient is not None:
         return {**gradient.provenance["calibration"], "digest": gradient.provenance["tokens_digest"]}
     return None
+
+
+def _shareable(manifest: Manifest, opened: OpenedModel, windows: Windows, plan: Plan) -> dict[str, Any]:
+    """What two runs must have in common to share statistics."""
+    settings = {name: manifest.settings[name] for name in ("device", "dtype", "batch_size", "statistics_device")}
+    return {"model": opened.origin, "tokens": windows.digest, "matrices": list(plan), **settings}
 
 
 def make_plan(

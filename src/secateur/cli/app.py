@@ -59,5 +59,5 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer's own code for an interruption
             raise
-        typer.secho("Interrupted; nothing was left behind.", err=True)
+        typer.secho("Interrupted; nothing half-written was left behind.", err=True)
         sys.exit(130)

@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from secateur.block_loop import Event
+    from secateur.sweep_loop import SweepEvent
 
 
 @contextmanager
@@ -24,12 +25,13 @@ def quiet_libraries() -> Iterator[None]:
     yield
 
 
-def print_tables(content: Any) -> None:
-    """Print tables to standard output."""
+def print_tables(content: Any, *, error: bool = False) -> None:
+    """Print tables to standard output, or to standard error."""
     from rich.console import Console
 
     # A pipe has no width; lines are then as long as they need to be.
-    Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(content)
+    terminal = (sys.stderr if error else sys.stdout).isatty()
+    Console(width=None if terminal else 200, soft_wrap=not terminal, stderr=error).print(content)
 
 
 def print_json(value: Any) -> None:
@@ -133,6 +135,55 @@ def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
     with _bar() as bar:
         task = bar.add_task("opening", total=None, detail="")
         yield lambda stage, done, total: bar.update(task, description=stage, total=total, completed=done, detail="")
+
+
+@contextmanager
+def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[[Any], None]]]:
+    """(what shows an event, what prints a table above that).
+
+    Events are a bar over cells with the stage of the one at hand on a terminal, and one line per cell in a pipe.
+    """
+    from secateur.report.terminal import seconds_text
+
+    def line(event: "SweepEvent") -> str | None:
+        cell = event.cell
+        if event.kind == "dense":
+            return f"dense model evaluated on {event.stage}"
+        if event.kind == "again":
+            assert cell is not None
+            return f"{cell.name}: pruned again for what it lacks, since its checkpoint was not kept"
+        if event.kind != "cell" or cell is None:
+            return None
+        found = {data.rpartition("/")[2]: figures.get("perplexity") for data, figures in cell.figures.items()}
+        numbers = [f"{value:.2f}" + (f" on {data}" if len(found) > 1 else "") for data, value in found.items() if value]
+        result = f"failed: {cell.error}" if cell.status == "failed" else f"perplexity {', '.join(numbers)}"
+        left = event.cells - event.finished
+        time_left = f", about {seconds_text(event.seconds_left)}" if left and event.seconds_left is not None else ""
+        return f"{cell.name}: {result}, {seconds_text(cell.seconds)}, {left} of {event.cells} cells left{time_left}"
+
+    if not sys.stderr.isatty():
+
+        def plain(event: "SweepEvent") -> None:
+            text = line(event)
+            if text is not None:
+                typer.echo(text, err=True)
+
+        yield plain, lambda content: print_tables(content, error=True)
+        return
+    with _bar() as bar:
+        task = bar.add_task("cells", total=None, detail="")
+
+        def show(event: "SweepEvent") -> None:
+            text = line(event)
+            if text is not None:
+                bar.console.print(text, highlight=False, markup=False)
+            where = event.cell.name if event.cell is not None else "all cells"
+            stage = event.stage.rpartition("/")[2]  # of a file, the name alone
+            inner = f"{where}: {stage} {event.done}/{event.total}" if event.total else stage
+            begins = not bar.tasks[0].fields["detail"].startswith(where)
+            bar.update(task, total=event.cells or None, completed=event.finished, detail=inner, refresh=begins)
+
+        yield show, bar.console.print
 
 
 @contextmanager

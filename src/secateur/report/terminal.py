@@ -18,6 +18,9 @@ from secateur.gradient_file import GradientFile
 from secateur.manifest import Manifest, Verification
 from secateur.models.matrices import matrix_kind
 from secateur.report.inspect import Inspection, MatrixSparsity
+from secateur.sweep_estimate import SweepEstimate
+from secateur.sweep_folder import Sweep
+from secateur.sweep_table import sweep_tables
 
 
 def bytes_text(count: float) -> str:
@@ -182,6 +185,34 @@ def verification_tables(result: Verification) -> RenderableType:
     more = [Text(f"  and {len(result.problems) - 20} more")] if len(result.problems) > 20 else []
     heading = Text(f"NOT verified: {len(result.problems)} problems.", style="bold red")
     return Group(*(Text(line) for line in lines), heading, *shown, *more)
+
+
+def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
+    """What a sweep has still to do, and what that would take."""
+    table = _table("cell", "", "time", title=f"{len(estimate.cells)} cells to run, {estimate.finished} finished")
+    for own in estimate.cells:
+        what = "cannot be pruned" if own.refusal is not None else "prune, evaluate" if own.prune else "evaluate"
+        table.add_row(own.cell.name, what, f"about {seconds_text(own.seconds)}" if own.refusal is None else "")
+    cost = _table("estimate", "")
+    cost.add_row("for all cells together", f"about {seconds_text(estimate.shared_seconds)}")
+    cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
+    cost.add_row("disk", f"{bytes_text(estimate.disk_bytes)} ({bytes_text(estimate.free_disk_bytes)} free)")
+    if estimate.host_bytes:
+        free = bytes_text(estimate.available_host_bytes)
+        cost.add_row("host memory", f"about {bytes_text(estimate.host_bytes)} ({free} free)")
+    return Group(table, "", cost, *(Text(note, style="yellow") for note in estimate.notes))
+
+
+def sweep_table_groups(sweep: Sweep) -> RenderableType:
+    """The tables of a sweep, the best of each column bold."""
+    parts: list[RenderableType] = []
+    for own in sweep_tables(sweep):
+        table = _table("method", *own.columns)
+        for name, entries in own.rows:
+            table.add_row(name, *(Text(entry.text, "bold" if entry.best else "") for entry in entries))
+        # A title of the table itself would be folded to the table's width.
+        parts += [Text(own.title, style="bold"), table, Text()]
+    return Group(*parts, Text(f"Written to {sweep.folder}: sweep.json, table.md, table.csv and the cells."))
 
 
 def gradient_table(file: GradientFile) -> RenderableType:
