@@ -51,6 +51,7 @@ OPTIONS = {
     "compare": (HOW - {"--revision"})
     | TASKS
     | {"--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
+    "report": {"--evaluation", "--open"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
     "verify": {"--source", "--json"},
 }
@@ -340,7 +341,7 @@ def test_mistakes_about_files_are_two(call: Call, model: Path, pruned: Path, tmp
         (["eval", model, "--data", tmp_path / "nope.txt"], "nope.txt: no such file."),
         (["inspect", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
         (["verify", tmp_path / "nope"], "nope: no such folder. Give one that"),
-        (["verify", model], "no secateur.json in it; only checkpoints that Secateur wrote can be verified."),
+        (["verify", model], "no secateur.json in it; only checkpoints that Secateur wrote have one."),
         (["verify", pruned, "--source", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
         (["prnue"], "No such command 'prnue'. Did you mean 'prune'?"),
     ):

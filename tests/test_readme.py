@@ -38,6 +38,7 @@ def test_the_marked_blocks_are_there() -> None:
         "sweep",
         "eval",
         "compare",
+        "report",
         "gradients",
         "inspect",
         "verify",
@@ -64,6 +65,7 @@ def test_the_commands(
     assert re.search(r"^method +50% +60% +2:4$", shown["sweep"], re.M)
     assert "8 x 128" in shown["eval"]
     assert "same first choice" in shown["compare"]
+    assert (tmp_path / "pruned" / "report" / "index.html").exists()
     assert "per sample, of the model" in shown["gradients"]
     assert "Sparsity of all prunable matrices: 0.5000" in shown["inspect"]
     assert shown["verify"].rstrip().endswith("Verified.")
@@ -113,7 +115,7 @@ def test_other_commands_in_the_documentation_have_options_that_exist() -> None:
     found = 0
     for page in PAGES:
         for line in re.findall(
-            r"(?:^|`)(secateur (?:plan|prune|sweep|gradients|eval|compare|inspect|verify)[^`\n#]*)",
+            r"(?:^|`)(secateur (?:plan|prune|sweep|gradients|eval|compare|report|inspect|verify)[^`\n#]*)",
             page.read_text(),
             re.M,
         ):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import secateur
 from secateur.block_loop import BlockLoop, Clock, Event, OnEvent
 from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
+from secateur.card import write_card
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.patterns import NM, Pattern, Unstructured, with_group
 from secateur.core.problem import Method
@@ -211,6 +212,7 @@ def prune(
             manifest.tensors, manifest.headers = writer.digests, writer.header_digests
             manifest.files = file_digests(scratch.folder)
             manifest.write(scratch.folder)
+            write_card(scratch.folder, manifest, scratch.target.name)
             with writing(scratch.target):
                 scratch.commit()
     on_event(Event("done"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_bytes
+from secateur.models.checkpoint import CARD_FILE, INDEX_FILE, Checkpoint, file_digest, tensor_bytes
 from secateur.models.skeleton import Source
 from secateur.models.writer import writing
 
@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give one that `secateur prune` wrote.")
     if not file.exists():
-        raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote can be verified.")
+        raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote have one.")
     try:
         text = file.read_text()
         value = json.loads(text)
@@ -94,11 +94,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file that is neither a shard nor the manifest."""
+    """sha256 of every file that is neither a shard nor the manifest nor the model card, which people go on writing."""
     return {
         file.name: file_digest(file)
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.suffix != ".safetensors" and file.name != FILE_NAME
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in (FILE_NAME, CARD_FILE)
     }
 
 

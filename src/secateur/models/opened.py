@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError
-from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
+from secateur.models.checkpoint import CARD_FILE, Checkpoint, companion_files, file_digest, locate
 from secateur.models.loaded import LoadedModel
 from secateur.models.skeleton import Skeleton, Source
 from secateur.models.structure import build_skeleton, prepare
@@ -96,6 +96,7 @@ def open_model(
         "revision": revision or (folder.name if folder.parent.name == "snapshots" else None),
         "architecture": type(empty).__name__,
         "headers": {file.name: header.digest for file, header in checkpoint.headers.items()},
+        "card": _card_facts(folder),
     }
     return OpenedModel(
         skeleton=skeleton,
@@ -234,6 +235,18 @@ def _copy_companions(folder: Path, target: Path) -> None:
         with original, writing(target / file.name), (target / file.name).open("wb") as copy:
             shutil.copyfileobj(original, copy)
     _clean_configuration(target / "config.json")
+
+
+def _card_facts(folder: Path) -> dict[str, Any]:
+    """What the model card of a checkpoint says of its licence and languages; nothing where there is none to read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        found = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):  # also UnicodeDecodeError
+        return {}
+    return {key: found[key] for key in ("license", "license_name", "license_link", "language") if key in found}
 
 
 def _clean_configuration(file: Path) -> None:
