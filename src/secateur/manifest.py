@@ -231,7 +231,8 @@ def _check_files(folder: Path, manifest: Manifest, checkpoint: Checkpoint, resul
         result.problems.append(f"{INDEX_FILE}: an index that was not written by the run")
 
 
-def _view(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
+def view_of(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """The (out, in) view of a checkpoint tensor that a matrix's entry in the manifest names."""
     view = tensor if entry["index"] is None else tensor[entry["index"]]
     return view.t() if entry["transposed"] else view
 
@@ -254,7 +255,7 @@ def _notes(manifest: Manifest) -> list[str]:
 
 
 def _check_pattern(tensor: Tensor, entry: Mapping[str, Any], mask: str | None, result: Verification) -> None:
-    weight = _view(tensor, entry) if entry["index"] is None or tensor.dim() == 3 else tensor
+    weight = view_of(tensor, entry) if entry["index"] is None or tensor.dim() == 3 else tensor
     if list(weight.shape) != entry["shape"]:
         result.problems.append(f"{entry['name']}: of shape {list(weight.shape)}, the manifest records {entry['shape']}")
         return
@@ -298,7 +299,7 @@ def _check_source(
     for entry in planned:
         if not entry["kept_identical"]:
             continue
-        pruned, dense = _bits(_view(tensor, entry)), _bits(_view(original, entry))
+        pruned, dense = _bits(view_of(tensor, entry)), _bits(view_of(original, entry))
         if not bool(((pruned == dense) | (pruned == 0)).all()):
             result.problems.append(
                 f"{entry['name']}: a kept weight is not bit-identical to the source, or a zero is -0.0"
@@ -325,7 +326,7 @@ def _check_trained(
     elif digest == before[0]:
         masks = _masks(manifest)
         for entry in planned:
-            if entry["name"] in masks and bool(_bits(_view(tensor, entry))[_view(original, entry) == 0].any()):
+            if entry["name"] in masks and bool(_bits(view_of(tensor, entry))[view_of(original, entry) == 0].any()):
                 result.problems.append(f"{entry['name']}: a weight that was zero before training is not +0.0")
 
 

@@ -24,6 +24,7 @@ class SparsityCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self.zeros = 0  # how many are kept, known once training has begun
         self._checkpoint: str | os.PathLike[str] | None = None
         self._zeros: dict[str, tuple[nn.Parameter, int]] = {}
         self._removed: dict[str, tuple[nn.Parameter, Tensor]] = {}
@@ -44,11 +45,7 @@ class SparsityCallback(TrainerCallback):
             if parameter.requires_grad:
                 self._removed[name] = (parameter, removed)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_zero_gradient(removed)))
-
-    @property
-    def zeros(self) -> int:
-        """Zeros to keep."""
-        return sum(count for _, count in self._zeros.values())
+        self.zeros = sum(count for _, count in self._zeros.values())
 
     @torch.no_grad()
     def check(self) -> None:

@@ -88,3 +88,21 @@ def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Para
                 f"{entry['shape']} as in {folder}. Load the model from there before training."
             )
     return {matrices[name].parameter for name in manifest.matrices}
+
+def masked_weight(weight: Tensor, merged: Tensor) -> tuple[Tensor, int]:
+    """A merged or trained weight in the dtype and with exactly the zeros of the one before, and how many were nudged.
+
+    Weights that were kept and have become zero, by rounding or by chance, get the smallest magnitude that is safe in
+    the dtype, with their sign: which weights are pruned is then still what is zero.
+    """
+    kept = weight != 0
+    result = torch.where(kept, merged, 0).to(weight.dtype)
+    lost = kept & (result == 0)
+    count = int(lost.sum())
+    if count:
+        # A subnormal of float16 is an ordinary number; those of float32 and bfloat16 some devices flush to zero.
+        information = torch.finfo(weight.dtype)
+        least = max(information.smallest_normal * information.eps, torch.finfo(torch.bfloat16).smallest_normal)
+        sign = torch.where(merged.signbit(), -1.0, 1.0).to(weight.dtype)
+        result = torch.where(lost, sign * least, result)
+    return result, count
