@@ -247,7 +247,9 @@ def _notes(manifest: Manifest) -> list[str]:
     lost = (manifest.recovery or {}).get("unmasked", {})
     if not lost:
         return []
-    before, after, weights = (sum(entry[key] for entry in lost.values()) for key in ("zeros_before", "zeros", "weights"))
+    before, after, weights = (
+        sum(entry[key] for entry in lost.values()) for key in ("zeros_before", "zeros", "weights")
+    )
     return [
         f"{len(lost)} matrices were merged with an adapter without their masks: no pattern is promised for them. Their "
         f"sparsity was {before / weights:.4f} and is {after / weights:.4f}."

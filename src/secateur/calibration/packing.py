@@ -72,7 +72,7 @@ def training_windows(
 def _parted(windows: Windows, samples: int, held_out: int, where: str) -> tuple[Windows, Windows]:
     if windows.samples <= held_out:
         raise CalibrationError(
-            f"{where}: {windows.samples} windows, of which {held_out} are held out; at least one is needed to train on. "
+            f"{where}: {windows.samples} windows, of which {held_out} are held out, and training needs one at least. "
             "Give more, or hold out fewer with --held-out."
         )
     result = []

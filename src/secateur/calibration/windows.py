@@ -219,12 +219,14 @@ def _checked_ids(ids: torch.Tensor, where: str) -> torch.Tensor:
 
 
 def require_positive(**counts: int | None) -> None:
+    """Return nothing when every count that is given is at least 1; otherwise CalibrationError that names the option."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise CalibrationError(f"--{name}: got {count}, expected at least 1.")
 
 
 def require_tokenizer(tokenizer: Any, specs: Sequence[str]) -> None:
+    """Return nothing when there is a tokenizer or no spec is text; otherwise CalibrationError."""
     if tokenizer is None and not all(map(is_token_file, specs)):
         raise CalibrationError(
             f"{', '.join(specs)}: text needs a tokenizer, got None. Pass the model's tokenizer, or token ids: "

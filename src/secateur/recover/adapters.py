@@ -29,7 +29,9 @@ def require_peft(what: str) -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise CheckpointError(f'{what} needs peft, which is not installed. Run: pip install "secateur[recover]"') from None
+        raise CheckpointError(
+            f'{what} needs peft, which is not installed. Run: pip install "secateur[recover]"'
+        ) from None
 
 
 def find_targets(model: nn.Module, asked: Sequence[str] = ()) -> list[str]:
@@ -60,6 +62,23 @@ def find_targets(model: nn.Module, asked: Sequence[str] = ()) -> list[str]:
     leaves = {name.rpartition(".")[2] for name in chosen}
     everywhere = [name for name, module in model.named_modules() if name.rpartition(".")[2] in leaves]
     return sorted(leaves) if sorted(everywhere) == sorted(chosen) else sorted(chosen)
+
+
+def with_adapters(model: nn.Module, config: Any) -> Any:
+    """The model wrapped by peft, trainable in its adapters alone.
+
+    Raises `PatternError` where peft takes the names for stacks of experts, whose adapters could not be merged.
+    """
+    from peft import get_peft_model
+
+    model_with: Any = get_peft_model(model, config)
+    stacks = [name for name, _ in model_with.named_parameters() if ".lora_" in name and ".experts." in name]
+    if stacks:
+        raise PatternError(
+            f"peft puts adapters on fused stacks of experts for these targets ({stacks[0].removeprefix(PREFIX)}), and "
+            "those cannot be merged. Leave out names that experts have as well, such as gate_proj and down_proj."
+        )
+    return model_with
 
 
 def _adaptable(model: nn.Module) -> list[str]:
@@ -108,14 +127,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
 
     path = Path(folder)
     if not (path / CONFIGURATION).exists():
-        raise CheckpointError(f"{path}: no {CONFIGURATION} in it, so it is no adapter. Give the folder that peft saved.")
+        raise CheckpointError(
+            f"{path}: no {CONFIGURATION} in it, so it is no adapter. Give the folder that peft saved."
+        )
     try:
         config = PeftConfig.from_pretrained(str(path))
         tensors = load_file(path / WEIGHTS)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path}: the adapter cannot be read: {error}") from None
     if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{path}: a {config.peft_type} adapter; only LoRA adapters are merged. Use peft for others.")
+        raise CheckpointError(
+            f"{path}: a {config.peft_type} adapter; only LoRA adapters are merged. Use peft for others."
+        )
     initial = config.init_lora_weights
     if isinstance(initial, str) and initial not in ("gaussian", "orthogonal", "eva"):
         raise CheckpointError(
@@ -143,9 +166,13 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
     from peft import inject_adapter_in_model, set_peft_model_state_dict
     from transformers.pytorch_utils import Conv1D
 
+    rows, columns = weight.shape
+    layer: nn.Module
     with torch.device("meta"):
-        rows, columns = weight.shape
-        layer = Conv1D(columns, rows) if issubclass(kind, Conv1D) else nn.Linear(columns, rows, bias=False)
+        if issubclass(kind, Conv1D):
+            layer = Conv1D(columns, rows)  # type: ignore[no-untyped-call]
+        else:
+            layer = nn.Linear(columns, rows, bias=False)
     layer.weight = nn.Parameter(weight.float(), requires_grad=False)
     layer.register_parameter("bias", None)
     # The layer stands alone under its own name, so that peft's rules by name find it as they would in the model.
@@ -160,7 +187,7 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
     try:
         inject_adapter_in_model(adapter.config, root)
         tensors = {f"{module}.{name}": tensor for name, tensor in adapter.modules[module].items()}
-        result = set_peft_model_state_dict(root, tensors)
+        result: Any = set_peft_model_state_dict(root, tensors)
         if result.unexpected_keys:
             raise ValueError(f"unexpected tensors {', '.join(result.unexpected_keys)}")
         wrapped: Any = root.get_submodule(module)
@@ -192,7 +219,9 @@ def _record(folder: Path) -> dict[str, Any] | None:
         value: dict[str, Any] = json.loads(file.read_text())
         found = value.pop("digest")
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file}: damaged ({error!r}). Remove it to merge the adapter without a record.") from None
+        raise CheckpointError(
+            f"{file}: damaged ({error!r}). Remove it to merge the adapter without a record."
+        ) from None
     if found != _digest(value):
         raise CheckpointError(f"{file}: altered since it was written.")
     return value

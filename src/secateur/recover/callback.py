@@ -12,7 +12,7 @@ from secateur.recover.masks import sparse_parameters
 
 
 class SparsityCallback(TrainerCallback):
-    """Keeps pruned weights at zero while a `transformers.Trainer`, or one of TRL, trains: `callbacks=[SparsityCallback()]`.
+    """Keeps pruned weights at zero while a Trainer of transformers or TRL trains: `callbacks=[SparsityCallback()]`.
 
     What is zero in the prunable matrices when training begins stays zero. Gradients of pruned weights are zeroed as
     they arise, before they are clipped; the weights and the optimizer's moments once more after every step, whatever
@@ -32,7 +32,7 @@ class SparsityCallback(TrainerCallback):
 
     @classmethod
     def from_checkpoint(cls, folder: str | os.PathLike[str]) -> "SparsityCallback":
-        """The callback for the matrices that the manifest of a pruned checkpoint plans, and with its counts of zeros."""
+        """The callback for the matrices that a pruned checkpoint's manifest plans, and with its counts of zeros."""
         callback = cls()
         callback._checkpoint = folder
         return callback
@@ -44,7 +44,8 @@ class SparsityCallback(TrainerCallback):
             self._zeros[name] = (parameter, int(removed.sum()))
             if parameter.requires_grad:
                 self._removed[name] = (parameter, removed)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_zero_gradient(removed)))
+                leaf: Any = parameter
+                self._hooks.append(leaf.register_post_accumulate_grad_hook(_zero_gradient(removed)))
         self.zeros = sum(count for _, count in self._zeros.values())
 
     @torch.no_grad()

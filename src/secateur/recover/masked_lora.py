@@ -24,7 +24,7 @@ class MaskedLinear(Linear):
         )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """s (BA) ⊙ M, laid out like the weight."""
+        """The product ``s (BA) ⊙ M``, laid out like the weight."""
         weight: Any = self.get_base_layer().weight
         return super().get_delta_weight(adapter).masked_fill(weight == 0, 0)
 
@@ -32,10 +32,11 @@ class MaskedLinear(Linear):
         """The layer's output with every active adapter masked."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter in self.active_adapters:
             if adapter in self.lora_A:
-                inputs = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
+                down: Any = self.lora_A[adapter]
+                inputs = self._cast_input_dtype(x, down.weight.dtype)
                 product = self.get_delta_weight(adapter)
                 product = product.t() if self.fan_in_fan_out else product
                 result = result + nn.functional.linear(self.lora_dropout[adapter](inputs), product).to(result.dtype)

@@ -89,6 +89,7 @@ def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Para
             )
     return {matrices[name].parameter for name in manifest.matrices}
 
+
 def masked_weight(weight: Tensor, merged: Tensor) -> tuple[Tensor, int]:
     """A merged or trained weight in the dtype and with exactly the zeros of the one before, and how many were nudged.
 

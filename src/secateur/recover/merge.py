@@ -48,8 +48,8 @@ class MergedCheckpoint:
     def _group(self, module: str) -> TensorGroup:
         if module not in self._modules:
             raise CheckpointError(
-                f"{module}: has an adapter in {self.adapter.folder}, and the base model has no such module. Is the "
-                "adapter for another model?"
+                f"{module}: has an adapter in {self.adapter.folder}, and the base model has no such layer. Is the "
+                "adapter for another model, or of a fused stack of experts? Those cannot be merged."
             )
         groups = self._skeleton.conversion.making([f"{module}.weight"])
         if not groups or not self._inverse.possible(groups[0]):
@@ -186,7 +186,11 @@ def merge(
                 "method": "merge",
                 "mask": mask,
                 "base": {"path": str(folder.resolve()), "digest": manifest.digest},
-                "adapter": {"path": str(found.folder.resolve()), "configuration": _plain(found), "record": found.record},
+                "adapter": {
+                    "path": str(found.folder.resolve()),
+                    "configuration": _plain(found),
+                    "record": found.record,
+                },
                 "versions": versions(),
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             },
