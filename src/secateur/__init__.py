@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from secateur.methods.wanda import wanda, wanda_variant
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plan import Plan, uniform
+    from secateur.recover.callback import SparsityCallback
+    from secateur.recover.fine_tuning import Recovery, fine_tune
+    from secateur.recover.merge import Merge, merge
     from secateur.report.inspect import inspect
 
 _HOMES = {
@@ -57,6 +60,7 @@ _HOMES = {
     "GradientNorm": "core.gradients",
     "Gram": "core.gram",
     "Manifest": "manifest",
+    "Merge": "recover.merge",
     "Method": "core.problem",
     "ModelStructureError": "errors",
     "NM": "core.patterns",
@@ -66,9 +70,11 @@ _HOMES = {
     "Perplexity": "evaluate.perplexity",
     "Plan": "plan",
     "Problem": "core.problem",
+    "Recovery": "recover.fine_tuning",
     "Refinement": "core.problem",
     "SecateurError": "errors",
     "Solution": "core.problem",
+    "SparsityCallback": "recover.callback",
     "SquaredNorm": "core.statistics",
     "Statistic": "core.statistics",
     "Unstructured": "core.patterns",
@@ -81,6 +87,7 @@ _HOMES = {
     "chain": "core.problem",
     "estimate": "forecast",
     "evaluation_windows": "calibration",
+    "fine_tune": "recover.fine_tuning",
     "gblm": "methods.gblm",
     "gblm_inverse": "methods.gblm",
     "gradient": "methods.gblm",
@@ -89,6 +96,7 @@ _HOMES = {
     "least_squares": "methods.least_squares",
     "magnitude": "methods.magnitude",
     "magnitude_iterative": "methods.obs_update",
+    "merge": "recover.merge",
     "obs_update": "methods.obs_update",
     "parse_pattern": "core.patterns",
     "perplexity": "evaluate.perplexity",
@@ -118,6 +126,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "GradientNorm",
     "Gram",
     "Manifest",
+    "Merge",
     "Method",
     "ModelStructureError",
     "NM",
@@ -127,9 +136,11 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Perplexity",
     "Plan",
     "Problem",
+    "Recovery",
     "Refinement",
     "SecateurError",
     "Solution",
+    "SparsityCallback",
     "SquaredNorm",
     "Statistic",
     "Unstructured",
@@ -142,6 +153,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "chain",
     "estimate",
     "evaluation_windows",
+    "fine_tune",
     "gblm",
     "gblm_inverse",
     "gradient",
@@ -150,6 +162,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "least_squares",
     "magnitude",
     "magnitude_iterative",
+    "merge",
     "obs_update",
     "parse_pattern",
     "perplexity",

@@ -158,9 +158,9 @@ def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], 
     def plain(stage: str, done: int, total: int, note: str) -> None:
         nonlocal measured
         perplexity = note.partition("perplexity ")[2]
-        if stage == "training" and perplexity != measured:
+        if stage.startswith("training") and perplexity != measured:
             measured = perplexity
-            typer.echo(f"training, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", err=True)
+            typer.echo(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", err=True)
 
     yield plain, Console(stderr=True, width=200, soft_wrap=True).print
 

@@ -80,7 +80,7 @@ class Budget(TrainerCallback):
         """Stop when the held-out loss is not finite; this comes before anything is saved."""
         nats = (metrics or {}).get("eval_loss")
         if nats is not None:
-            require_finite(nats, "held-out loss", state.global_step, args)
+            require_finite(nats, "held-out loss", state.global_step, args, state.best_model_checkpoint)
             self._perplexity = perplexity_of(nats)
             self._report(state)
 
@@ -108,16 +108,18 @@ def perplexity_of(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def require_finite(loss: float, what: str, step: int, args: Any) -> None:
+def require_finite(loss: float, what: str, step: int, args: Any, best: str | None) -> None:
     """Raise `NumericalError` that says where the last good checkpoint is when a loss is not finite."""
     if math.isfinite(loss):
         return
     last = last_checkpoint(Path(args.output_dir))
-    kept = f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet"
-    again = " and go on from there with --resume and a lower one" if last else " and try a lower one"
+    if last is None:
+        advice = "No checkpoint had been saved yet. Start again with a lower --lr"
+    else:
+        better = "" if best is None or Path(best) == last else f", the best {best}"
+        advice = f"The last good checkpoint is {last}{better}. Go on from there with --resume and a lower --lr"
     raise NumericalError(
-        f"the {what} became {loss} at step {step + 1}: training diverged. {kept}. The learning rate was "
-        f"{args.learning_rate:g}; set --lr{again}."
+        f"step {step}: the {what} is {loss}: training diverged. {advice} (it was {args.learning_rate:g})."
     )
 
 
@@ -186,7 +188,8 @@ class RecoveryTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; raises `NumericalError` when the loss is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        require_finite(float(loss), "loss", self.state.global_step, self.args)
+        state = self.state
+        require_finite(float(loss), "loss", state.global_step + 1, self.args, state.best_model_checkpoint)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
