@@ -78,7 +78,9 @@ class Watch(TrainerCallback):
                     self.moments += 1
 
 
-def trainer(model: Any, folder: Path, *callbacks: Any, optimizer: Any = None, rows: Any = ROWS, **options: Any) -> Trainer:
+def trainer(
+    model: Any, folder: Path, *callbacks: Any, optimizer: Any = None, rows: Any = ROWS, **options: Any
+) -> Trainer:
     settings: dict[str, Any] = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -236,7 +238,9 @@ def test_moments_of_a_dense_run_do_not_come_back(tmp_path: Path) -> None:
     sparse().save_pretrained(checkpoint)
     fresh = sparse()
     watch = Watch(fresh)
-    trainer(fresh, tmp_path, secateur.SparsityCallback(), watch, **options).train(resume_from_checkpoint=str(checkpoint))
+    trainer(fresh, tmp_path, secateur.SparsityCallback(), watch, **options).train(
+        resume_from_checkpoint=str(checkpoint)
+    )
     assert watch.moments > 0
 
 

@@ -321,7 +321,7 @@ def _check_trained(
     if not _same_kind(name, tensor, original, result):
         return
     digest = tensor_digest(original)
-    if digest not in (*before, manifest.source_tensors.get(name)):
+    if digest not in (*before, manifest.source_tensors.get(name), manifest.tensors.get(name)):
         result.problems.append(
             f"{name}: the source is neither the dense model nor the pruned one; its bytes differ from the records"
         )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,9 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
         parent = child
     parent.add_module(leaf, layer)
     try:
-        inject_adapter_in_model(adapter.config, root)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of patterns that name other modules
+            inject_adapter_in_model(adapter.config, root)
         tensors = {f"{module}.{name}": tensor for name, tensor in adapter.modules[module].items()}
         result: Any = set_peft_model_state_dict(root, tensors)
         if result.unexpected_keys:
