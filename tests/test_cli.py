@@ -34,12 +34,29 @@ WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", 
 TEXT = {"--calibration", "--samples", "--length", "--seed", "--sampling"}
 PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--statistics-device"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
+RECOVERY = {"--method", "--preset", "--targets", "--rank", "--alpha", "--dropout", "--only", "--skip", "--distill"}
+RECOVERY |= {"--distill-weight", "--temperature", "--data", "--length", "--held-out", "--seed", "--steps", "--minutes"}
+RECOVERY |= {
+    "--batch-size",
+    "--accumulation",
+    "--lr",
+    "--schedule",
+    "--warmup",
+    "--weight-decay",
+    "--clip",
+    "--optimizer",
+}
+RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing"}
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "gradients": TEXT
     | HOW
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
+    "recover": RECOVERY
+    | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
+    "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}
+    | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
     "eval": HOW | {"--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"}) | {"--data", "--length", "--windows", "--csv", "--config", "--json"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},

@@ -357,7 +357,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
 
     refused('--mask: got "both", expected keep or drop.', kind=PatternError, mask="both")
     refused("no adapter_config.json in it, so it is no adapter", base)
-    refused("no secateur.json in it; only checkpoints that Secateur wrote", base=tmp_path / "dense")
+    refused("no secateur.json in it; only checkpoints that Secateur wrote can be merged into.", base=tmp_path / "dense")
     other = pruned(tmp_path / "other", "qwen2")
     small, _ = adapter(
         tmp_path / "small", pruned(tmp_path / "small", "gpt2"), target_modules=["c_attn"], fan_in_fan_out=True

@@ -35,6 +35,8 @@ def test_the_marked_blocks_are_there() -> None:
     assert [line.split()[1] for line in blocks("")[0].splitlines()] == [
         "plan",
         "prune",
+        "recover",
+        "merge",
         "eval",
         "compare",
         "gradients",
@@ -47,6 +49,7 @@ def test_the_commands(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = {"MODEL": str(model), "PRUNED": str(tmp_path / "pruned"), "GRADIENTS": str(tmp_path / "gradients.st")}
+    names |= {"ADAPTER": str(tmp_path / "adapter"), "MERGED": str(tmp_path / "merged")}
     shown = {}
     for line in blocks("")[0].splitlines():
         arguments = [names.get(word, word) for word in shlex.split(line)]
@@ -59,6 +62,8 @@ def test_the_commands(
         shown[arguments[1]] = captured.out
     assert "2:4" in shown["plan"]
     assert "sparsity 0.5000 (asked 0.5000)" in shown["prune"]
+    assert "Recovered with lora" in shown["recover"]
+    assert re.search(r"^sparsity of planned weights +0\.5000 +0\.5000 +0\.5000$", shown["merge"], re.M)
     assert "8 x 128" in shown["eval"]
     assert "same first choice" in shown["compare"]
     assert "per sample, of the model" in shown["gradients"]
@@ -110,7 +115,9 @@ def test_other_commands_in_the_documentation_have_options_that_exist() -> None:
     found = 0
     for page in PAGES:
         for line in re.findall(
-            r"(?:^|`)(secateur (?:plan|prune|gradients|eval|compare|inspect|verify)[^`\n#]*)", page.read_text(), re.M
+            r"(?:^|`)(secateur (?:plan|prune|gradients|recover|merge|eval|compare|inspect|verify)[^`\n#]*)",
+            page.read_text(),
+            re.M,
         ):
             words = line.split()
             known = {option for parameter in commands.commands[words[1]].params for option in parameter.opts}

@@ -88,13 +88,16 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a pruned checkpoint. Raises `CheckpointError` when it is missing, foreign or altered."""
+def read_manifest(folder: Path, purpose: str = "verified") -> Manifest:
+    """The manifest of a pruned checkpoint. Raises `CheckpointError` when it is missing, foreign or altered.
+
+    `purpose` is for the message: what can be done to checkpoints that have one.
+    """
     file = folder / FILE_NAME
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give one that `secateur prune` wrote.")
     if not file.exists():
-        raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote can be verified.")
+        raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote can be {purpose}.")
     try:
         text = file.read_text()
         value = json.loads(text)

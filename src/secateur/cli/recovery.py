@@ -273,9 +273,7 @@ def merge(
         typer.Option("--length", "-l", min=2, help="Tokens in each window [default: as held out].", show_default=False),
     ] = None,
     windows: WindowsOption = None,
-    evaluate: Annotated[
-        bool, typer.Option("--eval/--no-eval", help="Measure perplexity before and after.", show_default=False)
-    ] = True,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Windows at a time [default: auto].", show_default=False)
     ] = None,
@@ -303,7 +301,7 @@ def merge(
             data=data,
             length=length,
             windows=windows,
-            evaluate=evaluate,
+            evaluate=not no_eval,
             batch_size=batch_size,
             device=device,
             dtype=dtype,

@@ -16,10 +16,10 @@ from secateur.errors import CheckpointError, PatternError
 from secateur.manifest import Manifest
 from secateur.models.matrices import matrix_kind
 from secateur.models.writer import writing
+from secateur.output import ADAPTER_RECORD
 from secateur.plan import matches
 from secateur.recover.masks import matrix_parameters
 
-RECORD = "secateur_adapter.json"
 CONFIGURATION = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor in an adapter that peft saved
@@ -208,14 +208,14 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of an adapter, with a digest over it, and a README beside it."""
     value = {"format": 1, **record}
-    with writing(folder / RECORD):
-        (folder / RECORD).write_text(json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n")
+    with writing(folder / ADAPTER_RECORD):
+        (folder / ADAPTER_RECORD).write_text(json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n")
     with writing(folder / "README.md"):
         (folder / "README.md").write_text(_readme(record))
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    file = folder / RECORD
+    file = folder / ADAPTER_RECORD
     if not file.exists():
         return None
     try:
@@ -248,6 +248,7 @@ def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> None:
 
 def _readme(record: Mapping[str, Any]) -> str:
     before, after = (record["perplexity"][key] for key in ("before", "after"))
+    held, text = record["held_out"], record["data"]["name"] or "token ids"
     masked = record["method"] == "sparse-lora"
     if masked:
         use = (
@@ -263,8 +264,8 @@ def _readme(record: Mapping[str, Any]) -> str:
     return (
         f"---\nbase_model: {record['base']['path']}\nlibrary_name: peft\ntags:\n- lora\n- secateur\n---\n\n"
         f"# Adapter for a pruned model\n\nTrained with `secateur recover --method {record['method']}` for "
-        f"{record['steps']} steps on {record['data']['name']}. Perplexity on {record['held_out']['samples']} held-out "
-        f"windows of {record['held_out']['length']} tokens: {before:.3f} before, {after:.3f} after.\n\n{use}\n"
+        f"{record['steps']} steps on {text}. Perplexity on {held['samples']} held-out windows of {held['length']} "
+        f"tokens: {before:.3f} before, {after:.3f} after.\n\n{use}\n"
         f"```\nsecateur merge ADAPTER --base {record['base']['path']} -o MERGED --mask keep\n```\n\n"
-        f"`{RECORD}` says how it was made.\n"
+        f"`{ADAPTER_RECORD}` says how it was made.\n"
     )

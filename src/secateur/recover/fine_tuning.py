@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration import Windows, check_length, check_vocabulary, training_windows
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.manifest import read_manifest, verify
 from secateur.models.checkpoint import locate
@@ -95,10 +95,15 @@ def fine_tune(
     what cannot work; each says what to do.
     """
     settings = choose(method, preset, given)
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        raise PatternError(
+            "recover trains in one process, and torchrun started several. For several GPUs use a Trainer of your own, "
+            "with callbacks=[secateur.SparsityCallback()]."
+        )
     if method != "full":
         require_peft(f"--method {method}")
     base = Path(pruned)
-    manifest = read_manifest(base)
+    manifest = read_manifest(base, "trained")
     target = check_output(output, base, overwrite)
     assert target is not None
     work = target.with_name(f"{target.name}.training")
@@ -133,7 +138,7 @@ def fine_tune(
         "dtype": "bfloat16" if half else "float32",
         "distill": None if distill is None else str(distill),
         "base": {"path": str(base.resolve()), "digest": manifest.digest},
-        "data": {"name": data if text else "token ids", **train.provenance, "digest": train.digest},
+        "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
         "held_out": {**held.provenance, "digest": held.digest},
     }
     start = _start(work, asked, resume)
@@ -246,7 +251,7 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for entry in history:
         point = {"loss": entry.get("loss"), "perplexity": entry.get("eval_loss")}
         if point["perplexity"] is not None:
-            point["perplexity"] = perplexity_of(point["perplexity"])
+            point["perplexity"] = perplexity_of(point["perplexity"]) if point["perplexity"] < 700 else None
         found = {key: value for key, value in point.items() if value is not None}
         if found:
             held = points.setdefault(entry["step"], {"step": entry["step"], "loss": None, "perplexity": None})

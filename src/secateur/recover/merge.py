@@ -161,7 +161,7 @@ def merge(
     if mask not in ("keep", "drop"):
         raise PatternError(f'--mask: got "{mask}", expected keep or drop.')
     folder = Path(base)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, "merged into")
     found = read_adapter(adapter)
     check_base(found, manifest, folder)
     if mask == "drop" and found.masked:
@@ -192,9 +192,9 @@ def merge(
                     "record": found.record,
                 },
                 "versions": versions(),
+                "command": None if command is None else list(command),
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             },
-            command=command,
             progress=lambda done, total: progress("merge", done, total),
         )
         checked = verify(scratch.folder, progress=lambda done, total: progress("verify", done, total))
@@ -252,7 +252,7 @@ def _windows(
     """The windows to measure on: of the text asked for, else those held out while the adapter was trained."""
     if isinstance(data, Tensor | Windows):
         return evaluation_windows(data, None, length=length, windows=windows)
-    if data is None and adapter.record is not None and isinstance(adapter.record["data"]["name"], str):
+    if data is None and adapter.record is not None and adapter.record["data"]["name"] is not None:
         held = adapter.record["held_out"]
         _, text = training_windows(
             adapter.record["data"]["name"],

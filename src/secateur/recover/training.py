@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from secateur.calibration import Windows
-from secateur.errors import CheckpointError, NumericalError
+from secateur.errors import CheckpointError, NumericalError, PatternError
 from secateur.recover.settings import Settings
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, in all, note
@@ -32,7 +32,11 @@ class Rows(Dataset[dict[str, Tensor]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+        # Exact: nothing predicts the first token. A Trainer divides by the labels that count, and would count it for
+        # models of which it does not know that they shift them.
+        labels = self.ids[index].clone()
+        labels[0] = -100
+        return {"input_ids": self.ids[index], "labels": labels}
 
 
 class Budget(TrainerCallback):
@@ -156,6 +160,11 @@ class RecoveryTrainer(Trainer):
             num_warmup_steps=self.args.get_warmup_steps(NOMINAL_STEPS),
             num_training_steps=NOMINAL_STEPS,
         )
+        if not hasattr(nominal, "lr_lambdas"):
+            raise PatternError(
+                f"--schedule {self.settings.schedule}: cannot go by the clock. With --minutes use linear, cosine or "
+                "constant."
+            )
         factor = nominal.lr_lambdas[0]
         own: Any = optimizer or self.optimizer
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(

@@ -1,7 +1,7 @@
 """Writing a checkpoint whose weights were trained: the base's tensors, some with new values, and its manifest."""
 
 import platform
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,6 @@ def write_trained(
     *,
     section: Mapping[str, Any],
     keep: bool = True,
-    command: Sequence[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Written:
     """What a pruned checkpoint became, written into a folder with its manifest.
@@ -100,7 +99,6 @@ def write_trained(
         del new.matrices[matrix], new.plan[matrix]
     count_totals(new)
     new.tensors, new.headers, new.files = writer.digests, writer.header_digests, file_digests(folder)
-    new.command = list(command) if command is not None else None
     new.recovery = {
         **section,
         "zeros_before": before,
