@@ -35,6 +35,19 @@ TEXT = {"--calibration", "--samples", "--length", "--seed", "--sampling"}
 PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--statistics-device"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
 TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
+RECOVERY = {"--method", "--preset", "--targets", "--rank", "--alpha", "--dropout", "--only", "--skip", "--distill"}
+RECOVERY |= {"--distill-weight", "--temperature", "--data", "--length", "--held-out", "--seed", "--steps", "--minutes"}
+RECOVERY |= {
+    "--batch-size",
+    "--accumulation",
+    "--lr",
+    "--schedule",
+    "--warmup",
+    "--weight-decay",
+    "--clip",
+    "--optimizer",
+}
+RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing"}
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
@@ -47,6 +60,10 @@ OPTIONS = {
     "gradients": TEXT
     | HOW
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
+    "recover": RECOVERY
+    | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
+    "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}
+    | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
     "eval": HOW | TASKS | {"--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"})
     | TASKS

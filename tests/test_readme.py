@@ -36,6 +36,8 @@ def test_the_marked_blocks_are_there() -> None:
         "plan",
         "prune",
         "sweep",
+        "recover",
+        "merge",
         "eval",
         "compare",
         "report",
@@ -49,7 +51,11 @@ def test_the_commands(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = {"MODEL": str(model), "PRUNED": str(tmp_path / "pruned"), "GRADIENTS": str(tmp_path / "gradients.st")}
-    names["TABLE"] = str(tmp_path / "table")
+    names |= {
+        "TABLE": str(tmp_path / "table"),
+        "ADAPTER": str(tmp_path / "adapter"),
+        "MERGED": str(tmp_path / "merged"),
+    }
     shown = {}
     for line in blocks("")[0].splitlines():
         arguments = [names.get(word, word) for word in shlex.split(line)]
@@ -63,6 +69,8 @@ def test_the_commands(
     assert "2:4" in shown["plan"]
     assert "sparsity 0.5000 (asked 0.5000)" in shown["prune"]
     assert re.search(r"^method +50% +60% +2:4$", shown["sweep"], re.M)
+    assert "Recovered with lora" in shown["recover"]
+    assert re.search(r"^sparsity of planned weights +0\.5000 +0\.5000 +0\.5000$", shown["merge"], re.M)
     assert "8 x 128" in shown["eval"]
     assert "same first choice" in shown["compare"]
     assert (tmp_path / "pruned" / "report" / "index.html").exists()
@@ -115,7 +123,7 @@ def test_other_commands_in_the_documentation_have_options_that_exist() -> None:
     found = 0
     for page in PAGES:
         for line in re.findall(
-            r"(?:^|`)(secateur (?:plan|prune|sweep|gradients|eval|compare|report|inspect|verify)[^`\n#]*)",
+            r"(?:^|`)(secateur (?:plan|prune|sweep|gradients|recover|merge|eval|compare|report|inspect|verify)[^`\n#]*)",
             page.read_text(),
             re.M,
         ):

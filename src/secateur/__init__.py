@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from secateur.methods.wanda import wanda, wanda_variant
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plan import Plan, uniform
+    from secateur.recover.callback import SparsityCallback
+    from secateur.recover.fine_tuning import Recovery, fine_tune
+    from secateur.recover.merge import Merge, merge
     from secateur.report.inspect import inspect
     from secateur.sweep_folder import Sweep
     from secateur.sweep_run import sweep
@@ -63,6 +66,7 @@ _HOMES = {
     "GradientNorm": "core.gradients",
     "Gram": "core.gram",
     "Manifest": "manifest",
+    "Merge": "recover.merge",
     "Method": "core.problem",
     "ModelStructureError": "errors",
     "NM": "core.patterns",
@@ -72,10 +76,12 @@ _HOMES = {
     "Perplexity": "evaluate.perplexity",
     "Plan": "plan",
     "Problem": "core.problem",
+    "Recovery": "recover.fine_tuning",
     "Refinement": "core.problem",
     "Results": "evaluate.results",
     "SecateurError": "errors",
     "Solution": "core.problem",
+    "SparsityCallback": "recover.callback",
     "SquaredNorm": "core.statistics",
     "Statistic": "core.statistics",
     "Sweep": "sweep_folder",
@@ -92,6 +98,7 @@ _HOMES = {
     "chain": "core.problem",
     "estimate": "forecast",
     "evaluation_windows": "calibration",
+    "fine_tune": "recover.fine_tuning",
     "gblm": "methods.gblm",
     "gblm_inverse": "methods.gblm",
     "gradient": "methods.gblm",
@@ -100,6 +107,7 @@ _HOMES = {
     "least_squares": "methods.least_squares",
     "magnitude": "methods.magnitude",
     "magnitude_iterative": "methods.obs_update",
+    "merge": "recover.merge",
     "model_digest": "evaluate.results",
     "obs_update": "methods.obs_update",
     "parse_pattern": "core.patterns",
@@ -133,6 +141,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "GradientNorm",
     "Gram",
     "Manifest",
+    "Merge",
     "Method",
     "ModelStructureError",
     "NM",
@@ -142,10 +151,12 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Perplexity",
     "Plan",
     "Problem",
+    "Recovery",
     "Refinement",
     "Results",
     "SecateurError",
     "Solution",
+    "SparsityCallback",
     "SquaredNorm",
     "Statistic",
     "Sweep",
@@ -162,6 +173,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "chain",
     "estimate",
     "evaluation_windows",
+    "fine_tune",
     "gblm",
     "gblm_inverse",
     "gradient",
@@ -170,6 +182,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "least_squares",
     "magnitude",
     "magnitude_iterative",
+    "merge",
     "model_digest",
     "obs_update",
     "parse_pattern",

@@ -206,7 +206,7 @@ def prune(
         if shared is not None:
             shared.complete = True
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
-        _totals(manifest)
+        count_totals(manifest)
         if writer is not None:
             writer.close()
             manifest.tensors, manifest.headers = writer.digests, writer.header_digests
@@ -305,7 +305,8 @@ def make_plan(
     return uniform(shapes, pattern or Unstructured(0.5), only=only, skip=skip, per=method.per)
 
 
-def _totals(manifest: Manifest) -> None:
+def count_totals(manifest: Manifest) -> None:
+    """Count the planned weights and zeros of all matrices again."""
     weights = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest.matrices.values())
     zeros = sum(entry["zeros"] for entry in manifest.matrices.values())
     manifest.totals = {

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,10 @@ def quiet_libraries() -> Iterator[None]:
     logging: Any = importlib.import_module("transformers.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    yield
+    with warnings.catch_warnings():
+        # What transformers and peft tell each other about names to come.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+        yield
 
 
 def print_tables(content: Any, *, error: bool = False) -> None:
@@ -184,6 +188,35 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
             bar.update(task, total=event.cells or None, completed=event.finished, detail=inner, refresh=begins)
 
         yield show, bar.console.print
+
+
+@contextmanager
+def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], Callable[[Any], None]]]:
+    """(show, say): a bar for each stage with a note behind it; what is said stands above it.
+
+    In a pipe there is a line whenever a stage is done or a new perplexity was measured, and all of it on stderr.
+    """
+    from rich.console import Console
+
+    if sys.stderr.isatty():
+        with _bar() as bar:
+            task = bar.add_task("opening", total=None, detail="")
+
+            def show(stage: str, done: int, total: int, note: str) -> None:
+                bar.update(task, description=stage, total=total or None, completed=done, detail=note)
+
+            yield show, bar.console.print
+        return
+    started, measured = time.perf_counter(), ""
+
+    def plain(stage: str, done: int, total: int, note: str) -> None:
+        nonlocal measured
+        perplexity = note.partition("perplexity ")[2]
+        if stage.startswith("training") and perplexity != measured:
+            measured = perplexity
+            typer.echo(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", err=True)
+
+    yield plain, Console(stderr=True, width=200, soft_wrap=True).print
 
 
 @contextmanager

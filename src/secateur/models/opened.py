@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ class OpenedModel:
     write_companions: Callable[[Path], None]
     load_tokenizer: Callable[[], Any]
     restore: Callable[[], None] = lambda: None
+
+    def reading(self, source: Source) -> "OpenedModel":
+        """The same model with its weights from elsewhere, under the same names and in the same shapes."""
+        held = self.skeleton
+        return replace(self, skeleton=Skeleton(held.model, source, device=held.device, dtype=held.dtype))
 
 
 def choose_device(name: str, option: str = "--device") -> torch.device:

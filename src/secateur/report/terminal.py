@@ -179,12 +179,13 @@ def verification_tables(result: Verification) -> RenderableType:
     ]
     if result.compared_to:
         lines.append(f"Compared with the source {result.compared_to}.")
+    notes = [Text(note, style="yellow") for note in result.notes]
     if result.ok:
-        return Group(*(Text(line) for line in lines), Text("Verified.", style="bold green"))
+        return Group(*(Text(line) for line in lines), *notes, Text("Verified.", style="bold green"))
     shown = [Text(f"  {problem}", style="red") for problem in result.problems[:20]]
     more = [Text(f"  and {len(result.problems) - 20} more")] if len(result.problems) > 20 else []
     heading = Text(f"NOT verified: {len(result.problems)} problems.", style="bold red")
-    return Group(*(Text(line) for line in lines), heading, *shown, *more)
+    return Group(*(Text(line) for line in lines), *notes, heading, *shown, *more)
 
 
 def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
