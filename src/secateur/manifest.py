@@ -42,10 +42,13 @@ class Manifest:
     headers: dict[str, str] = field(default_factory=dict)  # sha256 of the header of every shard
     files: dict[str, str] = field(default_factory=dict)  # sha256 of every other file
     created: str = ""
+    recovery: dict[str, Any] | None = None  # what was done to the kept weights after pruning; absent where nothing was
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with a format number and a digest."""
         value: dict[str, Any] = {"format": FORMAT, **vars(self)}
+        if self.recovery is None:
+            del value["recovery"]
         value["digest"] = _digest(value)
         return value
 
