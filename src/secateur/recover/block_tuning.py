@@ -1,8 +1,9 @@
 """Tuning the kept weights of one loaded block until its outputs come close to given targets.
 
-The loss is the squared distance between outputs and targets over the mean square of the targets, and its gradient goes
-no further than the block. Adam works on float32 copies of the weights, whatever dtype the block computes in. Weights
-that are zero have no gradient and no moments, and stay exactly zero.
+The loss of a token is the squared distance of the output from its target over the squared length of the target: that is
+what the next block sees, whose norm divides each token by its length. Its gradient goes no further than the block. Adam
+works on float32 copies of the weights, whatever dtype the block computes in. Weights that are zero have no gradient and
+no moments, and stay exactly zero.
 """
 
 import math
@@ -20,6 +21,7 @@ from secateur.models.structure import Block
 
 BETAS = (0.9, 0.95)  # of Adam: a few hundred steps are too few for an average over a thousand
 WARM_UP = 0.05  # of all steps
+LEAST_LENGTH = 1e-6  # of a token's target, squared, relative to the mean
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,21 @@ class Tuning:
 
 @dataclass
 class Targets:
-    """What the block should give for each batch, with the number of entries and the sum of their squares."""
+    """What the block should give for each batch, with the number of its tokens and the sum of all squares."""
 
     states: HiddenStates
-    entries: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     squares: list[float] = field(default_factory=list)
 
     def add(self, states: Tensor) -> None:
         """Keep the targets of the next batch."""
-        self.states.put(len(self.entries), states)
-        self.entries.append(states.numel())
+        self.states.put(len(self.tokens), states)
+        self.tokens.append(states[..., 0].numel())
         self.squares.append(float(states.to(_wide(states.dtype)).square().sum(dtype=torch.float64)))
 
     def count(self, batches: range) -> int:
-        """The number of entries of some batches."""
-        return sum(self.entries[batch] for batch in batches)
+        """The number of tokens of some batches."""
+        return sum(self.tokens[batch] for batch in batches)
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,13 @@ def tune(
     they would be written, rounded; the best ones are the result, those at the start included.
 
     Source: block reconstruction after pruning, as in EBFT (arXiv 2402.12419) and "Rethinking pruning large language
-    models" (EMNLP 2024), with their Adam and linear decay. Here the learning rate is relative, and some samples are
-    held out. Raises `NumericalError` for a loss that is not finite.
+    models" (EMNLP 2024), with their Adam and linear decay. Raises `NumericalError` for a loss that is not finite.
     """
-    parameters, layout = tapped(block, matrices)
-    copies = [
-        _Copy(
-            name[len(block.path) + 1 :], parameter, [own for own in matrices if own.parameter == name], tensors, stored
-        )
-        for (name, (parameter, _)), stored in zip(parameters.items(), layout.values(), strict=True)
-    ]
+    # Paper: they average squares over all tokens alike, with an absolute learning rate, and hold nothing out.
+    copies = []
+    for name, (parameter, transposed) in tapped(block, matrices)[0].items():
+        own = [matrix for matrix in matrices if matrix.parameter == name]
+        copies.append(_Copy(name[len(block.path) + 1 :], parameter, own, tensors, transposed))
     loss = _Loss(block, stream, targets, tuning)
     best = [copy.rounded() for copy in copies]
     before = after = _finite(loss.held_out(copies, best), block, "at the start")
@@ -165,7 +164,7 @@ class _Copy:
         self._matrices = matrices
         self._transposed = transposed
         self._stored = tensors[matrices[0].tensor].dtype
-        self.master = parameter.detach().to(_wide(self._stored), copy=True)
+        self.master = parameter.detach().to(_wide(self.dtype, self._stored), copy=True)
         self._free = torch.zeros_like(parameter, dtype=torch.bool)
         for matrix in matrices:
             weight = matrix.view(tensors).to(parameter.device)
@@ -214,11 +213,12 @@ class _Copy:
 
 
 class _Loss:
-    """The loss of a block: the mean over entries of (output - target)², over the mean square of all targets."""
+    """The loss of a block: the mean over tokens of |output - target|² / |target|²."""
 
     def __init__(self, block: Block, stream: Stream, targets: Targets, tuning: Tuning) -> None:
         self._block, self._stream, self._targets, self._held_out = block, stream, targets, tuning.held_out
-        self._mean_square = sum(targets.squares) / sum(targets.entries)
+        # A token whose target is next to nothing does not outweigh all others.
+        self._least = LEAST_LENGTH * sum(targets.squares) / sum(targets.tokens)
 
     def held_out(self, copies: Sequence[_Copy], states: Sequence[Tensor]) -> float:
         """The loss on the held-out samples with rounded weights."""
@@ -243,8 +243,9 @@ class _Loss:
         output = self._stream.run(block, batch, aside=True)
         target = self._targets.states.get(batch, self._stream.device)
         wide = _wide(output.dtype)
-        distance = (output.to(wide) - target.to(wide)).square().sum()
-        return distance / (self._mean_square * self._targets.count(among))
+        output, target = output.to(wide), target.to(wide)
+        lengths = target.square().sum(dim=-1).clamp(min=self._least)
+        return ((output - target).square().sum(dim=-1) / lengths).sum() / self._targets.count(among)
 
 
 class _Substituted(nn.Module):
@@ -258,5 +259,5 @@ class _Substituted(nn.Module):
         return torch.func.functional_call(self._module, self._weights, args, kwargs)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
