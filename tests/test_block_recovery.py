@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateur
 import tiny
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
-from secateur.manifest import Manifest, read_manifest
+from secateur.manifest import Manifest, read_manifest, tensor_digest
+from secateur.models.checkpoint import Checkpoint
 from secateur.models.opened import open_model, open_source
 from secateur.recover import block
 from secateur.recover.block import forwards, reconstruct
@@ -47,7 +48,7 @@ DIFFERENT = [
     "mamba",
     "zamba",
 ]
-# With random weights, which expert a token is sent to changes so much that nothing learnt on some tokens holds on others.
+# With random weights its tokens change experts at every step, so that nothing learnt on some holds for others.
 ROUTED_AT_RANDOM = {"longcat_flash"}
 SAMPLES, HELD_OUT = 16, 4
 OPTIONS: dict[str, Any] = {"epochs": 2, "step": 4, "learning_rate": 0.01, "held_out": HELD_OUT / SAMPLES}
@@ -118,8 +119,8 @@ def assert_only_tuned(folder: Path, only: set[str] | None = None) -> None:
         assert name in planned or same_bytes(tensor, new[name]), name
         # What is removed is +0.0, to the bit.
         assert torch.equal(bits(tensor) == 0, bits(new[name]) == 0), name
-    result = secateur.verify(folder / "tuned", open_source(str(folder / "dense")))
-    assert result.problems == []
+    for source in ("dense", "pruned"):
+        assert secateur.verify(folder / "tuned", open_source(str(folder / source))).problems == []
 
 
 # Every architecture
@@ -388,7 +389,7 @@ def test_the_record(tmp_path):
     assert recovery["method"] == "block"
     assert recovery["blocks"] == seen
     assert [record["matrices"] for record in seen] == [7, 7, 7]
-    assert recovery["base"] == {"path": str(pruned), "digest": before.to_json()["digest"]}
+    assert recovery["base"] == {"path": str(pruned), "digest": before.digest}
     assert recovery["dense"] == str(tmp_path / "dense")
     assert recovery["calibration"]["digest"] == secateur.Windows(samples(), {}).digest
     assert recovery["settings"]["samples_trained"] == SAMPLES - HELD_OUT
@@ -415,12 +416,30 @@ def test_the_record(tmp_path):
     assert "recovery" not in json.loads((pruned / "secateur.json").read_text())
 
 
+def test_verify_finds_a_weight_that_changed_places_with_a_zero(tmp_path):
+    """Counts and patterns still hold, and all digests are made anew: only the masks' own digests tell."""
+    pruned = pruned_model("llama", tmp_path)
+    manifest = tuned(pruned)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    row = tensors[name][0]
+    first, second = int((row == 0).nonzero()[0]), int((row != 0).nonzero()[0])
+    row[[first, second]] = row[[second, first]]
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    manifest.tensors[name] = tensor_digest(tensors[name])
+    headers = Checkpoint(tmp_path / "tuned").headers
+    manifest.headers = {file.name: header.digest for file, header in headers.items()}
+    manifest.write(tmp_path / "tuned")
+    problems = secateur.verify(tmp_path / "tuned").problems
+    assert problems == [f"{name}: its zeros are not where they were before training"]
+
+
 def test_a_recovery_of_a_recovery_keeps_the_earlier_record(llama, tmp_path):
     run(llama, tmp_path / "once")
     run(tmp_path / "once", tmp_path / "twice", seed=1)
     once, twice = read_manifest(tmp_path / "once"), read_manifest(tmp_path / "twice")
     assert twice.recovery["earlier"] == once.recovery
-    assert twice.recovery["base"]["digest"] == once.to_json()["digest"]
+    assert twice.recovery["base"]["digest"] == once.digest
     assert secateur.verify(tmp_path / "twice", open_source(str(llama.parent / "dense"))).problems == []
 
 
@@ -552,7 +571,7 @@ def test_a_glob_that_matches_nothing(llama, tmp_path):
 def test_nothing_is_left_of_a_run_that_is_interrupted(stage, llama, tmp_path):
     def interrupt(event: secateur.Event) -> None:
         if event.stage == stage:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(stage)
 
     assert_refused(KeyboardInterrupt, "", llama, tmp_path, on_event=interrupt, offload_states=str(tmp_path))
 

@@ -47,7 +47,7 @@ def reconstruct(
     sampling: str | None = None,
     epochs: int = 10,
     learning_rate: float = 0.03,
-    step: int = 8,
+    step: int = 4,
     held_out: float = 0.125,
     patience: int = 3,
     targets: str = "dense",
@@ -127,15 +127,16 @@ def reconstruct(
             "matrices": sum(map(len, matrices.values())),
         },
         "calibration": dict(windows.provenance) | {"digest": windows.digest},
-        "base": {"path": str(folder.resolve()), "digest": base.to_json()["digest"]},
+        "base": {"path": str(folder.resolve()), "digest": base.digest},
         "dense": original.path,
         "versions": run_versions(),
         "command": list(command) if command is not None else None,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "blocks": [],
+        "trained": {},  # sha256 of each changed tensor as it was, and of the mask of each tuned matrix, for `verify`
+        "masks": {},
+        "earlier": base.recovery,
     }
-    if base.recovery is not None:
-        recovery["earlier"] = base.recovery
     manifest.recovery = recovery
     clock = Clock(synchronise=skeleton.device.type == "cuda")
     with Scratch(target, overwrite) as scratch, ExitStack() as stack:

@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.block_loop import Clock, Event, OnEvent
 from secateur.core.checks import check_weight
 from secateur.errors import CheckpointError, NumericalError
-from secateur.manifest import Manifest, tensor_digest
+from secateur.manifest import Manifest, mask_digest, tensor_digest
 from secateur.models.matrices import Matrix
 from secateur.models.memory import trim
 from secateur.models.skeleton import Skeleton, loaded
@@ -179,8 +179,12 @@ class BlockPass:
         )
         names = [name for group in self.skeleton.conversion.of(tuned.changed) for name in group.names]
         self.skeleton.update({name: tuned.changed.get(name, tensors[name]) for name in names})
+        recovery = self.manifest.recovery
+        assert recovery is not None
         for matrix in matrices:
+            recovery["masks"][matrix.name] = mask_digest(matrix.view(tensors) != 0)
             if matrix.tensor in tuned.changed:
+                recovery["trained"][matrix.tensor] = self.manifest.tensors[matrix.tensor]
                 self.manifest.matrices[matrix.name]["kept_identical"] = False
         record = {
             "index": block.index,
@@ -193,8 +197,7 @@ class BlockPass:
             "nudged": tuned.nudged,
             "seconds": round(self.clock.add("tune", began), 6),
         }
-        assert self.manifest.recovery is not None
-        self.manifest.recovery["blocks"].append(record)
+        recovery["blocks"].append(record)
         self.on_block(record)
         return tuned.changed
 
