@@ -573,7 +573,7 @@ def test_nothing_is_left_of_a_run_that_is_interrupted(stage, llama, tmp_path):
         if event.stage == stage:
             raise KeyboardInterrupt(stage)
 
-    assert_refused(KeyboardInterrupt, "", llama, tmp_path, on_event=interrupt, offload_states=str(tmp_path))
+    assert_refused(KeyboardInterrupt, stage, llama, tmp_path, on_event=interrupt, offload_states=str(tmp_path))
 
 
 # Memory

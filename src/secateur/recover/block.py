@@ -95,6 +95,8 @@ def reconstruct(
     check_output(output, original.path, overwrite)
     original.check(skeleton)
     matrices = _matrices(skeleton, base, only, skip)
+    clock = Clock(synchronise=skeleton.device.type == "cuda")
+    began = time.perf_counter()
     on_event(Event("calibrate"))
     windows = calibration_windows(
         calibration,
@@ -107,6 +109,7 @@ def reconstruct(
     )
     check_vocabulary(windows, skeleton.vocabulary_size)
     check_length(windows, skeleton.positions)
+    clock.add("calibrate", began)
     split = Split.of(windows, held_out, step, batch_size or default_batch_size(windows.length, skeleton.device))
     tuning = Tuning(split.steps, split.held_batches, epochs, learning_rate, patience, seed)
     manifest = replace(base, matrices={name: dict(entry) for name, entry in base.matrices.items()})
@@ -138,7 +141,6 @@ def reconstruct(
         "earlier": base.recovery,
     }
     manifest.recovery = recovery
-    clock = Clock(synchronise=skeleton.device.type == "cuda")
     with Scratch(target, overwrite) as scratch, ExitStack() as stack:
         writer = CheckpointWriter(scratch.folder, skeleton.source.layout())
         stack.callback(writer.abandon)
