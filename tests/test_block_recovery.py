@@ -358,7 +358,7 @@ def test_a_kept_weight_never_rounds_to_zero():
 @pytest.mark.skipif(not STORIES.exists(), reason=f"no {STORIES}")
 @pytest.mark.parametrize(("pattern", "margin"), [(HALF, 0.5), (TWO_OF_FOUR, 0.3)], ids=str)
 def test_perplexity_of_stories260k(pattern, margin, tmp_path):
-    # Measured: 50 % and 2:4; see docs/recovery.md for longer runs.
+    # Measured: dense 5.35; 50 % from 22.7 to 8.8, 2:4 from 71.8 to 13.8. Longer runs are in docs/recovery.md.
     stories = STORIES_TEXT.read_text().split("<|endoftext|>")
     (tmp_path / "training.txt").write_text("<|endoftext|>".join(stories[:1800]))
     (tmp_path / "other.txt").write_text("<|endoftext|>".join(stories[1900:]))
