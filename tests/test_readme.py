@@ -51,11 +51,7 @@ def test_the_commands(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = {"MODEL": str(model), "PRUNED": str(tmp_path / "pruned"), "GRADIENTS": str(tmp_path / "gradients.st")}
-    names |= {
-        "TABLE": str(tmp_path / "table"),
-        "ADAPTER": str(tmp_path / "adapter"),
-        "MERGED": str(tmp_path / "merged"),
-    }
+    names |= {name.upper(): str(tmp_path / name) for name in ("table", "adapter", "merged")}
     shown = {}
     for line in blocks("")[0].splitlines():
         arguments = [names.get(word, word) for word in shlex.split(line)]
@@ -120,13 +116,10 @@ def test_other_commands_in_the_documentation_have_options_that_exist() -> None:
     import typer.main
 
     commands: Any = typer.main.get_command(cli.app)
+    names = "|".join(commands.commands)
     found = 0
     for page in PAGES:
-        for line in re.findall(
-            r"(?:^|`)(secateur (?:plan|prune|sweep|gradients|recover|merge|eval|compare|report|inspect|verify)[^`\n#]*)",
-            page.read_text(),
-            re.M,
-        ):
+        for line in re.findall(rf"(?:^|`)(secateur (?:{names})[^`\n#]*)", page.read_text(), re.M):
             words = line.split()
             known = {option for parameter in commands.commands[words[1]].params for option in parameter.opts}
             assert {word for word in words[2:] if re.match(r"--?[a-z]", word)} <= known, f"{page.name}: {line}"

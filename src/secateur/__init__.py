@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from secateur.methods.wanda import wanda, wanda_variant
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plan import Plan, uniform
+    from secateur.recover.block import reconstruct
     from secateur.recover.callback import SparsityCallback
     from secateur.recover.fine_tuning import Recovery, fine_tune
     from secateur.recover.merge import Merge, merge
@@ -114,6 +115,7 @@ _HOMES = {
     "perplexity": "evaluate.perplexity",
     "prune": "engine",
     "pruner_zero": "methods.pruner_zero",
+    "reconstruct": "recover.block",
     "ria": "methods.ria",
     "select": "core.problem",
     "sparsegpt": "methods.sparsegpt",
@@ -189,6 +191,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "perplexity",
     "prune",
     "pruner_zero",
+    "reconstruct",
     "ria",
     "select",
     "sparsegpt",

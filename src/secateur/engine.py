@@ -131,8 +131,7 @@ def prune(
         if ordered is not None:
             batch_size = 1
         manifest = Manifest(
-            versions={"secateur": secateur.__version__, "torch": torch.__version__, "python": platform.python_version()}
-            | _library_versions(),
+            versions=run_versions(),
             method=method.name,
             source=opened.origin,
             settings={
@@ -326,8 +325,15 @@ def _asked(pattern: Mapping[str, Any]) -> float:
     return NM(**pattern).sparsity if "n" in pattern else float(pattern["sparsity"])
 
 
-def _library_versions() -> dict[str, str]:
+def run_versions() -> dict[str, str]:
+    """The versions of everything that a result depends on."""
     import accelerate
     import transformers
 
-    return {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
+    return {
+        "secateur": secateur.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }

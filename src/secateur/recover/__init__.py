@@ -1,1 +1,1 @@
-"""Recovery: training after pruning, with zeros that stay zero."""
+"""Recovery: what pruning cost, won back by training the weights that are left. Zeros stay zeros."""
