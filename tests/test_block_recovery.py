@@ -25,6 +25,7 @@ from secateur.models.opened import open_model, open_source
 from secateur.recover import block
 from secateur.recover.block import forwards, reconstruct
 from secateur.recover.block_tuning import _Copy
+from test_cli import CALIBRATION, Call, call, save_model  # noqa: F401 - a fixture
 from test_engine import NEVER_SEEN, STREAMED, bits, file_hashes, load, masks, read_tensors, same_bytes
 from test_trained import STORIES, STORIES_TEXT
 
@@ -526,7 +527,7 @@ def test_a_loss_that_is_not_finite(existing, llama, tmp_path):
         run(llama, tmp_path / "out")
         kept = file_hashes(tmp_path / "out")
     before = set(tmp_path.iterdir())
-    message = r"^model\.layers\.0: the loss in epoch 1 is not finite\. Use a smaller --learning-rate"
+    message = r"^model\.layers\.0: the loss in epoch 1 is not finite\. Use a smaller --lr"
     with pytest.raises(NumericalError, match=message):
         run(llama, tmp_path / "out", learning_rate=1e38, overwrite=existing)
     assert set(tmp_path.iterdir()) == before
@@ -548,11 +549,11 @@ def test_a_dense_model_whose_outputs_are_not_finite(tmp_path):
     [
         ({"samples": 1}, r"^1 calibration sample with --held-out 0\.25: none is left to train on\. Use more --samples"),
         ({"epochs": 0}, r"^--epochs: got 0, expected at least 1"),
-        ({"step": 0}, r"^--step: got 0"),
+        ({"step": 0}, r"^--batch-size: got 0"),
         ({"patience": 0}, r"^--patience: got 0"),
         ({"batch_size": 0}, r"^--batch-size: got 0"),
-        ({"learning_rate": 0.0}, r"^--learning-rate: got 0\.0, expected a positive number"),
-        ({"learning_rate": math.nan}, r"^--learning-rate: got nan"),
+        ({"learning_rate": 0.0}, r"^--lr: got 0\.0, expected a positive number"),
+        ({"learning_rate": math.nan}, r"^--lr: got nan"),
         ({"held_out": 1.0}, r"^--held-out: got 1\.0, expected a share between 0 and 1"),
         ({"targets": "sparse"}, r'^--targets: got "sparse", expected dense or pruned'),
     ],
@@ -591,3 +592,60 @@ def test_one_block_is_held_at_a_time(llama, tmp_path, monkeypatch):
 
     run(llama, tmp_path / "out", on_event=count)
     assert max(filled) == 1
+
+
+# The command
+
+
+def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    pruned = tmp_path / "pruned"
+    assert call("prune", save_model(tmp_path / "dense"), "-o", pruned, *CALIBRATION).code == 0
+    text = [
+        "--data",
+        "python-docs",
+        "--samples",
+        "8",
+        "--length",
+        "32",
+        "--held-out",
+        "2",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.01",
+    ]
+    result = call("recover", pruned, "-o", tmp_path / "ours", "--method", "block", *text, "--only", "*.mlp.*")
+    assert result.code == 0, result.err
+    assert "at most 7.2 forwards of 8 samples" in result.err
+    assert "block 1 of 3 tuned" in result.err
+    assert re.search(r"^block +held-out loss +tuned +epochs +seconds$", result.out, re.M)
+    assert "on 6 samples, judged on 2" in result.out
+    assert call("verify", tmp_path / "ours", "--source", pruned).code == 0
+    reconstruct(
+        pruned,
+        calibration="python-docs",
+        samples=8,
+        length=32,
+        held_out=0.25,
+        epochs=2,
+        learning_rate=0.01,
+        only="*.mlp.*",
+        output=tmp_path / "theirs",
+    )
+    assert same_bytes(read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "block", "--rank", "8"], "--rank: has no meaning for --method block, which takes --batch-size,"),
+        (["--method", "block", "--minutes", "3"], "--minutes: has no meaning for --method block"),
+        (["--method", "full", "--dense", "x"], "--dense: has no meaning for --method full; block would use it."),
+        (["--method", "blok"], '--method: got "blok", expected lora, sparse-lora, full or block.'),
+        (["--method", "block", "--epochs", "0"], "--epochs: got 0, expected at least 1."),
+    ],
+)
+def test_options_of_other_ways(arguments: list[str], message: str, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    result = call("recover", tmp_path, "-o", tmp_path / "out", *arguments)
+    assert result.code == 2
+    assert message in result.err

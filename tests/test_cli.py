@@ -47,7 +47,7 @@ RECOVERY |= {
     "--clip",
     "--optimizer",
 }
-RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing"}
+RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing", "--dense", "--samples", "--epochs"}
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},

@@ -96,8 +96,8 @@ def _bar() -> Iterator[Any]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[["Event"], None]]:
-    """A bar over blocks with the stage and time left on a terminal; one line per block in a pipe."""
+def progress(done: str = "pruned") -> Iterator[Callable[["Event"], None]]:
+    """A bar over blocks with the stage and time left on a terminal; one line per block in a pipe, which is `done`."""
     started = time.perf_counter()
     if not sys.stderr.isatty():
 
@@ -108,7 +108,7 @@ def progress() -> Iterator[Callable[["Event"], None]]:
             elif event.stage.startswith("gradients") and event.done == event.total:
                 typer.echo(f"{event.stage}, {elapsed:.1f} s", err=True)
             elif event.stage == "write":
-                typer.echo(f"block {event.block + 1} of {event.blocks} pruned, {elapsed:.1f} s", err=True)
+                typer.echo(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s", err=True)
 
         yield plain
         return

@@ -1,17 +1,27 @@
 """`recover` and `merge`."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from secateur.cli.app import Interrupted, app, epilog
-from secateur.cli.display import evaluation_progress, print_json, print_tables, quiet_libraries, recovery_progress
+from secateur.cli.display import (
+    evaluation_progress,
+    print_json,
+    print_tables,
+    progress,
+    quiet_libraries,
+    recovery_progress,
+)
 from secateur.cli.options import ConfigOption, DeviceOption, JsonOption, TrustOption, WindowsOption
+from secateur.errors import PatternError
 
 WHAT, TEXT, HOW_LONG, HOW = "What to train", "Text", "How long and how fast", "How to run"
+METHODS = ("lora", "sparse-lora", "full", "block")
+BLOCK_ONLY = ("dense", "samples", "epochs")
 
 
 def option(*names: str, panel: str, help: str) -> Any:
@@ -28,6 +38,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an o
         "secateur recover ./pruned -o ./adapter --minutes 60",
         "secateur recover ./pruned -o ./adapter --method sparse-lora --targets all-linear --rank 16 --steps 1000",
         "secateur recover ./pruned -o ./recovered --method full --data my.jsonl --steps 2000 --distill ./dense",
+        "secateur recover ./pruned -o ./recovered --method block --samples 128 --length 1024",
         "secateur recover ./pruned -o ./adapter --minutes 60 --resume",
     )
 )
@@ -42,8 +53,8 @@ def recover(
             "--method",
             "-m",
             rich_help_panel=WHAT,
-            help="lora: an adapter; sparse-lora: an adapter whose product is masked, so that merging is exact; "
-            "full: the kept weights themselves.",
+            help="lora: an adapter; sparse-lora: one whose product is masked, so that merging is exact; "
+            "full: the kept weights; block: the kept weights, one block at a time, to give what dense blocks give.",
         ),
     ] = "lora",
     preset: Annotated[
@@ -67,10 +78,14 @@ def recover(
     ] = None,
     only: Annotated[
         list[str] | None,
-        option("--only", panel=WHAT, help="full: train only tensors that this glob matches; repeat it."),
+        option("--only", panel=WHAT, help="full, block: train only what this glob matches; repeat it."),
     ] = None,
     skip: Annotated[
-        list[str] | None, option("--skip", panel=WHAT, help="full: leave tensors that this glob matches; repeat it.")
+        list[str] | None, option("--skip", panel=WHAT, help="full, block: leave what this glob matches; repeat it.")
+    ] = None,
+    dense: Annotated[
+        str | None,
+        option("--dense", panel=WHAT, help="block: the dense model [default: where the manifest says]."),
     ] = None,
     distill: Annotated[
         str | None, option("--distill", panel=WHAT, help="Learn from the predictions of this dense model as well.")
@@ -87,7 +102,7 @@ def recover(
             "--data",
             "-d",
             rich_help_panel=TEXT,
-            help="Text to train on: as --calibration of prune. Its first windows are held out.",
+            help="Text to train on: as --calibration of prune. A part of its windows is held out.",
         ),
     ] = "c4",
     length: Annotated[
@@ -96,7 +111,14 @@ def recover(
     ] = None,
     held_out: Annotated[
         int | None,
-        option("--held-out", panel=TEXT, help="Windows that are not trained on but measured [default: 128]."),
+        option(
+            "--held-out",
+            panel=TEXT,
+            help="Windows that are not trained on but measured [default: 128; block: an eighth of the samples].",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, option("--samples", panel=TEXT, help="block: windows in all [default: 128].")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", rich_help_panel=TEXT, help="Of adapters, order and dropout.")] = 0,
     steps: Annotated[
@@ -107,15 +129,23 @@ def recover(
         float | None,
         option("--minutes", panel=HOW_LONG, help="Train for so long instead; the learning rate falls with the clock."),
     ] = None,
+    epochs: Annotated[
+        int | None, option("--epochs", panel=HOW_LONG, help="block: passes over the windows, at most [default: 10].")
+    ] = None,
     batch_size: Annotated[
-        int | None, option("--batch-size", panel=HOW_LONG, help="Windows at a time [default: 1].")
+        int | None,
+        option("--batch-size", panel=HOW_LONG, help="Windows at a time [default: 1; block: 4 in each step]."),
     ] = None,
     accumulation: Annotated[
         int | None, option("--accumulation", panel=HOW_LONG, help="Batches whose gradients make one step [default: 1].")
     ] = None,
     lr: Annotated[
         float | None,
-        option("--lr", panel=HOW_LONG, help="Peak learning rate [default: 1e-4 for adapters, 1e-5 for full]."),
+        option(
+            "--lr",
+            panel=HOW_LONG,
+            help="Peak learning rate [default: 1e-4 for adapters, 1e-5 for full; for block 0.03 of the weights' size].",
+        ),
     ] = None,
     schedule: Annotated[
         str | None, option("--schedule", panel=HOW_LONG, help="linear, cosine, constant, ...: as the Trainer names it.")
@@ -170,48 +200,70 @@ def recover(
     The loss and the perplexity on held-out windows are shown while it runs; the best checkpoint is the result. Training
     is that of transformers' Trainer. An interrupted run goes on with --resume.
     """
-    run = _runner(method)
+    settings = {
+        "preset": None if preset == "paper" else preset,
+        "targets": None if targets is None else tuple(targets),
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "only": None if only is None else tuple(only),
+        "skip": None if skip is None else tuple(skip),
+        "dense": dense,
+        "distill": distill,
+        "distill_weight": distill_weight,
+        "temperature": temperature,
+        "length": length,
+        "held_out": held_out,
+        "samples": samples,
+        "steps": steps,
+        "minutes": minutes,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "lr": lr,
+        "schedule": schedule,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "optimizer": optimizer,
+        "eval_every": eval_every,
+        "patience": patience,
+        "resume": resume or None,
+        "gradient_checkpointing": gradient_checkpointing or None,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    run = {
+        "data": data,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "overwrite": overwrite,
+        "command": ["secateur", *sys.argv[1:]],
+    }
+    if method not in METHODS:
+        raise PatternError(f'--method: got "{method}", expected {", ".join(METHODS[:-1])} or {METHODS[-1]}.')
+    (_tune_blocks if method == "block" else _train)(method, pruned, output, given, run, as_json)
+
+
+def _train(
+    method: str, pruned: str, output: str, given: Mapping[str, Any], run: Mapping[str, Any], as_json: bool
+) -> None:
+    """Adapters and full training, by a Trainer."""
+    for name in BLOCK_ONLY:
+        if name in given:
+            raise PatternError(f"--{name}: has no meaning for --method {method}; block would use it.")
     try:
         with quiet_libraries(), recovery_progress() as (show, say):
+            from secateur.recover.fine_tuning import fine_tune
             from secateur.report.recovery import forecast_table, recovery_tables
 
-            result = run(
+            result = fine_tune(
                 pruned,
                 output,
                 method=method,
-                preset=preset,
-                targets=None if targets is None else tuple(targets),
-                rank=rank,
-                alpha=alpha,
-                dropout=dropout,
-                only=None if only is None else tuple(only),
-                skip=None if skip is None else tuple(skip),
-                distill=distill,
-                distill_weight=distill_weight,
-                temperature=temperature,
-                data=data,
-                length=length,
-                held_out=held_out,
-                seed=seed,
-                steps=steps,
-                minutes=minutes,
-                batch_size=batch_size,
-                accumulation=accumulation,
-                lr=lr,
-                schedule=schedule,
-                warmup=warmup,
-                weight_decay=weight_decay,
-                clip=clip,
-                optimizer=optimizer,
-                eval_every=eval_every,
-                patience=patience,
-                resume=resume,
-                gradient_checkpointing=gradient_checkpointing,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                overwrite=overwrite,
-                command=["secateur", *sys.argv[1:]],
+                **run,
+                **given,
                 announce=lambda forecast: say(forecast_table(forecast)),
                 progress=show,
             )
@@ -230,15 +282,33 @@ def recover(
         print_tables(recovery_tables(result))
 
 
-def _runner(method: str) -> Callable[..., Any]:
-    """The function that carries a method out, with the options above as its arguments."""
-    from secateur.errors import PatternError
-    from secateur.recover.fine_tuning import fine_tune
+def _tune_blocks(
+    method: str, pruned: str, output: str, given: Mapping[str, Any], run: Mapping[str, Any], as_json: bool
+) -> None:
+    """Block by block, without a Trainer."""
+    taken = {"only", "skip", "length", "held_out", "samples", "epochs", "batch_size", "lr", "patience", "dense"}
+    for name in given:
+        if name not in taken:
+            known = ", ".join(f"--{other.replace('_', '-')}" for other in sorted(taken))
+            raise PatternError(f"--{name.replace('_', '-')}: has no meaning for --method block, which takes {known}.")
+    names = {"lr": "learning_rate", "batch_size": "step"}
+    values = {names.get(name, name): value for name, value in given.items()}
+    if "held_out" in values:
+        values["held_out"] /= values.get("samples", 128)
+    values["calibration"] = run["data"]
+    values |= {name: value for name, value in run.items() if name != "data"}
+    with quiet_libraries(), progress(done="tuned") as on_event:
+        from secateur.recover.block import forwards, reconstruct
+        from secateur.report.recovery import block_tables
 
-    runners = {"lora": fine_tune, "sparse-lora": fine_tune, "full": fine_tune}
-    if method not in runners:
-        raise PatternError(f'--method: got "{method}", expected {", ".join(runners)}.')
-    return runners[method]
+        samples, epochs = values.get("samples", 128), values.get("epochs", 10)
+        most = forwards(epochs, 1 - values.get("held_out", 0.125))
+        typer.echo(f"at most {most:.1f} forwards of {samples} samples through the blocks", err=True)
+        manifest = reconstruct(pruned, output=output, on_event=on_event, **values)
+    if as_json:
+        print_json(manifest.to_json())
+    else:
+        print_tables(block_tables(manifest, output))
 
 
 @app.command(

@@ -184,11 +184,11 @@ def check_numbers(
     batch_size: int | None,
 ) -> None:
     """Raise `CalibrationError` for a setting that makes no sense."""
-    for option, count in (("epochs", epochs), ("step", step), ("patience", patience), ("batch-size", batch_size)):
+    for option, count in (("epochs", epochs), ("batch-size", step), ("patience", patience), ("batch-size", batch_size)):
         if count is not None and count < 1:
             raise CalibrationError(f"--{option}: got {count}, expected at least 1.")
     if not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise CalibrationError(f"--learning-rate: got {learning_rate}, expected a positive number.")
+        raise CalibrationError(f"--lr: got {learning_rate}, expected a positive number.")
     if not 0 < held_out < 1:
         raise CalibrationError(f"--held-out: got {held_out}, expected a share between 0 and 1, such as 0.125.")
     if targets not in ("dense", "pruned"):

@@ -142,7 +142,7 @@ def tune(
 def _finite(loss: float, block: Block, when: str) -> float:
     if not math.isfinite(loss):
         raise NumericalError(
-            f"{block.path}: the loss {when} is not finite. Use a smaller --learning-rate, or --dtype float32; if it is "
+            f"{block.path}: the loss {when} is not finite. Use a smaller --lr, or --dtype float32; if it is "
             "not finite at the start, check both models with secateur eval."
         )
     return loss

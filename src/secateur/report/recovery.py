@@ -9,6 +9,7 @@ from secateur.evaluate.perplexity import Perplexity
 from secateur.report.terminal import _table, bytes_text, seconds_text
 
 if TYPE_CHECKING:
+    from secateur.manifest import Manifest
     from secateur.recover.fine_tuning import Recovery
     from secateur.recover.forecast import Forecast
     from secateur.recover.merge import Merge
@@ -59,6 +60,29 @@ def recovery_tables(recovery: "Recovery") -> RenderableType:
             f"{record['base']['path']} -o MERGED"
         )
     return Group(table, *(Text(line) for line in lines), *(Text(note, style="yellow") for note in recovery.notes))
+
+
+def block_tables(manifest: "Manifest", output: str) -> RenderableType:
+    """The loss of each block on held-out samples before and after it was tuned, and what it took."""
+    record = manifest.recovery or {}
+    settings = record["settings"]
+    table = _table("block", "held-out loss", "tuned", "epochs", "seconds", title="Recovered block by block")
+    for block in record["blocks"]:
+        table.add_row(
+            str(block["index"]),
+            f"{block['before']:.4f}",
+            f"{block['after']:.4f}",
+            str(block["epochs"]),
+            f"{block['seconds']:.1f}",
+        )
+    lines = [
+        f"{settings['matrices']} matrices tuned on {settings['samples_trained']} samples, judged on "
+        f"{settings['samples_held_out']}; {record['forwards']:.1f} forwards of all samples, "
+        f"{seconds_text(record['seconds']['total'])}.",
+        f"Sparsity of planned weights: {manifest.totals['sparsity']:.4f}, as before.",
+        f"Written to {output}; check it with: secateur verify {output}",
+    ]
+    return Group(table, *(Text(line) for line in lines))
 
 
 def merge_tables(merge: "Merge") -> RenderableType:
