@@ -1,7 +1,7 @@
 """What recovery brings and what merging costs: perplexities of a model pruned to half by Wanda, as a table.
 
 python benchmarks/recovery_table.py stories260K tinystories_sample.txt --steps 24 --batch-size 8 --length 128 \
-        --held-out 16 --lr 4e-3
+    --held-out 16 --lr 4e-3
 """
 
 import argparse
