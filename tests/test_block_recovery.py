@@ -604,7 +604,7 @@ def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:  # noq
         "--data",
         "python-docs",
         "--samples",
-        "8",
+        "10",
         "--length",
         "32",
         "--held-out",
@@ -616,23 +616,24 @@ def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:  # noq
     ]
     result = call("recover", pruned, "-o", tmp_path / "ours", "--method", "block", *text, "--only", "*.mlp.*")
     assert result.code == 0, result.err
-    assert "at most 7.2 forwards of 8 samples" in result.err
+    assert "at most 7.4 forwards of 10 samples" in result.err
     assert "block 1 of 3 tuned" in result.err
     assert re.search(r"^block +held-out loss +tuned +epochs +seconds$", result.out, re.M)
-    assert "on 6 samples, judged on 2" in result.out
+    assert "on 8 samples, judged on 2" in result.out
     assert call("verify", tmp_path / "ours", "--source", pruned).code == 0
     reconstruct(
         pruned,
         calibration="python-docs",
-        samples=8,
+        samples=10,
         length=32,
-        held_out=0.25,
+        held_out=0.2,
         epochs=2,
         learning_rate=0.01,
         only="*.mlp.*",
         output=tmp_path / "theirs",
     )
-    assert same_bytes(read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "theirs"))
+    ours, theirs = read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "theirs")
+    assert all(same_bytes(ours[name], theirs[name]) for name in ours | theirs)
 
 
 @pytest.mark.parametrize(
