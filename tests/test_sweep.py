@@ -236,6 +236,19 @@ def test_a_missing_norm_is_taken_with_those_that_are_there(run: Run, tmp_path: P
     assert secateur.GradientFile(file).provenance["norms"] == ["l1", "l2"]
 
 
+def test_token_ids_in_memory(run: Run, place: Path, tmp_path: Path) -> None:
+    ids = load_file(place / "calibration.safetensors")["input_ids"]
+    text = str(place / "one.safetensors")
+    found = run(methods=[secateur.wanda()], patterns=[HALF], calibration=ids, samples=4)
+    secateur.prune(
+        place / "model", method=secateur.wanda(), calibration=ids[:4], batch_size=2, output=tmp_path / "alone"
+    )
+    expected = secateur.perplexity(tmp_path / "alone", text, batch_size=2)
+    assert found.cells[0].figures[text]["window_nats"] == expected.window_nats
+    with pytest.raises(CheckpointError, match="--samples 4, got 6"):
+        run(methods=[secateur.wanda()], patterns=[HALF], calibration=ids)
+
+
 def test_methods_without_data_draw_no_tokens(run: Run) -> None:
     found = run(methods=[secateur.magnitude()], calibration="nowhere.txt")
     assert [cell.status for cell in found.cells] == ["done", "done"]

@@ -39,7 +39,7 @@ def test_in_a_pipe(model: Path, call: Call, tmp_path: Path) -> None:
     # Once more, as a program: nothing is left to do.
     again = call("sweep", model, "-o", out, *grid, *CALIBRATION, *EVALUATION, "--json")
     assert again.code == 0
-    assert "0 cells to run, 6 finished" in again.err
+    assert "All 6 cells are finished already." in again.err
     assert again.json == json.loads((out / "sweep.json").read_text())
     assert [cell["folder"] for cell in again.json["cells"]] == [
         f"cells/{method}-{pattern}" for method in ("magnitude", "wanda") for pattern in ("50", "60", "2of4")
@@ -119,6 +119,8 @@ def test_mistakes_are_two(call: Call, model: Path, tmp_path: Path) -> None:
         (["--keep", "some"], '--keep: got "some", expected none, best or all.'),
         (["--sparsity", "0.5,0.5"], "magnitude 50% is in the grid twice"),
         (["--data", tmp_path / "nope.txt"], "nope.txt: no such file."),
+        (["--eval-length", "512"], "and the model has 256 positions. Use --eval-length 256 or less."),
+        (["--length", "512"], "and the model has 256 positions. Use --length 256 or less."),
     ):
         result = call("sweep", model, "-o", tmp_path / "out", *CALIBRATION, *EVALUATION, *arguments)
         assert (result.code, result.out) == (2, ""), result

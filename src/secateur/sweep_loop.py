@@ -118,7 +118,7 @@ class SweepLoop:
             asked = {"windows": asked["windows"]} if is_token_file(data) else asked
             windows = evaluation_windows(data, self.tokenizer, **asked)
             check_vocabulary(windows, opened.skeleton.vocabulary_size)
-            check_length(windows, opened.skeleton.positions)
+            check_length(windows, opened.skeleton.positions, "--eval-length")
             self._note_digest(f"data set {data}", windows)
             self.texts[data] = windows
 
@@ -154,7 +154,7 @@ class SweepLoop:
         # Agreement runs the dense model beside the pruned one.
         passes = 3 if self.settings["agreement"] else 1
         pending = self.pending
-        kept = {"none": 0, "best": len({task.cell.pattern for task in self.tasks}), "all": len(self.cells) - 1}
+        kept = {"none": 0, "best": len({task.cell.pattern for task in self.tasks}), "all": len(pending) - 1}
         estimate = estimate_sweep(
             opened,
             self.folder.path,

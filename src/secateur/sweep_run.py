@@ -89,8 +89,8 @@ def sweep(
     with ExitStack() as stack:
         opened = open_model(model, **opening)
         tasks = _grid(methods, patterns)
-        if isinstance(calibration, Tensor):
-            calibration = calibration_windows(calibration, None)
+        if isinstance(calibration, Tensor | Windows):
+            calibration = calibration_windows(calibration, None, samples=samples, length=length)
         settings = {
             "model": str(opened.origin.get("path")),
             "revision": revision,

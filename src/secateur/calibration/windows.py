@@ -152,12 +152,12 @@ def check_vocabulary(windows: Windows, vocabulary_size: int) -> None:
         )
 
 
-def check_length(windows: Windows, positions: int | None) -> None:
+def check_length(windows: Windows, positions: int | None, option: str = "--length") -> None:
     """Return nothing when a window fits a model with that many positions (None: any number); else CalibrationError."""
     if positions is not None and windows.length > positions:
         raise CalibrationError(
             f"windows of {windows.length} tokens, and the model has {positions} positions. "
-            f"Use --length {positions} or less."
+            f"Use {option} {positions} or less."
         )
 
 

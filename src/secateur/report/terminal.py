@@ -190,6 +190,8 @@ def verification_tables(result: Verification) -> RenderableType:
 
 def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
     """What a sweep has still to do, and what that would take."""
+    if not estimate.cells:
+        return Text(f"All {estimate.finished} cells are finished already.")
     table = _table("cell", "", "time", title=f"{len(estimate.cells)} cells to run, {estimate.finished} finished")
     for own in estimate.cells:
         what = "cannot be pruned" if own.refusal is not None else "prune, evaluate" if own.prune else "evaluate"
@@ -200,7 +202,7 @@ def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
     cost.add_row("disk", f"{bytes_text(estimate.disk_bytes)} ({bytes_text(estimate.free_disk_bytes)} free)")
     if estimate.host_bytes:
         free = bytes_text(estimate.available_host_bytes)
-        cost.add_row("host memory", f"about {bytes_text(estimate.host_bytes)} ({free} free)")
+        cost.add_row("host memory to prune", f"about {bytes_text(estimate.host_bytes)} ({free} free)")
     return Group(table, "", cost, *(Text(note, style="yellow") for note in estimate.notes))
 
 
