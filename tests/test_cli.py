@@ -34,14 +34,40 @@ WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", 
 TEXT = {"--calibration", "--samples", "--length", "--seed", "--sampling"}
 PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--statistics-device"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
+TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
+RECOVERY = {"--method", "--preset", "--targets", "--rank", "--alpha", "--dropout", "--only", "--skip", "--distill"}
+RECOVERY |= {"--distill-weight", "--temperature", "--data", "--length", "--held-out", "--seed", "--steps", "--minutes"}
+RECOVERY |= {
+    "--batch-size",
+    "--accumulation",
+    "--lr",
+    "--schedule",
+    "--warmup",
+    "--weight-decay",
+    "--clip",
+    "--optimizer",
+}
+RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing", "--dense", "--samples", "--epochs"}
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
+    "sweep": (WHAT - {"--method", "--norm", "--alpha"})
+    | TEXT
+    | (PRUNING - {"--gradient"})
+    | HOW
+    | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--dry-run"}
+    | {"--output", "--config", "--json"},
     "gradients": TEXT
     | HOW
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
-    "eval": HOW | {"--data", "--length", "--windows", "--config", "--json"},
-    "compare": (HOW - {"--revision"}) | {"--data", "--length", "--windows", "--csv", "--config", "--json"},
+    "recover": RECOVERY
+    | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
+    "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}
+    | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
+    "eval": HOW | TASKS | {"--data", "--length", "--windows", "--config", "--json"},
+    "compare": (HOW - {"--revision"})
+    | TASKS
+    | {"--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
     "report": {"--evaluation", "--open"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
     "verify": {"--source", "--json"},
@@ -420,7 +446,7 @@ def test_an_interruption(call: Call, model: Path, tmp_path: Path, monkeypatch: p
     result = call("prune", model, "-o", "out", "--method", "interrupting:method")
     assert (result.code, result.out) == (130, "")
     assert result.err.splitlines()[0].startswith("block 1 of 3 pruned")
-    assert result.err.splitlines()[-1] == "Interrupted; nothing was left behind."
+    assert result.err.splitlines()[-1] == "Interrupted; nothing half-written was left behind."
     assert [path.name for path in tmp_path.iterdir()] == ["interrupting.py"]
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from secateur.models.stream import Stream, states_folder
 from secateur.models.structure import Block
 from secateur.models.writer import CheckpointWriter
 from secateur.plan import Plan
+from secateur.shared_statistics import SharedStatistics
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,17 @@ class BlockLoop:
     within: str
     targets: str
     statistics_device: torch.device | None
+    shared: SharedStatistics | None
 
     @property
     def regional(self) -> bool:
         """Whether gradients are taken block by block on the way, rather than read from a file."""
         return self.method.gradient is not None and self.gradients is None
+
+    @property
+    def reuses(self) -> bool:
+        """Whether an earlier run has left the statistics of all blocks."""
+        return self.shared is not None and self.shared.complete
 
     @torch.no_grad()
     def run(self) -> None:
@@ -156,6 +163,8 @@ class BlockLoop:
         started = time.perf_counter()
         self.skeleton.load_outside()
         ids = self.windows.input_ids
+        if self.reuses:  # what is left to find out, how far each block's output moves, takes the first batch alone
+            ids = ids[: self.manifest.settings["batch_size"]]
         count = 2 if self.targets == "dense" else 1
         needed = count * ids.numel() * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.offload, needed, self.scratch)
@@ -225,7 +234,7 @@ class BlockLoop:
                 block,
                 group,
                 pruned,
-                needs=self.needs,
+                needs=self._kinds(),
                 gradient=self.method.gradient if self.regional else None,
                 twin=twin,
                 device=self.statistics_device,
@@ -233,6 +242,8 @@ class BlockLoop:
                 progress=lambda done, total: self._tell("statistics", block, done, total),
             )
             first = first or collected.first
+            if self.shared is not None:
+                collected = self._exchange(self.shared, block, collected)
             self.clock.add("statistics forward", started)
             self._solve(block, group, tensors, collected, changed)
             self._update(changed, tensors)
@@ -241,6 +252,20 @@ class BlockLoop:
         assert first is not None
         sizes = {"sites": [[matrix.name for matrix in group] for group in groups]} if self.within == "site" else {}
         return {"output_change": self._move_on(block, matrices, pruned, first, streams.last), **sizes}
+
+    def _kinds(self) -> frozenset[type[Statistic]]:
+        """The statistics to take on the way: those of this run, or of all that share them."""
+        if self.shared is None:
+            return self.needs
+        return frozenset() if self.shared.complete else self.shared.kinds
+
+    def _exchange(self, shared: SharedStatistics, block: Block, collected: Collected) -> Collected:
+        """What was collected, given to the runs that share it or completed with what an earlier one has left."""
+        if shared.complete:
+            return replace(collected, inputs=shared.get(block.index, self.needs))
+        shared.put(block.index, collected.inputs)
+        # Exact: a method must not see what it did not ask for; the diagonal of a Gram matrix is no SquaredNorm.
+        return replace(collected, inputs=collected.inputs.only(self.needs))
 
     def _update(self, changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put the changed tensors of a block into its module."""

@@ -17,7 +17,7 @@ from secateur.models.backward import GradientTap, regional_gradient
 from secateur.models.matrices import Matrix, tapped
 from secateur.models.stream import HiddenStates, Stream
 from secateur.models.structure import Block
-from secateur.models.tap import Enough, InputRecorder, Inputs, InputTap
+from secateur.models.tap import Enough, InputRecorder, Inputs, InputStatistics, InputTap
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class First:
 class Collected:
     """The statistics of the inputs of some matrices, their regional gradients by name, and the first batch."""
 
-    tap: InputTap
+    inputs: InputStatistics
     gradients: Mapping[str, GradientNorm]
     first: First
 
     def of(self, matrix: Matrix) -> dict[type[Statistic], Statistic]:
         """The statistics of a matrix's inputs."""
-        return self.tap.statistics(matrix)
+        return self.inputs.of(matrix)
 
 
 class DenseTwin:
@@ -133,7 +133,7 @@ def collect_statistics(
             total = matrix.of_parameter(gradient_tap.totals[matrix.parameter, wanted.norm], layout[matrix.parameter])
             check_gradient(matrix.name, total, samples)
             gradients[matrix.name] = GradientNorm(wanted, total, samples * stream.batches[0].shape[1], samples)
-    return Collected(tap, gradients, first)
+    return Collected(tap.taken, gradients, first)
 
 
 def sites(block: Block, matrices: Sequence[Matrix], stream: Stream) -> list[list[Matrix]]:

@@ -31,6 +31,7 @@ from secateur.models.stream import default_batch_size
 from secateur.models.writer import CheckpointWriter, writing
 from secateur.output import Scratch, check_output
 from secateur.plan import Plan, uniform
+from secateur.shared_statistics import SharedStatistics
 
 
 def prune(
@@ -50,6 +51,7 @@ def prune(
     within: str = "block",
     targets: str = "pruned",
     statistics_device: str | None = None,
+    statistics: SharedStatistics | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -73,6 +75,8 @@ def prune(
     of the block behind its matrices that were pruned already ("site": true sequential order). `targets` says which
     outputs methods that update weights fit: those that a matrix would have on its own inputs ("pruned", as published),
     or those that it has in the dense model ("dense"). `statistics_device` is where statistics are kept.
+    `statistics` are shared with other runs on the same model and tokens, with `propagate="dense"`: the first one takes
+    them, and the others need no forward for them.
     `gradient` is a file that `gradients` wrote for this model and these tokens; without it, a method that needs
     gradients takes them first.
 
@@ -84,6 +88,8 @@ def prune(
     started = time.perf_counter()
     only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
     check_choices(method, propagate, within, targets)
+    if statistics is not None and propagate != "dense":
+        raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
     kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
@@ -114,6 +120,8 @@ def prune(
                 given.check_tokens(windows.digest, windows.samples, windows.length)
         needs = method.needs | ({CrossGram} if targets == "dense" else frozenset())
         regional = method.gradient is not None and method.gradient.scope == "block" and given is None
+        if regional and statistics is not None:
+            raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
         if regional and windows is not None:
             assert method.gradient is not None
             batch_size = gradient_batch_size(skeleton, windows.length, method.gradient.granularity, batch_size)
@@ -123,8 +131,7 @@ def prune(
         if ordered is not None:
             batch_size = 1
         manifest = Manifest(
-            versions={"secateur": secateur.__version__, "torch": torch.__version__, "python": platform.python_version()}
-            | _library_versions(),
+            versions=run_versions(),
             method=method.name,
             source=opened.origin,
             settings={
@@ -172,6 +179,10 @@ def prune(
                 progress=lambda stage, done, total: on_event(Event(f"gradients: {stage}", done=done, total=total)),
             )
             clock.add("gradients", began)
+        shared = statistics if needs else None
+        if shared is not None:
+            assert windows is not None
+            shared.begin(needs, _shareable(manifest, opened, windows, plan))
         BlockLoop(
             skeleton=skeleton,
             method=method,
@@ -189,9 +200,12 @@ def prune(
             within=within,
             targets=targets,
             statistics_device=kept_on,
+            shared=shared,
         ).run()
+        if shared is not None:
+            shared.complete = True
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
-        _totals(manifest)
+        count_totals(manifest)
         if writer is not None:
             writer.close()
             manifest.tensors, manifest.headers = writer.digests, writer.header_digests
@@ -264,6 +278,12 @@ def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict
     return None
 
 
+def _shareable(manifest: Manifest, opened: OpenedModel, windows: Windows, plan: Plan) -> dict[str, Any]:
+    """What two runs must have in common to share statistics."""
+    settings = {name: manifest.settings[name] for name in ("device", "dtype", "batch_size", "statistics_device")}
+    return {"model": opened.origin, "tokens": windows.digest, "matrices": list(plan), **settings}
+
+
 def make_plan(
     opened: OpenedModel,
     method: Method,
@@ -284,7 +304,8 @@ def make_plan(
     return uniform(shapes, pattern or Unstructured(0.5), only=only, skip=skip, per=method.per)
 
 
-def _totals(manifest: Manifest) -> None:
+def count_totals(manifest: Manifest) -> None:
+    """Count the planned weights and zeros of all matrices again."""
     weights = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest.matrices.values())
     zeros = sum(entry["zeros"] for entry in manifest.matrices.values())
     manifest.totals = {
@@ -304,8 +325,15 @@ def _asked(pattern: Mapping[str, Any]) -> float:
     return NM(**pattern).sparsity if "n" in pattern else float(pattern["sparsity"])
 
 
-def _library_versions() -> dict[str, str]:
+def run_versions() -> dict[str, str]:
+    """The versions of everything that a result depends on."""
     import accelerate
     import transformers
 
-    return {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
+    return {
+        "secateur": secateur.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }

@@ -300,20 +300,32 @@ def _seconds(
 
     Two for statistics of inputs, four for gradients of the loss, two more than before for regional ones.
     """
+    last = max(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
+    forwards = 2 if method.needs or (kind is not None and kind.scope == "block") else 0
+    if kind is not None:
+        forwards += 4 if kind.scope == "model" else 2
+    work = 2 * forwards * tokens * _weights_of_a_token(skeleton, last)
+    computing = work / _multiplication_rate(skeleton) if tokens else 0.0
+    moving = (0 if skeleton.resident else sizes.total) / DISK_BYTES_PER_SECOND + sizes.total / DISK_BYTES_PER_SECOND
+    return max(computing, moving) + 1
+
+
+def forward_seconds(opened: OpenedModel, tokens: int) -> float:
+    """About how long one forward of a whole opened model takes, its head included."""
+    skeleton = opened.skeleton
+    weights = _weights_of_a_token(skeleton, len(skeleton.blocks)) + skeleton.vocabulary_size * skeleton.hidden_size
+    return 2 * tokens * weights / _multiplication_rate(skeleton)
+
+
+def _weights_of_a_token(skeleton: Skeleton, last: int) -> float:
+    """How many weights of the blocks up to the last one a token is multiplied with."""
     experts = numbered_experts(skeleton.text_config) or 1
     share = (getattr(skeleton.text_config, "num_experts_per_tok", None) or 1) / experts
-    last = max(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
-    multiplied = sum(
+    return sum(
         matrix.shape[0] * matrix.shape[1] * (share if matrix.expert is not None else 1)
         for matrix in skeleton.matrices
         if matrix.block <= last
     )
-    forwards = 2 if method.needs or (kind is not None and kind.scope == "block") else 0
-    if kind is not None:
-        forwards += 4 if kind.scope == "model" else 2
-    computing = 2 * forwards * tokens * multiplied / _multiplication_rate(skeleton) if tokens else 0.0
-    moving = (0 if skeleton.resident else sizes.total) / DISK_BYTES_PER_SECOND + sizes.total / DISK_BYTES_PER_SECOND
-    return max(computing, moving) + 1
 
 
 def _multiplication_rate(skeleton: Skeleton) -> float:

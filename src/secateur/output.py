@@ -10,6 +10,8 @@ from torch import nn
 from secateur.errors import CheckpointError
 from secateur.manifest import FILE_NAME
 
+ADAPTER_RECORD = "secateur_adapter.json"  # what an adapter has in the place of a manifest
+
 
 def check_output(
     output: str | os.PathLike[str] | None, model: str | os.PathLike[str] | nn.Module, overwrite: bool
@@ -21,25 +23,36 @@ def check_output(
         return None
     target = Path(output).expanduser().absolute()
     if not isinstance(model, nn.Module):
-        source = Path(model).expanduser()
-        if source.exists() and (source.resolve() == target.resolve() or source.resolve() in target.resolve().parents):
-            raise CheckpointError(f"{output}: the output is the source, or lies inside it. Choose another folder.")
-        if source.exists() and target.resolve() in source.resolve().parents:
-            raise CheckpointError(f"{output}: the output holds the source ({source}). Choose another folder.")
+        check_apart(output, model)
     if target.exists():
         if not overwrite:
             raise CheckpointError(f"{output}: exists already. Choose another folder, or pass --overwrite.")
-        if not target.is_dir() or (any(target.iterdir()) and not (target / FILE_NAME).exists()):
+        own = any((target / name).exists() for name in (FILE_NAME, ADAPTER_RECORD))
+        if not target.is_dir() or (any(target.iterdir()) and not own):
             raise CheckpointError(
                 f"{output}: exists and holds no {FILE_NAME}, so Secateur did not write it and will not overwrite it. "
                 "Choose another folder, or remove it yourself."
             )
-    above = next(folder for folder in target.parents if folder.exists())
+    check_writable(output)
+    return target
+
+
+def check_apart(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> None:
+    """Raise `CheckpointError` when the output is the source, lies inside it, or holds it."""
+    target, source = Path(output).expanduser().absolute(), Path(model).expanduser()
+    if source.exists() and (source.resolve() == target.resolve() or source.resolve() in target.resolve().parents):
+        raise CheckpointError(f"{output}: the output is the source, or lies inside it. Choose another folder.")
+    if source.exists() and target.resolve() in source.resolve().parents:
+        raise CheckpointError(f"{output}: the output holds the source ({source}). Choose another folder.")
+
+
+def check_writable(output: str | os.PathLike[str]) -> None:
+    """Raise `CheckpointError` when the output cannot be made where it is to be."""
+    above = next(folder for folder in Path(output).expanduser().absolute().parents if folder.exists())
     effective = os.access in os.supports_effective_ids
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK, effective_ids=effective):
         reason = "no permission to write there" if above.is_dir() else "it is not a folder"
         raise CheckpointError(f"{output}: cannot be made in {above} ({reason}). Choose another output folder.")
-    return target
 
 
 class Scratch:

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from secateur.block_loop import Event
+    from secateur.sweep_loop import SweepEvent
 
 
 @contextmanager
@@ -21,15 +23,19 @@ def quiet_libraries() -> Iterator[None]:
     logging: Any = importlib.import_module("transformers.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    yield
+    with warnings.catch_warnings():
+        # What transformers and peft tell each other about names to come.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+        yield
 
 
-def print_tables(content: Any) -> None:
-    """Print tables to standard output."""
+def print_tables(content: Any, *, error: bool = False) -> None:
+    """Print tables to standard output, or to standard error."""
     from rich.console import Console
 
     # A pipe has no width; lines are then as long as they need to be.
-    Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(content)
+    terminal = (sys.stderr if error else sys.stdout).isatty()
+    Console(width=None if terminal else 200, soft_wrap=not terminal, stderr=error).print(content)
 
 
 def print_json(value: Any) -> None:
@@ -38,14 +44,17 @@ def print_json(value: Any) -> None:
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the single values of rows into a CSV file, with a header; lists and objects are left out."""
+    """Write the single values of rows into a CSV file, with a header; lists and objects are left out.
+
+    A column that only some rows have is empty in the others.
+    """
     import csv
 
     from secateur.models.writer import writing
 
-    columns = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
+    columns = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | dict))
     with writing(file), file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, extrasaction="ignore")
+        writer = csv.DictWriter(stream, list(columns), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -87,8 +96,8 @@ def _bar() -> Iterator[Any]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[["Event"], None]]:
-    """A bar over blocks with the stage and time left on a terminal; one line per block in a pipe."""
+def progress(done: str = "pruned") -> Iterator[Callable[["Event"], None]]:
+    """A bar over blocks with the stage and time left on a terminal; one line per block in a pipe, which is `done`."""
     started = time.perf_counter()
     if not sys.stderr.isatty():
 
@@ -99,7 +108,7 @@ def progress() -> Iterator[Callable[["Event"], None]]:
             elif event.stage.startswith("gradients") and event.done == event.total:
                 typer.echo(f"{event.stage}, {elapsed:.1f} s", err=True)
             elif event.stage == "write":
-                typer.echo(f"block {event.block + 1} of {event.blocks} pruned, {elapsed:.1f} s", err=True)
+                typer.echo(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s", err=True)
 
         yield plain
         return
@@ -130,6 +139,84 @@ def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
     with _bar() as bar:
         task = bar.add_task("opening", total=None, detail="")
         yield lambda stage, done, total: bar.update(task, description=stage, total=total, completed=done, detail="")
+
+
+@contextmanager
+def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[[Any], None]]]:
+    """(what shows an event, what prints a table above that).
+
+    Events are a bar over cells with the stage of the one at hand on a terminal, and one line per cell in a pipe.
+    """
+    from secateur.report.terminal import seconds_text
+
+    def line(event: "SweepEvent") -> str | None:
+        cell = event.cell
+        if event.kind == "dense":
+            return f"dense model evaluated on {event.stage}"
+        if event.kind == "again":
+            assert cell is not None
+            return f"{cell.name}: pruned again for what it lacks, since its checkpoint was not kept"
+        if event.kind != "cell" or cell is None:
+            return None
+        found = {data.rpartition("/")[2]: figures.get("perplexity") for data, figures in cell.figures.items()}
+        numbers = [f"{value:.2f}" + (f" on {data}" if len(found) > 1 else "") for data, value in found.items() if value]
+        result = f"failed: {cell.error}" if cell.status == "failed" else f"perplexity {', '.join(numbers)}"
+        left = event.cells - event.finished
+        time_left = f", about {seconds_text(event.seconds_left)}" if left and event.seconds_left is not None else ""
+        return f"{cell.name}: {result}, {seconds_text(cell.seconds)}, {left} of {event.cells} cells left{time_left}"
+
+    if not sys.stderr.isatty():
+
+        def plain(event: "SweepEvent") -> None:
+            text = line(event)
+            if text is not None:
+                typer.echo(text, err=True)
+
+        yield plain, lambda content: print_tables(content, error=True)
+        return
+    with _bar() as bar:
+        task = bar.add_task("cells", total=None, detail="")
+
+        def show(event: "SweepEvent") -> None:
+            text = line(event)
+            if text is not None:
+                bar.console.print(text, highlight=False, markup=False)
+            where = event.cell.name if event.cell is not None else "all cells"
+            stage = event.stage.rpartition("/")[2]  # of a file, the name alone
+            inner = f"{where}: {stage} {event.done}/{event.total}" if event.total else stage
+            begins = not bar.tasks[0].fields["detail"].startswith(where)
+            bar.update(task, total=event.cells or None, completed=event.finished, detail=inner, refresh=begins)
+
+        yield show, bar.console.print
+
+
+@contextmanager
+def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], Callable[[Any], None]]]:
+    """(show, say): a bar for each stage with a note behind it; what is said stands above it.
+
+    In a pipe there is a line whenever a stage is done or a new perplexity was measured, and all of it on stderr.
+    """
+    from rich.console import Console
+
+    if sys.stderr.isatty():
+        with _bar() as bar:
+            task = bar.add_task("opening", total=None, detail="")
+
+            def show(stage: str, done: int, total: int, note: str) -> None:
+                bar.update(task, description=stage, total=total or None, completed=done, detail=note)
+
+            yield show, bar.console.print
+        return
+    started, measured = time.perf_counter(), ""
+
+    def plain(stage: str, done: int, total: int, note: str) -> None:
+        nonlocal measured
+        perplexity = note.partition("perplexity ")[2]
+        if stage.startswith("training") and perplexity != measured:
+            measured = perplexity
+            typer.echo(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", err=True)
+
+    yield plain, Console(stderr=True, width=200, soft_wrap=True).print
 
 
 @contextmanager

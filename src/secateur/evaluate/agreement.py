@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
 from secateur.errors import CheckpointError, NumericalError
 from secateur.evaluate.forward import after_the_last_block
+from secateur.evaluate.perplexity import paired_difference
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import Stream
 
@@ -61,17 +62,12 @@ class Agreement:
     @property
     def difference(self) -> float:
         """The pruned model's mean loss minus the dense one's, in nats."""
-        return float(self._differences().mean())
+        return paired_difference(self.window_nats, self.window_nats_dense)[0]
 
     @property
     def difference_error(self) -> float:
         """The standard error of `difference`, from the differences of windows; NaN for one window."""
-        return _error(self._differences())
-
-    def _differences(self) -> Tensor:
-        return torch.tensor(self.window_nats, dtype=torch.float64) - torch.tensor(
-            self.window_nats_dense, dtype=torch.float64
-        )
+        return paired_difference(self.window_nats, self.window_nats_dense)[1]
 
     def to_json(self) -> dict[str, Any]:
         """All fields, both perplexities and their difference; errors are None where one window alone gives none."""

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,6 +53,17 @@ class Perplexity:
         if math.isnan(self.standard_error):  # JSON knows no NaN
             value["perplexity_error"] = value["standard_error"] = None
         return value
+
+
+def paired_difference(window_nats: Sequence[float], window_nats_dense: Sequence[float]) -> tuple[float, float]:
+    """(mean, its standard error) of the differences between two models' losses on the same windows, in nats.
+
+    The error is NaN for one window.
+    """
+    own, dense = (torch.tensor(nats, dtype=torch.float64) for nats in (window_nats, window_nats_dense))
+    differences = own - dense
+    error = float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else math.nan
+    return float(differences.mean()), error
 
 
 def perplexity(

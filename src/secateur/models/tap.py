@@ -119,6 +119,27 @@ def by_expert(product: Product) -> Iterator[tuple[tuple[str, int | None], Tensor
         yield (product.name, expert), rows[(rows != 0).any(dim=-1)]
 
 
+@dataclass(frozen=True)
+class InputStatistics:
+    """The statistics of the inputs of parameters, by (parameter, expert); `leader` is the one that has a matrix's."""
+
+    leader: Mapping[tuple[str, int | None], tuple[str, int | None]]
+    by_leader: Mapping[tuple[str, int | None], Mapping[type[Statistic], Statistic]]
+
+    def of(self, matrix: Matrix) -> dict[type[Statistic], Statistic]:
+        """The statistics of a matrix's inputs; none when no token reached it."""
+        leader = self.leader.get((matrix.parameter, matrix.expert))
+        found = self.by_leader[leader] if leader is not None else {}
+        if matrix.columns is None:
+            return dict(found)
+        return {kind: statistic.select(matrix.columns) for kind, statistic in found.items()}
+
+    def only(self, kinds: frozenset[type[Statistic]]) -> "InputStatistics":
+        """The statistics of these kinds alone."""
+        kept = {key: {k: own for k, own in found.items() if k in kinds} for key, found in self.by_leader.items()}
+        return InputStatistics(self.leader, kept)
+
+
 class InputTap(ProductTap):
     """Collects statistics of what the given parameters multiply, while it is active.
 
@@ -232,13 +253,10 @@ class InputTap(ProductTap):
         """For each (parameter, expert), in the order of the products, the parameter that read the same input first."""
         return {key: leader[0] for key, leader in self._leader.items()}
 
-    def statistics(self, matrix: Matrix) -> dict[type[Statistic], Statistic]:
-        """The statistics of a matrix's inputs; none when no token reached it."""
-        leader = self._leader.get((matrix.parameter, matrix.expert))
-        found = self._statistics[leader] if leader is not None else {}
-        if matrix.columns is None:
-            return found
-        return {kind: statistic.select(matrix.columns) for kind, statistic in found.items()}
+    @property
+    def taken(self) -> InputStatistics:
+        """The statistics so far."""
+        return InputStatistics(self._leader, self._statistics)
 
     def check(self, matrices: Sequence[Matrix], samples: int) -> None:
         """Raise unless every matrix saw tokens, and only finite ones."""
@@ -253,7 +271,7 @@ class InputTap(ProductTap):
         # In the order of the forward, so that the first one named is where the trouble begins.
         order = {key: position for position, key in enumerate(self._leader)}
         for matrix in sorted(matrices, key=lambda matrix: order[(matrix.parameter, matrix.expert)]):
-            for statistic in self.statistics(matrix).values():
+            for statistic in self.taken.of(matrix).values():
                 if not statistic.is_finite():
                     raise CalibrationError(
                         f"{matrix.name}: its inputs on the calibration samples contain NaN or infinity. "
@@ -261,7 +279,7 @@ class InputTap(ProductTap):
                     )
 
     def _tokens(self, matrix: Matrix) -> int:
-        return max((statistic.tokens for statistic in self.statistics(matrix).values()), default=0)
+        return max((statistic.tokens for statistic in self.taken.of(matrix).values()), default=0)
 
 
 Inputs = dict[tuple[str, int | None], list[Tensor]]

@@ -1,0 +1,160 @@
+"""What a sweep would run and cost, before it starts."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from secateur.core.gradients import Granularity, Scope
+from secateur.core.gram import Gram
+from secateur.core.patterns import Pattern
+from secateur.core.problem import Method
+from secateur.engine import check_choices, check_dense_targets, make_plan
+from secateur.errors import SecateurError
+from secateur.forecast import Estimate, estimate, forward_seconds
+from secateur.models.opened import OpenedModel
+from secateur.sweep_folder import Cell
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell to run, with the objects that its names stand for."""
+
+    cell: Cell
+    method: Method
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class CellEstimate:
+    """What one cell would take. `refusal` says why it cannot be run at all; it will be recorded as failed."""
+
+    cell: Cell
+    seconds: float
+    prune: bool  # rather than only evaluate a checkpoint that is there
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepEstimate:
+    """The dry run of a sweep. Bytes are totals at the peak; seconds are rough, and leave the solving out."""
+
+    folder: Path
+    cells: list[CellEstimate]
+    finished: int
+    shared_seconds: float  # of the dense evaluation and the gradients
+    disk_bytes: int
+    free_disk_bytes: int
+    host_bytes: int
+    available_host_bytes: int
+    notes: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """Of all that is still to be done."""
+        return self.shared_seconds + sum(cell.seconds for cell in self.cells)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, with the total of seconds."""
+        cells = [
+            {"method": own.cell.method, "pattern": own.cell.pattern, **vars(own), "cell": own.cell.folder}
+            for own in self.cells
+        ]
+        value = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        return {**value, "folder": str(self.folder), "cells": cells, "seconds": self.seconds}
+
+
+def shared_gradient(method: Method, propagate: str) -> tuple[Granularity, Scope] | None:
+    """Of which kind the gradients are that a method can share with others: those of the dense model.
+
+    Gradients of block outputs are taken behind the pruned blocks, unless ``propagate="dense"``.
+    """
+    kind = method.gradient
+    if kind is None or (kind.scope == "block" and propagate == "pruned"):
+        return None
+    return kind.granularity, kind.scope
+
+
+def refusal(opened: OpenedModel, task: Task, options: Mapping[str, Any]) -> SecateurError | None:
+    """The error that `prune` would raise for a task before it starts."""
+    try:
+        check_choices(task.method, options["propagate"], options["within"], options["targets"])
+        plan = make_plan(opened, task.method, task.pattern, only=options["only"], skip=options["skip"])
+        if options["targets"] == "dense":
+            check_dense_targets([matrix for matrix in opened.skeleton.matrices if matrix.name in plan])
+    except SecateurError as error:
+        return error
+    return None
+
+
+def estimate_sweep(
+    opened: OpenedModel,
+    folder: Path,
+    tasks: Sequence[Task],
+    *,
+    pruned: Sequence[Cell],
+    finished: int,
+    evaluations: Mapping[str, int],
+    dense_tokens: int,
+    checkpoints: int,
+    options: Mapping[str, Any],
+) -> SweepEstimate:
+    """The estimate of the `tasks` that are still to be done.
+
+    `pruned` are the cells whose checkpoint is there, `evaluations` the tokens to evaluate by cell folder,
+    `dense_tokens` those of the dense model, `checkpoints` how many are on disk at once, `options` those of
+    `forecast.estimate`. Raises the error of the first task when none can be run.
+    """
+    refusals = {task.cell.folder: None if task.cell in pruned else refusal(opened, task, options) for task in tasks}
+    errors = [error for error in refusals.values() if error is not None]
+    if tasks and len(errors) == len(tasks):
+        raise errors[0]
+    token_seconds = forward_seconds(opened, 10**6) / 10**6
+    alone: dict[tuple[str, bool], Estimate] = {}  # by label, and whether the statistics are there already
+    shared: dict[tuple[Granularity, Scope], tuple[float, int]] = {}
+    cells, statistics = [], 0
+    for task in tasks:
+        error, label = refusals[task.cell.folder], task.cell.method
+        seconds = token_seconds * evaluations[task.cell.folder]
+        if error is None and task.cell not in pruned:
+            kind = shared_gradient(task.method, options["propagate"])
+            reused = options["propagate"] == "dense" and statistics > 0
+            if (label, reused) not in alone:
+                method = replace(task.method, gradient=None) if kind is not None else task.method
+                method = replace(method, needs=frozenset()) if reused else method
+                alone[label, reused] = estimate(opened, method=method, pattern=task.pattern, **options)
+            own = alone[label, reused]
+            seconds += own.seconds
+            if kind is not None and kind not in shared:
+                both = estimate(opened, method=task.method, pattern=task.pattern, **options)
+                shared[kind] = (max(0.0, both.seconds - own.seconds), both.disk_bytes - own.disk_bytes)
+            if options["propagate"] == "dense" and task.method.needs:
+                grams = sum(4 * matrix.shape[1] ** 2 for matrix in opened.skeleton.matrices)
+                statistics = max(statistics, grams if Gram in task.method.needs else 1)
+        elif error is not None:
+            seconds = 0.0
+        cells.append(CellEstimate(task.cell, seconds, task.cell not in pruned, str(error) if error else None))
+    checkpoint = max((own.disk_bytes for own in alone.values()), default=0)
+    disk = checkpoints * checkpoint + sum(size for _, size in shared.values()) + statistics
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    notes = [f"{own.cell.name} will fail: {own.refusal}" for own in cells if own.refusal is not None]
+    if disk > free:
+        notes.append("This needs more disk than is free now: use --keep none, or another folder.")
+    if any(Gram in task.method.needs for task in tasks):
+        notes.append("The time to solve with Gram matrices is not part of the estimate.")
+    notes += dict.fromkeys(note for own in alone.values() for note in own.notes if "Gram" not in note)
+    some = next(iter(alone.values()), None)
+    return SweepEstimate(
+        folder=folder,
+        cells=cells,
+        finished=finished,
+        shared_seconds=token_seconds * dense_tokens + sum(seconds for seconds, _ in shared.values()),
+        disk_bytes=disk,
+        free_disk_bytes=free,
+        host_bytes=max((own.host_bytes for own in alone.values()), default=0),
+        available_host_bytes=some.available_host_bytes if some is not None else 0,
+        notes=notes,
+    )

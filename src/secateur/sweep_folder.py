@@ -1,0 +1,300 @@
+"""A sweep on disk: its cells, its settings, and what is left of processes that died."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
+
+from secateur.core.patterns import NM, Pattern, Unstructured
+from secateur.errors import CheckpointError
+from secateur.manifest import FILE_NAME
+from secateur.models.writer import writing
+from secateur.output import check_apart, check_writable
+
+SWEEP_FILE = "sweep.json"
+CELL_FILE = "cell.json"
+CHECKPOINT = "checkpoint"
+LOCK_FILE = "sweep.lock"
+_LEFTOVER = re.compile(r"\.(partial|states|gradients|old)-\d+")
+
+Figures = Mapping[str, Mapping[str, Any]]
+Status = Literal["done", "failed", "pending"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pruning of a sweep: a method, by its label, and a pattern, with what came of it.
+
+    `figures` has an entry for each data set: what `Perplexity.to_json` gives, and `difference` and `difference_error`,
+    the paired difference to the dense model in nats; where agreement was asked for, also that, under `agreement`.
+    `seconds` are those of pruning and evaluating. `folder` is relative to that of the sweep.
+    """
+
+    method: str
+    pattern: str
+    sparsity: float
+    folder: str
+    status: Status = "pending"
+    seconds: float = 0.0
+    figures: Figures = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Method and pattern: "wanda 50%"."""
+        return f"{self.method} {self.pattern}"
+
+    @classmethod
+    def of(cls, label: str, pattern: Pattern) -> "Cell":
+        """The cell of a method's label and a pattern, not run yet."""
+        return cls(label, pattern_text(pattern), pattern.sparsity, f"cells/{cell_name(label, pattern)}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is known of a grid of prunings: the dense model's figures by data set, the settings, and the cells."""
+
+    folder: Path
+    model: str
+    dense: Figures
+    settings: Mapping[str, Any]
+    cells: Sequence[Cell]
+
+    @property
+    def failed(self) -> list[Cell]:
+        """The cells that failed."""
+        return [cell for cell in self.cells if cell.status == "failed"]
+
+    @property
+    def data(self) -> list[str]:
+        """The data sets, the first of which decides which cell is best."""
+        return list(self.settings["data"])
+
+    def to_json(self) -> dict[str, Any]:
+        """What `sweep.json` holds: model, dense, settings, cells."""
+        value = {"model": self.model, "dense": self.dense, "settings": self.settings}
+        result: dict[str, Any] = plain({**value, "cells": [dataclasses.asdict(cell) for cell in self.cells]})
+        return result
+
+    @classmethod
+    def from_json(cls, folder: Path, value: Mapping[str, Any]) -> "Sweep":
+        """The sweep that `to_json` wrote."""
+        cells = [Cell(**cell) for cell in value["cells"]]
+        return cls(folder, value["model"], value["dense"], value["settings"], cells)
+
+
+class SweepFolder:
+    """The folder of a sweep. `sweep.json` has settings and cells; every cell has a folder with its own `cell.json`.
+
+    Whatever is written appears under its name when it is complete, so that a process can end at any time.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], model: str | os.PathLike[str]) -> None:
+        """Raises `CheckpointError` for a folder that holds something else, and where nothing can be written."""
+        self.path = Path(path).expanduser().absolute()
+        check_apart(path, model)
+        check_writable(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{path}: is a file; a sweep needs a folder. Choose another name.")
+        others = {LOCK_FILE} | {file.name for file in self.path.glob("*") if _LEFTOVER.search(file.name)}
+        if self.found() is None and self.path.exists() and {file.name for file in self.path.iterdir()} - others:
+            raise CheckpointError(
+                f"{path}: is not empty and holds no {SWEEP_FILE}, so it is not the folder of a sweep. Choose another."
+            )
+
+    def found(self) -> Sweep | None:
+        """The sweep as the files have it, or None where none was started. Raises `CheckpointError` for damaged ones."""
+        file = self.path / SWEEP_FILE
+        if not file.exists():
+            return None
+        try:
+            sweep = Sweep.from_json(self.path, json.loads(file.read_text()))
+            cells = [self._cell(cell) for cell in sweep.cells]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file}: damaged ({error!r}). Remove {self.path} to start again.") from None
+        return dataclasses.replace(sweep, cells=cells)
+
+    def _cell(self, cell: Cell) -> Cell:
+        # A process that was killed may have finished a cell, and not have told sweep.json.
+        file = self.path / cell.folder / CELL_FILE
+        return Cell(**json.loads(file.read_text())) if file.exists() else cell
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nothing; no other process works in the folder meanwhile. What dead ones left half-written is removed."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCK_FILE)
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]  # innermost first
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise CheckpointError(
+                    f"{self.path}: another process is running this sweep. Wait for it, or choose another folder."
+                ) from None
+        try:
+            self._clean()
+            yield
+        finally:
+            if not (self.path / SWEEP_FILE).exists():
+                (self.path / LOCK_FILE).unlink(missing_ok=True)
+                with suppress(OSError):
+                    for folder in made:
+                        folder.rmdir()
+            lock.release()
+
+    def _clean(self) -> None:
+        for folder in (self.path, *self.path.glob("cells/*/")):
+            for entry in list(folder.iterdir()):
+                if not _LEFTOVER.search(entry.name):
+                    continue
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the sweep, whole or not at all."""
+        file = self.path / name
+        partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", newline="") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+
+    def write_cell(self, cell: Cell) -> None:
+        """Write what is known of a cell."""
+        self.write(f"{cell.folder}/{CELL_FILE}", _json(dataclasses.asdict(cell)))
+
+    def write_sweep(self, sweep: Sweep) -> None:
+        """Write what is known of the whole sweep."""
+        self.write(SWEEP_FILE, _json(sweep.to_json()))
+
+    def checkpoint(self, cell: Cell) -> Path:
+        """Where the pruned checkpoint of a cell is, or would be."""
+        return self.path / cell.folder / CHECKPOINT
+
+    def keep_manifest(self, cell: Cell) -> None:
+        """Copy the manifest of a cell's checkpoint beside it, where it stays."""
+        self.write(f"{cell.folder}/{FILE_NAME}", (self.checkpoint(cell) / FILE_NAME).read_text())
+
+    def source_tensors(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """sha256 of the source's planned tensors as the first of these cells with a manifest saw them."""
+        for cell in cells:
+            file = self.path / cell.folder / FILE_NAME
+            if file.exists():
+                return dict(json.loads(file.read_text())["source_tensors"])
+        return {}
+
+    def drop_checkpoint(self, cell: Cell) -> None:
+        """Remove the checkpoint of a cell, if it has one."""
+        folder = self.checkpoint(cell)
+        if folder.exists():
+            # Under another name first: what is half removed must not be taken for a checkpoint.
+            old = folder.rename(folder.with_name(f"{folder.name}.old-{os.getpid()}"))
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a setting that differs from the one that the folder's cells were made with.
+
+    Methods, patterns and data sets may be added. An entry that only one side has is no difference.
+    """
+    own = {key: value for key, value in new.items() if key not in ("methods", "digests", "data", "agreement")}
+    for key, value in own.items():
+        if key in old and old[key] != value:
+            raise _changed(folder, f"--{key.replace('_', '-')}", old[key], value)
+    for label, method in new["methods"].items():
+        held = old["methods"].get(label, method)
+        if held["name"] != method["name"]:
+            raise _changed(folder, f"--methods {label} for", held["name"], method["name"], label)
+        for option in sorted({*held["options"], *method["options"]}):
+            before, now = (side["options"].get(option) for side in (held, method))
+            if before != now:
+                raise _changed(folder, f"--option {label}.{option}", before, now, label)
+    for what, digest in new["digests"].items():
+        held = old["digests"].get(what, digest)
+        if held != digest:
+            raise CheckpointError(
+                f"{folder}: the tokens of the {what} have changed since this sweep was started (digest {digest[:12]}, "
+                f"expected {held[:12]}). Bring the old text back, or choose another folder."
+            )
+
+
+def _changed(folder: Path, setting: str, old: Any, new: Any, label: str | None = None) -> CheckpointError:
+    label_it = f", or give this variant a label of its own: --methods NAME={label}" if label is not None else ""
+    return CheckpointError(
+        f"{folder}: this sweep was started with {setting} {_spoken(old)}, got {_spoken(new)}. All cells of a sweep "
+        f"have the same settings: go on with the old value{label_it}, or choose another folder."
+    )
+
+
+def _spoken(value: Any) -> str:
+    if value is None or value == []:
+        return "left out"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def pattern_text(pattern: Pattern) -> str:
+    """What tables call a pattern: "50%", "50% per row", "2:4"."""
+    if isinstance(pattern, Unstructured):
+        return f"{_percent(pattern.sparsity)}%" + (f" per {pattern.per}" if pattern.per else "")
+    return str(pattern)
+
+
+def _percent(sparsity: float) -> str:
+    # Exact: the decimal that was written, so that two sparsities never share a name.
+    percent = Decimal(str(sparsity)) * 100
+    text = format(percent, "f")
+    if len(text) > 24:
+        return format(percent, "e")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def cell_name(label: str, pattern: Pattern) -> str:
+    """A file name for a cell, legal on every system and different for different cells: "wanda-50", "wanda-2of4"."""
+    if isinstance(pattern, Unstructured):
+        end = f"{_percent(pattern.sparsity)}{pattern.per or ''}".replace("-", "_")
+    elif isinstance(pattern, NM):
+        end = f"{pattern.n}of{pattern.m}"
+    else:
+        end = _legal(str(pattern)).replace("-", "_")
+    # No hyphen is left in `end`, so that the last one is where the label ends.
+    return f"{_legal(label)}-{end}"
+
+
+def _legal(text: str) -> str:
+    """The text, or, where systems disagree about it (capitals, dots, other signs, length), a likeness and a digest."""
+    if re.fullmatch(r"[a-z0-9_][a-z0-9_+-]{0,63}", text):
+        return text
+    likeness = re.sub(r"[^a-z0-9_+-]", "_", text.lower())[:48]
+    return f"{likeness}~{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """The value as plain JSON; a number that is not finite becomes null, since JSON knows none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, str | int | bool | None) else str(value)
