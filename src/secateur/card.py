@@ -178,7 +178,8 @@ def _text(manifest: Manifest, name: str) -> str:
         f"# {name}",
         f"{named}, pruned with {manifest.method} by Secateur "
         f"{manifest.versions['secateur']}: {totals['zeros']:,} of {totals['weights']:,} planned weights are zero "
-        f"({100 * totals['sparsity']:.2f} %).",
+        f"({100 * totals['sparsity']:.2f} %)."
+        + (f" Recovered afterwards: {manifest.recovery['method']}." if manifest.recovery is not None else ""),
         "## Sparsity\n\n" + _kinds_table(manifest),
         "## Calibration\n\n" + _calibration(manifest),
         f"## Figures\n\n{_section([])}",
@@ -217,6 +218,9 @@ def _kinds_table(manifest: Manifest) -> str:
         found = list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in entries))
         lines.append(f"| `{kind}` | {len(entries)} | {'; '.join(found)} | {zeros / weights:.4f} |")
     rest = "Everything else (embeddings, head, norms, biases) is that of the base model, byte for byte."
+    if manifest.recovery is not None:
+        trained = len(manifest.recovery["trained"])
+        rest = f"{trained:,} tensors were trained afterwards; everything else is that of the base model."
     return "\n".join(lines) + f"\n\n{rest}"
 
 
@@ -239,10 +243,12 @@ def _corpus_name(source: Mapping[str, Any]) -> str:
 
 
 def _recipe(manifest: Manifest) -> str:
+    recovered = (manifest.recovery or {}).get("command")
     versions = ", ".join(f"{library} {version}" for library, version in manifest.versions.items())
     if manifest.command is None:
         return f"By `secateur.prune` in Python; `secateur.json` has every setting. Versions: {versions}."
-    return f"```\n{shlex.join(manifest.command)}\n```\n\nVersions: {versions}."
+    commands = [shlex.join(command) for command in (manifest.command, recovered) if command is not None]
+    return "```\n" + "\n".join(commands) + f"\n```\n\nVersions: {versions}."
 
 
 def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
