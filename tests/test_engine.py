@@ -139,7 +139,7 @@ def test_prunes_every_architecture(name, pattern, tmp_path):
 
     assert file_hashes(source) == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "source"]
-    assert {*before, "secateur.json"} == set(file_hashes(out))
+    assert {*before, "secateur.json", "README.md"} == set(file_hashes(out))
     assert all(file_hashes(out)[file] == digest for file, digest in before.items() if file != "model.safetensors")
 
     # Every planned matrix was seen. What is no expert saw every token, and Gemma 3n's predictor of modalities twice.

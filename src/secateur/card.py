@@ -71,6 +71,13 @@ PAPERS: dict[str, tuple[str, str, str | None]] = {
 }
 
 
+RECOVERIES = {
+    "full": "The kept weights were trained; the zeros stayed",
+    "block": "The kept weights were tuned block by block to the outputs of the dense model; the zeros stayed",
+    "merge": "An adapter was merged into the weights",
+}
+
+
 def write_card(folder: Path, manifest: Manifest, name: str) -> None:
     """Write `README.md` into the folder of a pruned checkpoint that will be called `name`."""
     from huggingface_hub import ModelCard
@@ -181,6 +188,7 @@ def _text(manifest: Manifest, name: str) -> str:
         f"({100 * totals['sparsity']:.2f} %).",
         "## Sparsity\n\n" + _kinds_table(manifest),
         "## Calibration\n\n" + _calibration(manifest),
+        *_recovered(manifest),
         f"## Figures\n\n{_section([])}",
         "## Use\n\nIt loads like any other checkpoint:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -206,6 +214,18 @@ def _text(manifest: Manifest, name: str) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
+def _recovered(manifest: Manifest) -> list[str]:
+    """What was done after pruning, first things first; nothing where nothing was."""
+    done: list[str] = []
+    section = manifest.recovery
+    while section is not None:
+        data = section.get("data") or section.get("calibration") or {}
+        text = ", ".join(_corpus_name(source) for source in data.get("sources", []))
+        done.insert(0, f"- {RECOVERIES[section['method']]}" + (f", on {text}" if text else ""))
+        section = section.get("earlier")
+    return ["## After pruning\n\n" + "\n".join(done)] if done else []
+
+
 def _kinds_table(manifest: Manifest) -> str:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for entry in manifest.matrices.values():
@@ -216,7 +236,10 @@ def _kinds_table(manifest: Manifest) -> str:
         weights = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
         found = list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in entries))
         lines.append(f"| `{kind}` | {len(entries)} | {'; '.join(found)} | {zeros / weights:.4f} |")
-    rest = "Everything else (embeddings, head, norms, biases) is that of the base model, byte for byte."
+    if manifest.recovery is None:
+        rest = "Everything else (embeddings, head, norms, biases) is that of the base model, byte for byte."
+    else:
+        rest = "`secateur.json` lists what was trained; everything else is that of the base model, byte for byte."
     return "\n".join(lines) + f"\n\n{rest}"
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration import Windows, check_length, check_vocabulary, training_windows
+from secateur.card import write_card
 from secateur.errors import CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.manifest import read_manifest, verify
@@ -189,6 +190,7 @@ def fine_tune(
             checked = verify(scratch.folder, progress=lambda done, total: progress("verifying", done, total, ""))
             if not checked.ok:
                 raise CheckpointError(f"{output}: not what it should be after training: {checked.problems[0]}")
+            write_card(scratch.folder, read_manifest(scratch.folder), target.name)
         with writing(target):
             scratch.commit()
     shutil.rmtree(work, ignore_errors=True)
