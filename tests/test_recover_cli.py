@@ -97,7 +97,7 @@ def test_an_interruption_says_how_to_go_on(pruned: Path, tmp_path: Path) -> None
 
 
 MISTAKES: dict[str, tuple[list[Any], str]] = {
-    "method": (["--method", "qlora"], '--method: got "qlora", expected lora, sparse-lora, full.'),
+    "method": (["--method", "qlora"], '--method: got "qlora", expected lora, sparse-lora, full or block.'),
     "option of another": (["--method", "full", "--rank", "4"], "--rank: has no meaning for --method full"),
     "target": (["--targets", "qkv"], '--targets "qkv" matches none of the matrices. Choose with --targets'),
     "both budgets": (["--steps", "3", "--minutes", "1"], "--steps and --minutes were both given"),
