@@ -164,7 +164,7 @@ def verify(
 ) -> Verification:
     """Proof from the files alone that a checkpoint is what its manifest says.
 
-        Every byte of every shard and companion file but the model card is hashed, and every planned matrix is checked
+    Every byte of every shard and companion file but the model card is hashed, and every planned matrix is checked
     against its pattern. With `source`, every tensor outside the plan must be byte-identical to it, and for methods that
     only select, every kept weight bit-identical and every removed one +0.0. Weights that were trained after pruning are
     exempt from that; their zeros must be where they were before. `source` may then be the dense model or the pruned one
