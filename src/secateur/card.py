@@ -294,7 +294,7 @@ def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
 def _section(figures: Sequence[Mapping[str, Any]]) -> str:
     """The text between the two comments, with them."""
     if not figures:
-        body = "None recorded yet: `secateur report FOLDER --evaluation FILE` writes them here."
+        body = "None recorded yet: `secateur eval` and then `secateur report` write them here."
     else:
         lines = [
             "| text | windows | perplexity, dense | perplexity, pruned | KL per token | same first choice |",
