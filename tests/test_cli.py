@@ -37,15 +37,15 @@ HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", 
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
+    "gradients": TEXT
+    | HOW
+    | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
     "sweep": (WHAT - {"--method", "--norm", "--alpha"})
     | TEXT
     | (PRUNING - {"--gradient"})
     | HOW
     | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--dry-run"}
     | {"--output", "--config", "--json"},
-    "gradients": TEXT
-    | HOW
-    | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
     "eval": HOW | {"--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"}) | {"--data", "--length", "--windows", "--csv", "--config", "--json"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
