@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/ready
 DEMO := $(VENV)/demo-ready
 
-.PHONY: help demo test test-slow check format benchmarks clean
+.PHONY: help demo test test-slow test-browser check format benchmarks clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,10 +26,13 @@ demo: $(DEMO)  ## Prune SmolLM2-135M and show its perplexity before and after
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## The tests (minutes)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not browser"
 
 test-slow: $(DEMO)  ## The slower tests, on SmolLM2-135M
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(READY)  ## The tests of reports in Chromium, which has to be installed
+	$(BIN)/python -m pytest -m browser
 
 check: $(READY)  ## Linters, types, import rules
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
-"""One thread for every test, a quiet transformers, and the CPU wherever a test does not ask for a GPU."""
+"""One thread for every test, a quiet transformers, a store of its own, and the CPU where a test asks for no GPU."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +13,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What commands keep between runs goes into a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SECATEUR_CACHE", str(tmp_path_factory.mktemp("store")))
+        yield
 
 
 @pytest.fixture(autouse=True)

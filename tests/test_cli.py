@@ -34,6 +34,20 @@ WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", 
 TEXT = {"--calibration", "--samples", "--length", "--seed", "--sampling"}
 PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--statistics-device"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
+TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
+RECOVERY = {"--method", "--preset", "--targets", "--rank", "--alpha", "--dropout", "--only", "--skip", "--distill"}
+RECOVERY |= {"--distill-weight", "--temperature", "--data", "--length", "--held-out", "--seed", "--steps", "--minutes"}
+RECOVERY |= {
+    "--batch-size",
+    "--accumulation",
+    "--lr",
+    "--schedule",
+    "--warmup",
+    "--weight-decay",
+    "--clip",
+    "--optimizer",
+}
+RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing", "--dense", "--samples", "--epochs"}
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
@@ -46,8 +60,15 @@ OPTIONS = {
     | HOW
     | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--dry-run"}
     | {"--output", "--config", "--json"},
-    "eval": HOW | {"--data", "--length", "--windows", "--config", "--json"},
-    "compare": (HOW - {"--revision"}) | {"--data", "--length", "--windows", "--csv", "--config", "--json"},
+    "recover": RECOVERY
+    | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
+    "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}
+    | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
+    "eval": HOW | TASKS | {"--data", "--length", "--windows", "--config", "--json"},
+    "compare": (HOW - {"--revision"})
+    | TASKS
+    | {"--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
+    "report": {"--evaluation", "--open"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
     "verify": {"--source", "--json"},
 }
@@ -337,7 +358,7 @@ def test_mistakes_about_files_are_two(call: Call, model: Path, pruned: Path, tmp
         (["eval", model, "--data", tmp_path / "nope.txt"], "nope.txt: no such file."),
         (["inspect", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
         (["verify", tmp_path / "nope"], "nope: no such folder. Give one that"),
-        (["verify", model], "no secateur.json in it; only checkpoints that Secateur wrote can be verified."),
+        (["verify", model], "no secateur.json in it; only checkpoints that Secateur wrote have one."),
         (["verify", pruned, "--source", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
         (["prnue"], "No such command 'prnue'. Did you mean 'prune'?"),
     ):

@@ -146,6 +146,11 @@ def test_a_file_is_pruned(model: Path, file: Path, tmp_path: Path) -> None:
     result = secateur.verify(tmp_path / "out", open_source(str(file)))
     assert result.problems == []
     assert result.compared_to == str(file)
+    # The manifest names the file as the dense model of a recovery.
+    recovered = secateur.reconstruct(tmp_path / "out", calibration=tokens(), epochs=1, output=tmp_path / "recovered")
+    assert recovered.recovery is not None
+    assert recovered.recovery["dense"] == str(file)
+    assert secateur.verify(tmp_path / "recovered", open_source(str(file))).problems == []
 
 
 def test_the_masks_are_those_of_the_folder(model: Path, file: Path, tmp_path: Path) -> None:

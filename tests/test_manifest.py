@@ -312,9 +312,7 @@ def test_the_same_values_spelled_differently_are_reported(pruned: Path) -> None:
 def test_no_manifest(dense: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         verify(dense)
-    assert str(caught.value) == (
-        f"{dense}: no {FILE_NAME} in it; only checkpoints that Secateur wrote can be verified."
-    )
+    assert str(caught.value) == (f"{dense}: no {FILE_NAME} in it; only checkpoints that Secateur wrote have one.")
 
 
 def test_a_manifest_of_another_format(pruned: Path) -> None:

@@ -36,8 +36,11 @@ def test_the_marked_blocks_are_there() -> None:
         "plan",
         "prune",
         "sweep",
+        "recover",
+        "merge",
         "eval",
         "compare",
+        "report",
         "gradients",
         "inspect",
         "verify",
@@ -48,7 +51,7 @@ def test_the_commands(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = {"MODEL": str(model), "PRUNED": str(tmp_path / "pruned"), "GRADIENTS": str(tmp_path / "gradients.st")}
-    names["TABLE"] = str(tmp_path / "table")
+    names |= {name.upper(): str(tmp_path / name) for name in ("table", "adapter", "merged")}
     shown = {}
     for line in blocks("")[0].splitlines():
         arguments = [names.get(word, word) for word in shlex.split(line)]
@@ -62,8 +65,11 @@ def test_the_commands(
     assert "2:4" in shown["plan"]
     assert "sparsity 0.5000 (asked 0.5000)" in shown["prune"]
     assert re.search(r"^method +50% +60% +2:4$", shown["sweep"], re.M)
+    assert "Recovered with lora" in shown["recover"]
+    assert re.search(r"^sparsity of planned weights +0\.5000 +0\.5000 +0\.5000$", shown["merge"], re.M)
     assert "8 x 128" in shown["eval"]
     assert "same first choice" in shown["compare"]
+    assert (tmp_path / "pruned" / "report" / "index.html").exists()
     assert "per sample, of the model" in shown["gradients"]
     assert "Sparsity of all prunable matrices: 0.5000" in shown["inspect"]
     assert shown["verify"].rstrip().endswith("Verified.")
@@ -110,13 +116,10 @@ def test_other_commands_in_the_documentation_have_options_that_exist() -> None:
     import typer.main
 
     commands: Any = typer.main.get_command(cli.app)
+    names = "|".join(commands.commands)
     found = 0
     for page in PAGES:
-        for line in re.findall(
-            r"(?:^|`)(secateur (?:plan|prune|sweep|gradients|eval|compare|inspect|verify)[^`\n#]*)",
-            page.read_text(),
-            re.M,
-        ):
+        for line in re.findall(rf"(?:^|`)(secateur (?:{names})[^`\n#]*)", page.read_text(), re.M):
             words = line.split()
             known = {option for parameter in commands.commands[words[1]].params for option in parameter.opts}
             assert {word for word in words[2:] if re.match(r"--?[a-z]", word)} <= known, f"{page.name}: {line}"

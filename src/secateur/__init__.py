@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     )
     from secateur.evaluate.agreement import Agreement, agreement
     from secateur.evaluate.perplexity import Perplexity, perplexity
+    from secateur.evaluate.results import Results, model_digest
+    from secateur.evaluate.task_differences import TaskComparison, task_differences
+    from secateur.evaluate.task_results import TaskResult, TaskResults
+    from secateur.evaluate.tasks import tasks
     from secateur.forecast import Estimate, estimate
     from secateur.gradient_file import GradientFile
     from secateur.gradient_pass import gradients
@@ -44,6 +48,10 @@ if TYPE_CHECKING:
     from secateur.methods.wanda import wanda, wanda_variant
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plan import Plan, uniform
+    from secateur.recover.block import reconstruct
+    from secateur.recover.callback import SparsityCallback
+    from secateur.recover.fine_tuning import Recovery, fine_tune
+    from secateur.recover.merge import Merge, merge
     from secateur.report.inspect import inspect
     from secateur.sweep_folder import Sweep
     from secateur.sweep_run import sweep
@@ -59,6 +67,7 @@ _HOMES = {
     "GradientNorm": "core.gradients",
     "Gram": "core.gram",
     "Manifest": "manifest",
+    "Merge": "recover.merge",
     "Method": "core.problem",
     "ModelStructureError": "errors",
     "NM": "core.patterns",
@@ -68,12 +77,18 @@ _HOMES = {
     "Perplexity": "evaluate.perplexity",
     "Plan": "plan",
     "Problem": "core.problem",
+    "Recovery": "recover.fine_tuning",
     "Refinement": "core.problem",
+    "Results": "evaluate.results",
     "SecateurError": "errors",
     "Solution": "core.problem",
+    "SparsityCallback": "recover.callback",
     "SquaredNorm": "core.statistics",
     "Statistic": "core.statistics",
     "Sweep": "sweep_folder",
+    "TaskComparison": "evaluate.task_differences",
+    "TaskResult": "evaluate.task_results",
+    "TaskResults": "evaluate.task_results",
     "Unstructured": "core.patterns",
     "Verification": "manifest",
     "Windows": "calibration",
@@ -84,6 +99,7 @@ _HOMES = {
     "chain": "core.problem",
     "estimate": "forecast",
     "evaluation_windows": "calibration",
+    "fine_tune": "recover.fine_tuning",
     "gblm": "methods.gblm",
     "gblm_inverse": "methods.gblm",
     "gradient": "methods.gblm",
@@ -92,16 +108,21 @@ _HOMES = {
     "least_squares": "methods.least_squares",
     "magnitude": "methods.magnitude",
     "magnitude_iterative": "methods.obs_update",
+    "merge": "recover.merge",
+    "model_digest": "evaluate.results",
     "obs_update": "methods.obs_update",
     "parse_pattern": "core.patterns",
     "perplexity": "evaluate.perplexity",
     "prune": "engine",
     "pruner_zero": "methods.pruner_zero",
+    "reconstruct": "recover.block",
     "ria": "methods.ria",
     "select": "core.problem",
     "sparsegpt": "methods.sparsegpt",
     "swaps": "methods.swaps",
     "sweep": "sweep_run",
+    "task_differences": "evaluate.task_differences",
+    "tasks": "evaluate.tasks",
     "uniform": "plan",
     "verify": "manifest",
     "wanda": "methods.wanda",
@@ -122,6 +143,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "GradientNorm",
     "Gram",
     "Manifest",
+    "Merge",
     "Method",
     "ModelStructureError",
     "NM",
@@ -131,12 +153,18 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Perplexity",
     "Plan",
     "Problem",
+    "Recovery",
     "Refinement",
+    "Results",
     "SecateurError",
     "Solution",
+    "SparsityCallback",
     "SquaredNorm",
     "Statistic",
     "Sweep",
+    "TaskComparison",
+    "TaskResult",
+    "TaskResults",
     "Unstructured",
     "Verification",
     "Windows",
@@ -147,6 +175,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "chain",
     "estimate",
     "evaluation_windows",
+    "fine_tune",
     "gblm",
     "gblm_inverse",
     "gradient",
@@ -155,16 +184,21 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "least_squares",
     "magnitude",
     "magnitude_iterative",
+    "merge",
+    "model_digest",
     "obs_update",
     "parse_pattern",
     "perplexity",
     "prune",
     "pruner_zero",
+    "reconstruct",
     "ria",
     "select",
     "sparsegpt",
     "swaps",
     "sweep",
+    "task_differences",
+    "tasks",
     "uniform",
     "verify",
     "wanda",

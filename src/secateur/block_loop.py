@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.block_statistics import Collected, DenseTwin, First, collect_statistics, sites
 from secateur.calibration import Windows
 from secateur.core.checks import check_solution, check_weight
+from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import Statistic
 from secateur.errors import CheckpointError
@@ -366,6 +367,7 @@ def _record(matrix: Matrix, problem: Problem, solution: Solution) -> dict[str, A
         "zeros": zeros,
         "kept_identical": bool((solution.weight.eq(problem.weight) | ~solution.mask).all()),
         "notes": dict(solution.notes),
+        "scores": None if solution.score is None else histogram(solution.score, solution.mask),
     }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import secateur
 from secateur.block_loop import BlockLoop, Clock, Event, OnEvent
 from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
+from secateur.card import write_card
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.patterns import NM, Pattern, Unstructured, with_group
 from secateur.core.problem import Method
@@ -130,8 +131,7 @@ def prune(
         if ordered is not None:
             batch_size = 1
         manifest = Manifest(
-            versions={"secateur": secateur.__version__, "torch": torch.__version__, "python": platform.python_version()}
-            | _library_versions(),
+            versions=run_versions(),
             method=method.name,
             source=opened.origin,
             settings={
@@ -205,12 +205,13 @@ def prune(
         if shared is not None:
             shared.complete = True
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
-        _totals(manifest)
+        count_totals(manifest)
         if writer is not None:
             writer.close()
             manifest.tensors, manifest.headers = writer.digests, writer.header_digests
             manifest.files = file_digests(scratch.folder)
             manifest.write(scratch.folder)
+            write_card(scratch.folder, manifest, scratch.target.name)
             with writing(scratch.target):
                 scratch.commit()
     on_event(Event("done"))
@@ -303,7 +304,8 @@ def make_plan(
     return uniform(shapes, pattern or Unstructured(0.5), only=only, skip=skip, per=method.per)
 
 
-def _totals(manifest: Manifest) -> None:
+def count_totals(manifest: Manifest) -> None:
+    """Count the planned weights and zeros of all matrices again."""
     weights = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest.matrices.values())
     zeros = sum(entry["zeros"] for entry in manifest.matrices.values())
     manifest.totals = {
@@ -323,8 +325,15 @@ def _asked(pattern: Mapping[str, Any]) -> float:
     return NM(**pattern).sparsity if "n" in pattern else float(pattern["sparsity"])
 
 
-def _library_versions() -> dict[str, str]:
+def run_versions() -> dict[str, str]:
+    """The versions of everything that a result depends on."""
     import accelerate
     import transformers
 
-    return {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
+    return {
+        "secateur": secateur.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_bytes
+from secateur.models.checkpoint import CARD_FILE, INDEX_FILE, Checkpoint, file_digest, tensor_bytes
 from secateur.models.skeleton import Source
 from secateur.models.writer import writing
 
@@ -42,10 +42,13 @@ class Manifest:
     headers: dict[str, str] = field(default_factory=dict)  # sha256 of the header of every shard
     files: dict[str, str] = field(default_factory=dict)  # sha256 of every other file
     created: str = ""
+    recovery: dict[str, Any] | None = None  # what was done to the kept weights after pruning; absent where nothing was
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with a format number and a digest."""
         value: dict[str, Any] = {"format": FORMAT, **vars(self)}
+        if self.recovery is None:
+            del value["recovery"]
         value["digest"] = _digest(value)
         return value
 
@@ -58,6 +61,22 @@ class Manifest:
         """Write `secateur.json` into the folder. Raises `CheckpointError` when that is not possible."""
         with writing(folder / FILE_NAME):
             (folder / FILE_NAME).write_text(_text(self.to_json()))
+
+    @property
+    def digest(self) -> str:
+        """The digest that `to_json` adds: it stands for every byte of the checkpoint."""
+        return str(self.to_json()["digest"])
+
+    @property
+    def trained(self) -> dict[str, list[str]]:
+        """For every tensor that was trained after pruning, its sha256 before each time, latest first."""
+        result: dict[str, list[str]] = {}
+        section = self.recovery
+        while section is not None:
+            for name, digest in section.get("trained", {}).items():
+                result.setdefault(name, []).append(digest)
+            section = section.get("earlier")
+        return result
 
 
 def _text(value: Mapping[str, Any]) -> str:
@@ -75,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give one that `secateur prune` wrote.")
     if not file.exists():
-        raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote can be verified.")
+        raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote have one.")
     try:
         text = file.read_text()
         value = json.loads(text)
@@ -94,17 +113,24 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file that is neither a shard nor the manifest."""
+    """sha256 of every file that is neither a shard nor the manifest nor the model card, which people go on writing."""
     return {
         file.name: file_digest(file)
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.suffix != ".safetensors" and file.name != FILE_NAME
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in (FILE_NAME, CARD_FILE)
     }
 
 
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of the bytes of a tensor."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def mask_digest(kept: Tensor) -> str:
+    """sha256 of a mask: its shape as text, then one byte for every entry, in rows."""
+    digest = hashlib.sha256(str(list(kept.shape)).encode())
+    digest.update(tensor_bytes(kept))
+    return digest.hexdigest()
 
 
 @dataclass
@@ -118,6 +144,7 @@ class Verification:
     weights: int = 0
     compared_to: str | None = None
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the manifest does not promise
 
     @property
     def ok(self) -> bool:
@@ -139,7 +166,8 @@ def verify(
 
     Every byte of every shard and companion file is hashed, and every planned matrix is checked against its pattern.
     With `source`, every tensor outside the plan must be byte-identical to it, and for methods that only select, every
-    kept weight bit-identical and every removed one +0.0.
+    kept weight bit-identical and every removed one +0.0. Weights that were trained after pruning are exempt from that;
+    their zeros must be where they were before. `source` may then be the dense model or the pruned one that was trained.
 
     Raises `CheckpointError` when there is nothing to verify: no manifest, or shards that cannot be read.
     """
@@ -154,6 +182,8 @@ def verify(
     for name in manifest.plan:
         if name not in manifest.matrices:
             result.problems.append(f"{name}: planned, but the manifest has no record of pruning it")
+    masks, trained = _masks(manifest), manifest.trained
+    result.notes += _notes(manifest)
     source_names = set(source.names) if source is not None else set()
     if source is not None:
         result.compared_to = str(getattr(source, "folder", None) or manifest.source.get("path"))
@@ -166,9 +196,13 @@ def verify(
         if manifest.tensors.get(name) != tensor_digest(tensor):
             result.problems.append(f"{name}: its bytes differ from those that were written")
         for entry in planned.get(name, ()):
-            _check_pattern(tensor, entry, result)
+            _check_pattern(tensor, entry, masks.get(entry["name"]), result)
         if source is not None and name in source_names:
-            _check_source(name, tensor, source.read([name])[name], manifest, planned.get(name, []), result)
+            original = source.read([name])[name]
+            if name in trained:
+                _check_trained(name, tensor, original, manifest, trained[name], planned.get(name, []), result)
+            else:
+                _check_source(name, tensor, original, manifest, planned.get(name, []), result)
         if progress is not None:
             progress(number + 1, len(checkpoint.names))
     return result
@@ -197,13 +231,33 @@ def _check_files(folder: Path, manifest: Manifest, checkpoint: Checkpoint, resul
         result.problems.append(f"{INDEX_FILE}: an index that was not written by the run")
 
 
-def _view(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
+def view_of(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """The (out, in) view of a checkpoint tensor that a matrix's entry in the manifest names."""
     view = tensor if entry["index"] is None else tensor[entry["index"]]
     return view.t() if entry["transposed"] else view
 
 
-def _check_pattern(tensor: Tensor, entry: Mapping[str, Any], result: Verification) -> None:
-    weight = _view(tensor, entry) if entry["index"] is None or tensor.dim() == 3 else tensor
+def _masks(manifest: Manifest) -> dict[str, str]:
+    """The digests of the masks that training had to keep."""
+    return dict((manifest.recovery or {}).get("masks", {}))
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    """What the manifest does not promise, in words."""
+    lost = (manifest.recovery or {}).get("unmasked", {})
+    if not lost:
+        return []
+    before, after, weights = (
+        sum(entry[key] for entry in lost.values()) for key in ("zeros_before", "zeros", "weights")
+    )
+    return [
+        f"{len(lost)} matrices were merged with an adapter without their masks: no pattern is promised for them. Their "
+        f"sparsity was {before / weights:.4f} and is {after / weights:.4f}."
+    ]
+
+
+def _check_pattern(tensor: Tensor, entry: Mapping[str, Any], mask: str | None, result: Verification) -> None:
+    weight = view_of(tensor, entry) if entry["index"] is None or tensor.dim() == 3 else tensor
     if list(weight.shape) != entry["shape"]:
         result.problems.append(f"{entry['name']}: of shape {list(weight.shape)}, the manifest records {entry['shape']}")
         return
@@ -217,6 +271,8 @@ def _check_pattern(tensor: Tensor, entry: Mapping[str, Any], result: Verificatio
         result.problems.append(f"{entry['name']}: {violation}")
     if zeros != entry["zeros"]:
         result.problems.append(f"{entry['name']}: {zeros} zeros, the manifest records {entry['zeros']}")
+    if mask is not None and mask != mask_digest(kept):
+        result.problems.append(f"{entry['name']}: its zeros are not where they were before training")
 
 
 def _check_source(
@@ -227,16 +283,16 @@ def _check_source(
     planned: list[dict[str, Any]],
     result: Verification,
 ) -> None:
-    if tensor.shape != original.shape or tensor.dtype != original.dtype:
-        result.problems.append(
-            f"{name}: {tuple(tensor.shape)} {tensor.dtype}, the source has {tuple(original.shape)} {original.dtype}"
-        )
+    if not _same_kind(name, tensor, original, result):
         return
     if not planned:
         if not torch.equal(_bits(tensor), _bits(original)):
             result.problems.append(f"{name}: not planned, yet its bytes differ from the source")
         return
-    if name in manifest.source_tensors and manifest.source_tensors[name] != tensor_digest(original):
+    # A checkpoint that was trained elsewhere only has this tensor from the pruned one, which is a source as well.
+    held = manifest.tensors.get(name) if "base" in (manifest.recovery or {}) else None
+    known = {manifest.source_tensors.get(name), held} - {None}
+    if known and tensor_digest(original) not in known:
         result.problems.append(f"{name}: the source is not the one that was pruned; its bytes differ from the record")
     experts = {entry["index"] for entry in planned} - {None}
     for expert in set(range(len(tensor))) - experts if experts else ():
@@ -245,11 +301,44 @@ def _check_source(
     for entry in planned:
         if not entry["kept_identical"]:
             continue
-        pruned, dense = _bits(_view(tensor, entry)), _bits(_view(original, entry))
+        pruned, dense = _bits(view_of(tensor, entry)), _bits(view_of(original, entry))
         if not bool(((pruned == dense) | (pruned == 0)).all()):
             result.problems.append(
                 f"{entry['name']}: a kept weight is not bit-identical to the source, or a zero is -0.0"
             )
+
+
+def _check_trained(
+    name: str,
+    tensor: Tensor,
+    original: Tensor,
+    manifest: Manifest,
+    before: list[str],
+    planned: list[dict[str, Any]],
+    result: Verification,
+) -> None:
+    """Of a tensor that was trained: the source is one that it came from, and holds no zero that is none any more."""
+    if not _same_kind(name, tensor, original, result):
+        return
+    digest = tensor_digest(original)
+    if digest not in (*before, manifest.source_tensors.get(name), manifest.tensors.get(name)):
+        result.problems.append(
+            f"{name}: the source is neither the dense model nor the pruned one; its bytes differ from the records"
+        )
+    elif digest == before[0]:
+        masks = _masks(manifest)
+        for entry in planned:
+            if entry["name"] in masks and bool(_bits(view_of(tensor, entry))[view_of(original, entry) == 0].any()):
+                result.problems.append(f"{entry['name']}: a weight that was zero before training is not +0.0")
+
+
+def _same_kind(name: str, tensor: Tensor, original: Tensor, result: Verification) -> bool:
+    if tensor.shape == original.shape and tensor.dtype == original.dtype:
+        return True
+    result.problems.append(
+        f"{name}: {tuple(tensor.shape)} {tensor.dtype}, the source has {tuple(original.shape)} {original.dtype}"
+    )
+    return False
 
 
 def _bits(tensor: Tensor) -> Tensor:

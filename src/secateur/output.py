@@ -10,6 +10,8 @@ from torch import nn
 from secateur.errors import CheckpointError
 from secateur.manifest import FILE_NAME
 
+ADAPTER_RECORD = "secateur_adapter.json"  # what an adapter has in the place of a manifest
+
 
 def check_output(
     output: str | os.PathLike[str] | None, model: str | os.PathLike[str] | nn.Module, overwrite: bool
@@ -25,7 +27,8 @@ def check_output(
     if target.exists():
         if not overwrite:
             raise CheckpointError(f"{output}: exists already. Choose another folder, or pass --overwrite.")
-        if not target.is_dir() or (any(target.iterdir()) and not (target / FILE_NAME).exists()):
+        own = any((target / name).exists() for name in (FILE_NAME, ADAPTER_RECORD))
+        if not target.is_dir() or (any(target.iterdir()) and not own):
             raise CheckpointError(
                 f"{output}: exists and holds no {FILE_NAME}, so Secateur did not write it and will not overwrite it. "
                 "Choose another folder, or remove it yourself."

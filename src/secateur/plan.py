@@ -61,8 +61,10 @@ def uniform(
     return plan
 
 
-def matching(shapes: Shapes, *, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[str]:
-    """The names that some `only` glob matches (all, without one) and no `skip` glob.
+def matching(
+    shapes: Shapes, *, only: Sequence[str] = (), skip: Sequence[str] = (), purpose: str = "prune"
+) -> list[str]:
+    """The names that some `only` glob matches (all, without one) and no `skip` glob; `purpose` is for the message.
 
     Raises `PatternError` for a glob that matches nothing and when nothing is left.
     """
@@ -76,7 +78,7 @@ def matching(shapes: Shapes, *, only: Sequence[str] = (), skip: Sequence[str] = 
         if (not only or any(matches(name, glob) for glob in only)) and not any(matches(name, glob) for glob in skip)
     ]
     if not names:
-        raise PatternError(f"nothing is left to prune: --only and --skip leave none of {len(shapes)} matrices.")
+        raise PatternError(f"nothing is left to {purpose}: --only and --skip leave none of {len(shapes)} matrices.")
     return names
 
 

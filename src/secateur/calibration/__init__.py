@@ -1,6 +1,7 @@
 """Calibration and evaluation text: corpora, and the token windows cut from them."""
 
 from secateur.calibration.corpora import Corpus, load_corpus
+from secateur.calibration.packing import training_windows
 from secateur.calibration.windows import (
     Windows,
     calibration_windows,
@@ -17,4 +18,5 @@ __all__ = [
     "check_vocabulary",
     "evaluation_windows",
     "load_corpus",
+    "training_windows",
 ]

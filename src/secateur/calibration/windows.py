@@ -90,13 +90,13 @@ def calibration_windows(
     Errors: CalibrationError, also when no document is long enough after about 1000 draws for each window.
     Reference: Wanda and SparseGPT, semantics of `get_c4` (document) and `get_wikitext2` (concat) in their loaders.
     """
-    _require_positive(samples=samples, length=length)
+    require_positive(samples=samples, length=length)
     if sampling not in ("document", "concat", None):
         raise CalibrationError(f"--sampling: got {sampling!r}, expected document or concat.")
-    if (given := _as_given(source, samples, length)) is not None:
+    if (given := given_windows(source, samples, length)) is not None:
         return given
     shares = _shares(source, DEFAULT_SAMPLES if samples is None else samples)
-    _require_tokenizer(tokenizer, [spec for spec, _, _ in shares])
+    require_tokenizer(tokenizer, [spec for spec, _, _ in shares])
     total = sum(count for _, _, count in shares)
     parts: list[Windows] = []
     for position, (spec, weight, count) in enumerate(shares):
@@ -119,12 +119,12 @@ def evaluation_windows(
     Errors: CalibrationError, also when the text is shorter than one window.
     Reference: Wanda, `lib/eval.py`, and SparseGPT, `datautils.py` (`get_wikitext2`, `get_c4`).
     """
-    _require_positive(windows=windows, length=length)
-    if (given := _as_given(source, windows, length)) is not None:
+    require_positive(windows=windows, length=length)
+    if (given := given_windows(source, windows, length)) is not None:
         return given
     if not isinstance(source, str | os.PathLike):
         raise CalibrationError(f"evaluation: got {type(source).__name__}, expected one corpus, a tensor or Windows.")
-    _require_tokenizer(tokenizer, [os.fspath(source)])
+    require_tokenizer(tokenizer, [os.fspath(source)])
     corpus = load_corpus(os.fspath(source), "evaluation")
     length = length or DEFAULT_LENGTH
     limit = C4_EVALUATION_WINDOWS if windows is None and corpus.name == "c4" else windows
@@ -164,7 +164,7 @@ def check_length(windows: Windows, positions: int | None, option: str = "--lengt
 # Token ids as they are
 
 
-def _as_given(source: Any, samples: int | None, length: int | None) -> Windows | None:
+def given_windows(source: Any, samples: int | None, length: int | None) -> Windows | None:
     """Return the windows of a source that already is token ids, or None when it is text."""
     if isinstance(source, Sequence) and not isinstance(source, str) and len(source) == 1:
         source = source[0]
@@ -218,13 +218,15 @@ def _checked_ids(ids: torch.Tensor, where: str) -> torch.Tensor:
 # Text
 
 
-def _require_positive(**counts: int | None) -> None:
+def require_positive(**counts: int | None) -> None:
+    """Return nothing when every count that is given is at least 1; otherwise CalibrationError that names the option."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise CalibrationError(f"--{name}: got {count}, expected at least 1.")
 
 
-def _require_tokenizer(tokenizer: Any, specs: Sequence[str]) -> None:
+def require_tokenizer(tokenizer: Any, specs: Sequence[str]) -> None:
+    """Return nothing when there is a tokenizer or no spec is text; otherwise CalibrationError."""
     if tokenizer is None and not all(map(is_token_file, specs)):
         raise CalibrationError(
             f"{', '.join(specs)}: text needs a tokenizer, got None. Pass the model's tokenizer, or token ids: "

@@ -1,6 +1,6 @@
 """The command line: strings to objects, printing, exit codes."""
 
-from secateur.cli import pruning, sweeping, evaluation, checking  # noqa: F401, I001 - they register their commands, in this order
+from secateur.cli import pruning, sweeping, recovery, evaluation, comparison, reporting, checking  # noqa: F401, I001 - they register their commands, in this order
 from secateur.cli.app import app, main
 from secateur.cli.options import METHOD_NAMES
 

@@ -19,6 +19,14 @@ app = typer.Typer(
 )
 
 
+class Interrupted(SystemExit):
+    """The end of a command that was interrupted and left something behind on purpose, which the message says."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(130)
+        self.message = message
+
+
 def epilog(*commands: str) -> str:
     """The examples at the end of a command's help."""
     return "**Examples**\n\n" + "\n\n".join(f"`{command}`" for command in commands)
@@ -59,5 +67,6 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer's own code for an interruption
             raise
-        typer.secho("Interrupted; nothing half-written was left behind.", err=True)
+        message = end.message if isinstance(end, Interrupted) else "Interrupted; nothing half-written was left behind."
+        typer.secho(message, err=True)
         sys.exit(130)

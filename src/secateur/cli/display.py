@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,10 @@ def quiet_libraries() -> Iterator[None]:
     logging: Any = importlib.import_module("transformers.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    yield
+    with warnings.catch_warnings():
+        # What transformers and peft tell each other about names to come.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+        yield
 
 
 def print_tables(content: Any, *, error: bool = False) -> None:
@@ -40,14 +44,17 @@ def print_json(value: Any) -> None:
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the single values of rows into a CSV file, with a header; lists and objects are left out."""
+    """Write the single values of rows into a CSV file, with a header; lists and objects are left out.
+
+    A column that only some rows have is empty in the others.
+    """
     import csv
 
     from secateur.models.writer import writing
 
-    columns = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
+    columns = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | dict))
     with writing(file), file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, extrasaction="ignore")
+        writer = csv.DictWriter(stream, list(columns), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -89,8 +96,8 @@ def _bar() -> Iterator[Any]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[["Event"], None]]:
-    """A bar over blocks with the stage and time left on a terminal; one line per block in a pipe."""
+def progress(done: str = "pruned") -> Iterator[Callable[["Event"], None]]:
+    """A bar over blocks with the stage and time left on a terminal; one line per block in a pipe, which is `done`."""
     started = time.perf_counter()
     if not sys.stderr.isatty():
 
@@ -101,7 +108,7 @@ def progress() -> Iterator[Callable[["Event"], None]]:
             elif event.stage.startswith("gradients") and event.done == event.total:
                 typer.echo(f"{event.stage}, {elapsed:.1f} s", err=True)
             elif event.stage == "write":
-                typer.echo(f"block {event.block + 1} of {event.blocks} pruned, {elapsed:.1f} s", err=True)
+                typer.echo(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s", err=True)
 
         yield plain
         return
@@ -181,6 +188,35 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
             bar.update(task, total=event.cells or None, completed=event.finished, detail=inner, refresh=begins)
 
         yield show, bar.console.print
+
+
+@contextmanager
+def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], Callable[[Any], None]]]:
+    """(show, say): a bar for each stage with a note behind it; what is said stands above it.
+
+    In a pipe there is a line whenever a stage is done or a new perplexity was measured, and all of it on stderr.
+    """
+    from rich.console import Console
+
+    if sys.stderr.isatty():
+        with _bar() as bar:
+            task = bar.add_task("opening", total=None, detail="")
+
+            def show(stage: str, done: int, total: int, note: str) -> None:
+                bar.update(task, description=stage, total=total or None, completed=done, detail=note)
+
+            yield show, bar.console.print
+        return
+    started, measured = time.perf_counter(), ""
+
+    def plain(stage: str, done: int, total: int, note: str) -> None:
+        nonlocal measured
+        perplexity = note.partition("perplexity ")[2]
+        if stage.startswith("training") and perplexity != measured:
+            measured = perplexity
+            typer.echo(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", err=True)
+
+    yield plain, Console(stderr=True, width=200, soft_wrap=True).print
 
 
 @contextmanager

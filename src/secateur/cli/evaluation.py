@@ -1,25 +1,30 @@
-"""`eval` and `compare`."""
+"""`eval`."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from secateur.cli.app import app, epilog
-from secateur.cli.display import evaluation_progress, print_json, print_tables, quiet_libraries, write_csv
+from secateur.cli.display import evaluation_progress, print_json, print_tables, quiet_libraries
 from secateur.cli.options import (
     BatchOption,
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    FreshOption,
     JsonOption,
     LengthOption,
+    LimitOption,
     ModelArgument,
     OffloadOption,
     RevisionOption,
+    ShotsOption,
+    TaskDataOption,
+    TasksOption,
     TrustOption,
     WindowsOption,
 )
+from secateur.cli.store import evaluation_store, keep, say_reused, task_names
 
 
 @app.command(
@@ -28,15 +33,29 @@ from secateur.cli.options import (
         "secateur eval HuggingFaceTB/SmolLM2-135M --data wikitext2 --length 2048",
         "secateur eval ./pruned --data my.txt --length 1024 --windows 40",
         "secateur eval ./pruned --data python-docs --length 512 --json",
+        "secateur eval ./pruned --tasks commonsense7 --task-data ./files",
+        "secateur eval ./pruned --tasks mmlu --shots 5 --limit 100",
     ),
 )
 def evaluate(
     model: ModelArgument,
     data: Annotated[
-        str, typer.Option("--data", "-d", help="wikitext2, c4, python-docs (its held-out part), hf:NAME..., or a file.")
-    ] = "wikitext2",
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="wikitext2, c4, python-docs (its held-out part), hf:NAME..., or a file "
+            "[default: wikitext2, unless --tasks is given].",
+            show_default=False,
+        ),
+    ] = None,
     length: LengthOption = None,
     windows: WindowsOption = None,
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
+    shots: ShotsOption = None,
+    task_data: TaskDataOption = None,
+    fresh: FreshOption = False,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -46,86 +65,56 @@ def evaluate(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity in the convention of the pruning papers, in the memory of one block."""
-    with quiet_libraries(), evaluation_progress() as show:
-        from secateur.evaluate.perplexity import perplexity
+    """Measure perplexity in the convention of the pruning papers, in the memory of one block, and run tasks.
 
-        result = perplexity(
-            model,
-            data,
-            length=length,
-            windows=windows,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            offload_states=offload_states,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=show,
-        )
-    if as_json:
-        print_json(result.to_json())
-    else:
-        from secateur.report.terminal import perplexity_table
-
-        print_tables(perplexity_table(result))
-
-
-@app.command(
-    epilog=epilog(
-        "secateur compare ./llama ./pruned --data wikitext2",
-        "secateur compare ./llama ./wanda ./gblm --data wikitext2 --data c4 --windows 40 --csv table.csv",
-    )
-)
-def compare(
-    dense: Annotated[str, typer.Argument(help="The dense model: folder, hub id, or GGUF file.", show_default=False)],
-    pruned: Annotated[list[str], typer.Argument(help="Pruned models to compare with it.", show_default=False)],
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", "-d", help="As for eval; repeat it for several texts [default: wikitext2]."),
-    ] = None,
-    length: LengthOption = None,
-    windows: WindowsOption = None,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    offload_states: OffloadOption = "auto",
-    trust_remote_code: TrustOption = False,
-    config: ConfigOption = None,
-    csv: Annotated[
-        Path | None, typer.Option("--csv", help="Also write the table to this CSV file.", show_default=False)
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare pruned models with the dense one on the same tokens: perplexity, divergence, first choices.
-
-    Differences are paired window by window. The models run one after the other, each in the memory of one block.
+    Tasks are lm-evaluation-harness's own; for them the whole model is loaded. Results are kept in $SECATEUR_CACHE
+    (~/.cache/secateur), and tasks are not run twice.
     """
-    with quiet_libraries(), evaluation_progress() as show:
-        from secateur.evaluate.agreement import agreement
+    names = task_names(tasks)
+    shown: list[Any] = []
+    values: dict[str, Any] = {}
+    how = {"batch_size": batch_size, "device": device, "dtype": dtype, "revision": revision}
+    if names:
+        with quiet_libraries(), evaluation_progress() as show:
+            from secateur.evaluate.tasks import tasks as run_tasks
+            from secateur.report.terminal import tasks_table
 
-        results = [
-            agreement(
-                dense,
-                pruned,
-                text,
+            answered = run_tasks(
+                model,
+                names,
+                limit=limit,
+                shots=shots,
+                task_data=task_data,
+                trust_remote_code=trust_remote_code,
+                store=evaluation_store(),
+                fresh=fresh,
+                progress=show,
+                **how,  # type: ignore[arg-type]
+            )
+        say_reused(answered)
+        values["tasks"] = answered.to_json()
+        shown.append(tasks_table(answered))
+    if data is not None or not names:
+        with quiet_libraries(), evaluation_progress() as show:
+            from secateur.evaluate.perplexity import perplexity
+            from secateur.report.terminal import perplexity_table
+
+            result = perplexity(
+                model,
+                data or "wikitext2",
                 length=length,
                 windows=windows,
-                batch_size=batch_size,
-                device=device,
-                dtype=dtype,
                 offload_states=offload_states,
                 trust_remote_code=trust_remote_code,
                 progress=show,
+                **how,  # type: ignore[arg-type]
             )
-            for text in data or ["wikitext2"]
-        ]
-    rows = [row.to_json() for text in results for row in text]
-    if csv is not None:
-        write_csv(csv, rows)
+        values |= result.to_json()
+        key = {"data": result.data, "length": result.length, "digest": result.digest, "dtype": dtype}
+        keep(model, revision, "perplexity", key, result.to_json())
+        shown.append(perplexity_table(result))
     if as_json:
-        print_json({"dense": dense, "results": rows})
+        print_json(values)
     else:
-        from secateur.report.terminal import comparison_table
-
-        print_tables(comparison_table(results))
+        for table in shown:
+            print_tables(table)

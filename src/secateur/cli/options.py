@@ -239,7 +239,8 @@ BatchOption = Annotated[
     typer.Option(
         "--batch-size",
         min=1,
-        help="Samples that run through a block at once [default: auto].",
+        help="Samples that run through a block, or requests of a task that run through the model, at once "
+        "[default: auto].",
         rich_help_panel="How to run",
         show_default=False,
     ),
@@ -251,7 +252,7 @@ DtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="To compute in: auto, float32, bfloat16, float16. The output keeps the source's.",
+        help="To compute in: auto, float32, bfloat16, float16, float64. The output keeps the source's.",
         rich_help_panel="How to run",
     ),
 ]
@@ -272,6 +273,50 @@ RevisionOption = Annotated[
 TrustOption = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the code that the model brings along.", rich_help_panel="How to run"),
+]
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        "-t",
+        help="Tasks and groups of lm-evaluation-harness, with commas between them; also commonsense7 and commonsense6, "
+        "the means of the papers.",
+        rich_help_panel="Tasks",
+        show_default=False,
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        min=1,
+        help="Only the first documents of each task [default: all].",
+        rich_help_panel="Tasks",
+        show_default=False,
+    ),
+]
+ShotsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--shots",
+        min=0,
+        help="Examples in each prompt [default: the task's own, mostly 0].",
+        rich_help_panel="Tasks",
+        show_default=False,
+    ),
+]
+TaskDataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-data",
+        help="A folder of local files TASK_SPLIT*.jsonl in the place of data sets from the hub.",
+        rich_help_panel="Tasks",
+        show_default=False,
+    ),
+]
+FreshOption = Annotated[
+    bool,
+    typer.Option("--fresh", help="Run tasks again that have been run before.", rich_help_panel="Tasks"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ConfigOption = Annotated[

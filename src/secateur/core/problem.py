@@ -51,11 +51,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """The pruned weight (dtype and shape of the problem's), its mask (True = kept), and numbers for the report."""
+    """The pruned weight (dtype and shape of the problem's), its mask (True = kept), and numbers for the report.
+
+    `score` is what the mask was chosen by, where there is one score for each weight; its distribution goes into the
+    manifest.
+    """
 
     weight: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
     notes: Mapping[str, float] = field(default_factory=dict)
+    score: Float[Tensor, "out in"] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def select(
                 "although weights and statistics are: their product overflows float32."
             )
         mask = with_group(problem.pattern, per).mask(scores)
-        return Solution(torch.where(mask, problem.weight, torch.zeros_like(problem.weight)), mask)
+        return Solution(torch.where(mask, problem.weight, torch.zeros_like(problem.weight)), mask, score=scores)
 
     return Method(name, solve, needs, per, gradient)
 

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity. Knows nothing of pruning."""
+"""What a model is worth: perplexity, agreement, tasks, continuations. Knows nothing of pruning."""

@@ -42,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+CARD_FILE = "README.md"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 
 # The shards of a checkpoint: file name, and (tensor name, dtype, shape) in the order of the bytes.
@@ -322,6 +323,7 @@ def locate(source: str, revision: str | None = None) -> Path:
                     "*.py",
                     "LICENSE*",
                     "USE_POLICY*",
+                    CARD_FILE,
                 ],
                 ignore_patterns=["original/*", "onnx/*", "consolidated*"],
             )
@@ -345,7 +347,7 @@ def companion_files(folder: Path) -> list[Path]:
         if file.is_file()
         and not file.name.startswith(".")
         and not file.name.endswith(WEIGHT_SUFFIXES)
-        and file.name not in ("README.md", "secateur.json")
+        and file.name not in (CARD_FILE, "secateur.json")
         and file.stat().st_size < 1 << 28
     ]
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.models.structure import Block
@@ -44,6 +45,17 @@ class Matrix:
         value = value.t() if transposed else value
         value = value if self.rows is None else value[self.rows.to(value.device)]
         return value if self.columns is None else value[:, self.columns.to(value.device)]
+
+    def place(self, value: Tensor, parameter: Tensor, transposed: bool) -> None:
+        """Write an (out, in) value where `of_parameter` reads it from a tensor laid out like the parameter."""
+        part = parameter if self.expert is None else parameter[self.expert]
+        part = part.t() if transposed else part
+        if self.rows is None and self.columns is None:
+            part.copy_(value)
+            return
+        rows = torch.arange(part.shape[0]) if self.rows is None else self.rows
+        columns = torch.arange(part.shape[1]) if self.columns is None else self.columns
+        part[rows.to(part.device).unsqueeze(1), columns.to(part.device)] = value.to(part)
 
     @property
     def kind(self) -> str:

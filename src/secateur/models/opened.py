@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError
-from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
+from secateur.models.checkpoint import CARD_FILE, Checkpoint, companion_files, file_digest, locate
 from secateur.models.loaded import LoadedModel
 from secateur.models.skeleton import Skeleton, Source
 from secateur.models.structure import build_skeleton, prepare
@@ -36,6 +36,11 @@ class OpenedModel:
     write_companions: Callable[[Path], None]
     load_tokenizer: Callable[[], Any]
     restore: Callable[[], None] = lambda: None
+
+    def reading(self, source: Source) -> "OpenedModel":
+        """The same model with its weights from elsewhere, under the same names and in the same shapes."""
+        held = self.skeleton
+        return replace(self, skeleton=Skeleton(held.model, source, device=held.device, dtype=held.dtype))
 
 
 def choose_device(name: str, option: str = "--device") -> torch.device:
@@ -87,7 +92,7 @@ def open_model(
     folder = locate(name, revision)
     checkpoint = Checkpoint(folder)
     empty = build_skeleton(folder, trust_remote_code=trust_remote_code)
-    stored = _main_dtype(checkpoint)
+    stored = main_dtype(checkpoint)
     skeleton = Skeleton(empty, checkpoint, device=chosen, dtype=choose_dtype(dtype, chosen, stored))
     skeleton.check_complete()
     origin = {
@@ -96,12 +101,13 @@ def open_model(
         "revision": revision or (folder.name if folder.parent.name == "snapshots" else None),
         "architecture": type(empty).__name__,
         "headers": {file.name: header.digest for file, header in checkpoint.headers.items()},
+        "card": _card_facts(folder),
     }
     return OpenedModel(
         skeleton=skeleton,
         origin=origin,
         write_companions=lambda target: _copy_companions(folder, target),
-        load_tokenizer=lambda: _tokenizer(folder, trust_remote_code),
+        load_tokenizer=lambda: load_tokenizer(folder, trust_remote_code),
     )
 
 
@@ -112,7 +118,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
     return Checkpoint(locate(model, revision))
 
 
-def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that most of the floating-point weights have."""
     sizes: dict[torch.dtype, int] = {}
     for name, record in checkpoint.tensors.items():
@@ -168,31 +174,14 @@ def _open_module(model: nn.Module, device: torch.device | None, dtype: str) -> O
 
 
 def _open_gguf(file: Path, device: torch.device, dtype: str) -> OpenedModel:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file.")
-    try:
-        import gguf  # noqa: F401 - transformers asks for it in the middle of loading
-    except ImportError:
-        raise CheckpointError(f'{file}: reading GGUF needs the gguf package: pip install "secateur[gguf]"') from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     chosen = choose_dtype(dtype, device, torch.float32)
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=chosen)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"{file}: transformers cannot dequantise it: {error}") from None
+    model = load_gguf(file, chosen)
     model.to(device)
     prepare(model)
 
-    def tokenizer() -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        except Exception as error:  # the converters raise whatever their tokenizer library does
-            raise CheckpointError(f"{file}: transformers cannot convert its tokenizer: {error}") from None
-
     def write(target: Path) -> None:
         _write_configuration(model, target)
-        tokenizer().save_pretrained(target)
+        gguf_tokenizer(file).save_pretrained(target)
 
     return OpenedModel(
         skeleton=Skeleton(model, LoadedModel(model), device=device, dtype=chosen, resident=True),
@@ -204,8 +193,34 @@ def _open_gguf(file: Path, device: torch.device, dtype: str) -> OpenedModel:
             "sha256": file_digest(file),
         },
         write_companions=write,
-        load_tokenizer=tokenizer,
+        load_tokenizer=lambda: gguf_tokenizer(file),
     )
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a GGUF file, dequantised in host memory. Raises `CheckpointError` when that is not possible."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file.")
+    try:
+        import gguf  # noqa: F401 - transformers asks for it in the middle of loading
+    except ImportError:
+        raise CheckpointError(f'{file}: reading GGUF needs the gguf package: pip install "secateur[gguf]"') from None
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise CheckpointError(f"{file}: transformers cannot dequantise it: {error}") from None
+
+
+def gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer of a GGUF file. Raises `CheckpointError` when transformers cannot convert it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except Exception as error:  # the converters raise whatever their tokenizer library does
+        raise CheckpointError(f"{file}: transformers cannot convert its tokenizer: {error}") from None
 
 
 def _write_configuration(model: Any, target: Path) -> None:
@@ -227,6 +242,18 @@ def _copy_companions(folder: Path, target: Path) -> None:
     _clean_configuration(target / "config.json")
 
 
+def _card_facts(folder: Path) -> dict[str, Any]:
+    """What the model card of a checkpoint says of its licence and languages; nothing where there is none to read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        found = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):  # also UnicodeDecodeError
+        return {}
+    return {key: found[key] for key in ("license", "license_name", "license_link", "language") if key in found}
+
+
 def _clean_configuration(file: Path) -> None:
     """Drop packing entries from a copied config.json; without any, the file stays byte for byte as it was."""
     config = json.loads(file.read_text())
@@ -234,7 +261,8 @@ def _clean_configuration(file: Path) -> None:
         file.write_text(json.dumps({k: v for k, v in config.items() if k not in PACKING_ENTRIES}, indent=2) + "\n")
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of a checkpoint, or None when it has none. Raises `CheckpointError` for one that is damaged."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).exists() for name in names):
         return None

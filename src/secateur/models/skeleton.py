@@ -257,7 +257,10 @@ class Skeleton:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for target, source in tied.items():
             for absent, present in ((target, source), (source, target)):
-                if absent in parameters and parameters[absent].is_meta and not parameters[present].is_meta:
+                if absent not in parameters or parameters[present].is_meta:
+                    continue
+                # Without a tensor of its own it is tied anew, in case the model was filled from another source before.
+                if parameters[absent].is_meta or not self.conversion.making([absent]):
                     self._assign(absent, parameters[present])
         self._buffers_to_device(self.model)
         needed = set(self.conversion.groups) & set(parameters)

@@ -9,7 +9,10 @@ from rich.text import Text
 
 from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
+from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.perplexity import Perplexity
+from secateur.evaluate.task_differences import TaskComparison
+from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
 from secateur.forecast import Estimate
 from secateur.gradient_file import GradientFile
 from secateur.manifest import Manifest, Verification
@@ -176,12 +179,13 @@ def verification_tables(result: Verification) -> RenderableType:
     ]
     if result.compared_to:
         lines.append(f"Compared with the source {result.compared_to}.")
+    notes = [Text(note, style="yellow") for note in result.notes]
     if result.ok:
-        return Group(*(Text(line) for line in lines), Text("Verified.", style="bold green"))
+        return Group(*(Text(line) for line in lines), *notes, Text("Verified.", style="bold green"))
     shown = [Text(f"  {problem}", style="red") for problem in result.problems[:20]]
     more = [Text(f"  and {len(result.problems) - 20} more")] if len(result.problems) > 20 else []
     heading = Text(f"NOT verified: {len(result.problems)} problems.", style="bold red")
-    return Group(*(Text(line) for line in lines), heading, *shown, *more)
+    return Group(*(Text(line) for line in lines), *notes, heading, *shown, *more)
 
 
 def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
@@ -273,3 +277,88 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
 
 def _plus_minus(error: float, form: str) -> str:
     return "" if math.isnan(error) else f" ± {error:{form}}"
+
+
+def tasks_table(results: TaskResults) -> RenderableType:
+    """A row for each task, then the groups, with every metric and its standard error."""
+    metrics = list(dict.fromkeys(name for result in results.results for name in result.metrics))
+    limit = f", the first {results.limit} documents of each task" if results.limit else ""
+    title = f"lm-evaluation-harness {results.lm_eval}, {results.dtype}{limit}"
+    table = _table("task", "shots", "documents", *map(_unit, metrics), title=title)
+    for result in results.results:
+        cells = [_metric(name, result.metrics.get(name)) for name in metrics]
+        shots = "" if result.shots is None else str(result.shots)
+        table.add_row(result.task, shots, f"{result.documents:,}", *cells, style="bold" if result.members else "")
+    return Group(table, *(Text(line, style="yellow") for line in _task_notes(results.results)))
+
+
+def _task_notes(results: Sequence[TaskResult]) -> list[str]:
+    return [f"{result.task}: {note}" for result in results for note in result.notes]
+
+
+def task_comparison_table(rows: Sequence[TaskComparison]) -> RenderableType:
+    """For each task the dense model, then each pruned one; the best of each metric is bold.
+
+    Under "flips" stand the answers that went from right to wrong and from wrong to right.
+    """
+    metrics = list(dict.fromkeys(name for row in rows for name in row.differences))
+    columns = [column for name in metrics for column in (_unit(name), "- dense", "flips")]
+    table = _table("task", "documents", "model", *columns)
+    table.columns[2].justify = "left"
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task]
+        dense = own[0].dense
+        cells = [cell for name in metrics for cell in (_metric(name, dense.metrics.get(name)), "", "")]
+        table.add_row(task, f"{dense.documents:,}", "dense", *cells)
+        best = {name: max(row.pruned.metrics[name].value for row in own) for name in own[0].differences}
+        for row in own:
+            found: list[Text] = []
+            for name in metrics:
+                first = name in best and row.pruned.metrics[name].value == best[name]
+                style = "bold" if first and len(own) > 1 and _is_share(name) else ""
+                found += [Text(cell, style) for cell in _difference(name, row)]
+            table.add_row("", "", row.model, *found)
+    legend = Text("flips: answers that went from right to wrong (-) and from wrong to right (+)", style="dim")
+    notes = dict.fromkeys(line for row in rows for line in _task_notes([row.dense, row.pruned]))
+    return Group(table, legend, *(Text(line, style="yellow") for line in notes))
+
+
+def _difference(name: str, row: TaskComparison) -> tuple[str, str, str]:
+    """(value, its difference to the dense model's, flips) of a metric."""
+    found = row.differences.get(name)
+    if found is None:
+        return "", "", ""
+    scale, form = (100, ".2f") if _is_share(name) else (1, ".4f")
+    error = "" if found.error is None else f" ± {scale * found.error:{form}}"
+    flips = "" if found.right_to_wrong is None else f"-{found.right_to_wrong} +{found.wrong_to_right}"
+    return _metric(name, row.pruned.metrics[name]), f"{scale * found.value:+{form}}{error}", flips
+
+
+def _metric(name: str, metric: Metric | None) -> str:
+    if metric is None:
+        return ""
+    scale, form = (100, ".2f") if _is_share(name) else (1, ".4f")
+    return f"{scale * metric.value:{form}}" + ("" if metric.error is None else f" ± {scale * metric.error:{form}}")
+
+
+def _is_share(name: str) -> bool:
+    """Whether a metric is a share of documents, shown in per cent; the more the better."""
+    return name.startswith(("acc", "exact_match"))
+
+
+def _unit(name: str) -> str:
+    return f"{name} %" if _is_share(name) else name
+
+
+def generations_table(prompts: Sequence[Sequence[Generation]]) -> RenderableType:
+    """Under each prompt what the dense model writes, then each pruned one, and how long they write the same."""
+    parts: list[RenderableType] = []
+    for outputs in prompts:
+        table = _table("model", "same tokens", "continuation")
+        table.title = Text(outputs[0].prompt, style="bold")
+        table.columns[2].justify = "left"
+        for number, output in enumerate(outputs):
+            same = f"{shared_start(outputs[0].tokens, output.tokens)} of {len(output.tokens)}" if number else ""
+            table.add_row(output.model if number else "dense", same, Text(output.text.strip()))
+        parts += [table, Text()]
+    return Group(*parts[:-1])

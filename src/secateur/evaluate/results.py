@@ -1,0 +1,113 @@
+"""A store of evaluations, kept by what was evaluated: the digest of the model's files."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import secateur
+from secateur.errors import CheckpointError
+from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
+
+DECIDING_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")  # beside the weights
+
+Kind = Literal["perplexity", "agreement", "tasks"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation: what kind, of what (`key`), its result as JSON, when (UTC) and with which versions."""
+
+    kind: Kind
+    key: Mapping[str, Any]
+    result: Mapping[str, Any]
+    created: str
+    versions: Mapping[str, str]
+
+
+class Results:
+    """A folder of evaluations: one file each, in a folder for each model.
+
+    Files appear whole, under their final name, so that several processes can share a store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, model_digest: str, kind: Kind, key: Mapping[str, Any]) -> Record | None:
+        """The evaluation of that kind and key, or None. Raises `CheckpointError` for a damaged file."""
+        file = self._file(model_digest, kind, key)
+        return _read(file) if file.exists() else None
+
+    def add(
+        self,
+        model_digest: str,
+        kind: Kind,
+        key: Mapping[str, Any],
+        result: Mapping[str, Any],
+    ) -> None:
+        """Keep an evaluation, in the place of an earlier one of the same kind and key.
+
+        Raises `CheckpointError` where it cannot be written.
+        """
+        file = self._file(model_digest, kind, key)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        record = Record(kind, key, result, datetime.now(UTC).isoformat(timespec="seconds"), _versions())
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(asdict(record)) + "\n")
+            partial.replace(file)
+        except OSError as error:
+            raise CheckpointError(f"{file}: the evaluation cannot be kept ({error.strerror}).") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+    def of(self, model_digest: str) -> list[Record]:
+        """All evaluations of a model, oldest first."""
+        records = [_read(file) for file in (self.folder / model_digest).glob("*.json")]
+        return sorted(records, key=lambda record: (record.created, record.kind, json.dumps(record.key, sort_keys=True)))
+
+    def _file(self, model_digest: str, kind: Kind, key: Mapping[str, Any]) -> Path:
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / model_digest / f"{kind}-{name}.json"
+
+
+def _versions() -> dict[str, str]:
+    return {"secateur": secateur.__version__, **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def _read(file: Path) -> Record:
+    try:
+        return Record(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a kept evaluation, or damaged ({error}). Remove it.") from None
+
+
+def model_digest(model: str | os.PathLike[str], revision: str | None = None) -> str:
+    """sha256 over the files that decide what a model computes: weights, configuration, tokenizer and code.
+
+    The same for two copies of a checkpoint; the manifest, the model card and the licence do not count. A GGUF file
+    counts as a whole. Raises `CheckpointError` for anything that is not a model.
+    """
+    name = os.fspath(model)
+    if name.endswith(".gguf"):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file.")
+        return file_digest(file)
+    folder = locate(name, revision)
+    deciding = [*Checkpoint(folder).files, *(file for file in companion_files(folder) if _decides(file))]
+    listing = {file.relative_to(folder).as_posix(): file_digest(file) for file in deciding}
+    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+
+
+def _decides(file: Path) -> bool:
+    prose = file.stem.upper().startswith(("LICENSE", "LICENCE", "USE_POLICY", "NOTICE", "README"))
+    return file.suffix in DECIDING_SUFFIXES and not prose

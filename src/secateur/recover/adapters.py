@@ -1,0 +1,271 @@
+"""Adapters: which matrices get one, how they are saved, and the record beside them that says what they belong to."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import CheckpointError, PatternError
+from secateur.manifest import Manifest
+from secateur.models.matrices import matrix_kind
+from secateur.models.writer import writing
+from secateur.output import ADAPTER_RECORD
+from secateur.plan import matches
+from secateur.recover.masks import matrix_parameters
+
+CONFIGURATION = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every tensor in an adapter that peft saved
+
+
+def require_peft(what: str) -> None:
+    """Raise `CheckpointError` that says how to install peft where it is missing."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise CheckpointError(
+            f'{what} needs peft, which is not installed. Run: pip install "secateur[recover]"'
+        ) from None
+
+
+def find_targets(model: nn.Module, asked: Sequence[str] = ()) -> list[str]:
+    """The modules that get an adapter, as peft wants them: last parts of names where these say it all, else names.
+
+    `asked` are names, last parts of names or globs, or "all-linear" for every prunable matrix; without any, peft's own
+    choice for the architecture (q and v projections of most).
+
+    Raises `PatternError` that lists the matrices there are when one matches nothing, or peft has no choice.
+    """
+    modules = _adaptable(model)
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    if asked:
+        globs = list(asked)
+    else:
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+        known = KNOWN.get(kind, [])
+        globs = [known] if isinstance(known, str) else list(known)
+    chosen: list[str] = []
+    for glob in globs:
+        found = modules if glob == "all-linear" else [name for name in modules if _names(name, glob)]
+        if not found and asked:
+            raise PatternError(f'--targets "{glob}" matches none of the matrices. {_choice(modules)}')
+        chosen += [name for name in found if name not in chosen]
+    if not chosen:
+        raise PatternError(f'peft has no usual choice of matrices for "{kind}". {_choice(modules)}')
+    leaves = {name.rpartition(".")[2] for name in chosen}
+    everywhere = [name for name, module in model.named_modules() if name.rpartition(".")[2] in leaves]
+    return sorted(leaves) if sorted(everywhere) == sorted(chosen) else sorted(chosen)
+
+
+def with_adapters(model: nn.Module, config: Any) -> Any:
+    """The model wrapped by peft, trainable in its adapters alone.
+
+    Raises `PatternError` where peft takes the names for stacks of experts, whose adapters could not be merged.
+    """
+    from peft import get_peft_model
+
+    model_with: Any = get_peft_model(model, config)
+    stacks = [name for name, _ in model_with.named_parameters() if ".lora_" in name and ".experts." in name]
+    if stacks:
+        raise PatternError(
+            f"peft puts adapters on fused stacks of experts for these targets ({stacks[0].removeprefix(PREFIX)}), and "
+            "those cannot be merged. Leave out names that experts have as well, such as gate_proj and down_proj."
+        )
+    return model_with
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    """Names of the modules of prunable matrices that peft can wrap: layers, and not fused stacks of experts."""
+    return [
+        name.removesuffix(".weight")
+        for name, (parameter, _) in matrix_parameters(model).items()
+        if name.endswith(".weight") and parameter.dim() == 2
+    ]
+
+
+def _names(module: str, glob: str) -> bool:
+    return matches(module, glob) or module == glob or module.endswith(f".{glob}")
+
+
+def _choice(modules: Sequence[str]) -> str:
+    counts: dict[str, int] = {}
+    for name in modules:
+        kind = matrix_kind(name)
+        counts[kind] = counts.get(kind, 0) + 1
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in counts.items())
+    return f"Choose with --targets, by the last part of a name, a glob or all-linear: {kinds or 'there are none'}."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on disk: its configuration, its tensors by module, and our record, where there is one."""
+
+    folder: Path
+    config: Any
+    modules: Mapping[str, Mapping[str, Tensor]]  # module -> name within the module -> tensor
+    record: Mapping[str, Any] | None
+
+    @property
+    def masked(self) -> bool:
+        """Whether it was trained with its product masked, and means nothing without the mask."""
+        return self.record is not None and self.record["method"] == "sparse-lora"
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
+    """The LoRA adapter in a folder, as peft saved it. Raises `CheckpointError` when it is none, or of another kind."""
+    require_peft("Reading an adapter")
+    from peft import LoraConfig, PeftConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder)
+    if not (path / CONFIGURATION).exists():
+        raise CheckpointError(
+            f"{path}: no {CONFIGURATION} in it, so it is no adapter. Give the folder that peft saved."
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+        tensors = load_file(path / WEIGHTS)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: the adapter cannot be read: {error}") from None
+    if not isinstance(config, LoraConfig):
+        raise CheckpointError(
+            f"{path}: a {config.peft_type} adapter; only LoRA adapters are merged. Use peft for others."
+        )
+    initial = config.init_lora_weights
+    if isinstance(initial, str) and initial not in ("gaussian", "orthogonal", "eva"):
+        raise CheckpointError(
+            f"{path}: init_lora_weights={initial} changes the base model's weights when it is loaded. Save it with "
+            "peft's conversion to plain LoRA (path_initial_model_for_weight_conversion) and merge that."
+        )
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, mark, leaf = name.removeprefix(PREFIX).rpartition(".lora_")
+        if not mark or leaf.startswith("embedding") or leaf.endswith("bias"):
+            raise CheckpointError(
+                f"{path}: holds {name}, which is not a low-rank product of a matrix. Only such products can be merged "
+                "tensor by tensor; use peft's merge_and_unload() for the whole model."
+            )
+        modules.setdefault(module, {})[f"lora_{leaf}"] = tensor
+    return Adapter(path, config, modules, _record(path))
+
+
+def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.Module]) -> Tensor:
+    """The weight of a module, laid out as it is stored, merged with its adapter by peft, in float32.
+
+    `kind` is the class of the module, `nn.Linear` or transformers' `Conv1D`. Raises `CheckpointError` for shapes that
+    do not fit.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+    from transformers.pytorch_utils import Conv1D
+
+    rows, columns = weight.shape
+    layer: nn.Module
+    with torch.device("meta"):
+        if issubclass(kind, Conv1D):
+            layer = Conv1D(columns, rows)  # type: ignore[no-untyped-call]
+        else:
+            layer = nn.Linear(columns, rows, bias=False)
+    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+    layer.register_parameter("bias", None)
+    # The layer stands alone under its own name, so that peft's rules by name find it as they would in the model.
+    root = nn.Module()
+    parent = root
+    *path, leaf = module.split(".")
+    for part in path:
+        child = nn.Module()
+        parent.add_module(part, child)
+        parent = child
+    parent.add_module(leaf, layer)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of patterns that name other modules
+            inject_adapter_in_model(adapter.config, root)
+        tensors = {f"{module}.{name}": tensor for name, tensor in adapter.modules[module].items()}
+        result: Any = set_peft_model_state_dict(root, tensors)
+        if result.unexpected_keys:
+            raise ValueError(f"unexpected tensors {', '.join(result.unexpected_keys)}")
+        wrapped: Any = root.get_submodule(module)
+        wrapped.merge(safe_merge=True)
+    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{module}: the adapter {adapter.folder} does not fit the base's weight of shape {tuple(weight.shape)}: "
+            f"{reason} Is it for another model?"
+        ) from None
+    merged: Tensor = wrapped.get_base_layer().weight.detach()
+    return merged
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of an adapter, with a digest over it, and a README beside it."""
+    value = {"format": 1, **record}
+    with writing(folder / ADAPTER_RECORD):
+        (folder / ADAPTER_RECORD).write_text(json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n")
+    with writing(folder / "README.md"):
+        (folder / "README.md").write_text(_readme(record))
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    file = folder / ADAPTER_RECORD
+    if not file.exists():
+        return None
+    try:
+        value: dict[str, Any] = json.loads(file.read_text())
+        found = value.pop("digest")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{file}: damaged ({error!r}). Remove it to merge the adapter without a record."
+        ) from None
+    if found != _digest(value):
+        raise CheckpointError(f"{file}: altered since it was written.")
+    return value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> None:
+    """Raise `CheckpointError` when the adapter's record says that it was trained on another checkpoint."""
+    if adapter.record is None:
+        return
+    trained_on = adapter.record["base"]
+    if trained_on["digest"] != manifest.digest:
+        raise CheckpointError(
+            f"{adapter.folder}: trained on {trained_on['path']} (digest {trained_on['digest'][:12]}), and {base} is "
+            f"another checkpoint (digest {manifest.digest[:12]}). Give the one that it was trained on as --base."
+        )
+
+
+def _readme(record: Mapping[str, Any]) -> str:
+    before, after = (record["perplexity"][key] for key in ("before", "after"))
+    held, text = record["held_out"], record["data"]["name"] or "token ids"
+    masked = record["method"] == "sparse-lora"
+    if masked:
+        use = (
+            "The product of this adapter was masked while it was trained: weights that are zero in the base stay zero. "
+            "**Loading it with plain peft, vLLM or any other tool adds the product without the mask, which is another "
+            "model.** Merge it first; that is exact:\n"
+        )
+    else:
+        use = (
+            "Load it with `peft.PeftModel.from_pretrained`, vLLM or anything else that reads LoRA adapters. Merging it "
+            "with `merge_and_unload` fills the zeros of the base. To keep them:\n"
+        )
+    return (
+        f"---\nbase_model: {record['base']['path']}\nlibrary_name: peft\ntags:\n- lora\n- secateur\n---\n\n"
+        f"# Adapter for a pruned model\n\nTrained with `secateur recover --method {record['method']}` for "
+        f"{record['steps']} steps on {text}. Perplexity on {held['samples']} held-out windows of {held['length']} "
+        f"tokens: {before:.3f} before, {after:.3f} after.\n\n{use}\n"
+        f"```\nsecateur merge ADAPTER --base {record['base']['path']} -o MERGED --mask keep\n```\n\n"
+        f"`{ADAPTER_RECORD}` says how it was made.\n"
+    )

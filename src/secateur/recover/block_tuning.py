@@ -1,0 +1,263 @@
+"""Tuning the kept weights of one loaded block until its outputs come close to given targets.
+
+The loss of a token is the squared distance of the output from its target over the squared length of the target: that is
+what the next block sees, whose norm divides each token by its length. Its gradient goes no further than the block. Adam
+works on float32 copies of the weights, whatever dtype the block computes in. Weights that are zero have no gradient and
+no moments, and stay exactly zero.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ModelStructureError, NumericalError
+from secateur.models.matrices import Matrix, tapped
+from secateur.models.stream import HiddenStates, Stream
+from secateur.models.structure import Block
+
+BETAS = (0.9, 0.95)  # of Adam: a few hundred steps are too few for an average over a thousand
+WARM_UP = 0.05  # of all steps
+LEAST_LENGTH = 1e-6  # of a token's target, squared, relative to the mean
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How every block is tuned.
+
+    At most `epochs` over the `steps`, each of which is a range of batches that make one step of Adam, in an order drawn
+    from `seed`. `learning_rate` is relative to the root mean square of each parameter's kept weights; it rises over
+    the first twentieth of all steps and then falls in a straight line. Tuning ends early after `patience` epochs that
+    were no better on the batches `held_out`.
+    """
+
+    steps: Sequence[range]
+    held_out: range
+    epochs: int
+    learning_rate: float
+    patience: int
+    seed: int
+
+    def rate(self, step: int) -> float:
+        """The factor of the learning rate at a step, counted from zero."""
+        total = self.epochs * len(self.steps)
+        rising = max(1, round(WARM_UP * total))
+        return min((step + 1) / rising, (total - step) / max(total - rising, 1))
+
+
+@dataclass
+class Targets:
+    """What the block should give for each batch, with the number of its tokens and the sum of all squares."""
+
+    states: HiddenStates
+    tokens: list[int] = field(default_factory=list)
+    squares: list[float] = field(default_factory=list)
+
+    def add(self, states: Tensor) -> None:
+        """Keep the targets of the next batch."""
+        self.states.put(len(self.tokens), states)
+        self.tokens.append(states[..., 0].numel())
+        self.squares.append(float(states.to(_wide(states.dtype)).square().sum(dtype=torch.float64)))
+
+    def count(self, batches: range) -> int:
+        """The number of tokens of some batches."""
+        return sum(self.tokens[batch] for batch in batches)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The result for one block.
+
+    `changed` are its checkpoint tensors that differ from before, `before` and `after` the loss on held-out samples,
+    `epochs` how many were run and `best` which one was kept (0: the weights as they were). `nudged` is the number of
+    kept weights that would have been rounded to zero.
+    """
+
+    changed: dict[str, Tensor]
+    before: float
+    after: float
+    epochs: int
+    best: int
+    nudged: int
+
+
+def tune(
+    block: Block,
+    matrices: Sequence[Matrix],
+    tensors: Mapping[str, Tensor],
+    stream: Stream,
+    targets: Targets,
+    tuning: Tuning,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tuned:
+    """The tuned weights of a loaded block; the block itself, its inputs and the given tensors stay as they are.
+
+    `tensors` are the block's checkpoint tensors. After each epoch the weights are judged on the held-out samples as
+    they would be written, rounded; the best ones are the result, those at the start included.
+
+    Source: block reconstruction after pruning, as in EBFT (arXiv 2402.12419) and "Rethinking pruning large language
+    models" (EMNLP 2024), with their Adam and linear decay. Raises `NumericalError` for a loss that is not finite.
+    """
+    # Paper: they average squares over all tokens alike, with an absolute learning rate, and hold nothing out.
+    copies = []
+    for name, (parameter, transposed) in tapped(block, matrices)[0].items():
+        own = [matrix for matrix in matrices if matrix.parameter == name]
+        copies.append(_Copy(name[len(block.path) + 1 :], parameter, own, tensors, transposed))
+    loss = _Loss(block, stream, targets, tuning)
+    best = [copy.rounded() for copy in copies]
+    before = after = _finite(loss.held_out(copies, best), block, "at the start")
+    optimizer = torch.optim.Adam(
+        [{"params": [copy.master], "lr": tuning.learning_rate * copy.scale()} for copy in copies], betas=BETAS
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, tuning.rate)
+    generator = torch.Generator().manual_seed(tuning.seed)
+    total, epoch, chosen = tuning.epochs * len(tuning.steps), 0, 0
+    while epoch < tuning.epochs and epoch - chosen < tuning.patience:
+        sums = []
+        for done, number in enumerate(torch.randperm(len(tuning.steps), generator=generator).tolist()):
+            sums.append(loss.backward(copies, tuning.steps[number]))
+            for copy in copies:
+                copy.mask_gradient()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress(epoch * len(tuning.steps) + done + 1, total)
+        epoch += 1
+        _finite(float(torch.stack(sums).sum()), block, f"in epoch {epoch}")
+        states = [copy.rounded() for copy in copies]
+        now = loss.held_out(copies, states)
+        if now < after:
+            best, after, chosen = states, now, epoch
+    changed: dict[str, Tensor] = {}
+    for copy, state in zip(copies, best, strict=True):
+        if chosen:
+            copy.write(state, tensors, changed)
+    nudged = sum(copy.nudged(state) for copy, state in zip(copies, best, strict=True)) if chosen else 0
+    return Tuned(changed, before, after, epoch, chosen, nudged)
+
+
+def _finite(loss: float, block: Block, when: str) -> float:
+    if not math.isfinite(loss):
+        raise NumericalError(
+            f"{block.path}: the loss {when} is not finite. Use a smaller --lr, or --dtype float32; if it is "
+            "not finite at the start, check both models with secateur eval."
+        )
+    return loss
+
+
+class _Copy:
+    """A parameter of the block while it is tuned: float32 weights, and which of them are free to change."""
+
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        matrices: Sequence[Matrix],
+        tensors: Mapping[str, Tensor],
+        transposed: bool,
+    ) -> None:
+        self.name = name
+        self.dtype = parameter.dtype
+        self._matrices = matrices
+        self._transposed = transposed
+        self._stored = tensors[matrices[0].tensor].dtype
+        self.master = parameter.detach().to(_wide(self.dtype, self._stored), copy=True)
+        self._free = torch.zeros_like(parameter, dtype=torch.bool)
+        for matrix in matrices:
+            weight = matrix.view(tensors).to(parameter.device)
+            if not torch.equal(matrix.of_parameter(parameter, transposed), weight.to(parameter.dtype)):
+                raise ModelStructureError(
+                    f"{matrix.name}: transformers computes with other numbers than the checkpoint holds, so that tuned "
+                    f'weights cannot be written back. Leave it as it is with --skip "{matrix.name}".'
+                )
+            # Exact: the computing dtype may be narrower than the checkpoint's.
+            matrix.place(weight.to(self.master.dtype), self.master, transposed)
+            matrix.place(weight != 0, self._free, transposed)
+        self.master.requires_grad_()
+
+    def scale(self) -> float:
+        """The root mean square of the free weights; 0 when there are none."""
+        free = self.master.detach()[self._free]
+        return float(free.square().mean().sqrt()) if free.numel() else 0.0
+
+    def mask_gradient(self) -> None:
+        """Take the gradient away from what must stay as it is; Adam then never moves it."""
+        if self.master.grad is not None:
+            self.master.grad *= self._free
+
+    def rounded(self) -> Tensor:
+        """The weights in the checkpoint's dtype. A free weight that rounds to zero becomes the smallest number there.
+
+        As zero it would count as removed: the checkpoint would have more zeros than its plan asks for.
+        """
+        with torch.no_grad():
+            narrow = self.master.to(self._stored)
+            smallest = torch.full_like(narrow, torch.finfo(self._stored).tiny).copysign(narrow)
+            return torch.where(self._free & (narrow == 0), smallest, narrow)
+
+    def nudged(self, state: Tensor) -> int:
+        """How many weights of a rounded state are the smallest number, and no zero for that reason."""
+        return int((self._free & (state.abs() == torch.finfo(self._stored).tiny)).sum())
+
+    def write(self, state: Tensor, tensors: Mapping[str, Tensor], changed: dict[str, Tensor]) -> None:
+        """Put a rounded state into copies of the checkpoint tensors, at the weights that are not zero."""
+        for matrix in self._matrices:
+            if matrix.tensor not in changed:
+                changed[matrix.tensor] = tensors[matrix.tensor].clone()
+            weight = matrix.view(changed)
+            new = matrix.of_parameter(state, self._transposed).to(weight.device, weight.dtype)
+            weight.copy_(torch.where(weight != 0, new, weight))
+
+
+class _Loss:
+    """The loss of a block: the mean over tokens of |output - target|² / |target|²."""
+
+    def __init__(self, block: Block, stream: Stream, targets: Targets, tuning: Tuning) -> None:
+        self._block, self._stream, self._targets, self._held_out = block, stream, targets, tuning.held_out
+        # A token whose target is next to nothing does not outweigh all others.
+        self._least = LEAST_LENGTH * sum(targets.squares) / sum(targets.tokens)
+
+    def held_out(self, copies: Sequence[_Copy], states: Sequence[Tensor]) -> float:
+        """The loss on the held-out samples with rounded weights."""
+        with torch.no_grad():
+            weights = {copy.name: state.to(copy.dtype) for copy, state in zip(copies, states, strict=True)}
+            return float(torch.stack([self._of(weights, batch, self._held_out) for batch in self._held_out]).sum())
+
+    def backward(self, copies: Sequence[_Copy], step: range) -> Tensor:
+        """The loss of a step, whose gradient is added to the copies; one batch in memory at a time."""
+        total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
+        for batch in step:
+            with torch.enable_grad():
+                loss = self._of({copy.name: copy.master.to(copy.dtype) for copy in copies}, batch, step)
+                if loss.requires_grad:  # not where the only tuned experts saw no token of the batch
+                    loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _of(self, weights: Mapping[str, Tensor], batch: int, among: range) -> Tensor:
+        """A batch's share of the loss of several batches."""
+        block = Block(self._block.index, self._block.path, _Substituted(self._block.module, weights))
+        output = self._stream.run(block, batch, aside=True)
+        target = self._targets.states.get(batch, self._stream.device)
+        wide = _wide(output.dtype)
+        output, target = output.to(wide), target.to(wide)
+        lengths = target.square().sum(dim=-1).clamp(min=self._least)
+        return ((output - target).square().sum(dim=-1) / lengths).sum() / self._targets.count(among)
+
+
+class _Substituted(nn.Module):
+    """A module with other tensors in the place of some of its parameters, through which gradients flow to them."""
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._module, self._weights = module, dict(weights)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self._module, self._weights, args, kwargs)
+
+
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32

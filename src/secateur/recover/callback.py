@@ -1,0 +1,108 @@
+"""The callback that keeps zeros zero in any Trainer."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from secateur.errors import ModelStructureError, PatternError
+from secateur.recover.masks import sparse_parameters
+
+
+class SparsityCallback(TrainerCallback):
+    """Keeps pruned weights at zero while a Trainer of transformers or TRL trains: `callbacks=[SparsityCallback()]`.
+
+    What is zero in the prunable matrices when training begins stays zero. Gradients of pruned weights are zeroed as
+    they arise, before they are clipped; the weights and the optimizer's moments once more after every step, whatever
+    the optimizer does. Costs one byte for every weight of the sparse matrices that are trained. Frozen matrices are
+    only counted. The count is checked whenever a checkpoint is saved and at the end.
+
+    Raises `PatternError` when the model has no zeros to keep, or lost some, and `ModelStructureError` under DeepSpeed
+    and FSDP, whose parameters are not the model's own.
+    """
+
+    def __init__(self) -> None:
+        self.zeros = 0  # how many are kept, known once training has begun
+        self._checkpoint: str | os.PathLike[str] | None = None
+        self._zeros: dict[str, tuple[nn.Parameter, int]] = {}
+        self._removed: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._hooks: list[Any] = []
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | os.PathLike[str]) -> "SparsityCallback":
+        """The callback for the matrices that a pruned checkpoint's manifest plans, and with its counts of zeros."""
+        callback = cls()
+        callback._checkpoint = folder
+        return callback
+
+    def attach(self, model: nn.Module) -> None:
+        """Take the zeros that a model has now as those to keep. Training does so itself when it begins."""
+        self._detach()
+        for name, (parameter, removed) in sparse_parameters(model, self._checkpoint).items():
+            self._zeros[name] = (parameter, int(removed.sum()))
+            if parameter.requires_grad:
+                self._removed[name] = (parameter, removed)
+                leaf: Any = parameter
+                self._hooks.append(leaf.register_post_accumulate_grad_hook(_zero_gradient(removed)))
+        self.zeros = sum(count for _, count in self._zeros.values())
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise `PatternError` when a weight is not zero that was when training began."""
+        for name, (parameter, removed) in self._removed.items():
+            lost = int(parameter.masked_select(removed.to(parameter.device)).count_nonzero())
+            if lost:
+                raise PatternError(f"{name}: {lost} of {self._zeros[name][1]} pruned weights are not zero any more.")
+        for name, (parameter, zeros) in self._zeros.items():
+            found = parameter.numel() - int(parameter.count_nonzero())
+            if found < zeros:
+                raise PatternError(f"{name}: {found} zeros left of {zeros}.")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach to the model, unless that was done before."""
+        sharded = next((option for option in ("deepspeed", "fsdp") if getattr(args, option, None)), None)
+        if sharded is not None:
+            raise ModelStructureError(
+                f"SparsityCallback: {sharded} keeps parameters in pieces of its own, which no callback sees. Train on "
+                "one device or with plain data parallelism (torchrun)."
+            )
+        if not self._zeros:
+            self.attach(kwargs["model"])
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Zero the pruned weights and whatever the optimizer keeps of them, behind its step."""
+        optimizer = kwargs["optimizer"]
+        for name, (parameter, removed) in self._removed.items():
+            if removed.device != parameter.device:
+                removed = removed.to(parameter.device)
+                self._removed[name] = (parameter, removed)
+            parameter.masked_fill_(removed, 0)
+            for value in optimizer.state.get(parameter, {}).values():
+                # Quantised moments are whole numbers that stand for others. With gradients of zero they are zero.
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                    value.masked_fill_(removed, 0)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the zeros of what was saved."""
+        self.check()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the zeros, and leave the model as it was found."""
+        self.check()
+        self._detach()
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._zeros, self._removed = [], {}, {}
+
+
+def _zero_gradient(removed: Tensor) -> Any:
+    def hook(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(removed.to(parameter.grad.device), 0)
+
+    return hook

@@ -1,0 +1,338 @@
+"""`fine_tune`: from a pruned checkpoint to an adapter for it, or to one with the same zeros and better weights."""
+
+import datetime
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration import Windows, check_length, check_vocabulary, training_windows
+from secateur.errors import CheckpointError, PatternError
+from secateur.evaluate.perplexity import Perplexity, perplexity
+from secateur.manifest import read_manifest, verify
+from secateur.models.checkpoint import locate
+from secateur.models.opened import OpenedModel, choose_device, open_model
+from secateur.models.writer import writing
+from secateur.output import Scratch, check_output
+from secateur.recover.adapters import require_peft
+from secateur.recover.forecast import Forecast, count_parameters, forecast
+from secateur.recover.settings import Settings, choose, to_json
+from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, last_checkpoint, perplexity_of
+from secateur.recover.ways import Adapters, FullWeights, Way
+from secateur.recover.written import versions
+
+STATE = "recovery.json"  # in the folder of an unfinished run: what it was started with
+
+# progress(stage, done, in all, note)
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The result of a recovery: its record, which the output holds as well, and the perplexity before and after."""
+
+    output: str
+    record: Mapping[str, Any]
+    before: Perplexity
+    after: Perplexity
+    sparsity_before: float
+    sparsity: float
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; of the perplexities what `eval` gives."""
+        return {**vars(self), "before": self.before.to_json(), "after": self.after.to_json()}
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a Trainer did."""
+
+    model: Any
+    steps: int
+    best_step: int | None
+    seconds: float
+    curve: list[dict[str, Any]]
+
+
+def fine_tune(
+    pruned: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    method: str = "lora",
+    data: str | Tensor | Windows = "c4",
+    preset: str = "paper",
+    distill: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    command: Sequence[str] | None = None,
+    announce: Callable[[Forecast], None] = lambda forecast: None,
+    progress: Progress = lambda stage, done, total, note: None,
+    **given: Any,
+) -> Recovery:
+    """What training did for a pruned checkpoint that Secateur wrote, with the result in `output`.
+
+    `method` is "lora" or "sparse-lora" (the output is an adapter, as peft saves it), or "full" (the output is a pruned
+    checkpoint with the same zeros). `given` are fields of `recover.settings.Settings`; the others come from the
+    `preset`. `data` is a corpus or token ids; its first windows are held out. `distill` is a dense model whose
+    predictions are learnt as well. `dtype` is what products are computed in: trained weights and the optimizer are in
+    float32. `announce` is called before anything long begins.
+
+    While it runs, a folder named like the output with ".training" behind keeps the Trainer's checkpoints, the latest
+    and the best. It goes when the output is complete. After an interruption `resume` goes on from there.
+
+    Raises `NumericalError` when training diverges, and `CheckpointError`, `PatternError` or `CalibrationError` for
+    what cannot work; each says what to do.
+    """
+    settings = choose(method, preset, given)
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        raise PatternError(
+            "recover trains in one process, and torchrun started several. For several GPUs use a Trainer of your own, "
+            "with callbacks=[secateur.SparsityCallback()]."
+        )
+    if method != "full":
+        require_peft(f"--method {method}")
+    base = Path(pruned)
+    manifest = read_manifest(base)
+    target = check_output(output, base, overwrite)
+    assert target is not None
+    work = target.with_name(f"{target.name}.training")
+    _check_work(work, resume, overwrite)
+    chosen = choose_device(device)
+    half = _half(dtype, chosen)
+    opened = open_model(base, device=device, trust_remote_code=trust_remote_code)
+    text = isinstance(data, str)
+    if "length" not in given or given["length"] is None:
+        settings = replace(settings, length=min(settings.length, opened.skeleton.positions or settings.length))
+    train, held = training_windows(
+        data,
+        opened.load_tokenizer() if text else None,
+        samples=settings.training_windows,
+        length=settings.length if text else given.get("length"),
+        held_out=settings.held_out,
+        progress=lambda done, total: progress("packing text", done, total, ""),
+    )
+    settings = replace(settings, length=train.length)
+    for windows in (train, held):
+        check_vocabulary(windows, opened.skeleton.vocabulary_size)
+        check_length(windows, opened.skeleton.positions)
+    way: Way
+    if method == "full":
+        way = FullWeights(opened, manifest, base, settings)
+    else:
+        way = Adapters(opened, manifest, base, settings, masked=method == "sparse-lora")
+    announce(forecast(method, settings, way, opened, train, held, chosen, half, distill))
+    asked = {
+        "method": method,
+        "settings": to_json(settings, method),
+        "dtype": "bfloat16" if half else "float32",
+        "distill": None if distill is None else str(distill),
+        "base": {"path": str(base.resolve()), "digest": manifest.digest},
+        "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
+        "held_out": {**held.provenance, "digest": held.digest},
+    }
+    start = _start(work, asked, resume)
+    how: dict[str, Any] = {"batch_size": settings.batch_size}
+    before = perplexity(opened, held, **how, progress=_named(progress, "perplexity before"))
+    dense = None if distill is None else _load_dense(distill, opened, half, trust_remote_code)
+    trained = _train(
+        way,
+        _load(base.resolve(), way.load_dtype(half), trust_remote_code),
+        dense,
+        settings,
+        train,
+        held,
+        work=work,
+        start=start,
+        device=chosen,
+        half=half,
+        progress=progress,
+    )
+    with Scratch(target, overwrite) as scratch:
+        result = way.write(trained.model, scratch.folder)
+        # Memory: the model was written; a whole one less while the result is measured.
+        trained = replace(trained, model=None)
+        del dense
+        gc.collect()
+        after = perplexity(result, held, **how, progress=_named(progress, "perplexity after"))
+        parameters = count_parameters(opened)
+        record = {
+            **asked,
+            "preset": preset,
+            "targets": way.targets if method != "full" else None,
+            "steps": trained.steps,
+            "best_step": trained.best_step,
+            "tokens": trained.steps * settings.batch_size * settings.accumulation * train.length,
+            "seconds": trained.seconds,
+            "curve": trained.curve,
+            "trainable": way.trainable,
+            "parameters": parameters,
+            "share": way.trainable / parameters,
+            "perplexity": {"before": before.perplexity, "after": after.perplexity},
+            "perplexity_error": {key: value.to_json()["perplexity_error"] for key, value in _pair(before, after)},
+            "versions": versions(),
+            "command": None if command is None else list(command),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        zeros = way.finish(scratch.folder, record)
+        if method == "full":
+            checked = verify(scratch.folder, progress=lambda done, total: progress("verifying", done, total, ""))
+            if not checked.ok:
+                raise CheckpointError(f"{output}: not what it should be after training: {checked.problems[0]}")
+        with writing(target):
+            scratch.commit()
+    shutil.rmtree(work, ignore_errors=True)
+    if after.nats >= before.nats:
+        way.notes.append("The held-out perplexity did not fall. Try a lower --lr, more steps, or other data.")
+    totals = manifest.totals
+    return Recovery(
+        output=str(output),
+        record=record,
+        before=before,
+        after=after,
+        sparsity_before=totals["zeros"] / max(totals["weights"], 1),
+        sparsity=zeros / max(totals["weights"], 1),
+        notes=way.notes,
+    )
+
+
+def _pair(before: Perplexity, after: Perplexity) -> list[tuple[str, Perplexity]]:
+    return [("before", before), ("after", after)]
+
+
+def _train(
+    way: Way,
+    model: nn.Module,
+    dense: nn.Module | None,
+    settings: Settings,
+    train: Windows,
+    held: Windows,
+    *,
+    work: Path,
+    start: Path | None,
+    device: torch.device,
+    half: bool,
+    progress: Progress,
+) -> _Trained:
+    """The model behind a Trainer's run, as it was at its best."""
+    from transformers import set_seed
+
+    set_seed(settings.seed)  # adapters are drawn at random before the Trainer sets it
+    prepared, callbacks = way.prepare(model)
+    budget = Budget(settings, progress)
+    trainer = RecoveryTrainer(
+        settings=settings,
+        budget=budget,
+        dense=None if dense is None else dense.to(device),
+        model=prepared,
+        args=arguments(settings, work, device, half),
+        train_dataset=Rows(train),
+        eval_dataset=Rows(held),
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    state = trainer.state
+    return _Trained(prepared, state.global_step, state.best_global_step, budget.seconds, _curve(state.log_history))
+
+
+def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """(step, seconds, loss, held-out perplexity) wherever one of the last two was measured."""
+    points: dict[int, dict[str, Any]] = {}
+    for entry in history:
+        point = {"loss": entry.get("loss"), "perplexity": entry.get("eval_loss")}
+        if point["perplexity"] is not None:
+            point["perplexity"] = perplexity_of(point["perplexity"]) if point["perplexity"] < 700 else None
+        found = {key: value for key, value in point.items() if value is not None}
+        if found:
+            held = points.setdefault(entry["step"], {"step": entry["step"], "loss": None, "perplexity": None})
+            held |= {"seconds": entry.get("seconds"), **found}
+    return [points[step] for step in sorted(points)]
+
+
+def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """A whole model in memory."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    failure: Exception | None = None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            failure = failure or error
+    raise CheckpointError(f"{folder}: transformers cannot load it: {failure}")
+
+
+def _load_dense(distill: str | os.PathLike[str], opened: OpenedModel, half: bool, trust_remote_code: bool) -> nn.Module:
+    """The dense model to learn from, frozen. Raises `CheckpointError` when its tokens are others."""
+    name = os.fspath(distill)
+    dense: nn.Module = _load(locate(name), torch.bfloat16 if half else torch.float32, trust_remote_code)
+    own, held = dense.get_input_embeddings().weight.shape[0], opened.skeleton.vocabulary_size  # type: ignore[operator]
+    if own != held:
+        raise CheckpointError(
+            f"--distill {name}: has a vocabulary of {own} tokens, the pruned model has {held}. Give the model that it "
+            "was pruned from."
+        )
+    return dense.eval().requires_grad_(False)
+
+
+def _half(dtype: str, device: torch.device) -> bool:
+    """Whether products are computed in bfloat16: as asked, or on a GPU that has units for it."""
+    if dtype == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if dtype not in ("float32", "bfloat16"):
+        raise CheckpointError(f'--dtype: got "{dtype}", expected auto, float32 or bfloat16.')
+    return dtype == "bfloat16"
+
+
+def _check_work(work: Path, resume: bool, overwrite: bool) -> None:
+    """Raise `CheckpointError` when an unfinished run is in the way, or there is none to resume."""
+    last = last_checkpoint(work)
+    if resume and last is None:
+        raise CheckpointError(f"{work}: no checkpoint to resume from. Start without --resume.")
+    if work.exists() and not resume:
+        if not (work / STATE).exists():
+            raise CheckpointError(f"{work}: exists, and is no unfinished recovery. Choose another output.")
+        if last is not None and not overwrite:
+            raise CheckpointError(
+                f"{work}: an unfinished recovery, saved at step {last.name.rpartition('-')[2]}. Go on with --resume, "
+                "or start over with --overwrite."
+            )
+        shutil.rmtree(work)
+
+
+def _start(work: Path, asked: Mapping[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None for a new run, whose settings are noted down."""
+    state = work / STATE
+    if not resume:
+        with writing(state):
+            work.mkdir(parents=True, exist_ok=True)
+            state.write_text(json.dumps(asked, indent=1) + "\n")
+        return None
+    before, now = _comparable(json.loads(state.read_text())), _comparable(json.loads(json.dumps(asked)))
+    for key, value in now.items():
+        if key != "lr" and value != before.get(key):
+            raise CheckpointError(
+                f"--resume: {key} was {before.get(key)!r} when {work} was begun, and is {value!r} now. Give the same "
+                "options (only --lr may change), or start over with --overwrite."
+            )
+    return last_checkpoint(work)
+
+
+def _comparable(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same when a run is resumed; models and texts by their digests."""
+    digests = {key: asked[key]["digest"] for key in ("base", "data", "held_out")}
+    return {**asked["settings"], **asked, **digests, "settings": None}
+
+
+def _named(progress: Progress, name: str) -> Callable[[str, int, int], None]:
+    return lambda stage, done, total: progress(name, done, total, stage)

@@ -1,0 +1,110 @@
+"""What a recovery will train and take, before it starts."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from secateur.calibration import Windows
+from secateur.models.checkpoint import Checkpoint, locate
+from secateur.models.opened import OpenedModel
+from secateur.recover.settings import Settings
+from secateur.recover.ways import Way
+
+# Bytes of moments for each trainable weight where it is not two numbers in float32, by the Trainer's name.
+MOMENT_BYTES: Mapping[str, int] = {
+    "adafactor": 0,
+    "adagrad": 4,
+    "rmsprop": 4,
+    "sgd": 0,
+    "adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "lion_32bit": 4,
+    "lion_8bit": 1,
+}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A dry run. `passes` says how often each training window is seen; None where the clock decides."""
+
+    method: str
+    steps: int | None
+    minutes: float | None
+    tokens_per_step: int
+    windows: int
+    held_out: int
+    length: int
+    passes: float | None
+    parameters: int
+    trainable: int
+    targets: list[str]
+    device: str
+    dtype: str
+    weight_bytes: int
+    gradient_bytes: int
+    moment_bytes: int
+    mask_bytes: int
+    dense_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """All of them together. Activations come on top, and grow with batch size and length."""
+        return self.weight_bytes + self.gradient_bytes + self.moment_bytes + self.mask_bytes + self.dense_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and the bytes together."""
+        return {**vars(self), "bytes": self.bytes}
+
+
+def forecast(
+    method: str,
+    settings: Settings,
+    way: Way,
+    opened: OpenedModel,
+    train: Windows,
+    held: Windows,
+    device: torch.device,
+    half: bool,
+    distill: str | os.PathLike[str] | None,
+) -> Forecast:
+    """The dry run of a recovery, from shapes alone."""
+    parameters = count_parameters(opened)
+    steps = settings.total_steps
+    per_step = settings.batch_size * settings.accumulation
+    full = method == "full"
+    allocated = way.trainable + way.kept
+    dense = 0
+    if distill is not None:
+        source = Checkpoint(locate(os.fspath(distill)))
+        weights = sum(torch.Size(source.shape(name)).numel() for name in source.names)
+        dense = weights * (2 if half else 4)
+    return Forecast(
+        method=method,
+        steps=steps,
+        minutes=settings.minutes,
+        tokens_per_step=per_step * train.length,
+        windows=train.samples,
+        held_out=held.samples,
+        length=train.length,
+        passes=None if steps is None else steps * per_step / train.samples,
+        parameters=parameters,
+        trainable=way.trainable,
+        targets=way.targets,
+        device=str(device),
+        dtype="bfloat16" if half else "float32",
+        weight_bytes=parameters * way.load_dtype(half).itemsize + (0 if full else 4 * allocated),
+        gradient_bytes=4 * allocated,
+        moment_bytes=MOMENT_BYTES.get(settings.optimizer, 8) * allocated,
+        mask_bytes=way.mask_bytes,
+        dense_bytes=dense,
+    )
+
+
+def count_parameters(opened: OpenedModel) -> int:
+    """The weights of a model, counted in its checkpoint, where those that are tied stand once."""
+    source = opened.skeleton.source
+    return sum(torch.Size(source.shape(name)).numel() for name in source.names)

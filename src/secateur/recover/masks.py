@@ -1,0 +1,109 @@
+"""Which weights of a model in memory are pruned: the zeros of its matrices, at most those that a manifest plans."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import PatternError
+from secateur.manifest import read_manifest
+from secateur.models.checkpoint import Checkpoint
+from secateur.models.matrices import numbered_experts, prunable_parameters
+from secateur.models.skeleton import Skeleton
+from secateur.models.structure import find_blocks
+
+
+def matrix_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
+    """Every parameter that holds prunable matrices, by its name in the model, and whether it is stored (in, out).
+
+    A model with adapters is seen without them: names are those of the base model, and adapters are left out.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    adapters = {
+        id(parameter)
+        for module in base.modules()
+        for leaf in getattr(module, "adapter_layer_names", ())
+        if isinstance(getattr(module, leaf, None), nn.Module)
+        for parameter in getattr(module, leaf).parameters()
+    }
+    experts = numbered_experts(getattr(base, "config", None))
+    found: dict[str, tuple[nn.Parameter, bool]] = {}
+    for block in find_blocks(base)[1]:
+        parameters = dict(block.module.named_parameters())
+        for name, stored in prunable_parameters(block.module, experts)[0].items():
+            if id(parameters[name]) not in adapters:
+                found[f"{block.path}.{name}".replace(".base_layer.", ".")] = (parameters[name], stored)
+    return found
+
+
+def sparse_parameters(
+    model: nn.Module, checkpoint: str | os.PathLike[str] | None = None
+) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """Every parameter whose matrices have zeros, and where they are: True = removed, of the parameter's shape.
+
+    With `checkpoint`, the folder of a pruned checkpoint that the model was loaded from, only the parameters that its
+    manifest plans count, and each matrix must have the zeros that the manifest records.
+
+    Raises `PatternError` when there are no zeros, or not those of the checkpoint.
+    """
+    parameters = matrix_parameters(model)
+    if checkpoint is not None:
+        planned = _planned(model, Path(checkpoint), parameters)
+        parameters = {name: parameters[name] for name in parameters if name in planned}
+    sparse: dict[str, tuple[nn.Parameter, Tensor]] = {}
+    with torch.no_grad():
+        for name, (parameter, _) in parameters.items():
+            removed = parameter == 0
+            if bool(removed.any()):
+                sparse[name] = (parameter, removed)
+    if not sparse:
+        raise PatternError(
+            f"{type(model).__name__}: none of its {len(parameters)} prunable matrices has a zero, so there is no "
+            "sparsity to keep. Was the pruned checkpoint loaded, and not the dense one?"
+        )
+    return sparse
+
+
+def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Parameter, bool]]) -> set[str]:
+    """Names of the parameters that hold planned matrices, each checked against the manifest's count of zeros."""
+    manifest = read_manifest(folder)
+    if hasattr(model, "get_base_model"):
+        # Adapters change the names of modules; the plain names say which parameter is which.
+        return {name for name in parameters if any(entry["tensor"] == name for entry in manifest.matrices.values())}
+    first = next(model.parameters())
+    skeleton = Skeleton(model, Checkpoint(folder), device=first.device, dtype=first.dtype, resident=True)
+    matrices = {matrix.name: matrix for matrix in skeleton.matrices}
+    for name, entry in manifest.matrices.items():
+        matrix = matrices.get(name)
+        if matrix is None or matrix.parameter not in parameters:
+            raise PatternError(f"{name}: pruned in {folder}, and {type(model).__name__} has no such matrix.")
+        parameter, stored = parameters[matrix.parameter]
+        weight = matrix.of_parameter(parameter.detach(), stored)
+        zeros = weight.numel() - int(weight.count_nonzero())
+        if list(weight.shape) != entry["shape"] or zeros != entry["zeros"]:
+            raise PatternError(
+                f"{name}: {zeros} zeros of {list(weight.shape)} in the model, expected {entry['zeros']} of "
+                f"{entry['shape']} as in {folder}. Load the model from there before training."
+            )
+    return {matrices[name].parameter for name in manifest.matrices}
+
+
+def masked_weight(weight: Tensor, merged: Tensor) -> tuple[Tensor, int]:
+    """A merged or trained weight in the dtype and with exactly the zeros of the one before, and how many were nudged.
+
+    Weights that were kept and have become zero, by rounding or by chance, get the smallest magnitude that is safe in
+    the dtype, with their sign: which weights are pruned is then still what is zero.
+    """
+    kept = weight != 0
+    result = torch.where(kept, merged, 0).to(weight.dtype)
+    lost = kept & (result == 0)
+    count = int(lost.sum())
+    if count:
+        # A subnormal of float16 is an ordinary number; those of float32 and bfloat16 some devices flush to zero.
+        information = torch.finfo(weight.dtype)
+        least = max(information.smallest_normal * information.eps, torch.finfo(torch.bfloat16).smallest_normal)
+        sign = torch.where(merged.signbit(), -1.0, 1.0).to(weight.dtype)
+        result = torch.where(lost, sign * least, result)
+    return result, count

@@ -1,0 +1,269 @@
+"""`merge`: an adapter into its pruned base, with the mask kept or dropped, tensor by tensor."""
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration import Windows, evaluation_windows, training_windows
+from secateur.errors import CheckpointError, PatternError
+from secateur.evaluate.perplexity import Perplexity, perplexity
+from secateur.manifest import read_manifest, verify
+from secateur.models.checkpoint import Layout
+from secateur.models.conversion import TensorGroup
+from secateur.models.inverse import Inverse
+from secateur.models.opened import OpenedModel, open_model
+from secateur.models.writer import writing
+from secateur.output import Scratch, check_output
+from secateur.recover.adapters import Adapter, check_base, merged_weight, read_adapter, require_peft
+from secateur.recover.written import versions, write_trained
+
+Progress = Callable[[str, int, int], None]
+
+
+class MergedCheckpoint:
+    """A pruned checkpoint seen through an adapter: its tensors, each merged in float32 when it is read.
+
+    With `keep`, what is zero in the base stays zero.
+    """
+
+    def __init__(self, opened: OpenedModel, adapter: Adapter, *, keep: bool) -> None:
+        self.base = opened.skeleton.source
+        self.adapter = adapter
+        self.keep = keep
+        self._skeleton = opened.skeleton
+        self._inverse = Inverse(opened.skeleton)
+        self._modules = dict(opened.skeleton.model.named_modules(remove_duplicate=False))
+        self._groups: dict[str, TensorGroup] = {}
+        for module in adapter.modules:
+            group = self._group(module)
+            self._groups |= dict.fromkeys(group.names, group)
+
+    def _group(self, module: str) -> TensorGroup:
+        if module not in self._modules:
+            raise CheckpointError(
+                f"{module}: has an adapter in {self.adapter.folder}, and the base model has no such layer. Is the "
+                "adapter for another model, or of a fused stack of experts? Those cannot be merged."
+            )
+        groups = self._skeleton.conversion.making([f"{module}.weight"])
+        if not groups or not self._inverse.possible(groups[0]):
+            raise CheckpointError(
+                f"{module}: its weight is not a tensor of its own in the base checkpoint (it is tied to another, or "
+                "converted while loading), so nothing can be merged into it."
+            )
+        return groups[0]
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names: those of the base."""
+        return list(self.base.names)
+
+    @property
+    def merged(self) -> list[str]:
+        """Names of the tensors that the adapter changes."""
+        return [name for name in self.base.names if name in self._groups]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor: float32 where it is merged."""
+        return torch.float32 if name in self._groups else self.base.dtype(name)
+
+    def layout(self) -> Layout:
+        """The shards of the base."""
+        return self.base.layout()
+
+    def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
+        """The named tensors, merged where the adapter changes them."""
+        return {
+            name: self._merge(name) if name in self._groups else self.base.read([name], pin=pin)[name] for name in names
+        }
+
+    def _merge(self, name: str) -> Tensor:
+        group = self._groups[name]
+        tensors = self.base.read(group.names)
+        parameters = dict(self._skeleton.conversion.convert(group, tensors))
+        for parameter, weight in parameters.items():
+            module = parameter.removesuffix(".weight")
+            if module in self.adapter.modules:
+                parameters[parameter] = merged_weight(self.adapter, module, weight, type(self._modules[module]))
+        merged = self._inverse.tensors(group, parameters)[name]
+        return torch.where(tensors[name] != 0, merged, 0) if self.keep else merged
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The result of `merge`: zeros are those of all planned weights, counted on the files."""
+
+    output: str
+    mask: str
+    tensors: int
+    weights: int
+    zeros_before: int
+    zeros: int
+    nudged: int
+    seconds: float
+    base: Perplexity | None
+    unmerged: Perplexity | None
+    merged: Perplexity | None
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and the sparsities before and after."""
+        perplexities = {
+            key: None if value is None else value.to_json()
+            for key, value in (("base", self.base), ("unmerged", self.unmerged), ("merged", self.merged))
+        }
+        sparsity = {"sparsity_before": self.zeros_before / self.weights, "sparsity": self.zeros / self.weights}
+        return {**vars(self), **sparsity, **perplexities}
+
+
+def merge(
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    mask: str = "keep",
+    data: str | Tensor | Windows | None = None,
+    length: int | None = None,
+    windows: int | None = None,
+    evaluate: bool = True,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    command: Sequence[str] | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Merge:
+    """What merging a LoRA adapter into a pruned checkpoint did, with the merged checkpoint written to `output`.
+
+    `mask="keep"` writes (W + s BA) ⊙ M with the mask M of the base, so that the zeros are exactly those of the base
+    and its manifest goes on to hold; what that projection costs is measured: the perplexity of the base, of base and
+    adapter unmerged, and of what was written, on the same windows of `data` (by default those that were held out when
+    the adapter was trained, or wikitext2). `mask="drop"` writes W + s BA: zeros are lost, and the manifest no longer
+    promises a pattern for those matrices. Products are computed by peft, in float32. Tensors are read and written one
+    by one, and those without an adapter are byte for byte the base's.
+
+    Raises `CheckpointError` when the adapter belongs to another base, `PatternError` for a mask dropped from an
+    adapter that was trained with one.
+    """
+    started = time.perf_counter()
+    require_peft("merge")
+    if mask not in ("keep", "drop"):
+        raise PatternError(f'--mask: got "{mask}", expected keep or drop.')
+    folder = Path(base)
+    manifest = read_manifest(folder)
+    found = read_adapter(adapter)
+    check_base(found, manifest, folder)
+    if mask == "drop" and found.masked:
+        raise PatternError(
+            f"--mask drop: {found.folder} was trained with its product masked (sparse-lora); without the mask it is "
+            "another model, which nobody trained. Use --mask keep, which is exact."
+        )
+    target = check_output(output, folder, overwrite)
+    assert target is not None
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    opened = open_model(folder, **how)
+    source = MergedCheckpoint(opened, found, keep=mask == "keep")
+    with Scratch(target, overwrite) as scratch:
+        written = write_trained(
+            scratch.folder,
+            opened,
+            manifest,
+            source.merged,
+            lambda name: source.read([name])[name],
+            keep=mask == "keep",
+            section={
+                "method": "merge",
+                "mask": mask,
+                "base": {"path": str(folder.resolve()), "digest": manifest.digest},
+                "adapter": {
+                    "path": str(found.folder.resolve()),
+                    "configuration": _plain(found),
+                    "record": found.record,
+                },
+                "versions": versions(),
+                "command": None if command is None else list(command),
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            },
+            progress=lambda done, total: progress("merge", done, total),
+        )
+        checked = verify(scratch.folder, progress=lambda done, total: progress("verify", done, total))
+        if not checked.ok:
+            raise CheckpointError(f"{output}: not what it should be after merging: {checked.problems[0]}")
+        results: dict[str, Perplexity] = {}
+        if evaluate:
+            text = _windows(data, found, opened, length, windows)
+            whole = MergedCheckpoint(opened, found, keep=found.masked)
+            for key, model in (
+                ("base", opened),
+                ("unmerged", opened.reading(whole)),
+                ("merged", open_model(scratch.folder, **how)),
+            ):
+                results[key] = perplexity(
+                    model, text, batch_size=batch_size, progress=_named(progress, f"perplexity, {key}")
+                )
+            assert written.manifest.recovery is not None
+            written.manifest.recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
+            written.manifest.recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
+            written.manifest.write(scratch.folder)
+        with writing(target):
+            scratch.commit()
+    return Merge(
+        output=str(output),
+        mask=mask,
+        tensors=len(source.merged),
+        weights=written.weights,
+        zeros_before=written.zeros_before,
+        zeros=written.zeros,
+        nudged=written.nudged,
+        seconds=time.perf_counter() - started,
+        base=results.get("base"),
+        unmerged=results.get("unmerged"),
+        merged=results.get("merged"),
+        notes=checked.notes,
+    )
+
+
+def _plain(adapter: Adapter) -> dict[str, Any]:
+    """What of peft's configuration says how the product was made, as JSON."""
+    targets = adapter.config.target_modules
+    return {
+        "r": adapter.config.r,
+        "lora_alpha": adapter.config.lora_alpha,
+        "target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+        "use_rslora": adapter.config.use_rslora,
+        "use_dora": adapter.config.use_dora,
+    }
+
+
+def _windows(
+    data: str | Tensor | Windows | None, adapter: Adapter, opened: OpenedModel, length: int | None, windows: int | None
+) -> Windows:
+    """The windows to measure on: of the text asked for, else those held out while the adapter was trained."""
+    if isinstance(data, Tensor | Windows):
+        return evaluation_windows(data, None, length=length, windows=windows)
+    if data is None and adapter.record is not None and adapter.record["data"]["name"] is not None:
+        held = adapter.record["held_out"]
+        _, text = training_windows(
+            adapter.record["data"]["name"],
+            opened.load_tokenizer(),
+            samples=1,
+            length=length or held["length"],
+            held_out=windows or held["samples"],
+        )
+        return text
+    return evaluation_windows(data or "wikitext2", opened.load_tokenizer(), length=length, windows=windows)
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)

@@ -1,0 +1,193 @@
+"""What is trained: adapters beside the weights, or the weights themselves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import PatternError
+from secateur.manifest import Manifest
+from secateur.models.checkpoint import Checkpoint
+from secateur.models.conversion import TensorGroup
+from secateur.models.inverse import Inverse
+from secateur.models.opened import OpenedModel
+from secateur.plan import matching
+from secateur.recover.adapters import find_targets, read_adapter, with_adapters, write_record
+from secateur.recover.callback import SparsityCallback
+from secateur.recover.merge import MergedCheckpoint
+from secateur.recover.settings import Settings
+from secateur.recover.written import Written, write_trained
+
+
+class Way(Protocol):
+    """One way to train. `trainable` counts weights that can change, `kept` those held at zero beside them."""
+
+    trainable: int
+    kept: int
+    mask_bytes: int
+    targets: list[str]
+    notes: list[str]
+
+    def load_dtype(self, half: bool) -> torch.dtype:
+        """The dtype to load the model in, when products are computed in half precision or not."""
+        ...
+
+    def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
+        """The model as it is trained, and callbacks for its Trainer."""
+        ...
+
+    def write(self, model: nn.Module, folder: Path) -> OpenedModel:
+        """Write what was trained into a folder; returns the model that it amounts to, ready to be evaluated."""
+        ...
+
+    def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
+        """Write the record, now that everything is known; returns the zeros of all planned weights."""
+        ...
+
+
+class Adapters:
+    """LoRA, with its product masked or not."""
+
+    def __init__(
+        self, opened: OpenedModel, manifest: Manifest, base: Path, settings: Settings, *, masked: bool
+    ) -> None:
+        self.opened = opened
+        self.manifest = manifest
+        self.base = base
+        self.settings = settings
+        self.masked = masked
+        self.notes: list[str] = []
+        self.targets = find_targets(opened.skeleton.model, settings.targets)
+        self.kept = self.mask_bytes = 0
+        self.trainable = sum(
+            settings.rank * sum(parameter.shape)
+            for name, parameter in opened.skeleton.model.named_parameters()
+            if name.removesuffix(".weight") in self.targets or name.split(".")[-2] in self.targets
+        )
+
+    def load_dtype(self, half: bool) -> torch.dtype:
+        """Half precision where products are computed in it: the base is not trained."""
+        return torch.bfloat16 if half else torch.float32
+
+    def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
+        """The model wrapped by peft; its adapters are in float32."""
+        from peft import LoraConfig
+        from transformers.pytorch_utils import Conv1D
+
+        stored_across = any(isinstance(module, Conv1D) for module in model.modules())
+        config: Any = LoraConfig(
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.settings.dropout,
+            target_modules=self.targets,
+            fan_in_fan_out=stored_across,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=str(self.base.resolve()),
+        )
+        if self.masked:
+            from secateur.recover.masked_lora import masked
+
+            config = masked(config)
+        return with_adapters(model, config), []
+
+    def write(self, model: nn.Module, folder: Path) -> OpenedModel:
+        """An adapter as peft saves it."""
+        trained: Any = model
+        trained.peft_config["default"].base_model_name_or_path = str(self.base.resolve())
+        trained.save_pretrained(folder)
+        return self.opened.reading(MergedCheckpoint(self.opened, read_adapter(folder), keep=self.masked))
+
+    def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
+        """The record and the README beside the adapter; the base has the zeros that it had."""
+        write_record(folder, record)
+        return int(self.manifest.totals["zeros"])
+
+
+class FullWeights:
+    """All weights, or those that the globs leave; zeros stay zero."""
+
+    def __init__(self, opened: OpenedModel, manifest: Manifest, base: Path, settings: Settings) -> None:
+        self.opened = opened
+        self.manifest = manifest
+        self.base = base
+        self.notes: list[str] = []
+        self._inverse = Inverse(opened.skeleton)
+        self._written: Written | None = None
+        self.groups = self._choose(settings)
+        names = {name for group in self.groups for name in group.names}
+        self.parameters = {name for group in self.groups for name in group.parameters}
+        self.targets = [name for name in opened.skeleton.source.names if name in names]
+        planned = [entry for entry in manifest.matrices.values() if entry["tensor"] in names]
+        self.kept = sum(entry["zeros"] for entry in planned)
+        self.mask_bytes = sum(entry["shape"][0] * entry["shape"][1] for entry in planned)
+        source = opened.skeleton.source
+        self.trainable = sum(torch.Size(source.shape(name)).numel() for name in self.targets) - self.kept
+
+    def _choose(self, settings: Settings) -> list[TensorGroup]:
+        skeleton = self.opened.skeleton
+        source = skeleton.source
+        parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
+        possible: list[TensorGroup] = []
+        converted: list[TensorGroup] = []
+        for group in skeleton.conversion.groups.values():
+            floating = all(source.dtype(name).is_floating_point for name in group.names)
+            if floating and all(name in parameters for name in group.parameters):
+                (possible if self._inverse.possible(group) else converted).append(group)
+        shapes = {name: (0, 0) for group in possible for name in group.names}
+        chosen = set(matching(shapes, only=settings.only, skip=settings.skip, purpose="train"))
+        for group in possible:
+            inside = [name for name in group.names if name in chosen]
+            if inside and len(inside) < len(group.names):
+                (outside, *_) = (name for name in group.names if name not in chosen)
+                raise PatternError(
+                    f"{inside[0]} and {outside} are one parameter in memory ({group.target}): --only and --skip must "
+                    "name both or neither."
+                )
+        if converted:
+            self.notes.append(
+                f"{len(converted)} parameters are made of several tensors in a way that cannot be turned round, such "
+                f"as {converted[0].target}; they were not trained."
+            )
+        return [group for group in possible if group.names[0] in chosen]
+
+    def load_dtype(self, half: bool) -> torch.dtype:
+        """float32: weights are trained in it, whatever products are computed in."""
+        return torch.float32
+
+    def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
+        """The model with the chosen parameters trainable, and the callback that keeps its zeros."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        chosen = {id(parameters[name]) for name in self.parameters}
+        for parameter in parameters.values():
+            parameter.requires_grad_(id(parameter) in chosen)
+        callback = SparsityCallback.from_checkpoint(self.base)
+        # A weight that is zero by chance in a checkpoint that is resumed is not pruned; those of the base are.
+        callback.attach(model)
+        return model, [callback]
+
+    def write(self, model: nn.Module, folder: Path) -> OpenedModel:
+        """A checkpoint with the base's tensors and files, and new values in those that were trained."""
+        parameters = {name: value.detach().cpu() for name, value in model.named_parameters(remove_duplicate=False)}
+        groups = {name: group for group in self.groups for name in group.names}
+
+        def value(name: str) -> Tensor:
+            return self._inverse.tensors(groups[name], parameters)[name]
+
+        self._written = write_trained(folder, self.opened, self.manifest, self.targets, value, section={})
+        if self._written.nudged:
+            self.notes.append(
+                f"{self._written.nudged} kept weights were too small for the checkpoint's dtype; they were written as "
+                "its smallest number rather than as zero."
+            )
+        return self.opened.reading(Checkpoint(folder))
+
+    def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
+        """The record, in the manifest."""
+        assert self._written is not None
+        manifest = self._written.manifest
+        manifest.recovery = {**(manifest.recovery or {}), **record}
+        manifest.write(folder)
+        return self._written.zeros

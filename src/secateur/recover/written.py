@@ -1,0 +1,135 @@
+"""Writing a checkpoint whose weights were trained: the base's tensors, some with new values, and its manifest."""
+
+import platform
+from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.engine import count_totals
+from secateur.errors import CheckpointError, NumericalError
+from secateur.manifest import Manifest, file_digests, mask_digest, tensor_digest, view_of
+from secateur.models.opened import OpenedModel
+from secateur.models.writer import CheckpointWriter, writing
+from secateur.recover.masks import masked_weight
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: zeros of the planned weights before and after, and kept weights that would have become zero."""
+
+    manifest: Manifest
+    weights: int
+    zeros_before: int
+    zeros: int
+    nudged: int
+
+
+def write_trained(
+    folder: Path,
+    opened: OpenedModel,
+    manifest: Manifest,
+    trained: Collection[str],
+    value: Callable[[str], Tensor],
+    *,
+    section: Mapping[str, Any],
+    keep: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Written:
+    """What a pruned checkpoint became, written into a folder with its manifest.
+
+    `value(name)` gives the new value of each `trained` tensor, in any dtype; every other tensor is copied byte for
+    byte. With `keep`, zeros of planned matrices stay zero and nothing else becomes zero, so that each mask is what it
+    was; without, no pattern is promised for the matrices that were trained. `section` is the manifest's new section
+    on recovery, to which the digests that `verify` needs are added.
+
+    Raises `CheckpointError` when the base is not what its manifest says, `NumericalError` for values not finite.
+    """
+    source = opened.skeleton.source
+    new = deepcopy(manifest)
+    planned: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name, entry in new.matrices.items():
+        planned.setdefault(entry["tensor"], []).append((name, entry))
+    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest.matrices.values())
+    before = sum(entry["zeros"] for entry in manifest.matrices.values())
+    digests: dict[str, str] = {}
+    masks: dict[str, str] = {}
+    unmasked: dict[str, dict[str, int]] = {}
+    nudged = 0
+    writer = CheckpointWriter(folder, source.layout())
+    try:
+        with writing(folder):
+            opened.write_companions(folder)
+        for number, name in enumerate(source.names):
+            original = source.read([name])[name]
+            digest = tensor_digest(original)
+            if digest != manifest.tensors.get(name):
+                raise CheckpointError(
+                    f"{name}: its bytes in {getattr(source, 'folder', 'the checkpoint')} differ from those that were "
+                    "written. The pruned checkpoint was changed since; secateur verify tells more."
+                )
+            if name in trained:
+                digests[name] = digest
+                tensor = value(name)
+                if not bool(tensor.isfinite().all()):
+                    raise NumericalError(f"{name}: trained to values that are not finite. Try a lower --lr.")
+                if keep and name in planned:
+                    tensor, count = masked_weight(original, tensor)
+                    nudged += count
+                tensor = tensor.to(original.dtype)
+                for matrix, entry in planned.get(name, ()):
+                    kept = view_of(tensor, entry) != 0
+                    zeros = kept.numel() - int(kept.sum())
+                    if keep:
+                        masks[matrix] = mask_digest(view_of(original, entry) != 0)
+                    else:
+                        unmasked[matrix] = {"zeros_before": entry["zeros"], "zeros": zeros, "weights": kept.numel()}
+                    entry |= {"zeros": zeros, "sparsity": zeros / kept.numel(), "kept_identical": False}
+                original = tensor
+            writer.write(name, original)
+            progress(number + 1, len(source.names))
+        writer.close()
+    finally:
+        writer.abandon()
+    after = sum(entry["zeros"] for entry in new.matrices.values())
+    for matrix in unmasked:
+        del new.matrices[matrix], new.plan[matrix]
+    count_totals(new)
+    new.tensors, new.headers, new.files = writer.digests, writer.header_digests, file_digests(folder)
+    new.recovery = {
+        **section,
+        "zeros_before": before,
+        "zeros": after,
+        "nudged": nudged,
+        "trained": digests,
+        "masks": masks,
+        "unmasked": unmasked,
+        "earlier": manifest.recovery,
+    }
+    new.write(folder)
+    return Written(new, weights, before, after, nudged)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what takes part in training."""
+    import accelerate
+    import torch
+    import transformers
+
+    import secateur
+
+    found = {
+        "secateur": secateur.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+    try:
+        import peft
+    except ImportError:
+        return found
+    return found | {"peft": peft.__version__}

@@ -1,0 +1,219 @@
+"""Charts by matplotlib: for a page as SVG whose colours follow its style, and as files for papers."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from secateur.errors import SecateurError
+from secateur.report.tables import Cell, Table, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Names of the page's colours, and what they are on white paper. Drawn in these, the page puts its own in their place.
+INK, FAINT, RULE = "#20262b", "#5b646b", "#d9d5cb"
+SERIES = ("#1d5c4f", "#b4532a", "#3a5a94", "#86690f", "#7a3e72", "#4d5459", "#a32f4e", "#1f7488")
+COLOURS = {"ink": INK, "faint": FAINT, "rule": RULE} | {f"series-{i + 1}": hex for i, hex in enumerate(SERIES)}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+STYLES = ("-", "--", ":", "-.")
+WIDE, NARROW = 7.6, 3.7  # inches at 96 pixels: a page's column, a telephone's
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points from left to right, with an error each where there are any."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float | None] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over a common axis. `summary` says in words what one sees; `level` is a line across, with its name."""
+
+    name: str
+    title: str
+    summary: str
+    x: str
+    y: str
+    series: Sequence[Series]
+    percent: bool = False
+    logarithmic: bool = False
+    limits: tuple[float, float] | None = None
+    level: tuple[str, float] | None = None
+
+    @property
+    def table(self) -> Table:
+        """The numbers that are drawn."""
+        places = sorted({x for series in self.series for x in series.x})
+        form = ".4g"
+        rows = []
+        for place in places:
+            row = [Cell(f"{place:g}", place)]
+            for series in self.series:
+                held = dict(zip(series.x, series.y, strict=True))
+                row.append(number(held.get(place), form))
+            rows.append(row)
+        columns = [(self.x, True), *((series.label, True) for series in self.series)]
+        return Table(f"{self.name}-numbers", f"{self.title}: the numbers", columns, rows)
+
+    def draw(self, folder: Path) -> tuple[str, str]:
+        """`<svg>` elements for wide and narrow screens, in the page's colours; NAME.svg and NAME.png go to a folder.
+
+        The files are on white, with letters as outlines, so that they look the same everywhere.
+        """
+        import matplotlib
+
+        with _style(self.name):
+            wide, narrow = self._figure(WIDE), self._figure(NARROW)
+            elements = _for_page(wide, f"{self.name}-wide", self), _for_page(narrow, f"{self.name}-narrow", self)
+            with matplotlib.rc_context({"svg.fonttype": "path"}):
+                wide.savefig(folder / f"{self.name}.svg", metadata={"Date": None, "Title": self.title})
+            wide.savefig(folder / f"{self.name}.png", dpi=200)
+        return elements
+
+    def _figure(self, width: float) -> "Figure":
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+        narrow = width < 5
+        across = 2 if narrow else 4
+        legend_rows = -(-len(self.series) // across) if len(self.series) > 1 else 0
+        figure = Figure(figsize=(width, 2.9 + 0.22 * legend_rows), layout="constrained")
+        axes = figure.add_subplot()
+        for number_, series in enumerate(self.series):
+            colour = SERIES[number_ % len(SERIES)]
+            style = STYLES[number_ // len(SERIES) % len(STYLES)]
+            marker = MARKERS[number_ % len(MARKERS)]
+            few = len(series.x) <= 48
+            axes.plot(
+                series.x,
+                series.y,
+                style,
+                color=colour,
+                marker=marker if few else None,
+                markersize=4,
+                label=series.label,
+            )
+            if any(error is not None for error in series.error):
+                errors = [error or 0.0 for error in series.error]
+                axes.errorbar(series.x, series.y, errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+        if self.level is not None:
+            axes.axhline(self.level[1], color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
+            axes.annotate(
+                self.level[0], (1, self.level[1]), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                textcoords="offset points", ha="right", va="bottom", color=FAINT,
+            )  # fmt: skip
+        if self.logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        if self.limits is not None:
+            axes.set_ylim(*self.limits)
+        elif not self.logarithmic:
+            axes.set_ylim(bottom=0)
+        if self.percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        places = sorted({x for series in self.series for x in series.x})
+        if len(places) <= 8:
+            axes.set_xticks(places)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 12))
+        axes.set_xlabel(self.x)
+        axes.set_title(self.y, loc="left")
+        axes.grid(axis="y")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0)
+        if legend_rows:
+            figure.legend(loc="outside lower left", ncols=across, frameon=False, handlelength=2.2, columnspacing=1.4)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, drawn several times
+        return figure
+
+
+def _style(salt: str) -> Any:
+    """Matplotlib with our settings and no others, for the length of a `with`."""
+    import matplotlib
+
+    return matplotlib.rc_context(
+        {
+            **matplotlib.rcParamsDefault,
+            "backend": "agg",
+            "svg.fonttype": "none",
+            "svg.hashsalt": salt,
+            "font.family": ["DejaVu Sans"],
+            "font.size": 8.5,
+            "axes.titlesize": 8.5,
+            "axes.labelsize": 8.5,
+            "text.color": INK,
+            "axes.titlecolor": FAINT,
+            "axes.labelcolor": FAINT,
+            "xtick.color": FAINT,
+            "ytick.color": FAINT,
+            "axes.edgecolor": RULE,
+            "grid.color": RULE,
+            "lines.linewidth": 1.4,
+            "axes.axisbelow": True,
+        }
+    )
+
+
+def check_installed() -> None:
+    """Raise `SecateurError` when the libraries of reports are missing."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise SecateurError(f'a report needs {error.name}: pip install "secateur[report]"') from None
+
+
+_SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+
+
+def _for_page(figure: "Figure", prefix: str, chart: Chart) -> str:
+    """A figure as an element of a page: no prologue, metadata, or style of its own; ids of its own."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    ElementTree.register_namespace("", _SVG)
+    root = ElementTree.fromstring(stream.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
+                parent.remove(child)
+    for element in root.iter():
+        identity = element.attrib.pop("id", None)
+        if identity is not None and element.tag != f"{{{_SVG}}}g":  # groups are named, but nobody refers to them
+            element.set("id", f"{prefix}-{identity}")
+        link = element.attrib.pop(f"{{{_LINK}}}href", None) or element.attrib.pop("href", None)
+        if link is not None:
+            element.set("href", f"#{prefix}-{link.removeprefix('#')}")
+        for key, value in element.attrib.items():
+            value = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", value)
+            element.set(key, _coloured(value))
+        if element.tag == f"{{{_SVG}}}text":
+            element.set("style", re.sub(r"(font: \S+) [^;]*", r"\1 var(--sans)", element.get("style", "")))
+    root.attrib.pop("version", None)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{prefix}-title {prefix}-description")
+    root.set("stroke-linejoin", "round")
+    for name, words in (("description", chart.summary), ("title", chart.title)):
+        element = ElementTree.Element(f"{{{_SVG}}}{'desc' if name == 'description' else name}")
+        element.set("id", f"{prefix}-{name}")
+        element.text = words
+        root.insert(0, element)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _coloured(style: str) -> str:
+    for name, colour in COLOURS.items():
+        style = style.replace(colour, f"var(--{name})")
+    return style

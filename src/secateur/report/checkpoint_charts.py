@@ -1,0 +1,103 @@
+"""The charts of a pruned checkpoint: what changes with depth."""
+
+from collections.abc import Callable, Sequence
+
+from secateur.manifest import Manifest
+from secateur.report.charts import Chart, Series
+from secateur.report.masks import Group, MaskReport, groups
+from secateur.report.tables import share
+
+ALIKE = 0.02  # sparsities that differ by less make a flat chart, and are told in a sentence
+
+
+def depth_charts(manifest: Manifest, matrices: Sequence[MaskReport]) -> dict[str, Chart]:
+    """The charts over depth, by name, of what the run recorded and of what is not the same everywhere."""
+    found = {
+        "sparsity": _sparsity(matrices),
+        "change": _change(manifest),
+        "error": _error(matrices),
+        "columns": _structure(matrices, "column"),
+        "rows": _structure(matrices, "row"),
+    }
+    return {name: chart for name, chart in found.items() if chart is not None}
+
+
+def _sparsity(matrices: Sequence[MaskReport]) -> Chart | None:
+    values = [matrix.sparsity for matrix in matrices]
+    if max(values) - min(values) < ALIKE:
+        return None
+    return Chart(
+        name="sparsity",
+        title="Sparsity by block",
+        summary="The share of zeros in the matrices of each kind, block by block, between "
+        f"{share(min(values))} and {share(max(values))}.",
+        x="block",
+        y="share of zeros",
+        series=_over_blocks(matrices, lambda group: group.sparsity),
+        percent=True,
+        limits=(0.0, 1.0),
+    )
+
+
+def _change(manifest: Manifest) -> Chart | None:
+    blocks = [block for block in manifest.blocks if block.get("output_change") is not None]
+    if not blocks:
+        return None
+    highest = max(blocks, key=lambda block: block["output_change"])
+    return Chart(
+        name="output-change",
+        title="Output change by block",
+        summary=f"How far each block's output moved, relative to its norm; most in block {highest['index']}, by "
+        f"{highest['output_change']:.3f}.",
+        x="block",
+        y="relative change of the output",
+        series=[
+            Series("output change", [block["index"] for block in blocks], [block["output_change"] for block in blocks])
+        ],
+    )
+
+
+def _error(matrices: Sequence[MaskReport]) -> Chart | None:
+    known = [matrix for matrix in matrices if matrix.reconstruction_error is not None]
+    if not known:
+        return None
+    errors = {matrix.name: matrix.reconstruction_error or 0.0 for matrix in known}
+    worst = max(errors, key=lambda name: errors[name])
+    return Chart(
+        name="reconstruction-error",
+        title="Reconstruction error by block",
+        summary="The mean reconstruction error of the matrices of each kind, block by block; the largest of one matrix "
+        f"is {errors[worst]:.3g} in {worst}.",
+        x="block",
+        y="reconstruction error",
+        series=_over_blocks(known, lambda group: sum(errors[m.name] for m in group.matrices) / len(group.matrices)),
+        logarithmic=min(errors.values()) > 0,
+    )
+
+
+def _structure(matrices: Sequence[MaskReport], side: str) -> Chart | None:
+    """The excess of columns or rows over depth; None where there is none anywhere."""
+    series = _over_blocks(matrices, lambda group: float(getattr(group, f"{side}s").excess))
+    top, label = max((max(one.y), one.label) for one in series)
+    if top == 0:
+        return None
+    return Chart(
+        name=f"{side}-structure",
+        title=f"{side.capitalize()} structure by block",
+        summary=f"The standard deviation of the sparsity of {side}s beyond chance, for each kind of matrix, block by "
+        f"block. The largest is {share(top, 1)}, in {label}.",
+        x="block",
+        y=f"excess of {side}s",
+        series=series,
+        percent=True,
+        limits=(0.0, max(0.05, 1.08 * top)),
+    )
+
+
+def _over_blocks(matrices: Sequence[MaskReport], value: Callable[[Group], float]) -> list[Series]:
+    """A value of the matrices of each kind in each block, a line for each kind."""
+    made = []
+    for kind in groups(matrices, lambda matrix: matrix.label):
+        blocks = groups(kind.matrices, lambda matrix: str(matrix.block))
+        made.append(Series(kind.label, [int(block.label) for block in blocks], [value(block) for block in blocks]))
+    return made

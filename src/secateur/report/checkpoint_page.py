@@ -1,0 +1,212 @@
+"""The report of a pruned checkpoint: what was done, what it did to the matrices, and where the zeros lie."""
+
+import csv
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.card import papers, patterns, source_name
+from secateur.manifest import Manifest, read_manifest
+from secateur.models.checkpoint import Checkpoint
+from secateur.report import checkpoint_tables
+from secateur.report.charts import check_installed
+from secateur.report.checkpoint_charts import depth_charts
+from secateur.report.evaluations import Evaluation, data_name, tables
+from secateur.report.masks import Group, MaskReport, groups, read_masks
+from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
+from secateur.report.structure import Structure
+from secateur.report.tables import share
+from secateur.report.terminal import seconds_text
+
+
+def build(
+    pruned: str | os.PathLike[str],
+    evaluations: Sequence[Evaluation] = (),
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Path:
+    """The page of a pruned checkpoint, written to its folder `report` together with its pictures.
+
+    `evaluations` are mappings with `kind` ("perplexity", "agreement", "tasks", or any other whose result has `rows`),
+    `key` and `result`, the JSON of what an evaluation returned. The checkpoint is read one tensor at a time. The
+    folder appears under its name when it is complete, and replaces an earlier report.
+
+    Raises `CheckpointError` for what is no pruned checkpoint or cannot be written to, and `SecateurError` when the
+    libraries of reports are missing.
+    """
+    check_installed()
+    folder = Path(pruned).expanduser()
+    manifest = read_manifest(folder)
+    with report_folder(folder) as made:
+        matrices = read_masks(folder, manifest, lambda done, total: progress("reading", done, total))
+        shown = [matrix for matrix in matrices if matrix.picture is not None]
+        found = depth_charts(manifest, matrices)
+        charts = {}
+        for done, (name, chart) in enumerate(found.items()):
+            charts[name] = Drawn(chart, made)
+            progress("charts", done + 1, len(found))
+        html = render("checkpoint.html", _content(folder, manifest, matrices, shown, evaluations, charts))
+        (made / PAGE).write_text(html, encoding="utf-8")
+        _write_csv(made / "matrices.csv", matrices)
+        (made / "masks").mkdir()
+        for done, matrix in enumerate(shown):
+            _save_picture(made / "masks" / f"{matrix.name.replace('/', '_')}.png", matrix)
+            progress("pictures", done + 1, len(shown))
+    return folder / FOLDER / PAGE
+
+
+def _content(
+    folder: Path,
+    manifest: Manifest,
+    matrices: Sequence[MaskReport],
+    shown: Sequence[MaskReport],
+    evaluations: Sequence[Evaluation],
+    charts: Mapping[str, Drawn],
+) -> dict[str, Any]:
+    """What the template fills in."""
+    kinds = groups(matrices, lambda matrix: matrix.label)
+    whole = Group("all", matrices)
+    weights = sum(math.prod(record.shape) for record in Checkpoint(folder).tensors.values())
+    zeros, planned = sum(matrix.zeros for matrix in matrices), sum(matrix.weights for matrix in matrices)
+    evaluated = tables(evaluations)
+    source = str(manifest.source.get("path"))
+    part = (
+        "" if len(shown) == len(matrices) else f"{len(shown)} of {len(matrices):,} matrices, evenly chosen in each kind"
+    )
+    contents = [
+        ("evaluations", "Evaluations", bool(evaluated)),
+        ("sparsity", "Sparsity", True),
+        ("error", "Error by depth", "change" in charts or "error" in charts),
+        ("masks", "Where the pruned weights sit", True),
+        ("structure", "Structure", True),
+        ("time", "Time", True),
+        ("made", "How it was made", True),
+    ]
+    return {
+        "kind": "Pruning report",
+        "title": f"{source_name(manifest)}, pruned with {manifest.method}",
+        "lead": f"{zeros:,} of {planned:,} planned weights in {len(matrices):,} matrices are zero: "
+        f"{share(zeros / planned)} of them, and {share(zeros / weights, 1)} of all {weights:,} weights of the model.",
+        "key_facts": [
+            *_perplexity_fact(evaluations),
+            ("Pattern", "; ".join(patterns(manifest))),
+            ("Calibration", _calibration_words(manifest)),
+            ("Column structure", f"{share(whole.columns.excess, 1)} beyond chance"),
+            ("Row structure", f"{share(whole.rows.excess, 1)} beyond chance"),
+            ("Time", seconds_text(manifest.seconds.get("total", 0.0))),
+        ],
+        "warnings": _warnings(folder, matrices),
+        "contents": [(anchor, name) for anchor, name, there in contents if there],
+        "evaluations": evaluated,
+        "sparsity_words": _sparsity_words(matrices),
+        "kinds": checkpoint_tables.kinds(manifest, kinds),
+        "charts": charts,
+        "group_words": _group_words(manifest),
+        "structure_kinds": checkpoint_tables.structure([*kinds, whole]),
+        "pictures_words": f"Pictured are {part}." if part else "",
+        "table_words": "A name shows its picture." + (f" Listed are {part}; matrices.csv has all." if part else ""),
+        "matrices": checkpoint_tables.every_matrix(shown),
+        "seconds": checkpoint_tables.seconds(manifest),
+        "command": shlex.join(manifest.command) if manifest.command else None,
+        "provenance": checkpoint_tables.provenance(manifest),
+        "verify": f"secateur verify {shlex.quote(str(folder))} --source {shlex.quote(source)}",
+        "references": papers(manifest.method),
+        "data": {"matrices": [_data(matrix) for matrix in shown]},
+    }
+
+
+def _perplexity_fact(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
+    """The first perplexity that there is, beside the dense one where both are known."""
+    for kind in ("agreement", "perplexity"):
+        for item in evaluations:
+            if item["kind"] == kind:
+                result = item["result"]
+                before = f"{result['perplexity_dense']:.4g} → " if "perplexity_dense" in result else ""
+                return [(f"Perplexity, {data_name(result)}", f"{before}{result['perplexity']:.4g}")]
+    return []
+
+
+def _calibration_words(manifest: Manifest) -> str:
+    calibration = manifest.calibration
+    return "none" if calibration is None else f"{calibration.get('samples')} × {calibration.get('length')} tokens"
+
+
+def _group_words(manifest: Manifest) -> str:
+    widths = sorted({entry["pattern"]["m"] for entry in manifest.matrices.values() if "m" in entry["pattern"]})
+    return f", within each group of {' or '.join(map(str, widths))} inputs of the N:M pattern" if widths else ""
+
+
+def _sparsity_words(matrices: Sequence[MaskReport]) -> str:
+    lowest, highest = (pick(matrices, key=lambda matrix: matrix.sparsity) for pick in (min, max))
+    if highest.sparsity - lowest.sparsity < 5e-5:
+        return f"Every matrix has the same share of zeros in the files: {share(highest.sparsity)}."
+    return (
+        f"From {share(lowest.sparsity)} in {lowest.name} to {share(highest.sparsity)} in {highest.name}, in the files."
+    )
+
+
+def _warnings(folder: Path, matrices: Sequence[MaskReport]) -> list[str]:
+    found = []
+    other = [matrix for matrix in matrices if matrix.zeros != matrix.recorded_zeros]
+    if other:
+        found.append(
+            f"{len(other)} of {len(matrices)} matrices hold other numbers of zeros than the manifest records, first "
+            f"{other[0].name}: {other[0].zeros:,}, recorded {other[0].recorded_zeros:,}. This page shows the files; "
+            f"check them with: secateur verify {shlex.quote(str(folder))}"
+        )
+    empty = [matrix for matrix in matrices if matrix.zeros == matrix.weights]
+    if empty:
+        found.append(f"{len(empty)} matrices are zero from end to end, first {empty[0].name}.")
+    return found
+
+
+def _data(matrix: MaskReport) -> dict[str, Any]:
+    """What the page's script needs to know of a matrix with a picture."""
+
+    def side(structure: Structure) -> dict[str, Any]:
+        return {"excess": structure.excess, "ratio": structure.ratio, "empty": structure.empty}
+
+    assert matrix.picture is not None
+    return {
+        "name": matrix.name,
+        "label": matrix.own_label,
+        "block": matrix.block,
+        "shape": list(matrix.shape),
+        "sparsity": matrix.sparsity,
+        "columns": side(matrix.columns),
+        "rows": side(matrix.rows),
+        "scored": matrix.scored,
+        "values": dict(matrix.values),
+        "side": matrix.picture.side,
+        "counts": matrix.picture.code,
+    }
+
+
+def _write_csv(file: Path, matrices: Sequence[MaskReport]) -> None:
+    sides = ("excess", "ratio", "ratio_error", "empty")
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(
+            ["name", "kind", "block", "out", "in", "zeros", "sparsity"]
+            + [f"{side}_{value}" for side in ("columns", "rows") for value in sides]
+            + ["reconstruction_error"]
+        )
+        for matrix in matrices:
+            writer.writerow(
+                [matrix.name, matrix.kind, matrix.block, *matrix.shape, matrix.zeros, matrix.sparsity]
+                + [getattr(side, value) for side in (matrix.columns, matrix.rows) for value in sides]
+                + [matrix.reconstruction_error]
+            )
+
+
+def _save_picture(file: Path, matrix: MaskReport) -> None:
+    """The picture in shades of grey, black where all is kept, about 512 pixels on its longer side."""
+    from PIL import Image
+
+    assert matrix.picture is not None
+    shares = matrix.picture.shares()
+    times = max(1, round(512 / max(shares.shape)))
+    grey = (255 * (1 - shares)).round().astype("uint8")
+    Image.fromarray(grey.repeat(times, 0).repeat(times, 1)).save(file)

@@ -1,0 +1,145 @@
+"""What evaluations found, as tables. An evaluation is a mapping with `kind`, `key` and `result`, all plain JSON."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import CheckpointError
+from secateur.report.tables import Cell, Table, number, percent, text
+
+Evaluation = Mapping[str, Any]
+
+
+def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
+    """The evaluations of a pruned checkpoint in a file that `eval --json` or `compare --json` printed.
+
+    Of a comparison of several models those of this checkpoint. Raises `CheckpointError` for another kind of file, and
+    where all results are of other models.
+    """
+    try:
+        found = list(_results(json.loads(file.read_text())))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        found = []
+    if not found:
+        raise CheckpointError(
+            f"{file}: not what secateur eval --json or compare --json prints. Make it anew: "
+            f"secateur eval {pruned} --json > {file}"
+        )
+    own = [(kind, result) for model, kind, result in found if model is None or _same(model, pruned)]
+    if not own:
+        others = ", ".join(sorted({str(model) for model, _, _ in found}))
+        raise CheckpointError(f"{file}: holds results of {others}, none of {pruned}. Give a file of this checkpoint.")
+    return [{"kind": kind, "key": file.name, "result": result} for kind, result in own]
+
+
+def _results(content: Mapping[str, Any]) -> Iterator[tuple[str | None, str, Mapping[str, Any]]]:
+    """(model or None, kind, result) of everything in a file."""
+    for row in content.get("results", [content]):
+        if "kl" in row:
+            yield row["model"], "agreement", row
+        elif "window_nats" in row:
+            yield row.get("model"), "perplexity", {key: value for key, value in row.items() if key != "tasks"}
+    tasks = content.get("tasks") or []
+    for answered in [tasks] if isinstance(tasks, Mapping) else tasks:
+        for result in answered["results"]:
+            yield answered["model"], "tasks", result
+
+
+def _same(model: str, pruned: Path) -> bool:
+    return Path(model).resolve() == pruned.resolve()
+
+
+def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """A table for each kind of evaluation that there is."""
+    made = []
+    known = {"perplexity": _perplexity, "agreement": _agreement, "tasks": _tasks}
+    for kind in dict.fromkeys([*known, *(item["kind"] for item in evaluations)]):
+        results = [item["result"] for item in evaluations if item["kind"] == kind]
+        if results:
+            made.append(known[kind](results) if kind in known else _rows(kind, results))
+    return made
+
+
+def _perplexity(results: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [
+            text(data_name(result)),
+            Cell(f"{result['windows']:,} × {result['length']:,}", result["windows"]),
+            number(result["nats"], ".4f", result["standard_error"]),
+            number(result["perplexity"], ".3f", result["perplexity_error"]),
+        ]
+        for result in results
+    ]
+    columns = [("text", False), ("windows × tokens", True), ("loss in nats", True), ("perplexity", True)]
+    return Table("perplexity", "Perplexity of the pruned model, with its standard error over windows", columns, rows)
+
+
+def _agreement(results: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [
+            text(data_name(result)),
+            Cell(f"{result['windows']:,} × {result['length']:,}", result["windows"]),
+            number(result["perplexity_dense"], ".3f"),
+            number(result["perplexity"], ".3f"),
+            number(result["difference"], "+.4f", result["difference_error"]),
+            number(result["kl"], ".4f", result["kl_error"]),
+            number(result["kl_99"], ".3f"),
+            percent(result["top1"], 1),
+        ]
+        for result in results
+    ]
+    columns = [
+        ("text", False),
+        ("windows × tokens", True),
+        ("dense", True),
+        ("pruned", True),
+        ("difference, nats", True),
+        ("KL per token", True),
+        ("KL, 99 %", True),
+        ("same choice", True),
+    ]
+    return Table(
+        "agreement", "Perplexity beside the dense model on the same tokens, paired window by window", columns, rows
+    )
+
+
+def _tasks(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each metric of each task."""
+    rows = [
+        [
+            text(result["task"]),
+            text(name),
+            number(metric["value"], ".4f", metric["error"]),
+            Cell("" if result.get("shots") is None else str(result["shots"]), result.get("shots")),
+            Cell(f"{result['documents']:,}", result["documents"]),
+        ]
+        for result in results
+        for name, metric in result["metrics"].items()
+    ]
+    columns = [("task", False), ("metric", False), ("value", True), ("shots", True), ("documents", True)]
+    return Table("tasks", "Tasks of the evaluation harness, pruned model", columns, rows, sortable=True)
+
+
+def _rows(kind: str, results: Sequence[Mapping[str, Any]]) -> Table:
+    """The `rows` of any other evaluation as they are."""
+    rows = [row for result in results for row in result["rows"]]
+    keys = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], list | dict)))
+    numeric = {key: all(isinstance(row.get(key), int | float | None) for row in rows) for key in keys}
+    cells = [
+        [
+            number(row.get(key), ".4g") if numeric[key] else text("" if row.get(key) is None else str(row[key]))
+            for key in keys
+        ]
+        for row in rows
+    ]
+    columns = [(key.replace("_", " "), numeric[key]) for key in keys]
+    return Table(f"evaluation-{kind}", kind.capitalize(), columns, cells, sortable=True)
+
+
+def data_name(result: Mapping[str, Any]) -> str:
+    """What the text of an evaluation is called: a file by its name alone."""
+    name = str(result["data"])
+    return Path(name).name if "/" in name and not name.startswith("hf:") else name

@@ -1,0 +1,80 @@
+"""From the contents of a report to a folder with one self-contained page and its pictures as files."""
+
+import base64
+import datetime
+import hashlib
+from collections.abc import Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import secateur
+from secateur.errors import CheckpointError
+from secateur.models.writer import writing
+from secateur.output import Scratch
+from secateur.report.charts import Chart
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FOLDER, PAGE = "report", "index.html"
+GENERATOR = '<meta name="generator" content="Secateur'
+
+
+class Drawn:
+    """A chart as the templates want it, drawn: `<svg>` for wide and for narrow screens, and its numbers."""
+
+    def __init__(self, chart: Chart, folder: Path) -> None:
+        self.name, self.table = chart.name, chart.table
+        self.wide, self.narrow = chart.draw(folder)
+
+
+def render(template: str, content: Mapping[str, Any]) -> str:
+    """The page: a template of ours with style and script inside, everything that comes from outside escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    assets = files("secateur.report") / "assets"
+    script = (assets / "page.js").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=PackageLoader("secateur.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        style=(assets / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        # The page's own script may run, and no other that a name or a figure might smuggle in.
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=secateur.__version__,
+        today=datetime.date.today().isoformat(),
+        **content,
+    )
+
+
+@contextmanager
+def report_folder(parent: Path) -> "Iterator[Path]":
+    """A folder to fill, which becomes `parent/report` when it is complete and replaces a report that is there.
+
+    Raises `CheckpointError` where something else has that name, or nothing can be written.
+    """
+    target = parent.absolute() / FOLDER
+    if target.exists() and not is_report(target):
+        raise CheckpointError(
+            f"{target}: exists and is no report of Secateur, so it will not be replaced. Move it out of the way."
+        )
+    with Scratch(target, overwrite=True) as scratch, writing(target):
+        yield scratch.folder
+        scratch.commit()
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder is empty or holds a page that Secateur wrote."""
+    if not folder.is_dir():
+        return False
+    page = folder / PAGE
+    return (
+        GENERATOR in page.read_text(encoding="utf-8", errors="replace") if page.is_file() else not any(folder.iterdir())
+    )

@@ -1,0 +1,202 @@
+"""The report of a sweep: perplexity over sparsity for each method, and tables of method by pattern."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import CheckpointError
+from secateur.report.charts import Chart, Series, check_installed
+from secateur.report.checkpoint_tables import pairs
+from secateur.report.evaluations import data_name
+from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
+from secateur.report.tables import Cell, Table, number, percent, text
+from secateur.report.terminal import seconds_text
+
+SWEEP_FILE = "sweep.json"
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds a sweep."""
+    return (folder / SWEEP_FILE).is_file()
+
+
+def build_sweep(folder: Path, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Path:
+    """The page of a sweep, written to its folder `report` together with its pictures.
+
+    Raises `CheckpointError` for a file `sweep.json` that cannot be read, and `SecateurError` when the libraries of
+    reports are missing.
+    """
+    check_installed()
+    sweep = read_sweep(folder)
+    with report_folder(folder) as made:
+        charts: dict[str, Drawn | None] = {}
+        for place, data in enumerate(_texts(sweep)):
+            chart = _chart(sweep, data, place)
+            charts[data] = None if chart is None else Drawn(chart, made)
+            progress("charts", place + 1, len(_texts(sweep)))
+        (made / PAGE).write_text(render("sweep.html", _content(sweep, charts)), encoding="utf-8")
+    return folder / FOLDER / PAGE
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """The contents of `sweep.json`, with the entries that a page needs. Raises `CheckpointError` without them."""
+    file = folder / SWEEP_FILE
+    try:
+        sweep: dict[str, Any] = json.loads(file.read_text())
+        for cell in sweep["cells"]:
+            cell["method"], cell["pattern"], cell["status"]
+            if cell["status"] == "done":
+                cell["sparsity"], cell["seconds"]
+                [figure["perplexity"] for figure in cell["figures"].values()]
+        sweep["model"], [figure["perplexity"] for figure in sweep["dense"].values()]
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file}: damaged ({error!r}). Run the sweep again; what is done will not be repeated."
+        ) from None
+    return sweep
+
+
+def _done(sweep: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [cell for cell in sweep["cells"] if cell["status"] == "done"]
+
+
+def _texts(sweep: Mapping[str, Any]) -> list[str]:
+    """The names of the texts, in order."""
+    names = [*sweep["dense"], *(data for cell in _done(sweep) for data in cell["figures"])]
+    return list(dict.fromkeys(names))
+
+
+def _chart(sweep: Mapping[str, Any], data: str, place: int) -> Chart | None:
+    """Perplexity over sparsity of the unstructured patterns, or None with fewer than two sparsities."""
+    cells = [cell for cell in _done(sweep) if data in cell["figures"] and ":" not in cell["pattern"]]
+    series = []
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        own = sorted((cell for cell in cells if cell["method"] == method), key=lambda cell: float(cell["sparsity"]))
+        figures = [cell["figures"][data] for cell in own]
+        series.append(
+            Series(
+                method,
+                [100 * float(cell["sparsity"]) for cell in own],
+                [figure["perplexity"] for figure in figures],
+                [figure.get("perplexity_error") for figure in figures],
+            )
+        )
+    if len({x for one in series for x in one.x}) < 2:
+        return None
+    dense = sweep["dense"].get(data)
+    best = min(series, key=lambda one: one.y[-1])
+    name = data_name({"data": data})
+    return Chart(
+        name=f"perplexity-{place + 1}",
+        title=f"Perplexity on {name} by sparsity",
+        summary=f"Perplexity on {name} of {', '.join(one.label for one in series)} over the share of weights removed. "
+        f"At {best.x[-1]:g} % the lowest is {best.y[-1]:.4g}, by {best.label}."
+        + (f" The dense model has {dense['perplexity']:.4g}." if dense else ""),
+        x="weights removed, per cent",
+        y="perplexity",
+        series=series,
+        logarithmic=True,
+        level=("dense", dense["perplexity"]) if dense else None,
+    )
+
+
+def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> dict[str, Any]:
+    done = _done(sweep)
+    methods = list(dict.fromkeys(cell["method"] for cell in sweep["cells"]))
+    kinds = list(dict.fromkeys(cell["pattern"] for cell in sweep["cells"]))
+    texts = []
+    for place, (data, chart) in enumerate(charts.items()):
+        dense = sweep["dense"].get(data)
+        name = data_name({"data": data})
+        texts.append(
+            {
+                "anchor": f"text-{place + 1}",
+                "heading": f"Perplexity on {name}",
+                "words": _words(dense),
+                "chart": chart,
+                "table": _grid(sweep, data, name, methods, kinds, place),
+            }
+        )
+    seconds = sum(float(cell["seconds"]) for cell in done)
+    unfinished = [cell for cell in sweep["cells"] if cell["status"] != "done"]
+    model = Path(str(sweep["model"])).name or str(sweep["model"])
+    return {
+        "kind": "Sweep of prunings",
+        "title": f"{model}, {len(methods)} methods by {len(kinds)} patterns",
+        "lead": f"{len(done)} of {len(sweep['cells'])} prunings of {sweep['model']}, each from the dense model and "
+        "evaluated on the same tokens.",
+        "key_facts": [
+            ("Methods", ", ".join(methods)),
+            ("Patterns", ", ".join(kinds)),
+            *(
+                (f"Perplexity, dense, {data_name({'data': data})}", f"{figure['perplexity']:.3f}")
+                for data, figure in sweep["dense"].items()
+            ),
+            ("Time", seconds_text(seconds)),
+        ],
+        "warnings": [
+            f"{len(unfinished)} runs are not done: "
+            + ", ".join(f"{cell['method']} {cell['pattern']} ({cell['status']})" for cell in unfinished)
+            + ". Their places in the tables are empty."
+        ]
+        if unfinished
+        else [],
+        "contents": [
+            *((part["anchor"], part["heading"]) for part in texts),
+            ("runs", "Every run"),
+            ("settings", "Settings"),
+        ],
+        "texts": texts,
+        "runs": _runs(sweep, list(charts)),
+        "settings": pairs("settings-table", "Common to all runs", sweep.get("settings", {})),
+    }
+
+
+def _words(dense: Mapping[str, Any] | None) -> str:
+    if dense is None:
+        return "The dense model was not evaluated on this text."
+    error = dense.get("perplexity_error")
+    windows = f" on {dense['windows']:,} windows of {dense['length']:,} tokens" if "windows" in dense else ""
+    spread = f" ± {error:.3f}" if error is not None else ""
+    return f"The dense model has a perplexity of {dense['perplexity']:.3f}{spread}{windows}."
+
+
+def _grid(
+    sweep: Mapping[str, Any], data: str, name: str, methods: Sequence[str], kinds: Sequence[str], place: int
+) -> Table:
+    """Methods down, patterns across."""
+    held = {(cell["method"], cell["pattern"]): cell["figures"].get(data) for cell in _done(sweep)}
+    rows = []
+    for method in methods:
+        row = [text(method)]
+        for kind in kinds:
+            figure = held.get((method, kind))
+            row.append(
+                Cell("", None)
+                if figure is None
+                else number(figure["perplexity"], ".3f", figure.get("perplexity_error"))
+            )
+        rows.append(row)
+    columns = [("method", False), *((kind, True) for kind in kinds)]
+    caption = f"Perplexity on {name}, with its standard error over windows"
+    return Table(f"grid-{place + 1}", caption, columns, rows, sortable=True)
+
+
+def _runs(sweep: Mapping[str, Any], texts: Sequence[str]) -> Table:
+    """A row for each run, with its paired difference from the dense model where the sweep has it."""
+    rows = []
+    for cell in sweep["cells"]:
+        row = [text(cell["method"]), text(cell["pattern"]), percent(cell.get("sparsity"))]
+        for data in texts:
+            figure = (cell.get("figures") or {}).get(data, {})
+            row.append(number(figure.get("perplexity"), ".3f"))
+            row.append(number(figure.get("difference"), "+.4f", figure.get("difference_error")))
+        rows.append([*row, number(cell.get("seconds"), ".1f"), text(str(cell["status"]))])
+    columns = [("method", False), ("pattern", False), ("sparsity", True)]
+    for data in texts:
+        columns += [(f"perplexity, {data_name({'data': data})}", True), ("nats − dense", True)]
+    columns += [("seconds", True), ("status", False)]
+    return Table("every-run", "A row for each run", columns, rows, sortable=True, long=len(rows) > 16)
