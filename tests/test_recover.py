@@ -416,6 +416,22 @@ def test_resuming_gives_what_an_unbroken_run_gives(tmp_path: Path, method: str) 
     assert result.record["seconds"] > result.record["curve"][3]["seconds"]  # the clock went on, too
 
 
+def test_a_run_that_failed_after_its_last_step(tmp_path: Path) -> None:
+    # A full disk, say, while the result is written: what was trained is not lost.
+    def progress(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "perplexity after":
+            raise StopHere
+
+    base = pruned(tmp_path)
+    with pytest.raises(StopHere):
+        tune(base, tmp_path / "out", progress=progress)
+    assert not list(tmp_path.glob("out.partial*"))
+    result = tune(base, tmp_path / "out", resume=True)
+    whole = tune(base, tmp_path / "whole")
+    assert result.record["steps"] == 4
+    assert result.after.nats == whole.after.nats
+
+
 def test_a_lower_rate_after_a_diverging_loss(tmp_path: Path) -> None:
     base = pruned(tmp_path)
     options: dict[str, Any] = {"steps": 8, "eval_every": 2, "schedule": "constant"}
@@ -451,6 +467,7 @@ def test_a_diverging_loss_before_anything_was_saved(tmp_path: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[SecateurError], str]] = {
+    "setting": ({"learning_rate": 1e-3}, PatternError, 'no setting "learning_rate"; there are steps, minutes, '),
     "method": ({"method": "qlora"}, PatternError, '--method: got "qlora", expected lora, sparse-lora or full.'),
     "preset": ({"preset": "long"}, PatternError, '--preset: got "long", expected paper or short.'),
     "other method": ({"rank": 4}, PatternError, "--rank: has no meaning for --method full; lora and sparse-lora would"),
