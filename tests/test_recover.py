@@ -320,6 +320,28 @@ def test_the_adapter_folder(tmp_path: Path) -> None:
     assert "**Loading it with plain peft" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("method", ["lora", "sparse-lora"])
+def test_adapters_of_other_architectures(tmp_path: Path, name: str, method: str) -> None:
+    # Stored across, with biases, beside experts.
+    base = pruned(tmp_path, name)
+    result = tune(base, tmp_path / "out", method=method, alpha=16.0)
+    learnt = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum(value.numel() for value in learnt.values()) == result.record["trainable"] > 0
+    config = LoraConfig.from_pretrained(tmp_path / "out")
+    assert repr(config.lora_alpha) == "16"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = masked(config) if method == "sparse-lora" else config
+    assert nats(PeftModel.from_pretrained(model, tmp_path / "out", config=config), IDS[:4]) == pytest.approx(
+        result.after.nats, abs=1e-5
+    )
+    merged = secateur.merge(tmp_path / "out", base, tmp_path / "merged", data=IDS[:4])
+    assert merged.zeros == merged.zeros_before
+    if method == "sparse-lora":
+        assert merged.merged is not None
+        assert merged.merged.nats == pytest.approx(result.after.nats, abs=1e-6)
+
+
 def test_a_masked_adapter_is_trained_under_the_mask(tmp_path: Path) -> None:
     base = pruned(tmp_path)
     result = tune(base, tmp_path / "out", method="sparse-lora", targets=("all-linear",), lr=3e-2, dropout=0.0)

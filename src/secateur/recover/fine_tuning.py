@@ -180,7 +180,9 @@ def fine_tune(
             "parameters": parameters,
             "share": way.trainable / parameters,
             "perplexity": {"before": before.perplexity, "after": after.perplexity},
-            "perplexity_error": {key: value.to_json()["perplexity_error"] for key, value in _pair(before, after)},
+            "perplexity_error": {
+                key: value.to_json()["perplexity_error"] for key, value in (("before", before), ("after", after))
+            },
             "versions": versions(),
             "command": None if command is None else list(command),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -206,10 +208,6 @@ def fine_tune(
         sparsity=zeros / max(totals["weights"], 1),
         notes=way.notes,
     )
-
-
-def _pair(before: Perplexity, after: Perplexity) -> list[tuple[str, Perplexity]]:
-    return [("before", before), ("after", after)]
 
 
 def _train(
