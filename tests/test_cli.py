@@ -51,15 +51,15 @@ RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
+    "gradients": TEXT
+    | HOW
+    | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
     "sweep": (WHAT - {"--method", "--norm", "--alpha"})
     | TEXT
     | (PRUNING - {"--gradient"})
     | HOW
     | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--dry-run"}
     | {"--output", "--config", "--json"},
-    "gradients": TEXT
-    | HOW
-    | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
     "recover": RECOVERY
     | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
     "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}

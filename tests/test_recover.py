@@ -177,7 +177,7 @@ def test_only_what_was_trained_changes(tmp_path: Path) -> None:
     # Counted by hand: eight matrices of 1536 half of whose weights are kept, and 32 of the norm.
     assert result.record["trainable"] == 8 * 768 + 32
     assert result.record["share"] == result.record["trainable"] / sum(value.numel() for value in before.values())
-    companions = {path.name for path in base.iterdir()} - {"secateur.json"}
+    companions = {path.name for path in base.iterdir()} - {"secateur.json", "README.md"}
     for name in companions - {"model.safetensors"}:
         assert (base / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
@@ -320,6 +320,28 @@ def test_the_adapter_folder(tmp_path: Path) -> None:
     assert "**Loading it with plain peft" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("method", ["lora", "sparse-lora"])
+def test_adapters_of_other_architectures(tmp_path: Path, name: str, method: str) -> None:
+    # Stored across, with biases, beside experts.
+    base = pruned(tmp_path, name)
+    result = tune(base, tmp_path / "out", method=method, alpha=16.0)
+    learnt = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum(value.numel() for value in learnt.values()) == result.record["trainable"] > 0
+    config = LoraConfig.from_pretrained(tmp_path / "out")
+    assert repr(config.lora_alpha) == "16"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = masked(config) if method == "sparse-lora" else config
+    assert nats(PeftModel.from_pretrained(model, tmp_path / "out", config=config), IDS[:4]) == pytest.approx(
+        result.after.nats, abs=1e-5
+    )
+    merged = secateur.merge(tmp_path / "out", base, tmp_path / "merged", data=IDS[:4])
+    assert merged.zeros == merged.zeros_before
+    if method == "sparse-lora":
+        assert merged.merged is not None
+        assert merged.merged.nats == pytest.approx(result.after.nats, abs=1e-6)
+
+
 def test_a_masked_adapter_is_trained_under_the_mask(tmp_path: Path) -> None:
     base = pruned(tmp_path)
     result = tune(base, tmp_path / "out", method="sparse-lora", targets=("all-linear",), lr=3e-2, dropout=0.0)
@@ -416,6 +438,22 @@ def test_resuming_gives_what_an_unbroken_run_gives(tmp_path: Path, method: str) 
     assert result.record["seconds"] > result.record["curve"][3]["seconds"]  # the clock went on, too
 
 
+def test_a_run_that_failed_after_its_last_step(tmp_path: Path) -> None:
+    # A full disk, say, while the result is written: what was trained is not lost.
+    def progress(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "perplexity after":
+            raise StopHere
+
+    base = pruned(tmp_path)
+    with pytest.raises(StopHere):
+        tune(base, tmp_path / "out", progress=progress)
+    assert not list(tmp_path.glob("out.partial*"))
+    result = tune(base, tmp_path / "out", resume=True)
+    whole = tune(base, tmp_path / "whole")
+    assert result.record["steps"] == 4
+    assert result.after.nats == whole.after.nats
+
+
 def test_a_lower_rate_after_a_diverging_loss(tmp_path: Path) -> None:
     base = pruned(tmp_path)
     options: dict[str, Any] = {"steps": 8, "eval_every": 2, "schedule": "constant"}
@@ -451,6 +489,7 @@ def test_a_diverging_loss_before_anything_was_saved(tmp_path: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[SecateurError], str]] = {
+    "setting": ({"learning_rate": 1e-3}, PatternError, 'no setting "learning_rate"; there are steps, minutes, '),
     "method": ({"method": "qlora"}, PatternError, '--method: got "qlora", expected lora, sparse-lora or full.'),
     "preset": ({"preset": "long"}, PatternError, '--preset: got "long", expected paper or short.'),
     "other method": ({"rank": 4}, PatternError, "--rank: has no meaning for --method full; lora and sparse-lora would"),

@@ -40,7 +40,7 @@ def test_in_a_pipe(call: Call, pruned: Path, tmp_path: Path) -> None:
     # The estimate comes first, then a line for each evaluation.
     estimate, training = result.err.partition("training, ")[::2]
     assert re.search(r"^budget +4 steps, 32 tokens each step$", estimate, re.M)
-    assert re.search(r"^windows +4 of 32 tokens, each seen 1 times; 4 held out$", estimate, re.M)
+    assert re.search(r"^windows +4 of 32 tokens, each seen once; 4 held out$", estimate, re.M)
     assert re.search(r"^memory +.* and activations: weights .*, gradients .*, moments .*, masks ", estimate, re.M)
     assert re.match(r"1 of 4, loss \d\.\d+, held-out perplexity \d+\.\d+, \d+\.\d s\n", training)
     assert "Warning" not in result.err
@@ -97,7 +97,7 @@ def test_an_interruption_says_how_to_go_on(pruned: Path, tmp_path: Path) -> None
 
 
 MISTAKES: dict[str, tuple[list[Any], str]] = {
-    "method": (["--method", "qlora"], '--method: got "qlora", expected lora, sparse-lora, full.'),
+    "method": (["--method", "qlora"], '--method: got "qlora", expected lora, sparse-lora, full or block.'),
     "option of another": (["--method", "full", "--rank", "4"], "--rank: has no meaning for --method full"),
     "target": (["--targets", "qkv"], '--targets "qkv" matches none of the matrices. Choose with --targets'),
     "both budgets": (["--steps", "3", "--minutes", "1"], "--steps and --minutes were both given"),

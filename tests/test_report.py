@@ -27,7 +27,7 @@ from secateur.report import charts, masks, pictures
 from secateur.report.checkpoint_page import build
 from secateur.report.evaluations import read_evaluations
 from secateur.report.sweep_page import build_sweep
-from test_cli import call  # noqa: F401 - a fixture
+from test_cli import call, save_model  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 DATA = next((up / "shared" / "data" for up in (ROOT, ROOT.parent) if (up / "shared" / "data").is_dir()), ROOT)
@@ -381,8 +381,8 @@ def test_a_recovery(tmp_path):
     (pruned / "README.md").unlink()
     secateur.card.refresh_card(pruned, manifest, [])
     words = (pruned / "README.md").read_text()
-    assert "Recovered afterwards: full." in words
-    assert "1 tensors were trained afterwards; everything else" in words
+    assert "The kept weights were trained; the zeros stayed" in words
+    assert "\nsecateur recover out\n" in words
 
 
 def test_when_no_pruned_matrix_is_left(tmp_path):
@@ -467,6 +467,27 @@ def test_the_command(tmp_path, call, monkeypatch):  # noqa: F811
     result = call("report", pruned, "--evaluation", tmp_path / "c.json")
     assert result.out.splitlines()[1] == "README.md has no place for figures any more and was left as it is."
     assert (pruned / "README.md").read_text() == "My own."
+
+
+def test_the_command_knows_what_was_evaluated(tmp_path, call, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "store"))
+    model, pruned = save_model(tmp_path / "model"), tmp_path / "pruned"
+    assert call("prune", model, "-o", pruned, "--method", "magnitude").code == 0
+    text = ("--data", "python-docs", "--length", "32", "--windows", "4")
+    alone = call("eval", pruned, *text, "--json").json
+    page = pruned / "report" / "index.html"
+    call("report", pruned)
+    assert [row[0] for row in cells(page, "perplexity")] == ["python-docs"]
+    assert f"{alone['perplexity']:.3f}" in (pruned / "README.md").read_text()
+    # The same tokens beside the dense model say more, and stand in its place.
+    (beside,) = call("compare", model, pruned, *text, "--json").json["results"]
+    call("report", pruned)
+    assert "perplexity" not in {table.get("id") for table in html.parse(page).iter("table")}
+    assert f"{beside['perplexity_dense']:.3f}" in cells(page, "agreement")[0]
+    # Other weights are another model.
+    assert call("prune", model, "-o", pruned, "--overwrite", "--method", "magnitude", "--sparsity", "0.3").code == 0
+    call("report", pruned)
+    assert "None recorded yet" in (pruned / "README.md").read_text()
 
 
 def test_mistakes(tmp_path, call):  # noqa: F811

@@ -71,6 +71,13 @@ PAPERS: dict[str, tuple[str, str, str | None]] = {
 }
 
 
+RECOVERIES = {
+    "full": "The kept weights were trained; the zeros stayed",
+    "block": "The kept weights were tuned block by block to the outputs of the dense model; the zeros stayed",
+    "merge": "An adapter was merged into the weights",
+}
+
+
 def write_card(folder: Path, manifest: Manifest, name: str) -> None:
     """Write `README.md` into the folder of a pruned checkpoint that will be called `name`."""
     from huggingface_hub import ModelCard
@@ -178,10 +185,10 @@ def _text(manifest: Manifest, name: str) -> str:
         f"# {name}",
         f"{named}, pruned with {manifest.method} by Secateur "
         f"{manifest.versions['secateur']}: {totals['zeros']:,} of {totals['weights']:,} planned weights are zero "
-        f"({100 * totals['sparsity']:.2f} %)."
-        + (f" Recovered afterwards: {manifest.recovery['method']}." if manifest.recovery is not None else ""),
+        f"({100 * totals['sparsity']:.2f} %).",
         "## Sparsity\n\n" + _kinds_table(manifest),
         "## Calibration\n\n" + _calibration(manifest),
+        *_recovered(manifest),
         f"## Figures\n\n{_section([])}",
         "## Use\n\nIt loads like any other checkpoint:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -207,6 +214,18 @@ def _text(manifest: Manifest, name: str) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
+def _recovered(manifest: Manifest) -> list[str]:
+    """What was done after pruning, first things first; nothing where nothing was."""
+    done: list[str] = []
+    section = manifest.recovery
+    while section is not None:
+        data = section.get("data") or section.get("calibration") or {}
+        text = ", ".join(_corpus_name(source) for source in data.get("sources", []))
+        done.insert(0, f"- {RECOVERIES[section['method']]}" + (f", on {text}" if text else ""))
+        section = section.get("earlier")
+    return ["## After pruning\n\n" + "\n".join(done)] if done else []
+
+
 def _kinds_table(manifest: Manifest) -> str:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for entry in manifest.matrices.values():
@@ -217,10 +236,10 @@ def _kinds_table(manifest: Manifest) -> str:
         weights = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
         found = list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in entries))
         lines.append(f"| `{kind}` | {len(entries)} | {'; '.join(found)} | {zeros / weights:.4f} |")
-    rest = "Everything else (embeddings, head, norms, biases) is that of the base model, byte for byte."
-    if manifest.recovery is not None:
-        trained = len(manifest.recovery["trained"])
-        rest = f"{trained:,} tensors were trained afterwards; everything else is that of the base model."
+    if manifest.recovery is None:
+        rest = "Everything else (embeddings, head, norms, biases) is that of the base model, byte for byte."
+    else:
+        rest = "`secateur.json` lists what was trained; everything else is that of the base model, byte for byte."
     return "\n".join(lines) + f"\n\n{rest}"
 
 
@@ -277,7 +296,7 @@ def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
 def _section(figures: Sequence[Mapping[str, Any]]) -> str:
     """The text between the two comments, with them."""
     if not figures:
-        body = "None recorded yet: `secateur report FOLDER --evaluation FILE` writes them here."
+        body = "None recorded yet: `secateur eval` and then `secateur report` write them here."
     else:
         lines = [
             "| text | windows | perplexity, dense | perplexity, pruned | KL per token | same first choice |",

@@ -7,6 +7,7 @@ import typer
 
 from secateur.cli.app import app, epilog
 from secateur.cli.display import evaluation_progress, quiet_libraries
+from secateur.cli.store import evaluation_store
 
 
 @app.command(
@@ -25,8 +26,8 @@ def report(
         typer.Option(
             "--evaluation",
             "-e",
-            help="A file with what secateur eval --json or compare --json printed; repeat it. Its figures also go into "
-            "the model card.",
+            help="A file with what secateur eval --json or compare --json printed, for evaluations made elsewhere; "
+            "repeat it.",
             show_default=False,
         ),
     ] = None,
@@ -34,8 +35,9 @@ def report(
 ) -> None:
     """Write one page that shows what a run did: figures, sparsity, errors, and the mask of every matrix.
 
-    The page is OUTPUT/report/index.html, a single file that fetches nothing; its pictures lie beside it. The weights
-    are read, and nothing but the report and the figures in the model card is written.
+    It shows what eval and compare found of this checkpoint on this machine, and puts it into the model card. The page
+    is OUTPUT/report/index.html, a single file that fetches nothing; its pictures lie beside it. The weights are read,
+    and nothing but the report and the figures in the model card is written.
     """
     with quiet_libraries(), evaluation_progress() as show:
         from secateur.report.sweep_page import build_sweep, is_sweep
@@ -47,13 +49,16 @@ def report(
             page = build_sweep(output, show)
         else:
             from secateur.card import refresh_card
+            from secateur.evaluate.results import model_digest
             from secateur.manifest import read_manifest
             from secateur.report.checkpoint_page import build
-            from secateur.report.evaluations import read_evaluations
+            from secateur.report.evaluations import kept_evaluations, read_evaluations
 
-            found = [item for file in evaluation or () for item in read_evaluations(file, output)]
+            manifest = read_manifest(output)
+            found = kept_evaluations(evaluation_store().of(model_digest(output)))
+            found += [item for file in evaluation or () for item in read_evaluations(file, output)]
             page = build(output, found, show)
-            if found and not refresh_card(output, read_manifest(output), found):
+            if found and not refresh_card(output, manifest, found):
                 notes.append("README.md has no place for figures any more and was left as it is.")
     typer.echo(f"Report: {page}")
     for note in notes:

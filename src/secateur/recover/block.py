@@ -20,6 +20,7 @@ from torch import Tensor
 
 from secateur.block_loop import Clock, Event, OnEvent
 from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
+from secateur.card import write_card
 from secateur.engine import run_versions
 from secateur.errors import CalibrationError
 from secateur.manifest import Manifest, file_digests, read_manifest
@@ -168,6 +169,7 @@ def reconstruct(
         manifest.tensors, manifest.headers = writer.digests, writer.header_digests
         manifest.files = file_digests(scratch.folder)
         manifest.write(scratch.folder)
+        write_card(scratch.folder, manifest, target.name)
         with writing(scratch.target):
             scratch.commit()
     on_event(Event("done"))

@@ -44,15 +44,14 @@ class SparsityCallback(TrainerCallback):
             self._zeros[name] = (parameter, int(removed.sum()))
             if parameter.requires_grad:
                 self._removed[name] = (parameter, removed)
-                leaf: Any = parameter
-                self._hooks.append(leaf.register_post_accumulate_grad_hook(_zero_gradient(removed)))
+                self._hooks.append(self._watch(name, parameter))
         self.zeros = sum(count for _, count in self._zeros.values())
 
     @torch.no_grad()
     def check(self) -> None:
         """Raise `PatternError` when a weight is not zero that was when training began."""
-        for name, (parameter, removed) in self._removed.items():
-            lost = int(parameter.masked_select(removed.to(parameter.device)).count_nonzero())
+        for name, (parameter, _) in self._removed.items():
+            lost = int(parameter.masked_select(self._removed_from(name)).count_nonzero())
             if lost:
                 raise PatternError(f"{name}: {lost} of {self._zeros[name][1]} pruned weights are not zero any more.")
         for name, (parameter, zeros) in self._zeros.items():
@@ -75,10 +74,8 @@ class SparsityCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Zero the pruned weights and whatever the optimizer keeps of them, behind its step."""
         optimizer = kwargs["optimizer"]
-        for name, (parameter, removed) in self._removed.items():
-            if removed.device != parameter.device:
-                removed = removed.to(parameter.device)
-                self._removed[name] = (parameter, removed)
+        for name, (parameter, _) in self._removed.items():
+            removed = self._removed_from(name)
             parameter.masked_fill_(removed, 0)
             for value in optimizer.state.get(parameter, {}).values():
                 # Quantised moments are whole numbers that stand for others. With gradients of zero they are zero.
@@ -94,15 +91,24 @@ class SparsityCallback(TrainerCallback):
         self.check()
         self._detach()
 
+    def _removed_from(self, name: str) -> Tensor:
+        """Where a parameter is pruned, on the device that it has moved to."""
+        parameter, removed = self._removed[name]
+        if removed.device != parameter.device:
+            removed = removed.to(parameter.device)
+            self._removed[name] = (parameter, removed)
+        return removed
+
+    def _watch(self, name: str, parameter: Any) -> Any:
+        """The hook that zeroes the gradient of pruned weights whenever one has been accumulated."""
+
+        def hook(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(self._removed_from(name), 0)
+
+        return parameter.register_post_accumulate_grad_hook(hook)
+
     def _detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._zeros, self._removed = [], {}, {}
-
-
-def _zero_gradient(removed: Tensor) -> Any:
-    def hook(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            parameter.grad.masked_fill_(removed.to(parameter.grad.device), 0)
-
-    return hook

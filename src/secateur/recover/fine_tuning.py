@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration import Windows, check_length, check_vocabulary, training_windows
+from secateur.card import write_card
 from secateur.errors import CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.manifest import read_manifest, verify
@@ -179,7 +180,9 @@ def fine_tune(
             "parameters": parameters,
             "share": way.trainable / parameters,
             "perplexity": {"before": before.perplexity, "after": after.perplexity},
-            "perplexity_error": {key: value.to_json()["perplexity_error"] for key, value in _pair(before, after)},
+            "perplexity_error": {
+                key: value.to_json()["perplexity_error"] for key, value in (("before", before), ("after", after))
+            },
             "versions": versions(),
             "command": None if command is None else list(command),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -189,6 +192,7 @@ def fine_tune(
             checked = verify(scratch.folder, progress=lambda done, total: progress("verifying", done, total, ""))
             if not checked.ok:
                 raise CheckpointError(f"{output}: not what it should be after training: {checked.problems[0]}")
+            write_card(scratch.folder, read_manifest(scratch.folder), target.name)
         with writing(target):
             scratch.commit()
     shutil.rmtree(work, ignore_errors=True)
@@ -204,10 +208,6 @@ def fine_tune(
         sparsity=zeros / max(totals["weights"], 1),
         notes=way.notes,
     )
-
-
-def _pair(before: Perplexity, after: Perplexity) -> list[tuple[str, Perplexity]]:
-    return [("before", before), ("after", after)]
 
 
 def _train(

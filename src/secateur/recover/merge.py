@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration import Windows, evaluation_windows, training_windows
+from secateur.card import write_card
 from secateur.errors import CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.manifest import read_manifest, verify
@@ -216,6 +217,7 @@ def merge(
             written.manifest.recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
             written.manifest.recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
             written.manifest.write(scratch.folder)
+        write_card(scratch.folder, written.manifest, target.name)
         with writing(target):
             scratch.commit()
     return Merge(

@@ -85,6 +85,11 @@ def choose(method: str, preset: str, given: Mapping[str, Any]) -> Settings:
         raise PatternError(f'--method: got "{method}", expected {", ".join(METHODS[:-1])} or {METHODS[-1]}.')
     if preset not in PRESETS:
         raise PatternError(f'--preset: got "{preset}", expected {" or ".join(PRESETS)}.')
+    unknown = sorted(set(given) - {field.name for field in fields(Settings)})
+    if unknown:
+        raise PatternError(
+            f'no setting "{unknown[0]}"; there are {", ".join(field.name for field in fields(Settings))}.'
+        )
     chosen = {name: value for name, value in given.items() if value is not None}
     for option in FULL_OPTIONS if method != "full" else ADAPTER_OPTIONS:
         if chosen.get(option):

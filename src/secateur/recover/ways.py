@@ -64,7 +64,8 @@ class Adapters:
         self.trainable = sum(
             settings.rank * sum(parameter.shape)
             for name, parameter in opened.skeleton.model.named_parameters()
-            if name.removesuffix(".weight") in self.targets or name.split(".")[-2] in self.targets
+            if name.endswith(".weight")
+            and (name.removesuffix(".weight") in self.targets or name.split(".")[-2] in self.targets)
         )
 
     def load_dtype(self, half: bool) -> torch.dtype:
@@ -76,10 +77,11 @@ class Adapters:
         from peft import LoraConfig
         from transformers.pytorch_utils import Conv1D
 
+        alpha = self.settings.alpha
         stored_across = any(isinstance(module, Conv1D) for module in model.modules())
         config: Any = LoraConfig(
             r=self.settings.rank,
-            lora_alpha=self.settings.alpha,  # type: ignore[arg-type]
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # readers expect 16, not 16.0
             lora_dropout=self.settings.dropout,
             target_modules=self.targets,
             fan_in_fan_out=stored_across,

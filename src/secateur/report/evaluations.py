@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
+from secateur.evaluate.results import Record
 from secateur.report.tables import Cell, Table, number, percent, text
 
 Evaluation = Mapping[str, Any]
@@ -33,6 +34,17 @@ def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
         others = ", ".join(sorted({str(model) for model, _, _ in found}))
         raise CheckpointError(f"{file}: holds results of {others}, none of {pruned}. Give a file of this checkpoint.")
     return [{"kind": kind, "key": file.name, "result": result} for kind, result in own]
+
+
+def kept_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """What a store keeps of a model: of each text and task the latest, and no perplexity beside an agreement."""
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        for result in record.result["results"] if record.kind == "tasks" else [record.result]:
+            what = ("task", "shots", "documents") if record.kind == "tasks" else ("data", "digest")
+            name = (record.kind, *(result.get(field) for field in what))
+            latest[name] = {"kind": record.kind, "key": dict(record.key), "result": result}
+    return [item for name, item in latest.items() if ("agreement", *name[1:]) not in latest or name[0] == "agreement"]
 
 
 def _results(content: Mapping[str, Any]) -> Iterator[tuple[str | None, str, Mapping[str, Any]]]:

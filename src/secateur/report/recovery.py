@@ -26,6 +26,8 @@ def forecast_table(forecast: "Forecast") -> RenderableType:
     budget = f"{forecast.minutes:g} minutes" if forecast.steps is None else f"{forecast.steps:,} steps"
     table.add_row("budget", f"{budget}, {forecast.tokens_per_step:,} tokens each step")
     passes = "" if forecast.passes is None else f", each seen {forecast.passes:.3g} times"
+    if forecast.passes == 1:
+        passes = ", each seen once"
     table.add_row("windows", f"{forecast.windows:,} of {forecast.length} tokens{passes}; {forecast.held_out} held out")
     table.add_row("computing on", f"{forecast.device}, {forecast.dtype}")
     parts = {
