@@ -19,6 +19,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 import secateur
+import secateur.card
 import tiny
 from secateur.errors import CheckpointError, SecateurError
 from secateur.manifest import read_manifest
@@ -363,6 +364,34 @@ def test_files_that_were_changed_are_shown_as_they_are_with_a_warning(tmp_path):
     assert f"1 of 21 matrices hold other numbers of zeros than the manifest records, first {name}" in words
     assert f"1 matrices are zero from end to end, first {name}" in words
     assert data(page)[name]["columns"]["ratio"] is None
+
+
+def test_a_recovery(tmp_path):
+    pruned = make("llama", tmp_path)
+    manifest = read_manifest(pruned)
+    curve = [{"step": 1, "loss": 3.0, "perplexity": None}, *({"step": s, "perplexity": 20.0 - s} for s in (5, 10))]
+    command = ["secateur", "recover", "out"]
+    figures = {"before": 20.5, "after": 10.0}
+    manifest.recovery = {"method": "full", "steps": 10, "curve": curve, "perplexity": figures, "command": command}
+    manifest.recovery |= {"trained": {"a": "0"}}
+    manifest.write(pruned)
+    page = build(pruned)
+    assert cells(page, "recovery-numbers") == [["5", "15"], ["10", "10"]]
+    assert [row[1] for row in cells(page, "recovered")] == ["20.500", "10.000", "full", "10", "secateur recover out"]
+    (pruned / "README.md").unlink()
+    secateur.card.refresh_card(pruned, manifest, [])
+    words = (pruned / "README.md").read_text()
+    assert "The kept weights were trained; the zeros stayed" in words
+    assert "\nsecateur recover out\n" in words
+
+
+def test_when_no_pruned_matrix_is_left(tmp_path):
+    pruned = make("llama", tmp_path)
+    manifest = read_manifest(pruned)
+    manifest.matrices.clear()
+    manifest.write(pruned)
+    with pytest.raises(CheckpointError, match=r"no pruned matrix is left to report on"):
+        build(pruned)
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else_is(tmp_path):

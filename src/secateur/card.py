@@ -262,10 +262,12 @@ def _corpus_name(source: Mapping[str, Any]) -> str:
 
 
 def _recipe(manifest: Manifest) -> str:
+    recovered = (manifest.recovery or {}).get("command")
     versions = ", ".join(f"{library} {version}" for library, version in manifest.versions.items())
     if manifest.command is None:
         return f"By `secateur.prune` in Python; `secateur.json` has every setting. Versions: {versions}."
-    return f"```\n{shlex.join(manifest.command)}\n```\n\nVersions: {versions}."
+    commands = [shlex.join(command) for command in (manifest.command, recovered) if command is not None]
+    return "```\n" + "\n".join(commands) + f"\n```\n\nVersions: {versions}."
 
 
 def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ def depth_charts(manifest: Manifest, matrices: Sequence[MaskReport]) -> dict[str
     found = {
         "sparsity": _sparsity(matrices),
         "change": _change(manifest),
+        "recovery": _recovery(manifest),
         "error": _error(matrices),
         "columns": _structure(matrices, "column"),
         "rows": _structure(matrices, "row"),
@@ -54,6 +55,24 @@ def _change(manifest: Manifest) -> Chart | None:
         series=[
             Series("output change", [block["index"] for block in blocks], [block["output_change"] for block in blocks])
         ],
+    )
+
+
+def _recovery(manifest: Manifest) -> Chart | None:
+    """Held-out perplexity while the kept weights were trained."""
+    points = [point for point in (manifest.recovery or {}).get("curve") or [] if point.get("perplexity") is not None]
+    if len(points) < 2:
+        return None
+    return Chart(
+        name="recovery",
+        title="Recovery",
+        summary="Perplexity on held-out windows while the kept weights were trained, from "
+        f"{points[0]['perplexity']:.4g} at step {points[0]['step']} to {points[-1]['perplexity']:.4g} at step "
+        f"{points[-1]['step']}.",
+        x="step",
+        y="held-out perplexity",
+        series=[Series("held-out", [point["step"] for point in points], [point["perplexity"] for point in points])],
+        logarithmic=True,
     )
 
 

@@ -79,6 +79,7 @@ def _content(
         ("evaluations", "Evaluations", bool(evaluated)),
         ("sparsity", "Sparsity", True),
         ("error", "Error by depth", "change" in charts or "error" in charts),
+        ("recovery-heading", "Recovery", manifest.recovery is not None),
         ("masks", "Where the pruned weights sit", True),
         ("structure", "Structure", True),
         ("time", "Time", True),
@@ -88,7 +89,8 @@ def _content(
         "kind": "Pruning report",
         "title": f"{source_name(manifest)}, pruned with {manifest.method}",
         "lead": f"{zeros:,} of {planned:,} planned weights in {len(matrices):,} matrices are zero: "
-        f"{share(zeros / planned)} of them, and {share(zeros / weights, 1)} of all {weights:,} weights of the model.",
+        f"{share(zeros / planned)} of them, and {share(zeros / weights, 1)} of all {weights:,} weights of the model."
+        + (" Kept weights were trained afterwards." if manifest.recovery is not None else ""),
         "key_facts": [
             *_perplexity_fact(evaluations),
             ("Pattern", "; ".join(patterns(manifest))),
@@ -103,6 +105,7 @@ def _content(
         "sparsity_words": _sparsity_words(matrices),
         "kinds": checkpoint_tables.kinds(manifest, kinds),
         "charts": charts,
+        "recovery": checkpoint_tables.recovery(manifest),
         "group_words": _group_words(manifest),
         "structure_kinds": checkpoint_tables.structure([*kinds, whole]),
         "pictures_words": f"Pictured are {part}." if part else "",

@@ -1,5 +1,6 @@
 """The tables of a pruned checkpoint: its matrices, where the time went, and what the run was told."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,6 +92,17 @@ def seconds(manifest: Manifest) -> Table:
     return Table("seconds", "Seconds by part", [("part", False), ("seconds", True), ("of the total", True)], rows)
 
 
+def recovery(manifest: Manifest) -> Table | None:
+    """What training did after pruning: the single values of its record, and the perplexities that it measured."""
+    if manifest.recovery is None:
+        return None
+    record = {key: value for key, value in manifest.recovery.items() if isinstance(value, str | int | float)}
+    measured = (manifest.recovery.get("perplexity") or {}).items()
+    figures = {f"perplexity, {key}": f"{value:.3f}" for key, value in measured if isinstance(value, float)}
+    command = manifest.recovery.get("command")
+    return pairs("recovered", "Recovery", figures | record | {"command": shlex.join(command) if command else None})
+
+
 def provenance(manifest: Manifest) -> list[Table]:
     """Source, calibration, settings and versions."""
     source = dict(manifest.source)
@@ -122,4 +134,6 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)

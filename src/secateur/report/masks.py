@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.core.histogram import histogram
+from secateur.errors import CheckpointError
 from secateur.manifest import Manifest
 from secateur.models.checkpoint import Checkpoint
 from secateur.report.pictures import Picture, draw_within
@@ -61,8 +62,14 @@ def read_masks(
 ) -> list[MaskReport]:
     """All planned matrices in the order of the manifest, read from the checkpoint one tensor at a time.
 
-    A weight that is zero counts as removed, also where the dense model had a zero already.
+    A weight that is zero counts as removed, also where the dense model had a zero already. Raises `CheckpointError`
+    when there is no matrix, or the shards cannot be read.
     """
+    if not manifest.matrices:
+        raise CheckpointError(
+            f"{folder}: no pruned matrix is left to report on: training filled the zeros of all of them. "
+            f"See what there is with: secateur inspect {folder}"
+        )
     checkpoint = Checkpoint(folder)
     pictured = chosen(manifest)
     size = min(ONE_PICTURE, ALL_PICTURES // len(pictured))

@@ -112,9 +112,10 @@
     make("path", { class: "line", d: `M${path(side.mean).join("L")}` }, null, parent);
   };
 
+  const roomIn = (id) => $(id).clientWidth || 684; // a page that is not laid out, while it is printed, has no width
   const LEFT = 46, TOP = 74, GAP = 12, PROFILE = 52;
   const drawPicture = () => {
-    const mask = shown, right = innerWidth < 480 ? 40 : 70, room = $("mask").clientWidth - LEFT - GAP - right - 4;
+    const mask = shown, right = innerWidth < 480 ? 40 : 70, room = roomIn("mask") - LEFT - GAP - right - 4;
     const scale = Math.min(Math.min(room, 680) / mask.width, Math.max(260, Math.min(640, innerHeight * 0.85)) / mask.height);
     const width = Math.max(40, mask.width * scale), height = Math.max(40, mask.height * scale);
     const svg = make("svg", { width: LEFT + width + GAP + right, height: TOP + height + 34, role: "img" });
@@ -185,7 +186,7 @@
     const { values, scored } = shown, limits = edges(values);
     const pruned = values.pruned ?? values.kept.map(() => 0);
     const weights = shown.height * shown.width, most = Math.max(...values.kept.map((kept, i) => kept + pruned[i])) || 1;
-    const width = Math.min(680, $("values").clientWidth - 4), height = 170, left = 46, top = 22, room = width - left - 8;
+    const width = Math.min(680, roomIn("values") - 4), height = 170, left = 46, top = 22, room = width - left - 8;
     const svg = make("svg", { width, height: height + 30, viewBox: `0 0 ${width} ${height + 30}`, role: "img" });
     svg.setAttribute("aria-label", scored ? "Histogram of the scores of kept and of pruned weights" : "Histogram of the magnitudes of the kept weights");
     const logarithmic = values.scale === "logarithmic", from = limits[0], to = limits[limits.length - 1];
