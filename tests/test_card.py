@@ -187,3 +187,21 @@ def test_every_method_with_a_paper_cites_it_as_the_documentation_does():
     for _, title, number in card.PAPERS.values():
         assert number is None or (number in homes and (number in known or "SparseSwaps" in title))
         assert title.split(":")[0] in " ".join(homes.split()).replace('" ', "")
+
+
+@pytest.mark.parametrize("method", ["full", "block"])
+def test_a_recovered_checkpoint_says_so(method, tmp_path):
+    tiny.save("llama", tmp_path / "dense")
+    tokens = tiny.tokens(8, 24)
+    secateur.prune(tmp_path / "dense", method=secateur.magnitude(), output=tmp_path / "pruned")
+    if method == "full":
+        settings = {"data": tokens, "length": 24, "held_out": 2, "steps": 2}
+        secateur.fine_tune(tmp_path / "pruned", tmp_path / "out", method="full", **settings)
+    else:
+        secateur.reconstruct(tmp_path / "pruned", calibration=tokens, epochs=1, output=tmp_path / "out")
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert "# out\n" in text
+    assert re.search(
+        r"## After pruning\n\n- The kept weights were (trained|tuned block by block).*, on token ids\n", text
+    )
+    assert "embeddings, head, norms, biases" not in text

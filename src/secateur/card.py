@@ -220,7 +220,7 @@ def _recovered(manifest: Manifest) -> list[str]:
     section = manifest.recovery
     while section is not None:
         data = section.get("data") or section.get("calibration") or {}
-        text = ", ".join(_corpus_name(source) for source in data.get("sources", []))
+        text = ", ".join(_corpus_name(source) for source in data.get("sources", [data] if data else []))
         done.insert(0, f"- {RECOVERIES[section['method']]}" + (f", on {text}" if text else ""))
         section = section.get("earlier")
     return ["## After pruning\n\n" + "\n".join(done)] if done else []
@@ -262,12 +262,19 @@ def _corpus_name(source: Mapping[str, Any]) -> str:
 
 
 def _recipe(manifest: Manifest) -> str:
-    recovered = (manifest.recovery or {}).get("command")
-    versions = ", ".join(f"{library} {version}" for library, version in manifest.versions.items())
-    if manifest.command is None:
-        return f"By `secateur.prune` in Python; `secateur.json` has every setting. Versions: {versions}."
-    commands = [shlex.join(command) for command in (manifest.command, recovered) if command is not None]
-    return "```\n" + "\n".join(commands) + f"\n```\n\nVersions: {versions}."
+    """The commands of the pruning and of every recovery after it; what was done in Python has none."""
+    commands: list[list[str] | None] = []
+    section = manifest.recovery
+    while section is not None:
+        commands.insert(0, section.get("command"))
+        section = section.get("earlier")
+    known = [shlex.join(command) for command in (manifest.command, *commands) if command is not None]
+    made = "```\n" + "\n".join(known) + "\n```\n\n" if known else ""
+    if len(known) <= len(commands):
+        made += ("The rest was done" if known else "It was made") + " in Python; `secateur.json` has every setting. "
+    return (
+        made + "Versions: " + ", ".join(f"{library} {version}" for library, version in manifest.versions.items()) + "."
+    )
 
 
 def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
