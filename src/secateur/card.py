@@ -262,12 +262,11 @@ def _corpus_name(source: Mapping[str, Any]) -> str:
 
 
 def _recipe(manifest: Manifest) -> str:
-    recovered = (manifest.recovery or {}).get("command")
     versions = ", ".join(f"{library} {version}" for library, version in manifest.versions.items())
-    if manifest.command is None:
-        return f"By `secateur.prune` in Python; `secateur.json` has every setting. Versions: {versions}."
-    commands = [shlex.join(command) for command in (manifest.command, recovered) if command is not None]
-    return "```\n" + "\n".join(commands) + f"\n```\n\nVersions: {versions}."
+    done = [command for command in (manifest.command, (manifest.recovery or {}).get("command")) if command]
+    block = "```\n" + "\n".join(map(shlex.join, done)) + "\n```\n\n" if done else ""
+    python = "" if manifest.command else "Pruned by `secateur.prune` in Python; `secateur.json` has every setting.\n\n"
+    return f"{python}{block}Versions: {versions}."
 
 
 def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
