@@ -27,8 +27,8 @@ import secateur
 import tiny
 from secateur.core.statistics import SquaredNorm
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
-from secateur.sweep_folder import Cell, cell_name
-from secateur.sweep_loop import SweepEvent
+from secateur.sweeps.folder import Cell, cell_name
+from secateur.sweeps.loop import SweepEvent
 from test_shared_statistics import counted
 from test_trained import STORIES, STORIES_TEXT
 

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from secateur.recover.fine_tuning import Recovery, fine_tune
     from secateur.recover.merge import Merge, merge
     from secateur.report.inspect import inspect
-    from secateur.sweep_folder import Sweep
-    from secateur.sweep_run import sweep
+    from secateur.sweeps.folder import Sweep
+    from secateur.sweeps.run import sweep
 
 _HOMES = {
     "Agreement": "evaluate.agreement",
@@ -85,7 +85,7 @@ _HOMES = {
     "SparsityCallback": "recover.callback",
     "SquaredNorm": "core.statistics",
     "Statistic": "core.statistics",
-    "Sweep": "sweep_folder",
+    "Sweep": "sweeps.folder",
     "TaskComparison": "evaluate.task_differences",
     "TaskResult": "evaluate.task_results",
     "TaskResults": "evaluate.task_results",
@@ -120,7 +120,7 @@ _HOMES = {
     "select": "core.problem",
     "sparsegpt": "methods.sparsegpt",
     "swaps": "methods.swaps",
-    "sweep": "sweep_run",
+    "sweep": "sweeps.run",
     "task_differences": "evaluate.task_differences",
     "tasks": "evaluate.tasks",
     "uniform": "plan",

@@ -14,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from secateur.block_loop import Event
-    from secateur.sweep_loop import SweepEvent
+    from secateur.sweeps.loop import SweepEvent
 
 
 @contextmanager

@@ -182,9 +182,9 @@ def sweep(
     patterns = patterns_of(sparsity or (), pattern or (), per)
     with quiet_libraries():
         from secateur.report.terminal import sweep_estimate_tables, sweep_table_groups
-        from secateur.sweep_estimate import SweepEstimate
-        from secateur.sweep_folder import pattern_text
-        from secateur.sweep_run import sweep as run
+        from secateur.sweeps.estimate import SweepEstimate
+        from secateur.sweeps.folder import pattern_text
+        from secateur.sweeps.run import sweep as run
 
         estimates: list[SweepEstimate] = []
         with sweep_progress() as (on_event, print_above):

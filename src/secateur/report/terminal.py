@@ -18,9 +18,9 @@ from secateur.gradient_file import GradientFile
 from secateur.manifest import Manifest, Verification
 from secateur.models.matrices import matrix_kind
 from secateur.report.inspect import Inspection, MatrixSparsity
-from secateur.sweep_estimate import SweepEstimate
-from secateur.sweep_folder import Sweep
-from secateur.sweep_table import sweep_tables
+from secateur.sweeps.estimate import SweepEstimate
+from secateur.sweeps.folder import Sweep
+from secateur.sweeps.table import sweep_tables
 
 
 def bytes_text(count: float) -> str:

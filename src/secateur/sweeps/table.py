@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.sweep_folder import Cell, Sweep
+from secateur.sweeps.folder import Cell, Sweep
 
 CSV_COLUMNS = (
     *("method", "pattern", "sparsity", "status", "data", "windows", "length", "perplexity", "perplexity_error"),

@@ -15,7 +15,7 @@ from secateur.engine import check_choices, check_dense_targets, make_plan
 from secateur.errors import SecateurError
 from secateur.forecast import Estimate, estimate, forward_seconds
 from secateur.models.opened import OpenedModel
-from secateur.sweep_folder import Cell
+from secateur.sweeps.folder import Cell
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from secateur.core.problem import Method
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
 from secateur.models.memory import trim
 from secateur.models.opened import open_model
-from secateur.sweep_estimate import SweepEstimate, Task
-from secateur.sweep_folder import Cell, Sweep, SweepFolder
-from secateur.sweep_loop import SweepEvent, SweepLoop
+from secateur.sweeps.estimate import SweepEstimate, Task
+from secateur.sweeps.folder import Cell, Sweep, SweepFolder
+from secateur.sweeps.loop import SweepEvent, SweepLoop
 
 KEEP = ("none", "best", "all")
 

@@ -25,9 +25,9 @@ from secateur.models.memory import trim
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import default_batch_size
 from secateur.shared_statistics import SharedStatistics
-from secateur.sweep_estimate import SweepEstimate, Task, estimate_sweep, shared_gradient
-from secateur.sweep_folder import Cell, Sweep, SweepFolder, check_settings, plain
-from secateur.sweep_table import markdown, table_csv
+from secateur.sweeps.estimate import SweepEstimate, Task, estimate_sweep, shared_gradient
+from secateur.sweeps.folder import Cell, Sweep, SweepFolder, check_settings, plain
+from secateur.sweeps.table import markdown, table_csv
 
 EVALUATION_OPTIONS = ("batch_size", "device", "dtype", "offload_states", "trust_remote_code")
 GRADIENT_OPTIONS = (*EVALUATION_OPTIONS, "only", "skip", "revision")
