@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -339,7 +340,11 @@ def test_print_is_light_whatever_the_screen(show, page_file, pruned):
 
 def test_colours_follow_the_system_while_the_page_is_open(show, page_file, pruned):
     page = show(page_file)
+    before = pixels(page).tolist()
     page.emulate_media(color_scheme="dark")
+    deadline = time.monotonic() + 10  # the page hears of it a little later
+    while pixels(page).tolist() == before and time.monotonic() < deadline:
+        page.wait_for_timeout(50)
     check_picture(page, pruned, DARK)
 
 
