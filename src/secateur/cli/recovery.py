@@ -18,9 +18,10 @@ from secateur.cli.display import (
 )
 from secateur.cli.options import ConfigOption, DeviceOption, JsonOption, TrustOption, WindowsOption
 from secateur.errors import PatternError
+from secateur.recover.settings import METHODS
 
 WHAT, TEXT, HOW_LONG, HOW = "What to train", "Text", "How long and how fast", "How to run"
-METHODS = ("lora", "sparse-lora", "full", "block")
+WAYS = (*METHODS, "block")
 BLOCK_ONLY = ("dense", "samples", "epochs")
 
 
@@ -241,8 +242,8 @@ def recover(
         "overwrite": overwrite,
         "command": ["secateur", *sys.argv[1:]],
     }
-    if method not in METHODS:
-        raise PatternError(f'--method: got "{method}", expected {", ".join(METHODS[:-1])} or {METHODS[-1]}.')
+    if method not in WAYS:
+        raise PatternError(f'--method: got "{method}", expected {", ".join(WAYS[:-1])} or {WAYS[-1]}.')
     (_tune_blocks if method == "block" else _train)(method, pruned, output, given, run, as_json)
 
 

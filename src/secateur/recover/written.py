@@ -1,6 +1,5 @@
 """Writing a checkpoint whose weights were trained: the base's tensors, some with new values, and its manifest."""
 
-import platform
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.engine import count_totals
+from secateur.engine import count_totals, run_versions
 from secateur.errors import CheckpointError, NumericalError
 from secateur.manifest import Manifest, file_digests, mask_digest, tensor_digest, view_of
 from secateur.models.opened import OpenedModel
@@ -115,21 +114,8 @@ def write_trained(
 
 def versions() -> dict[str, str]:
     """The versions of what takes part in training."""
-    import accelerate
-    import torch
-    import transformers
-
-    import secateur
-
-    found = {
-        "secateur": secateur.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-    }
     try:
         import peft
     except ImportError:
-        return found
-    return found | {"peft": peft.__version__}
+        return run_versions()
+    return run_versions() | {"peft": peft.__version__}
