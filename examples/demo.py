@@ -15,7 +15,7 @@ SETTINGS = ["--calibration", "python-docs", "--sampling", "concat", "--samples",
 def secateur(*arguments: str) -> None:
     """Run a command of Secateur, and show it."""
     print(f"\n$ secateur {' '.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "secateur.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "secateur", *arguments], check=True)
 
 
 def model_file() -> str:

@@ -105,7 +105,7 @@ def process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]
     """The command in a process of its own, with pipes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, "-m", "secateur.cli", *map(str, arguments)],
+        [sys.executable, "-m", "secateur", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -283,7 +283,7 @@ def terminal(command: list[str]) -> tuple[int, str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_a_run_on_a_terminal(model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "secateur.cli", "prune", str(model), "-o", str(tmp_path / "out"), *CALIBRATION]
+    command = [sys.executable, "-m", "secateur", "prune", str(model), "-o", str(tmp_path / "out"), *CALIBRATION]
     code, shown = terminal(command)
     assert code == 0, shown
     assert "\x1b[" in shown

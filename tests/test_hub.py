@@ -22,12 +22,12 @@ def test_a_cached_hub_id_is_pruned_offline(tmp_path: Path):
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     command = ["prune", "someone/tiny", "-o", "out", "--method", "magnitude", "--pattern", "2:4", "--json"]
     run = subprocess.run(
-        [sys.executable, "-m", "secateur.cli", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "secateur", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     source = json.loads(run.stdout)["source"]
     assert (source["path"], source["revision"]) == ("someone/tiny", REVISION)
-    check = [sys.executable, "-m", "secateur.cli", "verify", "out", "--source", "someone/tiny"]
+    check = [sys.executable, "-m", "secateur", "verify", "out", "--source", "someone/tiny"]
     run = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "Verified." in run.stdout

@@ -67,7 +67,7 @@ def test_as_json(call: Call, pruned: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_on_a_terminal(pruned: Path, tmp_path: Path) -> None:
     command = ["recover", str(pruned), "-o", str(tmp_path / "out"), *TEXT, "--steps", "4", "--seed", "3"]
-    code, shown = terminal([sys.executable, "-m", "secateur.cli", *command])
+    code, shown = terminal([sys.executable, "-m", "secateur", *command])
     assert code == 0, shown
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert "Traceback" not in plain
@@ -79,7 +79,7 @@ def test_on_a_terminal(pruned: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interruption_says_how_to_go_on(pruned: Path, tmp_path: Path) -> None:
     arguments = ["recover", pruned, "-o", tmp_path / "out", *TEXT, "--steps", "400", "--eval-every", "2"]
-    command = [sys.executable, "-m", "secateur.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "secateur", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     work = tmp_path / "out.training"
