@@ -385,6 +385,18 @@ def test_a_recovery(tmp_path):
     assert "\nsecateur recover out\n" in words
 
 
+def test_a_recovery_block_by_block(tmp_path):
+    pruned, tokens = make("llama", tmp_path), tiny.tokens()
+    found = secateur.reconstruct(pruned, calibration=tokens, epochs=2, output=tmp_path / "tuned")
+    assert found.recovery is not None
+    page = build(tmp_path / "tuned")
+    blocks = found.recovery["blocks"]
+    assert [[float(cell) for cell in row] for row in cells(page, "block-loss-numbers")] == [
+        [block["index"], *(pytest.approx(block[when], rel=1e-3) for when in ("before", "after"))] for block in blocks
+    ]
+    assert len(blocks) == tiny.BLOCKS
+
+
 def test_when_no_pruned_matrix_is_left(tmp_path):
     pruned = make("llama", tmp_path)
     manifest = read_manifest(pruned)

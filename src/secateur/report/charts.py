@@ -112,7 +112,10 @@ class Chart:
             )  # fmt: skip
         if self.logarithmic:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            values = [value for series in self.series for value in series.y]
+            # 1, 2 and 5 times a power of ten are too far apart for values that lie close together.
+            close = max(values) < 8 * min(values)
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=6) if close else LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
         else:

@@ -16,6 +16,7 @@ def depth_charts(manifest: Manifest, matrices: Sequence[MaskReport]) -> dict[str
         "sparsity": _sparsity(matrices),
         "change": _change(manifest),
         "recovery": _recovery(manifest),
+        "reconstruction": _reconstruction(manifest),
         "error": _error(matrices),
         "columns": _structure(matrices, "column"),
         "rows": _structure(matrices, "row"),
@@ -72,6 +73,26 @@ def _recovery(manifest: Manifest) -> Chart | None:
         x="step",
         y="held-out perplexity",
         series=[Series("held-out", [point["step"] for point in points], [point["perplexity"] for point in points])],
+        logarithmic=True,
+    )
+
+
+def _reconstruction(manifest: Manifest) -> Chart | None:
+    """What reconstruction block by block left of each block's held-out loss."""
+    blocks = [block for block in (manifest.recovery or {}).get("blocks") or [] if block["before"] > 0 < block["after"]]
+    if len(blocks) < 2:
+        return None
+    least = min(blocks, key=lambda block: block["after"] / block["before"])
+    places = [block["index"] for block in blocks]
+    return Chart(
+        name="block-loss",
+        title="Recovery by block",
+        summary="The loss of each block on held-out samples, relative to the lengths of the dense block's outputs, before "
+        f"and after its kept weights were tuned; block {least['index']} fell furthest, from {least['before']:.3g} to "
+        f"{least['after']:.3g}.",
+        x="block",
+        y="held-out loss",
+        series=[Series(label, places, [block[label] for block in blocks]) for label in ("before", "after")],
         logarithmic=True,
     )
 
