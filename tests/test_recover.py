@@ -243,6 +243,7 @@ def test_half_precision_checkpoints(tmp_path: Path, dtype: torch.dtype) -> None:
     (forecast,) = seen
     parameters = sum(value.numel() for value in before.values())
     assert forecast.weight_bytes == forecast.gradient_bytes == forecast.moment_bytes // 2 == 4 * parameters
+    assert 0 < forecast.seconds < 60
 
 
 def test_kept_weights_too_small_for_the_dtype_are_not_lost(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from secateur.calibration import Windows
+from secateur.forecast import forward_seconds
 from secateur.models.checkpoint import Checkpoint, locate
 from secateur.models.opened import OpenedModel
 from secateur.recover.settings import Settings
@@ -29,7 +30,10 @@ MOMENT_BYTES: Mapping[str, int] = {
 
 @dataclass(frozen=True)
 class Forecast:
-    """A dry run. `passes` says how often each training window is seen; None where the clock decides."""
+    """A dry run. `passes` says how often each training window is seen; None where the clock decides.
+
+    `seconds` is about how long the steps take, evaluation not counted; None where the clock decides.
+    """
 
     method: str
     steps: int | None
@@ -39,6 +43,7 @@ class Forecast:
     held_out: int
     length: int
     passes: float | None
+    seconds: float | None
     parameters: int
     trainable: int
     targets: list[str]
@@ -71,7 +76,7 @@ def forecast(
     half: bool,
     distill: str | os.PathLike[str] | None,
 ) -> Forecast:
-    """The dry run of a recovery, from shapes alone."""
+    """The dry run of a recovery, from shapes and a moment's measurement of the machine."""
     parameters = count_parameters(opened)
     steps = settings.total_steps
     per_step = settings.batch_size * settings.accumulation
@@ -82,6 +87,8 @@ def forecast(
         source = Checkpoint(locate(os.fspath(distill)))
         weights = sum(torch.Size(source.shape(name)).numel() for name in source.names)
         dense = weights * (2 if half else 4)
+    # A backward is one forward's work for what comes in, and another for what is trained.
+    forwards = (3 if full else 2) + settings.gradient_checkpointing + (distill is not None)
     return Forecast(
         method=method,
         steps=steps,
@@ -91,6 +98,7 @@ def forecast(
         held_out=held.samples,
         length=train.length,
         passes=None if steps is None else steps * per_step / train.samples,
+        seconds=None if steps is None else forwards * forward_seconds(opened, steps * per_step * train.length),
         parameters=parameters,
         trainable=way.trainable,
         targets=way.targets,

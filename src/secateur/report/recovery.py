@@ -25,6 +25,8 @@ def forecast_table(forecast: "Forecast") -> RenderableType:
         table.add_row("adapters on", ", ".join(forecast.targets[:8]) + (f" and {more} more" if more > 0 else ""))
     budget = f"{forecast.minutes:g} minutes" if forecast.steps is None else f"{forecast.steps:,} steps"
     table.add_row("budget", f"{budget}, {forecast.tokens_per_step:,} tokens each step")
+    if forecast.seconds is not None:
+        table.add_row("time", f"about {seconds_text(forecast.seconds)}, and evaluations")
     passes = "" if forecast.passes is None else f", each seen {forecast.passes:.3g} times"
     if forecast.passes == 1:
         passes = ", each seen once"
