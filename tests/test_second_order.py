@@ -30,7 +30,7 @@ from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method, Problem, Refinement, Solution, chain, with_options
 from secateur.core.statistics import SquaredNorm
 from secateur.engine import check_choices, prune
-from secateur.errors import CalibrationError, CheckpointError, PatternError
+from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
 from secateur.manifest import Manifest, verify
 from secateur.methods import METHODS
 from secateur.methods.least_squares import least_squares
@@ -39,6 +39,9 @@ from secateur.methods.wanda import wanda
 from secateur.models.checkpoint import Checkpoint
 from secateur.models.matrices import Matrix
 from secateur.models.opened import open_model
+from secateur.models.residual import residual_writers
+from secateur.models.skeleton import loaded
+from secateur.models.stream import Stream
 from secateur.models.structure import Block
 from secateur.models.tap import InputTap
 
@@ -53,6 +56,7 @@ ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 SITES = [ATTENTION, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
 EVERYWHERE = [path for site in SITES for path in site]
 ORDERS = [("site", "pruned"), ("block", "dense"), ("site", "dense")]
+RESIDUAL = ("site", "residual")
 
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 every_order = pytest.mark.parametrize(("within", "targets"), ORDERS, ids=lambda word: word)
@@ -106,16 +110,16 @@ def keep_highest(score: Tensor, pattern: Pattern) -> Tensor:
     return torch.ones_like(groups, dtype=torch.bool).scatter(1, order[:, :removed], False).view_as(score)
 
 
-def wanda_by_hand(weight: Tensor, x: Tensor, x_dense: Tensor, pattern: Pattern) -> Tensor:
+def wanda_by_hand(weight: Tensor, x: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
     return weight * keep_highest(weight.abs() * x.square().sum(dim=0).sqrt(), pattern)
 
 
-def sparsegpt_by_hand(weight: Tensor, x: Tensor, x_dense: Tensor, pattern: Pattern) -> Tensor:
-    """The published loop on the weights that fit ``W x_dense`` best, which are W itself where both inputs are one."""
+def sparsegpt_by_hand(weight: Tensor, x: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
+    """The published loop on the weights that fit the targets best, which are W itself where those are its outputs."""
     damped = x.T @ x
     added = 0.01 * damped.diagonal().mean()
     damped = damped + added * torch.eye(len(damped), dtype=damped.dtype)
-    best = torch.linalg.solve(damped, weight @ (x_dense.T @ x) + added * weight, left=False)
+    best = torch.linalg.solve(damped, right + added * weight, left=False)
     if isinstance(pattern, NM):
         select, every = reference_solvers.groups_of(pattern.n, pattern.m), pattern.m
     else:
@@ -123,12 +127,12 @@ def sparsegpt_by_hand(weight: Tensor, x: Tensor, x_dense: Tensor, pattern: Patte
     return reference_solvers.sparsegpt(best, x.T @ x, select, every=every)[0]
 
 
-def least_squares_by_hand(weight: Tensor, x: Tensor, x_dense: Tensor, pattern: Pattern) -> Tensor:
-    """Wanda's mask, and row by row the normal equations on it: ``w (G + 0.01 diag G) = W C + 0.01 W diag G``."""
-    mask = wanda_by_hand(weight, x, x_dense, pattern) != 0
-    gram, cross = x.T @ x, x_dense.T @ x
+def least_squares_by_hand(weight: Tensor, x: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
+    """Wanda's mask, and row by row the normal equations on it: ``w (G + 0.01 diag G) = targets xᵀ + 0.01 W diag G``."""
+    mask = wanda_by_hand(weight, x, right, pattern) != 0
+    gram = x.T @ x
     ridge = 0.01 * gram.diagonal().diag()
-    right = weight @ cross + weight @ ridge
+    right = right + weight @ ridge
     result = torch.zeros_like(weight)
     for row, kept in enumerate(mask):
         result[row, kept] = torch.linalg.solve((gram + ridge)[kept][:, kept], right[row, kept])
@@ -155,12 +159,20 @@ def prune_by_hand(
     dense = deepcopy(model)
     for index in range(len(model.model.layers)):
         for site in SITES if within == "site" else [EVERYWHERE]:
-            paths = [f"model.layers.{index}.{path}" for path in site]
-            x = inputs(model, paths, ids)
-            x_dense = inputs(dense, paths, ids) if targets == "dense" else x
+            prefix = f"model.layers.{index}"
+            paths = [f"{prefix}.{path}" for path in site]
+            x, x_dense = inputs(model, paths, ids), inputs(dense, paths, ids)
+            # Where each of the two sums of a block goes next: into a norm, or into the next block or the last norm.
+            later = "model.norm" if index == tiny.BLOCKS - 1 else f"model.layers.{index + 1}.input_layernorm"
+            behind = {"o_proj": f"{prefix}.post_attention_layernorm", "down_proj": later}
+            streams = [inputs(one, list(behind.values()), ids) for one in (dense, model)]
             for path in paths:
                 weight = model.get_submodule(path).weight
-                weight.copy_(solve(weight, x[path], x_dense[path], pattern))
+                right = weight @ (x_dense if targets == "dense" else x)[path].T @ x[path]
+                norm = behind.get(path.rpartition(".")[2])
+                if targets == "residual" and norm is not None:
+                    right += 0.5 * (streams[0][norm] - streams[1][norm]).T @ x[path]
+                weight.copy_(solve(weight, x[path], right, pattern))
 
 
 def difference(one: nn.Module, two: nn.Module) -> dict[str, float]:
@@ -178,8 +190,8 @@ def difference(one: nn.Module, two: nn.Module) -> dict[str, float]:
     [
         ("wanda", "site", "pruned"),
         ("sparsegpt", "block", "pruned"),
-        *[("sparsegpt", within, targets) for within, targets in ORDERS],
-        *[("wanda+least_squares", within, targets) for within, targets in ORDERS],
+        *[("sparsegpt", within, targets) for within, targets in [*ORDERS, RESIDUAL]],
+        *[("wanda+least_squares", within, targets) for within, targets in [*ORDERS, RESIDUAL]],
     ],
 )
 @every_pattern
@@ -208,8 +220,8 @@ def test_the_order_is_that_of_a_loop_by_hand(name: str, within: str, targets: st
 def test_the_loop_by_hand_can_tell_orders_apart(name: str) -> None:
     """What comes first is the same in any order, and what comes after is not."""
     results = {}
-    for within, targets in [("block", "pruned"), *ORDERS]:
-        if name == "wanda" and targets == "dense":
+    for within, targets in [("block", "pruned"), *ORDERS, RESIDUAL]:
+        if name == "wanda" and targets != "pruned":
             continue
         model = tiny.build("llama", dtype=torch.float64)
         prune(model, method=BY_HAND[name][0], calibration=calibration(), within=within, targets=targets)
@@ -250,7 +262,7 @@ def test_sites_of_some_matrices() -> None:
     for path in ("0.self_attn.k_proj", "0.mlp.up_proj", "2.self_attn.q_proj", "2.mlp.down_proj"):
         x = inputs(expected, [f"model.layers.{path}"], calibration())[f"model.layers.{path}"]
         weight = expected.get_submodule(f"model.layers.{path}").weight.data
-        weight.copy_(wanda_by_hand(weight, x, x, HALF))
+        weight.copy_(wanda_by_hand(weight, x, weight @ x.T @ x, HALF))
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -526,6 +538,137 @@ def test_a_failure_leaves_nothing_of_both_streams(stage: str, tmp_path: Path) ->
     assert list((tmp_path / "states").iterdir()) == []
 
 
+# The residual stream as a target
+
+# Where each matrix of the first block writes, read from the modelling files: what it gives goes into a sum, and that
+# sum next into this submodule, or out of the block (None); and the constant it is multiplied with on the way.
+WRITERS: dict[str, dict[str, tuple[str | None, float]]] = {
+    "llama": {"self_attn.o_proj": ("post_attention_layernorm", 1), "mlp.down_proj": (None, 1)},
+    "gpt2": {"attn.c_proj": ("ln_2", 1), "mlp.c_proj": (None, 1)},  # stored (in, out), dropout before the sum
+    "gptj": {"attn.out_proj": (None, 1), "mlp.fc_out": (None, 1)},  # both in one sum
+    "granite": {"self_attn.o_proj": ("post_attention_layernorm", 0.7), "mlp.down_proj": (None, 0.7)},
+    "opt": {"self_attn.out_proj": ("final_layer_norm", 1), "fc2": (None, 1)},  # samples and tokens in one dimension
+    "opt_postnorm": {"self_attn.out_proj": ("self_attn_layer_norm", 1), "fc2": ("final_layer_norm", 1)},
+    "gemma2": {},  # a norm between
+    "olmo2": {},
+    "mixtral": {"self_attn.o_proj": ("post_attention_layernorm", 1)},  # experts are weighted by the router
+    "llama4_text": {"self_attn.o_proj": ("post_attention_layernorm", 1), "feed_forward.down_proj": (None, 1)},
+    "mamba": {"mixer.out_proj": (None, 1)},
+    "rwkv": {"attention.output": ("ln2", 1)},  # the other one is gated
+    "falcon_h1": {
+        "self_attn.o_proj": ("pre_ff_layernorm", 1),
+        "mamba.out_proj": ("pre_ff_layernorm", 1),
+        "feed_forward.down_proj": (None, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_matrices_that_write_to_the_residual_stream(name: str, dtype: torch.dtype) -> None:
+    skeleton = open_model(tiny.build(name, dtype=dtype)).skeleton
+    stream = Stream(skeleton, calibration(), batch_size=3)
+    block = skeleton.blocks[0]
+    with loaded(skeleton, block, skeleton.read(block)):
+        found = residual_writers(block, [matrix for matrix in skeleton.matrices if matrix.block == 0], stream)
+    assert {name: writer.at for name, writer in found.items()} == {
+        f"{block.path}.{path}.weight": at for path, (at, _) in WRITERS[name].items()
+    }
+    for path, (_, factor) in WRITERS[name].items():
+        assert found[f"{block.path}.{path}.weight"].factor == pytest.approx(factor, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "granite", "opt", "mixtral", "falcon_h1"])
+def test_drifts_are_those_of_whole_forwards(name: str, tmp_path: Path) -> None:
+    """Replay a run: hooks on the dense model and on one that is pruned site by site see the sums that solvers saw."""
+    source, out, ids = tiny.save(name, tmp_path / "source"), tmp_path / "out", calibration()
+    drifts: dict[str, Tensor | None] = {}
+    inner = sparsegpt()
+
+    def solve(problem: Problem) -> Solution:
+        drifts[problem.name] = problem.drift
+        return inner.solve(problem)
+
+    manifest = prune(
+        source,
+        method=Method("recording", solve, inner.needs, inner.per),
+        calibration=ids,
+        within="site",
+        targets="residual",
+        correction=0.25,
+        batch_size=3,
+        output=out,
+    )
+    assert_verified(out, source, manifest)
+    assert manifest.settings["correction"] == 0.25
+    matrices = {matrix.name: matrix for matrix in open_model(source).skeleton.matrices}
+    model, dense, pruned = load(source), load(source), load(out)
+    compared = set()
+    for record in manifest.blocks:
+        for group in record["sites"]:
+            for matrix in group:
+                writer = record["residual_writers"].get(matrix)
+                assert (drifts[matrix] is None) == (writer is None)
+                if writer is None:
+                    continue
+                path = matrices[matrix].parameter.removesuffix(".weight")
+                x = inputs(model, [path], ids)[path].double()
+                ahead = behind(dense, record["path"], writer["at"], ids) - behind(
+                    model, record["path"], writer["at"], ids
+                )
+                expected = 0.25 / writer["factor"] * ahead.double().T @ x
+                assert_close(drifts[matrix], expected, matrix)
+                compared.add(matrix)
+            for matrix in group:
+                parameter = matrices[matrix].parameter
+                model.get_parameter(parameter).data.copy_(pruned.get_parameter(parameter))
+    assert len(compared) == tiny.BLOCKS * len(WRITERS[name])
+
+
+@torch.no_grad()
+def behind(model: PreTrainedModel, block: str, at: str | None, ids: Tensor) -> Tensor:
+    """What goes into a submodule of a block, or comes out of the block, as (tokens, width)."""
+    seen: list[Tensor] = []
+    module = model.get_submodule(block if at is None else f"{block}.{at}")
+    if at is None:
+        take = lambda _, __, output: seen.append(output if isinstance(output, Tensor) else output[0])  # noqa: E731
+        handle = module.register_forward_hook(take)
+    else:
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(ids, use_cache=False)
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1])
+
+
+def test_the_residual_stream_comes_closer_to_the_dense_one() -> None:
+    ids, final = calibration(), {}
+    dense = tiny.build("llama")
+    for targets in ("pruned", "residual"):
+        model = tiny.build("llama")
+        options = {} if targets == "pruned" else {"correction": 1.0}
+        prune(
+            model,
+            method=chain(wanda(), least_squares(exact=True)),
+            calibration=ids,
+            within="site",
+            targets=targets,
+            **options,
+        )
+        last = f"model.layers.{tiny.BLOCKS - 1}"
+        final[targets] = float((behind(model, last, None, ids) - behind(dense, last, None, ids)).norm())
+    assert final["residual"] < 0.9 * final["pruned"]
+
+
+def test_a_model_without_a_matrix_that_writes_to_the_residual_stream() -> None:
+    with pytest.raises(
+        ModelStructureError,
+        match=r"^--targets residual: no planned matrix of model\.layers\.0 adds what it gives to the residual stream "
+        r"as it is \(in some architectures a norm comes between\)\. Use --targets pruned for this model\.$",
+    ):
+        prune(tiny.build("gemma2"), method=sparsegpt(), calibration=calibration(), within="site", targets="residual")
+
+
 # Choices
 
 
@@ -534,7 +677,25 @@ def test_a_failure_leaves_nothing_of_both_streams(stage: str, tmp_path: Path) ->
     [
         ("wanda", {"propagate": "sparse"}, '--propagate: got "sparse", expected pruned or dense.'),
         ("wanda", {"within": "layer"}, '--within: got "layer", expected block or site.'),
-        ("sparsegpt", {"targets": "sparse"}, '--targets: got "sparse", expected pruned or dense.'),
+        ("sparsegpt", {"targets": "sparse"}, '--targets: got "sparse", expected pruned, dense or residual.'),
+        (
+            "sparsegpt",
+            {"targets": "residual"},
+            "--targets residual makes up for what pruning did before, also within the block: add --within site.",
+        ),
+        (
+            "sparsegpt",
+            {"targets": "dense", "correction": 0.5},
+            "--correction is for --targets residual, and targets are dense.",
+        ),
+        *[
+            (
+                "sparsegpt",
+                {"within": "site", "targets": "residual", "correction": share},
+                f"--correction: got {share:g}, expected a share above 0 and up to 1.",
+            )
+            for share in (0.0, -0.5, 1.5, math.nan)
+        ],
         (
             "sparsegpt",
             {"propagate": "dense", "within": "site"},
@@ -565,16 +726,17 @@ def test_a_failure_leaves_nothing_of_both_streams(stage: str, tmp_path: Path) ->
         *[
             (
                 method,
-                {"targets": "dense"},
-                f"--targets dense: {method} changes no weights, so nothing can be fitted. Use a method that does, "
+                {"within": "site" if method != "magnitude" else "block", "targets": targets},
+                f"--targets {targets}: {method} changes no weights, so nothing can be fitted. Use a method that does, "
                 f"or refine it: --method {method}+least_squares.",
             )
             for method in ("magnitude", "wanda", "gblm")
+            for targets in ("dense", "residual")
         ],
     ],
     ids=str,
 )
-def test_choices_that_contradict_each_other(method: str, choices: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_choices_that_contradict_each_other(method: str, choices: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PatternError) as told:
         check_choices(method_of(method), **{"propagate": "pruned", "within": "block", "targets": "pruned"} | choices)
     assert str(told.value) == message
@@ -593,12 +755,13 @@ def test_choices_that_contradict_each_other(method: str, choices: dict[str, str]
         ("gblm", {"within": "site"}),
         ("sparsegpt", {"propagate": "dense"}),
         ("sparsegpt", {"within": "site", "targets": "dense"}),
+        ("sparsegpt", {"within": "site", "targets": "residual", "correction": 1.0}),
         ("magnitude+least_squares", {"within": "site", "targets": "dense"}),
         ("wanda_plus+least_squares", {"targets": "dense"}),
     ],
     ids=str,
 )
-def test_choices_that_go_together(method: str, choices: dict[str, str]) -> None:
+def test_choices_that_go_together(method: str, choices: dict[str, Any]) -> None:
     check_choices(method_of(method), **{"propagate": "pruned", "within": "block", "targets": "pruned"} | choices)
 
 

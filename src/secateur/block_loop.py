@@ -22,11 +22,12 @@ from secateur.core.checks import check_solution, check_weight
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import Statistic
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, ModelStructureError
 from secateur.gradient_file import GradientFile
 from secateur.manifest import Manifest, tensor_digest
 from secateur.models.matrices import Matrix
 from secateur.models.memory import trim
+from secateur.models.residual import Writer, residual_writers
 from secateur.models.skeleton import Skeleton, loaded
 from secateur.models.stream import Stream, states_folder
 from secateur.models.structure import Block
@@ -103,6 +104,7 @@ class BlockLoop:
     gradients: GradientFile | None
     within: str
     targets: str
+    correction: float
     statistics_device: torch.device | None
     shared: SharedStatistics | None
 
@@ -165,7 +167,7 @@ class BlockLoop:
         ids = self.windows.input_ids
         if self.reuses:  # what is left to find out, how far each block's output moves, takes the first batch alone
             ids = ids[: self.manifest.settings["batch_size"]]
-        count = 2 if self.targets == "dense" else 1
+        count = 1 if self.targets == "pruned" else 2
         needed = count * ids.numel() * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.offload, needed, self.scratch)
         folders = [None if folder is None else folder.with_name(f"{folder.name}{end}") for end in ("", "-dense")]
@@ -228,8 +230,11 @@ class BlockLoop:
             twin.enter(block)
         groups = sites(block, matrices, pruned) if self.within == "site" and matrices else [matrices]
         first: First | None = None
+        writing: dict[str, Writer] = {}
         for group in groups:
             started = time.perf_counter()
+            writers = residual_writers(block, group, pruned) if self.targets == "residual" else {}
+            writing |= writers
             collected = collect_statistics(
                 block,
                 group,
@@ -237,6 +242,7 @@ class BlockLoop:
                 needs=self._kinds(),
                 gradient=self.method.gradient if self.regional else None,
                 twin=twin,
+                writers=writers,
                 device=self.statistics_device,
                 keep_outputs=self._single_pass(matrices),
                 progress=lambda done, total: self._tell("statistics", block, done, total),
@@ -250,8 +256,17 @@ class BlockLoop:
         if twin is not None:
             twin.leave(block)
         assert first is not None
-        sizes = {"sites": [[matrix.name for matrix in group] for group in groups]} if self.within == "site" else {}
-        return {"output_change": self._move_on(block, matrices, pruned, first, streams.last), **sizes}
+        record: dict[str, Any] = {"output_change": self._move_on(block, matrices, pruned, first, streams.last)}
+        if self.within == "site":
+            record["sites"] = [[matrix.name for matrix in group] for group in groups]
+        if self.targets == "residual":
+            if matrices and not writing and not any("residual_writers" in block for block in self.manifest.blocks):
+                raise ModelStructureError(
+                    f"--targets residual: no planned matrix of {block.path} adds what it gives to the residual stream "
+                    "as it is (in some architectures a norm comes between). Use --targets pruned for this model."
+                )
+            record["residual_writers"] = {name: vars(writer) for name, writer in writing.items()}
+        return record
 
     def _kinds(self) -> frozenset[type[Statistic]]:
         """The statistics to take on the way: those of this run, or of all that share them."""
@@ -294,7 +309,10 @@ class BlockLoop:
             if self.gradients is not None:
                 assert self.method.gradient is not None
                 gradient = self.gradients.read(matrix.name, self.method.gradient, weight.device)
-            problem = Problem(matrix.name, weight, self.plan[matrix.name], statistics, gradient)
+            drift = collected.drifts.get(matrix.name) if collected is not None else None
+            if drift is not None:
+                drift = drift * self.correction
+            problem = Problem(matrix.name, weight, self.plan[matrix.name], statistics, gradient, drift)
             solution = self.method.solve(problem)
             check_solution(problem, solution, self.method)
             if matrix.tensor not in changed:

@@ -1,20 +1,24 @@
 """What a method needs to know of one block, collected while the calibration samples run through it."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from secateur.core.gradients import GradientKind, GradientNorm
+from secateur.core.gram import CrossGram, add_product
 from secateur.core.statistics import Statistic
+from secateur.errors import CalibrationError
 from secateur.gradient_pass import check_gradient
 from secateur.models.backward import GradientTap, regional_gradient
 from secateur.models.matrices import Matrix, tapped
+from secateur.models.residual import ResidualRecorder, Writer
 from secateur.models.stream import HiddenStates, Stream
 from secateur.models.structure import Block
 from secateur.models.tap import Enough, InputRecorder, Inputs, InputStatistics, InputTap
@@ -30,10 +34,11 @@ class First:
 
 @dataclass(frozen=True)
 class Collected:
-    """The statistics of the inputs of some matrices, their regional gradients by name, and the first batch."""
+    """Statistics of the inputs of some matrices, their regional gradients and drifts by name, and the first batch."""
 
     inputs: InputStatistics
     gradients: Mapping[str, GradientNorm]
+    drifts: Mapping[str, Tensor]
     first: First
 
     def of(self, matrix: Matrix) -> dict[type[Statistic], Statistic]:
@@ -62,19 +67,38 @@ class DenseTwin:
     def inputs(self, batch: int, matrices: Sequence[Matrix]) -> Inputs:
         """What the matrices multiply for a batch in the dense model, in the order of the products."""
         assert self._block is not None
-        assert self._after is not None
         parameters, _ = tapped(self._block, matrices)
         recorder = InputRecorder(parameters)
         with recorder:
-            output = self.stream.run(self._block, batch, aside=batch < self._done)
+            self._run(batch)
+        return recorder.inputs
+
+    def residuals(self, batch: int, places: Set[str | None]) -> dict[str | None, Tensor]:
+        """What goes into some submodules of the dense block for a batch, and what comes out (None)."""
+        assert self._block is not None
+        assert self._after is not None
+        if None in places and len(places) == 1 and batch < self._done:
+            return {None: self._after.get(batch, self.stream.device)}
+        recorder = ResidualRecorder(self._block.module, (place for place in places if place is not None))
+        with recorder:
+            output = self._run(batch)
+        return {None: output} | dict(recorder.seen.items())
+
+    def _run(self, batch: int) -> Tensor:
+        """A batch through the dense block; batches come in order, and may come again."""
+        assert self._block is not None
+        assert self._after is not None
+        output = self.stream.run(self._block, batch, aside=batch < self._done)
         if batch >= self._done:
             self._after.put(batch, output)
             self._done = batch + 1
-        return recorder.inputs
+        return output
 
     def leave(self, block: Block) -> None:
-        """Move on behind the block, which every batch has run through."""
+        """Move on behind the block, also with batches that nobody asked for."""
         assert self._after is not None
+        for batch in range(self._done, len(self.stream.batches)):
+            self._run(batch)
         self.stream.states.close()
         self.stream.states = self._after
         self.stream.release(block)
@@ -95,6 +119,7 @@ def collect_statistics(
     needs: frozenset[type[Statistic]],
     gradient: GradientKind | None = None,
     twin: DenseTwin | None = None,
+    writers: Mapping[str, Writer] = MappingProxyType({}),
     device: torch.device | None = None,
     keep_outputs: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -102,8 +127,10 @@ def collect_statistics(
     """The statistics of these matrices of a loaded block, from all batches of the stream.
 
     `gradient` are regional gradients to take as well. With a `twin`, statistics that want the dense model's inputs
-    get them. `device` is where statistics are kept, if not where the inputs are. With `keep_outputs` the block's
-    outputs take the place of the stream's states; without, a forward ends at the last input of interest.
+    get them, and the matrices that are `writers` their drift: the sum over tokens of ``e xᵀ``, where e is by how much
+    the dense model's residual stream differs from this one behind the matrix, divided by the writer's factor.
+    `device` is where statistics are kept, if not where the inputs are. With `keep_outputs` the block's outputs take
+    the place of the stream's states; without, a forward ends at the last input of interest.
 
     Raises `ModelStructureError` for a matrix that saw no token, `CalibrationError` for inputs that are not finite.
     """
@@ -111,17 +138,23 @@ def collect_statistics(
     tap = InputTap(parameters, needs, device)
     wanted = gradient if matrices else None
     gradient_tap = GradientTap(parameters, [wanted.norm], wanted.granularity) if wanted is not None else None
+    drift = _Drift(block, matrices, writers, device)
     first: First | None = None
     for batch, ids in enumerate(stream.batches):
-        dense = twin.inputs(batch, matrices) if twin is not None else None
-        tap.begin(len(ids), whole=batch == 0 or keep_outputs or gradient_tap is not None, dense=dense)
-        with suppress(Enough), tap:
+        dense = twin.inputs(batch, matrices) if twin is not None and CrossGram in needs else None
+        whole = batch == 0 or keep_outputs or gradient_tap is not None
+        tap.begin(len(ids), whole=whole or bool(drift.places), dense=dense)
+        with suppress(Enough), tap, drift.watch(stop=not whole):
             output = regional_gradient(stream, block, batch, gradient_tap)
+            drift.output = output
             if batch == 0:
                 first = First(stream.states.get(0, stream.device), output)
             if keep_outputs:
                 stream.states.put(batch, output)
         tap.end()
+        if drift.places:
+            assert twin is not None
+            drift.add(twin.residuals(batch, drift.places))
         progress(batch + 1, len(stream.batches))
     assert first is not None
     samples = sum(len(ids) for ids in stream.batches)
@@ -133,7 +166,60 @@ def collect_statistics(
             total = matrix.of_parameter(gradient_tap.totals[matrix.parameter, wanted.norm], layout[matrix.parameter])
             check_gradient(matrix.name, total, samples)
             gradients[matrix.name] = GradientNorm(wanted, total, samples * stream.batches[0].shape[1], samples)
-    return Collected(tap.taken, gradients, first)
+    return Collected(tap.taken, gradients, drift.finished(), first)
+
+
+class _Drift:
+    """How far the residual stream behind some matrices is from the dense model's, multiplied with their inputs."""
+
+    def __init__(
+        self, block: Block, matrices: Sequence[Matrix], writers: Mapping[str, Writer], device: torch.device | None
+    ) -> None:
+        self._block, self._writers, self._device = block, writers, device
+        self._matrices = [matrix for matrix in matrices if matrix.name in writers]
+        self._parameters, _ = tapped(block, self._matrices)
+        self._totals: dict[str, Tensor] = {}
+        self.places = {writers[matrix.name].at for matrix in self._matrices}
+        self.output: Tensor | None = None
+        # A matrix that writes elsewhere may be multiplied later.
+        self._may_stop = None not in self.places and len(self._matrices) == len(matrices)
+
+    @contextmanager
+    def watch(self, *, stop: bool) -> Iterator[None]:
+        """Record one forward; with `stop` it may end where nothing more is to be seen."""
+        self.output = None
+        if not self._matrices:
+            yield
+            return
+        inside = [place for place in self.places if place is not None]
+        self._inputs = InputRecorder(self._parameters)
+        self._recorder = ResidualRecorder(self._block.module, inside, stop=stop and self._may_stop)
+        with self._inputs, self._recorder:
+            yield
+
+    def add(self, dense: Mapping[str | None, Tensor]) -> None:
+        """Add the batch of the recorded forward, of which the dense model's residual stream is given."""
+        own: dict[str | None, Tensor | None] = {None: self.output} | dict(self._recorder.seen.items())
+        for matrix in self._matrices:
+            writer, (x,) = self._writers[matrix.name], self._inputs.inputs[matrix.parameter, None]
+            stream = own[writer.at]
+            assert stream is not None
+            x = x if matrix.columns is None else x[:, matrix.columns.to(x.device)]
+            wide = torch.promote_types(stream.dtype, torch.float32)
+            ahead = (dense[writer.at].to(wide) - stream.to(wide)).flatten(0, -2) / writer.factor
+            if matrix.name not in self._totals:
+                self._totals[matrix.name] = torch.zeros(matrix.shape, device=self._device or x.device)
+            self._totals[matrix.name] = add_product(self._totals[matrix.name], ahead, x)
+
+    def finished(self) -> dict[str, Tensor]:
+        """The sums by matrix. Raises `CalibrationError` for one that is not finite."""
+        for name, total in self._totals.items():
+            if not bool(total.isfinite().all()):
+                raise CalibrationError(
+                    f"{name}: the residual stream behind it contains NaN or infinity on the calibration samples. Is "
+                    "the model itself sound? Try --dtype float32, or --targets pruned."
+                )
+        return self._totals
 
 
 def sites(block: Block, matrices: Sequence[Matrix], stream: Stream) -> list[list[Matrix]]:

@@ -50,6 +50,7 @@ def prune(
     propagate: str = "pruned",
     within: str = "block",
     targets: str = "pruned",
+    correction: float | None = None,
     statistics_device: str | None = None,
     statistics: SharedStatistics | None = None,
     batch_size: int | None = None,
@@ -74,7 +75,9 @@ def prune(
     `within` says whether the statistics of a block are all of the block as it was ("block", as published), or each
     of the block behind its matrices that were pruned already ("site": true sequential order). `targets` says which
     outputs methods that update weights fit: those that a matrix would have on its own inputs ("pruned", as published),
-    or those that it has in the dense model ("dense"). `statistics_device` is where statistics are kept.
+    those that it has in the dense model ("dense"), or its own with `correction` (0.5) of what the residual stream
+    behind it lacks of the dense model's ("residual", with ``within="site"``). `statistics_device` is where statistics
+    are kept.
     `statistics` are shared with other runs on the same model and tokens, with `propagate="dense"`: the first one takes
     them, and the others need no forward for them.
     `gradient` is a file that `gradients` wrote for this model and these tokens; without it, a method that needs
@@ -87,7 +90,7 @@ def prune(
     """
     started = time.perf_counter()
     only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
-    check_choices(method, propagate, within, targets)
+    correction = check_choices(method, propagate, within, targets, correction)
     if statistics is not None and propagate != "dense":
         raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
     kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
@@ -143,6 +146,7 @@ def prune(
                 "statistics_device": None if kept_on is None else str(kept_on),
                 "within": within,
                 "targets": targets,
+                "correction": correction if targets == "residual" else None,
                 "options": dict(method.options),
                 "gradient": None if method.gradient is None else asdict(method.gradient),
             },
@@ -199,6 +203,7 @@ def prune(
             gradients=given,
             within=within,
             targets=targets,
+            correction=correction,
             statistics_device=kept_on,
             shared=shared,
         ).run()
@@ -218,29 +223,39 @@ def prune(
     return manifest
 
 
-def check_choices(method: Method, propagate: str, within: str, targets: str) -> None:
-    """Raise `PatternError` for a word that is none, or choices that contradict each other."""
+def check_choices(method: Method, propagate: str, within: str, targets: str, correction: float | None = None) -> float:
+    """The correction to use. Raises `PatternError` for a word that is none, or choices that contradict each other."""
     for option, found, known in (
         ("propagate", propagate, ("pruned", "dense")),
         ("within", within, ("block", "site")),
-        ("targets", targets, ("pruned", "dense")),
+        ("targets", targets, ("pruned", "dense", "residual")),
     ):
         if found not in known:
-            raise PatternError(f'--{option}: got "{found}", expected {" or ".join(known)}.')
-    if propagate == "dense" and (within == "site" or targets == "dense"):
-        option = "--within site" if within == "site" else "--targets dense"
+            expected = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise PatternError(f'--{option}: got "{found}", expected {expected}.')
+    if propagate == "dense" and (within == "site" or targets != "pruned"):
+        option = "--within site" if within == "site" else f"--targets {targets}"
         raise PatternError(f"{option} is about what pruning did before; with --propagate dense nothing sees that.")
     if within == "site" and not method.needs:
         raise PatternError(f"--within site: {method.name} takes no statistics of inputs, in any order.")
     if within == "site" and method.gradient is not None and method.gradient.scope == "block":
         raise PatternError(f"--within site: {method.name} takes gradients of whole blocks; use --within block.")
-    if targets == "pruned" and CrossGram in method.needs:
-        raise PatternError(f"--targets pruned: {method.name} needs the dense model's inputs; use --targets dense.")
-    if targets == "dense" and not method.needs & {Gram, CrossGram}:
+    if targets != "dense" and CrossGram in method.needs:
+        raise PatternError(f"--targets {targets}: {method.name} needs the dense model's inputs; use --targets dense.")
+    if targets != "pruned" and not method.needs & {Gram, CrossGram}:
         raise PatternError(
-            f"--targets dense: {method.name} changes no weights, so nothing can be fitted. Use a method that does, or "
-            f"refine it: --method {method.name}+least_squares."
+            f"--targets {targets}: {method.name} changes no weights, so nothing can be fitted. Use a method that does, "
+            f"or refine it: --method {method.name}+least_squares."
         )
+    if targets == "residual" and within != "site":
+        raise PatternError(
+            "--targets residual makes up for what pruning did before, also within the block: add --within site."
+        )
+    if correction is not None and targets != "residual":
+        raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
+    if correction is not None and not 0 < correction <= 1:
+        raise PatternError(f"--correction: got {correction:g}, expected a share above 0 and up to 1.")
+    return 0.5 if correction is None else correction
 
 
 def check_dense_targets(matrices: Sequence[Matrix]) -> None:

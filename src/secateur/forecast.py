@@ -95,6 +95,7 @@ def estimate(
     propagate: str = "pruned",
     within: str = "block",
     targets: str = "pruned",
+    correction: float | None = None,
     statistics_device: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -109,7 +110,7 @@ def estimate(
     """
     opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
-    check_choices(method, propagate, within, targets)
+    check_choices(method, propagate, within, targets, correction)
     plan = make_plan(opened, method, pattern, only=only, skip=skip)
     if targets == "dense":
         check_dense_targets([matrix for matrix in skeleton.matrices if matrix.name in plan])
@@ -235,16 +236,21 @@ class _Sizes:
     def take_grams(self, plan: Plan, targets: str, statistics_device: str | None) -> None:
         """Count Gram matrices, one for each matrix as if none shared its input, and the copies that solvers make."""
         by_block: dict[int, int] = {}
+        drifts: dict[int, int] = {}  # of what may write to the residual stream
         widest = 0
         for matrix in self.skeleton.matrices:
             if matrix.name in plan:
                 by_block[matrix.block] = by_block.get(matrix.block, 0) + 4 * matrix.shape[1] ** 2
                 widest = max(widest, 4 * matrix.shape[1] ** 2)
+                if matrix.shape[0] == self.skeleton.hidden_size and matrix.expert is None:
+                    drifts[matrix.block] = drifts.get(matrix.block, 0) + 4 * math.prod(matrix.shape)
         grams = max(by_block.values()) * (2 if targets == "dense" else 1)
+        if targets == "residual":
+            grams += max(drifts.values(), default=0)
         elsewhere = statistics_device is not None and torch.device(statistics_device) != self.skeleton.device
         self.grams, self.grams_elsewhere = (0, grams) if elsewhere else (grams, 0)
         self.solving = 3 * widest
-        if targets == "dense":
+        if targets != "pruned":
             self.states *= 2
             self.solving += self.block_computed
 

@@ -220,9 +220,18 @@ TargetsOption = Annotated[
     str,
     typer.Option(
         "--targets",
-        help="Fit updated weights to the outputs on their own inputs, as published, or to those of the dense model: "
-        "pruned or dense.",
+        help="Fit updated weights to the outputs on their own inputs, as published, to those of the dense model, or so "
+        "that the residual stream comes closer to the dense model's (with --within site): pruned, dense or residual.",
         rich_help_panel="Calibration",
+    ),
+]
+CorrectionOption = Annotated[
+    float | None,
+    typer.Option(
+        "--correction",
+        help="Share of what the residual stream lacks that --targets residual makes up for [default: 0.5].",
+        rich_help_panel="Calibration",
+        show_default=False,
     ),
 ]
 StatisticsDeviceOption = Annotated[

@@ -86,7 +86,7 @@ class Gram(_SecondMoments):
 
     def update(self, x: Float[Tensor, "tokens in"], samples: int = 0) -> None:
         """Add the outer products of `x`, any float dtype."""
-        self.total = _add_product(self.total, x, x)
+        self.total = add_product(self.total, x, x)
         self.tokens += x.shape[0]
         self.samples += samples
 
@@ -115,15 +115,15 @@ class CrossGram(_SecondMoments):
         if dense is None or dense.shape != x.shape:
             found = "none" if dense is None else str(tuple(dense.shape))
             raise ValueError(f"the dense model's tokens must come with {tuple(x.shape)} tokens, got {found}.")
-        self.total = _add_product(self.total, dense, x)
+        self.total = add_product(self.total, dense, x)
         self.tokens += x.shape[0]
         self.samples += samples
 
 
-def _add_product(
-    total: Float[Tensor, "in in"], left: Float[Tensor, "tokens in"], right: Float[Tensor, "tokens in"]
-) -> Float[Tensor, "in in"]:
-    """``total + leftᵀ right``, in place unless the sum has to be widened."""
+def add_product(
+    total: Float[Tensor, "rows columns"], left: Float[Tensor, "tokens rows"], right: Float[Tensor, "tokens columns"]
+) -> Float[Tensor, "rows columns"]:
+    """``total + leftᵀ right``, in place unless the sum has to be widened; products keep all 24 bits."""
     wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), total.dtype)
     total = total.to(wide)
     # Memory: one float32 copy of half-precision tokens serves both sides.

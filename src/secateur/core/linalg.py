@@ -46,21 +46,23 @@ def right_hand_side(problem: Problem, gram: Float[Tensor, "in in"]) -> Float[Ten
     """The right-hand side of the normal equations ``W' G = B``: what decides which outputs a matrix is fitted to.
 
     ``B = W G`` fits it to its own outputs ``W X``. A problem with a `CrossGram` is fitted to the outputs ``W X_dense``
-    that the dense model has: ``B = W C`` with ``C = sum x_dense xᵀ``.
+    that the dense model has: ``B = W C`` with ``C = sum x_dense xᵀ``. A problem with a `drift` makes up for it as well:
+    ``B = W G + sum e xᵀ``.
     """
     cross = problem.statistics.get(CrossGram)
     weight = working_weight(problem)
-    return weight @ (gram if cross is None else problem.statistic(CrossGram).total.to(gram))
+    right = weight @ (gram if cross is None else problem.statistic(CrossGram).total.to(gram))
+    return right if problem.drift is None else right.add_(problem.drift.to(right))
 
 
 def outputs_target(problem: Problem, gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "out in"]:
-    """The weights to prune: W itself, or where there is a `CrossGram` the best ones without a mask.
+    """The weights to prune: W itself, or where there is a `CrossGram` or a `drift` the best ones without a mask.
 
-    The latter solve ``W' (G + d I) = W C + d W`` with ``d = damping mean(diag G)``. Pruning them with a small
-    ``||(W'' - W') X||²`` is the same as fitting W'' to the outputs of the dense model.
+    The latter solve ``W' (G + d I) = B + d W`` with ``d = damping mean(diag G)`` and B of `right_hand_side`. Pruning
+    them with a small ``||(W'' - W') X||²`` is the same as fitting W'' to those outputs.
     """
     weight = working_weight(problem)
-    if CrossGram not in problem.statistics:
+    if CrossGram not in problem.statistics and problem.drift is None:
         return weight
     matrix, added = gram.clone(), damping * gram.diagonal().mean()
     right = right_hand_side(problem, gram).add_(weight * added)

@@ -30,6 +30,7 @@ class Problem:
     pattern: Pattern
     statistics: Mapping[type[Statistic], Statistic] = field(default_factory=dict)
     gradient: GradientNorm | None = None
+    drift: Float[Tensor, "out in"] | None = None
 
     def statistic(self, kind: type[S]) -> S:
         """The statistic of that kind, which the method must have listed in its `needs`.

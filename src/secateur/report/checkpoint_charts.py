@@ -87,9 +87,9 @@ def _reconstruction(manifest: Manifest) -> Chart | None:
     return Chart(
         name="block-loss",
         title="Recovery by block",
-        summary="The loss of each block on held-out samples, relative to the lengths of the dense block's outputs, before "
-        f"and after its kept weights were tuned; block {least['index']} fell furthest, from {least['before']:.3g} to "
-        f"{least['after']:.3g}.",
+        summary="The loss of each block on held-out samples, relative to the dense block's outputs, "
+        f"before and after its kept weights were tuned; block {least['index']} fell furthest, from "
+        f"{least['before']:.3g} to {least['after']:.3g}.",
         x="block",
         y="held-out loss",
         series=[Series(label, places, [block[label] for block in blocks]) for label in ("before", "after")],

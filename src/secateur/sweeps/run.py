@@ -43,6 +43,7 @@ def sweep(
     propagate: str = "pruned",
     within: str = "block",
     targets: str = "pruned",
+    correction: float | None = None,
     statistics_device: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -82,7 +83,14 @@ def sweep(
     if not data:
         raise CalibrationError("--data: got none, expected at least one text to evaluate on.")
     folder = SweepFolder(output, model)
-    what = {"only": only, "skip": skip, "propagate": propagate, "within": within, "targets": targets}
+    what = {
+        "only": only,
+        "skip": skip,
+        "propagate": propagate,
+        "within": within,
+        "targets": targets,
+        "correction": correction,
+    }
     opening: dict[str, Any] = {"device": device, "dtype": dtype}
     opening |= {"revision": revision, "trust_remote_code": trust_remote_code}
     running = {"statistics_device": statistics_device, "batch_size": batch_size}
