@@ -17,7 +17,7 @@ from secateur.models.stream import Stream
 from secateur.models.structure import Block
 from secateur.models.tap import Enough, ProductTap
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # and 0.05 in half precision: of a nudge's length
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # and 0.1 in half precision: of a nudge's length
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _first(
     before: dict[str | None, Tensor], after: dict[str | None, Tensor], given: Tensor, nudge: Tensor
 ) -> Writer | None:
     """The first place where the nudge arrives as it is, in a sum with something else than what was given."""
-    tolerance = max(TOLERANCE.get(tensor.dtype, 0.05) for tensor in (given, nudge))
+    tolerance = max(TOLERANCE.get(tensor.dtype, 0.1) for tensor in (given, nudge))
     given, nudge = given.double().flatten(0, -2), nudge.double().flatten(0, -2)
     for path, value in before.items():
         if path not in after or value.shape[-1] != nudge.shape[-1] or value.numel() < nudge.numel():
