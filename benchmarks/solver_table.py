@@ -1,11 +1,12 @@
 """SmolLM2-135M pruned by every kind of solver: perplexity on several texts, solver time and peak memory.
 
     python benchmarks/solver_table.py --calibration c4.jsonl --data wikitext2:wiki.test.raw --data web.jsonl
-        --methods wanda,sparsegpt,alps,wanda+least_squares,alps@site@dense --patterns 0.5,2:4 --json cells.jsonl
+        --methods wanda,sparsegpt,alps,wanda+least_squares,alps@row@site@residual --patterns 0.5,2:4 --json cells.jsonl
 
-A method may be refined with a plus, and followed by @site (statistics in true sequential order) and @dense (targets of
-the dense model). Every cell is pruned and evaluated in a process of its own, for its peak memory, and becomes one
-line of the JSON file; cells that are in the file already are not run again. The table at the end shows all of them.
+A method may be refined with a plus, and followed by @row or @matrix (comparison group of unstructured patterns), @site
+(statistics in true sequential order) and @dense or @residual (targets). Every cell is pruned and evaluated in a
+process of its own, for its peak memory, and becomes one line of the JSON file; cells that are in the file already are
+not run again. The table at the end shows all of them.
 """
 
 import argparse
@@ -32,17 +33,23 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     if cell["method"] != "dense":
         name, *choices = cell["method"].split("@")
         text = cell["pattern"]
+
+        def chosen(*words: str) -> Any:
+            return next((word for word in words if word in choices), None)
+
         manifest = secateur.prune(
             folder,
             method=method_of(name),
-            pattern=secateur.parse_pattern(text) if ":" in text else secateur.Unstructured(float(text)),
+            pattern=secateur.parse_pattern(text)
+            if ":" in text
+            else secateur.Unstructured(float(text), chosen("row", "matrix")),
             calibration=cell["calibration"],
             sampling="concat",
             samples=cell["samples"],
             length=cell["length"],
             seed=cell["seed"],
             within="site" if "site" in choices else "block",
-            targets="dense" if "dense" in choices else "pruned",
+            targets=chosen("dense", "residual") or "pruned",
             output=pruned,
             overwrite=True,
         )

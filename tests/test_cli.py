@@ -32,7 +32,7 @@ CALIBRATION = ["--calibration", "python-docs", "--sampling", "concat", "--sample
 
 WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", "--per", "--only", "--skip"}
 TEXT = {"--calibration", "--samples", "--length", "--seed", "--sampling"}
-PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--statistics-device"}
+PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--correction", "--statistics-device"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
 TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
 RECOVERY = {"--method", "--preset", "--targets", "--rank", "--alpha", "--dropout", "--only", "--skip", "--distill"}
