@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,15 @@ def test_in_a_pipe(model: Path, call: Call, tmp_path: Path) -> None:
         assert line.startswith(method)
     assert re.search(r"^method +50% +60% +2:4$", done.out, re.M)
     assert "\x1b" not in done.out + done.err
+    page = out / "report" / "index.html"
+    assert done.err.splitlines()[-1] == f"Curves and sortable tables: {page}"
+    shutil.rmtree(page.parent)
     # Once more, as a program: nothing is left to do.
     again = call("sweep", model, "-o", out, *grid, *CALIBRATION, *EVALUATION, "--json")
     assert again.code == 0
     assert "All 6 cells are finished already." in again.err
     assert again.json == json.loads((out / "sweep.json").read_text())
+    assert "<svg" in page.read_text()
     assert [cell["folder"] for cell in again.json["cells"]] == [
         f"cells/{method}-{pattern}" for method in ("magnitude", "wanda") for pattern in ("50", "60", "2of4")
     ]
@@ -77,6 +82,15 @@ def test_a_dry_run(call: Call, model: Path, tmp_path: Path) -> None:
     assert [cell["method"] for cell in value["cells"]] == ["magnitude"] * 2 + ["wanda"] * 2 + ["sparsegpt"] * 2
     assert [cell["refusal"] is None for cell in value["cells"]] == [True, False] * 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_libraries_of_reports(call: Call, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = call("sweep", model, "-o", tmp_path / "out", "-m", "magnitude", *CALIBRATION, *EVALUATION)
+    assert done.code == 0
+    assert done.err.splitlines()[-1] == (
+        'No page with curves was written: a report needs matplotlib: pip install "secateur[report]"'
+    )
 
 
 def test_a_failed_cell_is_one(call: Call, model: Path, tmp_path: Path) -> None:

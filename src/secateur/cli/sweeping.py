@@ -1,6 +1,7 @@
 """`sweep`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -237,6 +238,8 @@ def sweep(
         print_json(result.to_json())
     else:
         print_tables(sweep_table_groups(result))
+    if not dry_run and len(result.failed) < len(result.cells):
+        _report(Path(output))
     asked = {(label, pattern_text(own)) for label in grid for own in patterns}
     failed = [cell for cell in result.failed if (cell.method, cell.pattern) in asked]
     if failed and not dry_run:
@@ -244,3 +247,17 @@ def sweep(
         for cell in failed:
             typer.secho(f"  {cell.name}: {cell.error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1)
+
+
+def _report(output: Path) -> None:
+    """The page of a finished sweep, with its curves, where the libraries for it are installed."""
+    from secateur.errors import SecateurError
+    from secateur.report.sweep_page import build_sweep
+
+    try:
+        with quiet_libraries():
+            page = build_sweep(output)
+    except SecateurError as error:
+        typer.echo(f"No page with curves was written: {error}", err=True)
+    else:
+        typer.echo(f"Curves and sortable tables: {page}", err=True)
