@@ -1,6 +1,6 @@
 """One-swap refinement of a mask: put back a removed weight and remove a kept one wherever that lowers the error.
 
-Source: SparseSwaps (arXiv 2512.10922), section 3.
+Source: Zimmer et al., "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale", arXiv 2512.10922, section 3.
 """
 
 from secateur.core.exchange import exchange

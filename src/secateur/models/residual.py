@@ -1,5 +1,8 @@
 """Where a matrix writes to the residual stream, found by nudging what it gives and looking at what follows.
 
+For targets that make up for damage done before. Arai and Ichikawa, "Quantization Error Propagation" (arXiv 2504.09629),
+correct in part as well, but towards each matrix's own outputs in the dense model.
+
 Names of modules say nothing that holds for every architecture. A sum, however, passes a nudge on as it is, and a norm,
 a gate or a router does not.
 """
