@@ -239,6 +239,8 @@ def test_what_gram_matrices_add(model: Path) -> None:
     dense = estimate(model, method=secateur.sparsegpt(), targets="dense", **options)
     assert second.notes[0].startswith("The Gram matrices of a block take at most ")
     assert dense.host_bytes > second.host_bytes > plain.host_bytes
+    residual = estimate(model, method=secateur.sparsegpt(), within="site", targets="residual", **options)
+    assert residual.host_bytes > second.host_bytes
     with pytest.raises(PatternError, match="changes no weights"):
         estimate(model, method=secateur.wanda(), targets="dense", **options)
 

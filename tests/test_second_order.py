@@ -29,7 +29,7 @@ from secateur.core.harmonic import HarmonicNorm
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method, Problem, Refinement, Solution, chain, with_options
 from secateur.core.statistics import SquaredNorm
-from secateur.engine import check_choices, prune
+from secateur.engine import check_choices, chosen_correction, prune
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
 from secateur.manifest import Manifest, verify
 from secateur.methods import METHODS
@@ -497,9 +497,9 @@ def test_experts_are_not_fitted_to_the_dense_model(within: str, tmp_path: Path) 
     assert_verified(tmp_path / "out", source, skipped)
 
 
-@every_order
+@pytest.mark.parametrize(("within", "targets"), [*ORDERS, RESIDUAL])
 def test_hidden_states_on_disk_change_nothing(within: str, targets: str, tmp_path: Path) -> None:
-    source = tiny.save("gemma3n_text", tmp_path / "source")
+    source = tiny.save("llama" if targets == "residual" else "gemma3n_text", tmp_path / "source")
     settings: dict[str, Any] = {
         "method": sparsegpt(),
         "calibration": calibration(),
@@ -549,11 +549,16 @@ WRITERS: dict[str, dict[str, tuple[str | None, float]]] = {
     "granite": {"self_attn.o_proj": ("post_attention_layernorm", 0.7), "mlp.down_proj": (None, 0.7)},
     "opt": {"self_attn.out_proj": ("final_layer_norm", 1), "fc2": (None, 1)},  # samples and tokens in one dimension
     "opt_postnorm": {"self_attn.out_proj": ("self_attn_layer_norm", 1), "fc2": ("final_layer_norm", 1)},
+    "falcon": {"self_attention.dense": (None, 1), "mlp.dense_4h_to_h": (None, 1)},  # one is added to the other in place
+    "minicpm3": {"self_attn.o_proj": ("post_attention_layernorm", 1.4 / 3**0.5), "mlp.down_proj": (None, 1.4 / 3**0.5)},
     "gemma2": {},  # a norm between
     "olmo2": {},
     "mixtral": {"self_attn.o_proj": ("post_attention_layernorm", 1)},  # experts are weighted by the router
     "llama4_text": {"self_attn.o_proj": ("post_attention_layernorm", 1), "feed_forward.down_proj": (None, 1)},
     "mamba": {"mixer.out_proj": (None, 1)},
+    "qwen2_moe": {"self_attn.o_proj": ("post_attention_layernorm", 1)},  # the shared expert is gated
+    "afmoe": {},  # a norm behind the sum with the shared expert
+    "zamba": {"mamba_decoder.mamba.out_proj": (None, 1)},  # `linear` goes into a sum that only the mamba reads
     "rwkv": {"attention.output": ("ln2", 1)},  # the other one is gated
     "falcon_h1": {
         "self_attn.o_proj": ("pre_ff_layernorm", 1),
@@ -563,20 +568,65 @@ WRITERS: dict[str, dict[str, tuple[str | None, float]]] = {
 }
 
 
+# The block to look at, where the first one is not like the others.
+FIRST = {"afmoe": 1, "qwen2_moe": 1}
+
+
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_matrices_that_write_to_the_residual_stream(name: str, dtype: torch.dtype) -> None:
     skeleton = open_model(tiny.build(name, dtype=dtype)).skeleton
     stream = Stream(skeleton, calibration(), batch_size=3)
-    block = skeleton.blocks[0]
+    block = skeleton.blocks[FIRST.get(name, 0)]
+    for before in skeleton.blocks[: block.index]:
+        with loaded(skeleton, before, skeleton.read(before)):
+            for batch in range(len(stream.batches)):
+                stream.states.put(batch, stream.run(before, batch))
     with loaded(skeleton, block, skeleton.read(block)):
-        found = residual_writers(block, [matrix for matrix in skeleton.matrices if matrix.block == 0], stream)
+        found = residual_writers(block, [m for m in skeleton.matrices if m.block == block.index], stream)
     assert {name: writer.at for name, writer in found.items()} == {
         f"{block.path}.{path}.weight": at for path, (at, _) in WRITERS[name].items()
     }
     for path, (_, factor) in WRITERS[name].items():
         assert found[f"{block.path}.{path}.weight"].factor == pytest.approx(factor, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_writer_of_massive_activations_is_one(dtype: torch.dtype) -> None:
+    """Some blocks write thousands of times what is in the stream, and their sum hardly differs from what they write."""
+    model = tiny.build("llama", dtype=dtype)
+    model.model.layers[0].mlp.down_proj.weight *= 10000
+    skeleton = open_model(model).skeleton
+    block = skeleton.blocks[0]
+    with loaded(skeleton, block, skeleton.read(block)):
+        found = residual_writers(block, skeleton.matrices[:7], Stream(skeleton, calibration(), batch_size=3))
+    assert found["model.layers.0.mlp.down_proj.weight"].factor == 1
+    assert len(found) == 2
+
+
+def test_a_first_block_without_planned_writers() -> None:
+    skip = ["*.0.*.o_proj.weight", "*.0.*.down_proj.weight"]
+    settings: dict[str, Any] = {"method": sparsegpt(), "calibration": calibration(), "within": "site"}
+    manifest = prune(tiny.build("llama"), skip=skip, targets="residual", **settings)
+    assert [len(record["residual_writers"]) for record in manifest.blocks] == [0, 2, 2]
+
+
+def test_a_plan_without_writers() -> None:
+    with pytest.raises(
+        PatternError,
+        match=r"^--targets residual: none of the planned matrices writes to the residual stream\. Plan those that do "
+        r"\(such as o_proj and down_proj\), or use --targets pruned\.$",
+    ):
+        prune(
+            tiny.build("llama"),
+            method=sparsegpt(),
+            calibration=calibration(),
+            only=["*.q_proj*"],
+            within="site",
+            targets="residual",
+        )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "granite", "opt", "mixtral", "falcon_h1"])
@@ -663,13 +713,19 @@ def test_the_residual_stream_comes_closer_to_the_dense_one() -> None:
 def test_a_model_without_a_matrix_that_writes_to_the_residual_stream() -> None:
     with pytest.raises(
         ModelStructureError,
-        match=r"^--targets residual: no planned matrix of model\.layers\.0 adds what it gives to the residual stream "
-        r"as it is \(in some architectures a norm comes between\)\. Use --targets pruned for this model\.$",
+        match=r"^--targets residual: no matrix of model\.layers\.0 adds what it gives to the residual stream as it "
+        r"is \(in some architectures a norm comes between\)\. Use --targets pruned for this model\.$",
     ):
         prune(tiny.build("gemma2"), method=sparsegpt(), calibration=calibration(), within="site", targets="residual")
 
 
 # Choices
+
+
+def check(method: str, choices: dict[str, Any]) -> None:
+    words = {"propagate": "pruned", "within": "block", "targets": "pruned"} | choices
+    chosen_correction(words["targets"], words.pop("correction", None))
+    check_choices(method_of(method), **words)
 
 
 @pytest.mark.parametrize(
@@ -738,7 +794,7 @@ def test_a_model_without_a_matrix_that_writes_to_the_residual_stream() -> None:
 )
 def test_choices_that_contradict_each_other(method: str, choices: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PatternError) as told:
-        check_choices(method_of(method), **{"propagate": "pruned", "within": "block", "targets": "pruned"} | choices)
+        check(method, choices)
     assert str(told.value) == message
     with pytest.raises(PatternError) as told:
         prune(
@@ -762,7 +818,7 @@ def test_choices_that_contradict_each_other(method: str, choices: dict[str, Any]
     ids=str,
 )
 def test_choices_that_go_together(method: str, choices: dict[str, Any]) -> None:
-    check_choices(method_of(method), **{"propagate": "pruned", "within": "block", "targets": "pruned"} | choices)
+    check(method, choices)
 
 
 # Where statistics are kept
@@ -821,7 +877,7 @@ def test_a_device_for_statistics_that_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@every_order
+@pytest.mark.parametrize(("within", "targets"), [*ORDERS, RESIDUAL])
 def test_statistics_in_host_memory_of_a_model_on_the_gpu(within: str, targets: str, tmp_path: Path) -> None:
     x, dense = torch.randn(300, 64, device="cuda"), torch.randn(300, 64, device="cuda")
     for kind, given in ((Gram, {}), (CrossGram, {"dense": dense})):

@@ -582,8 +582,12 @@ def test_rows_that_compare_by_themselves_can_be_solved_by_themselves(name: str) 
 
 
 @pytest.mark.parametrize("name", [*SOLVERS, "wanda+least_squares", "wanda+exact", "wanda+obs_update", "wanda+swaps"])
-def test_targets_of_the_dense_model_are_fitted(name: str) -> None:
-    """With inputs that earlier pruning has changed, a cross Gram lowers the error against the dense outputs."""
+@pytest.mark.parametrize("given_as", ["cross", "drift"])
+def test_other_targets_are_fitted(name: str, given_as: str) -> None:
+    """With inputs that earlier pruning has changed, a cross Gram lowers the error against the dense outputs.
+
+    So does the drift from the own outputs to them, in the very same way.
+    """
     dense = correlated(600, 48)
     x = dense @ (torch.eye(48) + 0.15 * normal(48, 48, 7) / 48**0.5)
     weight = normal(16, 48, 1)
@@ -591,6 +595,8 @@ def test_targets_of_the_dense_model_are_fitted(name: str) -> None:
     cross = CrossGram.empty(48)
     cross.update(x, dense=dense)
     other = dataclasses.replace(own, statistics={**own.statistics, CrossGram: cross})
+    if given_as == "drift":
+        other = dataclasses.replace(own, drift=weight @ (dense - x).T @ x)
     if name in SOLVERS:
         method = METHODS[name]()
     elif name == "wanda+exact":

@@ -22,7 +22,7 @@ from secateur.core.checks import check_solution, check_weight
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import Statistic
-from secateur.errors import CheckpointError, ModelStructureError
+from secateur.errors import CheckpointError, ModelStructureError, PatternError
 from secateur.gradient_file import GradientFile
 from secateur.manifest import Manifest, tensor_digest
 from secateur.models.matrices import Matrix
@@ -72,7 +72,7 @@ class Clock:
 
 @dataclass
 class Streams:
-    """The calibration samples on their way behind the pruned blocks, and, where targets are dense, beside them."""
+    """The calibration samples on their way behind the pruned blocks, and, where targets need it, the dense ones."""
 
     pruned: Stream
     twin: DenseTwin | None
@@ -104,7 +104,7 @@ class BlockLoop:
     gradients: GradientFile | None
     within: str
     targets: str
-    correction: float
+    correction: float | None  # of the residual stream; None for other targets
     statistics_device: torch.device | None
     shared: SharedStatistics | None
 
@@ -155,6 +155,12 @@ class BlockLoop:
                 trim()
                 self._tell("write", block)
             written.result()
+        written_to = [record.get("residual_writers") for record in self.manifest.blocks]
+        if self.targets == "residual" and not any(written_to):
+            raise PatternError(
+                "--targets residual: none of the planned matrices writes to the residual stream. Plan those that do "
+                "(such as o_proj and down_proj), or use --targets pruned."
+            )
         if self.writer is not None and self.writer.missing:
             raise CheckpointError(
                 f"{len(self.writer.missing)} tensors were never written, first {self.writer.missing[0]}."
@@ -230,11 +236,9 @@ class BlockLoop:
             twin.enter(block)
         groups = sites(block, matrices, pruned) if self.within == "site" and matrices else [matrices]
         first: First | None = None
-        writing: dict[str, Writer] = {}
+        writers = self._residual_writers(block, matrices, pruned)
         for group in groups:
             started = time.perf_counter()
-            writers = residual_writers(block, group, pruned) if self.targets == "residual" else {}
-            writing |= writers
             collected = collect_statistics(
                 block,
                 group,
@@ -260,13 +264,22 @@ class BlockLoop:
         if self.within == "site":
             record["sites"] = [[matrix.name for matrix in group] for group in groups]
         if self.targets == "residual":
-            if matrices and not writing and not any("residual_writers" in block for block in self.manifest.blocks):
-                raise ModelStructureError(
-                    f"--targets residual: no planned matrix of {block.path} adds what it gives to the residual stream "
-                    "as it is (in some architectures a norm comes between). Use --targets pruned for this model."
-                )
-            record["residual_writers"] = {name: vars(writer) for name, writer in writing.items()}
+            record["residual_writers"] = {name: vars(writer) for name, writer in writers.items()}
         return record
+
+    def _residual_writers(self, block: Block, matrices: list[Matrix], stream: Stream) -> dict[str, Writer]:
+        """Which of the matrices write to the residual stream, where targets ask for it."""
+        if self.targets != "residual" or not matrices:
+            return {}
+        every = [matrix for matrix in self.skeleton.matrices if matrix.block == block.index]
+        writers = residual_writers(block, every, stream)
+        first = not any(record["matrices"] for record in self.manifest.blocks)
+        if first and not writers:
+            raise ModelStructureError(
+                f"--targets residual: no matrix of {block.path} adds what it gives to the residual stream as it is (in "
+                "some architectures a norm comes between). Use --targets pruned for this model."
+            )
+        return {matrix.name: writers[matrix.name] for matrix in matrices if matrix.name in writers}
 
     def _kinds(self) -> frozenset[type[Statistic]]:
         """The statistics to take on the way: those of this run, or of all that share them."""
@@ -310,8 +323,8 @@ class BlockLoop:
                 assert self.method.gradient is not None
                 gradient = self.gradients.read(matrix.name, self.method.gradient, weight.device)
             drift = collected.drifts.get(matrix.name) if collected is not None else None
-            if drift is not None:
-                drift = drift * self.correction
+            if drift is not None and self.correction is not None:
+                drift.mul_(self.correction)  # in place: a matrix is solved once
             problem = Problem(matrix.name, weight, self.plan[matrix.name], statistics, gradient, drift)
             solution = self.method.solve(problem)
             check_solution(problem, solution, self.method)

@@ -82,7 +82,7 @@ class DenseTwin:
         recorder = ResidualRecorder(self._block.module, (place for place in places if place is not None))
         with recorder:
             output = self._run(batch)
-        return {None: output} | dict(recorder.seen.items())
+        return {**recorder.seen, None: output}
 
     def _run(self, batch: int) -> Tensor:
         """A batch through the dense block; batches come in order, and may come again."""
@@ -146,7 +146,7 @@ def collect_statistics(
         tap.begin(len(ids), whole=whole or bool(drift.places), dense=dense)
         with suppress(Enough), tap, drift.watch(stop=not whole):
             output = regional_gradient(stream, block, batch, gradient_tap)
-            drift.output = output
+            drift.see(output)
             if batch == 0:
                 first = First(stream.states.get(0, stream.device), output)
             if keep_outputs:
@@ -179,31 +179,34 @@ class _Drift:
         self._matrices = [matrix for matrix in matrices if matrix.name in writers]
         self._parameters, _ = tapped(block, self._matrices)
         self._totals: dict[str, Tensor] = {}
+        self._inputs: Inputs = {}
+        self._seen: dict[str | None, Tensor] = {}
         self.places = {writers[matrix.name].at for matrix in self._matrices}
-        self.output: Tensor | None = None
         # A matrix that writes elsewhere may be multiplied later.
         self._may_stop = None not in self.places and len(self._matrices) == len(matrices)
 
     @contextmanager
     def watch(self, *, stop: bool) -> Iterator[None]:
         """Record one forward; with `stop` it may end where nothing more is to be seen."""
-        self.output = None
         if not self._matrices:
             yield
             return
-        inside = [place for place in self.places if place is not None]
-        self._inputs = InputRecorder(self._parameters)
-        self._recorder = ResidualRecorder(self._block.module, inside, stop=stop and self._may_stop)
-        with self._inputs, self._recorder:
+        inputs = InputRecorder(self._parameters)
+        inside = (place for place in self.places if place is not None)
+        places = ResidualRecorder(self._block.module, inside, stop=stop and self._may_stop)
+        self._inputs, self._seen = inputs.inputs, places.seen
+        with inputs, places:
             yield
+
+    def see(self, output: Tensor) -> None:
+        """Record what comes out of the block."""
+        self._seen[None] = output
 
     def add(self, dense: Mapping[str | None, Tensor]) -> None:
         """Add the batch of the recorded forward, of which the dense model's residual stream is given."""
-        own: dict[str | None, Tensor | None] = {None: self.output} | dict(self._recorder.seen.items())
         for matrix in self._matrices:
-            writer, (x,) = self._writers[matrix.name], self._inputs.inputs[matrix.parameter, None]
-            stream = own[writer.at]
-            assert stream is not None
+            writer, (x,) = self._writers[matrix.name], self._inputs[matrix.parameter, None]
+            stream = self._seen[writer.at]
             x = x if matrix.columns is None else x[:, matrix.columns.to(x.device)]
             wide = torch.promote_types(stream.dtype, torch.float32)
             ahead = (dense[writer.at].to(wide) - stream.to(wide)).flatten(0, -2) / writer.factor

@@ -33,6 +33,8 @@ from secateur.output import Scratch, check_output
 from secateur.plan import Plan, uniform
 from secateur.shared_statistics import SharedStatistics
 
+CORRECTION = 0.5  # of what the residual stream lacks of the dense model's
+
 
 def prune(
     model: str | os.PathLike[str] | nn.Module,
@@ -90,7 +92,8 @@ def prune(
     """
     started = time.perf_counter()
     only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
-    correction = check_choices(method, propagate, within, targets, correction)
+    correction = chosen_correction(targets, correction)
+    check_choices(method, propagate, within, targets)
     if statistics is not None and propagate != "dense":
         raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
     kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
@@ -146,7 +149,7 @@ def prune(
                 "statistics_device": None if kept_on is None else str(kept_on),
                 "within": within,
                 "targets": targets,
-                "correction": correction if targets == "residual" else None,
+                "correction": correction,
                 "options": dict(method.options),
                 "gradient": None if method.gradient is None else asdict(method.gradient),
             },
@@ -223,8 +226,22 @@ def prune(
     return manifest
 
 
-def check_choices(method: Method, propagate: str, within: str, targets: str, correction: float | None = None) -> float:
-    """The correction to use. Raises `PatternError` for a word that is none, or choices that contradict each other."""
+def chosen_correction(targets: str, correction: float | None) -> float | None:
+    """The share of what the residual stream lacks that targets make up for; None for targets that do not.
+
+    Raises `PatternError` for one that is no share, or that would not be used.
+    """
+    if targets != "residual":
+        if correction is not None:
+            raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
+        return None
+    if correction is not None and not 0 < correction <= 1:
+        raise PatternError(f"--correction: got {correction:g}, expected a share above 0 and up to 1.")
+    return CORRECTION if correction is None else correction
+
+
+def check_choices(method: Method, propagate: str, within: str, targets: str) -> None:
+    """Raise `PatternError` for a word that is none, or choices that contradict each other."""
     for option, found, known in (
         ("propagate", propagate, ("pruned", "dense")),
         ("within", within, ("block", "site")),
@@ -251,11 +268,6 @@ def check_choices(method: Method, propagate: str, within: str, targets: str, cor
         raise PatternError(
             "--targets residual makes up for what pruning did before, also within the block: add --within site."
         )
-    if correction is not None and targets != "residual":
-        raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
-    if correction is not None and not 0 < correction <= 1:
-        raise PatternError(f"--correction: got {correction:g}, expected a share above 0 and up to 1.")
-    return 0.5 if correction is None else correction
 
 
 def check_dense_targets(matrices: Sequence[Matrix]) -> None:

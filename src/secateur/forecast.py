@@ -16,7 +16,7 @@ from secateur.core.gradients import GradientKind, Scope
 from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
-from secateur.engine import check_choices, check_dense_targets, gradient_file, make_plan
+from secateur.engine import check_choices, check_dense_targets, chosen_correction, gradient_file, make_plan
 from secateur.gradient_pass import chunk_sizes, gradient_batch_size
 from secateur.models.matrices import numbered_experts
 from secateur.models.opened import OpenedModel, choose_device, open_model
@@ -110,7 +110,8 @@ def estimate(
     """
     opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
-    check_choices(method, propagate, within, targets, correction)
+    chosen_correction(targets, correction)
+    check_choices(method, propagate, within, targets)
     plan = make_plan(opened, method, pattern, only=only, skip=skip)
     if targets == "dense":
         check_dense_targets([matrix for matrix in skeleton.matrices if matrix.name in plan])
@@ -188,7 +189,7 @@ def estimate(
         host_bytes=host,
         device_bytes=on_device,
         disk_bytes=sizes.total + sizes.gradients,
-        seconds=_seconds(skeleton, plan, tokens, sizes, method, kind),
+        seconds=_seconds(skeleton, plan, tokens, sizes, method, kind, (within == "site") + (targets != "pruned")),
         available_host_bytes=psutil.virtual_memory().available,
         notes=notes,
     )
@@ -300,14 +301,21 @@ def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
 
 
 def _seconds(
-    skeleton: Skeleton, plan: Plan, tokens: int, sizes: _Sizes, method: Method, kind: GradientKind | None
+    skeleton: Skeleton,
+    plan: Plan,
+    tokens: int,
+    sizes: _Sizes,
+    method: Method,
+    kind: GradientKind | None,
+    further: int,
 ) -> float:
     """The forwards of the blocks up to the last planned one, plus reading and writing, which overlap them.
 
-    Two for statistics of inputs, four for gradients of the loss, two more than before for regional ones.
+    Two for statistics of inputs, four for gradients of the loss, two more than before for regional ones. `further` are
+    those of sites, which add up to about one, and of the dense model beside the pruned one.
     """
     last = max(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
-    forwards = 2 if method.needs or (kind is not None and kind.scope == "block") else 0
+    forwards = 2 + further if method.needs or (kind is not None and kind.scope == "block") else 0
     if kind is not None:
         forwards += 4 if kind.scope == "model" else 2
     work = 2 * forwards * tokens * _weights_of_a_token(skeleton, last)

@@ -238,14 +238,15 @@ def sweep(
         print_json(result.to_json())
     else:
         print_tables(sweep_table_groups(result))
-    if not dry_run and len(result.failed) < len(result.cells):
-        _report(Path(output))
     asked = {(label, pattern_text(own)) for label in grid for own in patterns}
     failed = [cell for cell in result.failed if (cell.method, cell.pattern) in asked]
     if failed and not dry_run:
         typer.secho(f"{len(failed)} of {len(asked)} cells failed:", fg=typer.colors.RED, err=True)
         for cell in failed:
             typer.secho(f"  {cell.name}: {cell.error}", fg=typer.colors.RED, err=True)
+    if not dry_run and len(result.failed) < len(result.cells):
+        _report(Path(output))
+    if failed and not dry_run:
         raise typer.Exit(1)
 
 

@@ -69,7 +69,7 @@ def outputs_target(problem: Problem, gram: Float[Tensor, "in in"], damping: floa
     matrix.diagonal().add_(added).masked_fill_(matrix.diagonal() == 0, 1.0)
     factor = cholesky(matrix)
     if factor is None:
-        raise NumericalError(f"{problem.name}: a damping of {damping:g} is too little to fit it to the dense outputs.")
+        raise NumericalError(f"{problem.name}: a damping of {damping:g} is too little to fit it to other outputs.")
     solved: Tensor = torch.cholesky_solve(right.t(), factor).t()
     return solved
 

@@ -23,7 +23,11 @@ Made = TypeVar("Made", "Method", "Refinement")
 
 @dataclass(frozen=True)
 class Problem:
-    """One matrix: find W' whose zeros obey the pattern, with a small ``||(W - W') X||``."""
+    """One matrix: find W' whose zeros obey the pattern, with a small ``||(W - W') X||``.
+
+    `drift`, where there is one, is ``sum e xᵀ`` over tokens: updated weights are to give ``W x + e`` in the place of
+    ``W x``. It is a term of the right-hand side of the normal equations, see `secateur.core.linalg.right_hand_side`.
+    """
 
     name: str
     weight: Float[Tensor, "out in"]

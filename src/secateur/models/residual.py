@@ -1,10 +1,11 @@
-"""Where a matrix writes to the residual stream, found by nudging what it gives and looking at what follows.
+"""Which matrices write to the residual stream, and where: found from derivatives, in any architecture.
+
+Names of modules say nothing that holds everywhere. What is added to the stream, however, has the same constant
+derivative in every entry of it, and behind a norm, a gate or a router it has not. The stream itself is what the block's
+input reaches without passing through a product.
 
 For targets that make up for damage done before. Arai and Ichikawa, "Quantization Error Propagation" (arXiv 2504.09629),
 correct in part as well, but towards each matrix's own outputs in the dense model.
-
-Names of modules say nothing that holds for every architecture. A sum, however, passes a nudge on as it is, and a norm,
-a gate or a router does not.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.models.matrices import Matrix, tapped
+from secateur.models.matrices import Matrix, prunable_parameters
 from secateur.models.stream import Stream
 from secateur.models.structure import Block
-from secateur.models.tap import Enough, ProductTap
-
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # and 0.1 in half precision: of a nudge's length
+from secateur.models.tap import MULTIPLICATIONS, Enough, ProductTap
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,10 @@ class Writer:
 class ResidualRecorder:
     """Keeps what goes into some submodules of a block for the first time in a forward, while it is active."""
 
-    def __init__(
-        self, block: nn.Module, paths: Iterable[str], *, samples: int | None = None, stop: bool = False
-    ) -> None:
-        """`samples` are how many of the batch to keep. With `stop`, `Enough` ends the forward when all were reached."""
-        self.seen: dict[str, Tensor] = {}
+    def __init__(self, block: nn.Module, paths: Iterable[str], *, stop: bool = False) -> None:
+        """With `stop`, the forward ends with `Enough` when all of them were reached."""
+        self.seen: dict[str | None, Tensor] = {}
         self._modules = {path: block.get_submodule(path) for path in paths}
-        self._samples = samples
         self._stop = stop
         self._stack = ExitStack()
 
@@ -60,94 +56,82 @@ class ResidualRecorder:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if found is not None and path not in self.seen:
-                # Exact: a block may add to it in place later.
-                self.seen[path] = found[: self._samples].clone() if found.dim() > 2 else found.clone()
+                self.seen[path] = found.clone()  # Exact: a block may add to it in place later.
             if self._stop and len(self.seen) == len(self._modules):
                 raise Enough
 
         return hook
 
 
-class _Nudge(ProductTap):
-    """Adds something to what one parameter gives; `given` is what it gave."""
+class _Cut(ProductTap):
+    """Cuts the graph of a forward at every product; what some parameters give begins it anew."""
 
-    def __init__(self, parameters: dict[str, tuple[nn.Parameter, bool]], by: Tensor | None) -> None:
+    def __init__(
+        self, parameters: dict[str, tuple[nn.Parameter, bool]], others: Iterable[nn.Parameter], wanted: set[str]
+    ) -> None:
         super().__init__(parameters)
-        self._by = by
-        self.given: list[Tensor] = []
+        self._others = {parameter.untyped_storage().data_ptr() for parameter in others}
+        self._wanted = wanted
+        self.given: dict[str, list[Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        product = self.product(getattr(func, "__name__", ""), args, kwargs or {})
+        name = getattr(func, "__name__", "")
+        product = self.product(name, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         if product is None:
-            return result
-        self.given.append(result)
-        if self._by is None or result.numel() != self._by.numel():
-            return result
-        return result + self._by.view(result.shape)
+            tensors = [value for value in args if isinstance(value, Tensor)] if name in MULTIPLICATIONS else []
+            routed = any(tensor.untyped_storage().data_ptr() in self._others for tensor in tensors)
+            return result.detach() if routed else result
+        result = result.detach()
+        if product.name in self._wanted:
+            self.given.setdefault(product.name, []).append(result.requires_grad_())
+            result = result.clone()  # a block may add to it in place
+        return result
 
 
 def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Writer]:
     """Those of the matrices of a loaded block that write to the residual stream, by name; experts never do.
 
-    Found by running the first batch, once more for each candidate. Between a matrix and the first place where its nudge
-    arrives as it is may lie dropout, reshaping and multiplication with a constant, but no norm, gate or router.
+    Found by one forward of the first batch. Between a matrix and the sum may lie dropout, reshaping and multiplication
+    with a constant, but no norm, gate or router.
     """
-    states = stream.states.get(0, stream.device)
-    wanted = [m for m in matrices if m.expert is None and m.rows is None and m.shape[0] == states.shape[-1]]
-    if not wanted:
-        return {}
-    paths = [path for path, _ in block.module.named_modules() if path]
-    generator = torch.Generator().manual_seed(0)
-    nudge = torch.randn(states.shape, generator=generator).to(states)
-    # As long as the stream itself, token by token: a shorter one would drown in half precision's rounding.
-    nudge *= states.float().square().mean(dim=-1, keepdim=True).sqrt().to(states)
+    layout, _ = prunable_parameters(block.module, None)
+    weights = {name: value for name, value in block.module.named_parameters() if value.dim() > 1}
+    parameters = {f"{block.path}.{name}": (weights.pop(name), stored) for name, stored in layout.items()}
+    states = stream.states.get(0, stream.device).detach().requires_grad_()
+    width = states.shape[-1]
+    candidates = {m.name: m.parameter for m in matrices if m.expert is None and m.rows is None and m.shape[0] == width}
+    cut = _Cut(parameters, weights.values(), set(candidates.values()))
+    recorder = ResidualRecorder(block.module, (path for path, _ in block.module.named_modules() if path))
+    with torch.enable_grad(), cut, recorder:
+        output = stream.run(block, 0, states=states.clone(), aside=True)
     found: dict[str, Writer] = {}
-    for matrix in wanted:
-        parameters, _ = tapped(block, [matrix])
-        before, given = _places(block, stream, paths, _Nudge(parameters, None))
-        after, _ = _places(block, stream, paths, _Nudge(parameters, nudge))
-        if len(given) == 1 and given[0].shape[-1] == states.shape[-1] and given[0].numel() == states.numel():
-            writer = _first(before, after, given[0].view(states.shape)[:1], nudge[:1])
-            if writer is not None:
-                found[matrix.name] = writer
-    return found
-
-
-def _places(
-    block: Block, stream: Stream, paths: Sequence[str], tap: "_Nudge"
-) -> tuple[dict[str | None, Tensor], list[Tensor]]:
-    """What reaches each submodule, in the order of the forward, and at the end what comes out; what was given."""
-    # Memory: one sample of each place, which is enough to see where a nudge arrives.
-    recorder = ResidualRecorder(block.module, paths, samples=1)
-    with recorder, tap:
-        output = stream.run(block, 0, aside=True)
-    places: dict[str | None, Tensor] = {}
-    places.update(recorder.seen)
-    places[None] = output[:1]
-    return places, tap.given
-
-
-def _first(
-    before: dict[str | None, Tensor], after: dict[str | None, Tensor], given: Tensor, nudge: Tensor
-) -> Writer | None:
-    """The first place where the nudge arrives as it is, in a sum with something else than what was given."""
-    tolerance = max(TOLERANCE.get(tensor.dtype, 0.1) for tensor in (given, nudge))
-    given, nudge = given.double().flatten(0, -2), nudge.double().flatten(0, -2)
-    for path, value in before.items():
-        if path not in after or value.shape[-1] != nudge.shape[-1] or value.numel() < nudge.numel():
+    leaving: set[str] = set()
+    single = {name: cut.given[path][0] for name, path in candidates.items() if len(cut.given.get(path, ())) == 1}
+    for at, value in {**recorder.seen, None: output}.items():
+        if not value.requires_grad or value.numel() != states.numel() or value.shape[-1] != width:
             continue
-        # Some blocks flatten samples and tokens into one dimension.
-        value, arrived = (
-            places[path].double().reshape(-1, nudge.shape[-1])[: len(nudge)] for places in (before, after)
+        signs = torch.randint(2, value.shape, generator=torch.Generator().manual_seed(0)).to(value) * 2 - 1
+        whole, *parts = torch.autograd.grad(
+            value, [states, *single.values()], signs, retain_graph=True, allow_unused=True
         )
-        arrived = arrived - value
-        factor = float((arrived * nudge).sum() / nudge.square().sum())
-        if abs(factor) < 0.01 or (arrived - factor * nudge).norm() > tolerance * (factor * nudge).norm():
-            continue
-        alone = (value - factor * given).norm() <= tolerance * value.norm()
-        if not alone:
-            return Writer(path, factor)
-    return None
+        in_stream = whole is not None and bool(whole.any())
+        for name, part in zip(single, parts, strict=True):
+            factor = _constant(part, signs)
+            if in_stream and factor and name not in found:
+                found[name] = Writer(at, factor)
+            if at is None and part is not None and bool(part.any()):
+                leaving.add(name)
+    # A sum that only some module inside reads is not the stream that leaves the block.
+    return {name: writer for name, writer in found.items() if name in leaving}
+
+
+def _constant(derivative: Tensor | None, signs: Tensor) -> float:
+    """The factor between a derivative and the signs it was taken with; 0 where it is not the same everywhere."""
+    if derivative is None or derivative.numel() != signs.numel():
+        return 0.0
+    ratio = derivative.reshape(signs.shape).float() * signs.float()
+    factor = float(ratio.mean())
+    return factor if abs(factor) > 1e-6 and float((ratio - factor).abs().max()) <= 1e-3 * abs(factor) else 0.0

@@ -113,6 +113,7 @@ class Chart:
         if self.logarithmic:
             axes.set_yscale("log")
             values = [value for series in self.series for value in series.y]
+            values += [] if self.level is None else [self.level[1]]
             # 1, 2 and 5 times a power of ten are too far apart for values that lie close together.
             close = max(values) < 8 * min(values)
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6) if close else LogLocator(subs=(1, 2, 5)))

@@ -72,6 +72,8 @@ def _texts(sweep: Mapping[str, Any]) -> list[str]:
 def _chart(sweep: Mapping[str, Any], data: str, place: int) -> Chart | None:
     """Perplexity over sparsity of the unstructured patterns, or None with fewer than two sparsities."""
     cells = [cell for cell in _done(sweep) if data in cell["figures"] and ":" not in cell["pattern"]]
+    # A perplexity beyond all numbers is recorded as null, and has no place on a chart.
+    cells = [cell for cell in cells if cell["figures"][data]["perplexity"] is not None]
     series = []
     for method in dict.fromkeys(cell["method"] for cell in cells):
         own = sorted((cell for cell in cells if cell["method"] == method), key=lambda cell: float(cell["sparsity"]))

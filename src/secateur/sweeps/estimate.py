@@ -80,7 +80,7 @@ def shared_gradient(method: Method, propagate: str) -> tuple[Granularity, Scope]
 def refusal(opened: OpenedModel, task: Task, options: Mapping[str, Any]) -> SecateurError | None:
     """The error that `prune` would raise for a task before it starts."""
     try:
-        check_choices(task.method, options["propagate"], options["within"], options["targets"], options["correction"])
+        check_choices(task.method, options["propagate"], options["within"], options["targets"])
         plan = make_plan(opened, task.method, task.pattern, only=options["only"], skip=options["skip"])
         if options["targets"] == "dense":
             check_dense_targets([matrix for matrix in opened.skeleton.matrices if matrix.name in plan])

@@ -12,6 +12,7 @@ from secateur.calibration.corpora import is_token_file
 from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from secateur.core.patterns import Pattern, Unstructured
 from secateur.core.problem import Method
+from secateur.engine import chosen_correction
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
 from secateur.models.memory import trim
 from secateur.models.opened import open_model
@@ -89,7 +90,7 @@ def sweep(
         "propagate": propagate,
         "within": within,
         "targets": targets,
-        "correction": correction,
+        "correction": chosen_correction(targets, correction),
     }
     opening: dict[str, Any] = {"device": device, "dtype": dtype}
     opening |= {"revision": revision, "trust_remote_code": trust_remote_code}
