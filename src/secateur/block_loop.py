@@ -271,8 +271,10 @@ class BlockLoop:
         """Which of the matrices write to the residual stream, where targets ask for it."""
         if self.targets != "residual" or not matrices:
             return {}
+        started = time.perf_counter()
         every = [matrix for matrix in self.skeleton.matrices if matrix.block == block.index]
         writers = residual_writers(block, every, stream)
+        self.clock.add("statistics forward", started)
         first = not any(record["matrices"] for record in self.manifest.blocks)
         if first and not writers:
             raise ModelStructureError(

@@ -230,23 +230,25 @@ def sweep(
                 on_estimate=on_estimate,
                 on_event=on_event,
             )
-    if dry_run and as_json:
-        print_json(estimates[0].to_json())
-    elif dry_run:
-        print_tables(sweep_estimate_tables(estimates[0]))
-    elif as_json:
+    if dry_run:
+        if as_json:
+            print_json(estimates[0].to_json())
+        else:
+            print_tables(sweep_estimate_tables(estimates[0]))
+        return
+    if as_json:
         print_json(result.to_json())
     else:
         print_tables(sweep_table_groups(result))
     asked = {(label, pattern_text(own)) for label in grid for own in patterns}
     failed = [cell for cell in result.failed if (cell.method, cell.pattern) in asked]
-    if failed and not dry_run:
+    if failed:
         typer.secho(f"{len(failed)} of {len(asked)} cells failed:", fg=typer.colors.RED, err=True)
         for cell in failed:
             typer.secho(f"  {cell.name}: {cell.error}", fg=typer.colors.RED, err=True)
-    if not dry_run and len(result.failed) < len(result.cells):
+    if len(result.failed) < len(result.cells):
         _report(Path(output))
-    if failed and not dry_run:
+    if failed:
         raise typer.Exit(1)
 
 

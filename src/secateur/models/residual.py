@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.models.matrices import Matrix, prunable_parameters
+from secateur.models.matrices import Matrix, tapped
 from secateur.models.stream import Stream
 from secateur.models.structure import Block
 from secateur.models.tap import MULTIPLICATIONS, Enough, ProductTap
@@ -92,18 +92,18 @@ class _Cut(ProductTap):
 
 
 def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Writer]:
-    """Those of the matrices of a loaded block that write to the residual stream, by name; experts never do.
+    """Those of all matrices of a loaded block that write to the residual stream, by name; experts never do.
 
     Found by one forward of the first batch. Between a matrix and the sum may lie dropout, reshaping and multiplication
     with a constant, but no norm, gate or router.
     """
-    layout, _ = prunable_parameters(block.module, None)
-    weights = {name: value for name, value in block.module.named_parameters() if value.dim() > 1}
-    parameters = {f"{block.path}.{name}": (weights.pop(name), stored) for name, stored in layout.items()}
+    parameters, _ = tapped(block, matrices)
+    weights = {f"{block.path}.{name}": value for name, value in block.module.named_parameters()}
+    others = [value for name, value in weights.items() if value.dim() > 1 and name not in parameters]
     states = stream.states.get(0, stream.device).detach().requires_grad_()
     width = states.shape[-1]
     candidates = {m.name: m.parameter for m in matrices if m.expert is None and m.rows is None and m.shape[0] == width}
-    cut = _Cut(parameters, weights.values(), set(candidates.values()))
+    cut = _Cut(parameters, others, set(candidates.values()))
     recorder = ResidualRecorder(block.module, (path for path, _ in block.module.named_modules() if path))
     with torch.enable_grad(), cut, recorder:
         output = stream.run(block, 0, states=states.clone(), aside=True)
