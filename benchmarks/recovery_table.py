@@ -1,57 +1,129 @@
-"""What recovery brings and what merging costs: perplexities of a model pruned to half by Wanda, as a table.
+"""What each way of recovery brings for the same time: perplexities, trained weights, sparsity on the files, memory.
 
-python benchmarks/recovery_table.py stories260K tinystories_sample.txt --steps 24 --batch-size 8 --length 128 \
-    --held-out 16 --lr 4e-3
+    python benchmarks/recovery_table.py ./pruned --dense ./model --text c4.jsonl --data wikitext2 --data web.jsonl
+        --ways lora "sparse-lora,targets=all-linear,lr=1e-3" full,lr=1e-4 block,samples=64,length=512 --minutes 20
+
+A way is a method, with any settings of `fine_tune` or `reconstruct` behind it, and may be followed by `+merge`: the
+adapter is merged with its zeros kept, and what was written is measured. Every way runs in a process of its own, on as
+many cores as OMP_NUM_THREADS says, and becomes one line of the JSON file; lines that are there already are not run
+again. The gap is the difference of perplexities to the dense model, which is measured with the pruned ones.
 """
 
 import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
 
 import secateur
+from secateur.models.opened import open_model
+from secateur.recover.forecast import count_parameters
+
+SCRATCH = Path(tempfile.gettempdir()) / "secateur-benchmarks" / "recovery"
+
+
+def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """The perplexities of a model, or of what one way of recovery makes of it."""
+    name, *settings = cell["way"].removesuffix("+merge").split(",")
+    given = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in settings)}
+    folder = Path(cell["model"])
+    figures: dict[str, Any] = {}
+    if name:
+        if "steps" not in given:
+            given["minutes"] = cell["minutes"]
+        if "targets" in given and name != "block":
+            given["targets"] = (given["targets"],)
+        output = SCRATCH / "recovered"
+        started, before = time.perf_counter(), time.process_time()
+        if name == "block":
+            manifest = secateur.reconstruct(folder, calibration=cell["text"], output=output, overwrite=True, **given)
+            losses = [(block["before"], block["after"]) for block in (manifest.recovery or {})["blocks"]]
+            figures["block losses"] = losses
+            trained = sum(entry["weights"] - entry["zeros"] for entry in manifest.matrices.values())
+        else:
+            result = secateur.fine_tune(folder, output, method=name, data=cell["text"], overwrite=True, **given)
+            trained = result.record["trainable"]
+            figures |= {"steps": result.record["steps"], "curve": result.record["curve"]}
+        figures |= {
+            "trained": trained,
+            "seconds": time.perf_counter() - started,
+            "CPU seconds": time.process_time() - before,
+            "threads": torch.get_num_threads(),
+            "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        if cell["way"].endswith("+merge"):
+            secateur.merge(output, folder, SCRATCH / "merged", evaluate=False, overwrite=True)
+            folder = SCRATCH / "merged"
+        elif name in ("lora", "sparse-lora"):
+            raise SystemExit(f"{cell['way']}: an adapter; add +merge to measure what it gives with zeros kept.")
+        else:
+            folder = output
+        checked = secateur.verify(folder)
+        if not checked.ok:
+            raise SystemExit(f"{cell['way']}: {checked.problems[0]}")
+    inspected = secateur.inspect(folder)
+    figures["sparsity"] = inspected.sparsity
+    figures["parameters"] = count_parameters(open_model(folder, device="cpu"))
+    for data in cell["data"]:
+        found = secateur.perplexity(folder, data, length=cell["window"], windows=cell["windows"])
+        figures[Path(data).name] = found.to_json()
+    return {**cell, **figures}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("text")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--calibration-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--held-out", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    given = parser.parse_args()
-    settings = {name: getattr(given, name) for name in ("steps", "batch_size", "length", "held_out", "lr")}
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        pruned = root / "pruned"
-        secateur.prune(
-            given.model,
-            method=secateur.wanda(),
-            calibration=given.text,
-            sampling="concat",
-            samples=given.samples,
-            length=given.calibration_length,
-            output=pruned,
-        )
-        print("| method | before | trained | merged, mask kept |\n|---|---:|---:|---:|")
-        for method, targets in (
-            ("lora", ()),
-            ("sparse-lora", ()),
-            ("lora", ("all-linear",)),
-            ("sparse-lora", ("all-linear",)),
-            ("full", ()),
-        ):
-            output = root / f"{method}{len(targets)}"
-            result = secateur.fine_tune(pruned, output, method=method, data=given.text, targets=targets, **settings)
-            row = [f"{method}, all matrices" if targets else method]
-            row += [f"{result.before.perplexity:.2f}", f"{result.after.perplexity:.2f}", ""]
-            if method != "full":
-                merged = secateur.merge(output, pruned, root / f"{output.name}-merged").merged
-                row[-1] = f"{merged.perplexity:.2f}"
-            print(f"| {' | '.join(row)} |", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pruned", nargs="*")
+    parser.add_argument("--dense")
+    parser.add_argument("--text", default="python-docs")
+    parser.add_argument("--data", action="append")
+    parser.add_argument("--ways", nargs="+", default=["lora+merge", "sparse-lora+merge", "full", "block"])
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--window", type=int, default=1024, help="evaluation window")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--json", type=Path, default=SCRATCH / "cells.jsonl")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        print(json.dumps(run_cell(json.loads(arguments.cell))))
+        return
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    common = {name: getattr(arguments, name) for name in ("text", "minutes", "window", "windows")}
+    common["data"] = arguments.data or ["python-docs"]
+    cells = [{**common, "model": arguments.dense, "way": ""}]
+    cells += [{**common, "model": folder, "way": way} for folder in arguments.pruned for way in ("", *arguments.ways)]
+    done = [json.loads(line) for line in arguments.json.read_text().splitlines()] if arguments.json.exists() else []
+    names = [Path(data).name for data in common["data"]]
+    dense: dict[str, float] = {}
+    before: dict[str, float] = {}
+    print(f"| model | way | trained | sparsity | {' | '.join(f'{name} | gap closed' for name in names)} | s | MiB |")
+    print("|---" * (6 + 2 * len(names)) + "|", flush=True)
+    for cell in cells:
+        result = next((old for old in done if all(old.get(key) == value for key, value in cell.items())), None)
+        if result is None:
+            command = [sys.executable, __file__, "--cell", json.dumps(cell)]
+            result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            with arguments.json.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        found = {name: result[name]["perplexity"] for name in names}
+        dense = dense or found
+        before = before if cell["way"] else found
+        columns = [f"{result['trained'] / result['parameters']:.2%}" if cell["way"] else "", f"{result['sparsity']:.4%}"]
+        for name in names:
+            gap = before[name] - dense[name]
+            columns.append(f"{found[name]:.2f} ± {result[name]['perplexity_error']:.2f}")
+            columns.append(f"{(before[name] - found[name]) / gap:.0%}" if cell["way"] else "")
+        columns += [f"{result['seconds']:.0f}", f"{result['peak MiB']:.0f}"] if cell["way"] else ["", ""]
+        print(f"| {Path(cell['model']).name} | {cell['way']} | {' | '.join(columns)} |", flush=True)
+    shutil.rmtree(SCRATCH / "recovered", ignore_errors=True)
+    shutil.rmtree(SCRATCH / "merged", ignore_errors=True)
 
 
 if __name__ == "__main__":

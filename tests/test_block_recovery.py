@@ -301,6 +301,31 @@ def test_a_block_that_cannot_be_made_better_stays_as_it_is(tmp_path):
     assert_only_tuned(tmp_path, set())
 
 
+def test_minutes_end_every_block_in_time(tmp_path):
+    """Each block gets better in its share of the time, where no other limit would ever end a run."""
+    pruned = pruned_model("llama", tmp_path)
+    manifest = tuned(pruned, epochs=1_000_000, patience=1_000_000, minutes=0.05)
+    assert all(after < before for before, after in losses(manifest))
+    assert manifest.recovery is not None
+    records = manifest.recovery["blocks"]
+    assert sum(record["seconds"] for record in records) == pytest.approx(3, rel=0.5)
+    assert all(record["epochs"] > 1 for record in records)
+    assert manifest.recovery["settings"]["minutes"] == 0.05
+    assert_only_tuned(tmp_path)
+
+
+def test_a_clock_that_never_runs_out_changes_nothing(tmp_path):
+    pruned = pruned_model("llama", tmp_path)
+    by_steps = losses(tuned(pruned))
+    by_clock = losses(tuned(pruned, minutes=1000, overwrite=True))
+    assert torch.allclose(torch.tensor(by_clock), torch.tensor(by_steps), rtol=1e-3)
+
+
+def test_too_few_minutes_for_the_forwards_alone(llama, tmp_path):
+    message = r"^--minutes: no time is left to tune model\.layers\.0\. .* use more minutes or fewer --samples"
+    assert_refused(CalibrationError, message, llama, tmp_path, minutes=1e-6)
+
+
 def test_patience_ends_a_block_early(tmp_path):
     manifest = tuned(pruned_model("llama", tmp_path), learning_rate=1e3, epochs=9, patience=2)
     assert [record["epochs"] for record in manifest.recovery["blocks"]] == [2, 2, 2]
@@ -554,6 +579,7 @@ def test_a_dense_model_whose_outputs_are_not_finite(tmp_path):
         ({"batch_size": 0}, r"^--batch-size: got 0"),
         ({"learning_rate": 0.0}, r"^--lr: got 0\.0, expected a positive number"),
         ({"learning_rate": math.nan}, r"^--lr: got nan"),
+        ({"minutes": 0}, r"^--minutes: got 0, expected a positive number"),
         ({"held_out": 1.0}, r"^--held-out: got 1\.0, expected a share between 0 and 1"),
         ({"targets": "sparse"}, r'^--targets: got "sparse", expected dense or pruned'),
     ],
@@ -640,7 +666,7 @@ def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:  # noq
     ("arguments", "message"),
     [
         (["--method", "block", "--rank", "8"], "--rank: has no meaning for --method block, which takes --batch-size,"),
-        (["--method", "block", "--minutes", "3"], "--minutes: has no meaning for --method block"),
+        (["--method", "block", "--steps", "3"], "--steps: has no meaning for --method block"),
         (["--method", "full", "--dense", "x"], "--dense: has no meaning for --method full; block would use it."),
         (["--method", "blok"], '--method: got "blok", expected lora, sparse-lora, full or block.'),
         (["--method", "block", "--epochs", "0"], "--epochs: got 0, expected at least 1."),

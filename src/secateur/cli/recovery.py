@@ -128,7 +128,7 @@ def recover(
     ] = None,
     minutes: Annotated[
         float | None,
-        option("--minutes", panel=HOW_LONG, help="Train for so long instead; the learning rate falls with the clock."),
+        option("--minutes", panel=HOW_LONG, help="Train for so long at most; the learning rate falls with the clock."),
     ] = None,
     epochs: Annotated[
         int | None, option("--epochs", panel=HOW_LONG, help="block: passes over the windows, at most [default: 10].")
@@ -287,7 +287,8 @@ def _tune_blocks(
     method: str, pruned: str, output: str, given: Mapping[str, Any], run: Mapping[str, Any], as_json: bool
 ) -> None:
     """Block by block, without a Trainer."""
-    taken = {"only", "skip", "length", "held_out", "samples", "epochs", "batch_size", "lr", "patience", "dense"}
+    taken = {"only", "skip", "length", "held_out", "samples", "epochs", "minutes"}
+    taken |= {"batch_size", "lr", "patience", "dense"}
     for name in given:
         if name not in taken:
             known = ", ".join(f"--{other.replace('_', '-')}" for other in sorted(taken))
@@ -304,7 +305,8 @@ def _tune_blocks(
 
         samples, epochs = values.get("samples", 128), values.get("epochs", 10)
         most = forwards(epochs, 1 - values.get("held_out", 0.125))
-        typer.echo(f"at most {most:.1f} forwards of {samples} samples through the blocks", err=True)
+        within = f", within {values['minutes']:g} minutes" if "minutes" in values else ""
+        typer.echo(f"at most {most:.1f} forwards of {samples} samples through the blocks{within}", err=True)
         manifest = reconstruct(pruned, output=output, on_event=on_event, **values)
     if as_json:
         print_json(manifest.to_json())

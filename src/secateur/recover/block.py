@@ -47,6 +47,7 @@ def reconstruct(
     seed: int = 0,
     sampling: str | None = None,
     epochs: int = 10,
+    minutes: float | None = None,
     learning_rate: float = 0.03,
     step: int = 4,
     held_out: float = 0.125,
@@ -70,7 +71,8 @@ def reconstruct(
 
     `pruned` is a checkpoint that `prune` wrote, `dense` the model that it was made from (by default where the manifest
     says). `samples` (128) windows of `length` (2048) tokens are drawn as in `prune`; at least the share `held_out` of
-    them is never trained on, and judges after each of at most `epochs` epochs whether a block got better. Each step
+    them is never trained on, and judges after each of at most `epochs` epochs whether a block got better. With
+    `minutes` a block is tuned for its share of the time at most, and its learning rate falls with the clock. Each step
     of Adam sees `step` samples; `learning_rate` is relative to the root mean square of each parameter's kept weights.
     `targets` says what a block should give: what the dense block gives behind the dense blocks before it ("dense"), or
     what it gives on the inputs that the tuned blocks leave it ("pruned"). `only` and `skip` choose among the pruned
@@ -85,7 +87,7 @@ def reconstruct(
     """
     started = time.perf_counter()
     only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
-    check_numbers(epochs, learning_rate, step, held_out, patience, targets, batch_size)
+    check_numbers(epochs, minutes, learning_rate, step, held_out, patience, targets, batch_size)
     folder = locate(os.fspath(pruned))
     base = read_manifest(folder)
     target = check_output(output, folder, overwrite)
@@ -119,6 +121,7 @@ def reconstruct(
         "settings": {
             "targets": targets,
             "epochs": epochs,
+            "minutes": minutes,
             "learning_rate": learning_rate,
             "step": split.step,
             "patience": patience,
@@ -154,6 +157,7 @@ def reconstruct(
             ids=windows.input_ids,
             batch_size=split.batch_size,
             tuning=tuning,
+            deadline=None if minutes is None else started + 60 * minutes,
             targets=targets,
             offload=offload_states,
             scratch=target.with_name(f"{target.name}.states-{os.getpid()}"),
@@ -178,6 +182,7 @@ def reconstruct(
 
 def check_numbers(
     epochs: int,
+    minutes: float | None,
     learning_rate: float,
     step: int,
     held_out: float,
@@ -189,6 +194,8 @@ def check_numbers(
     for option, count in (("epochs", epochs), ("batch-size", step), ("patience", patience), ("batch-size", batch_size)):
         if count is not None and count < 1:
             raise CalibrationError(f"--{option}: got {count}, expected at least 1.")
+    if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
+        raise CalibrationError(f"--minutes: got {minutes}, expected a positive number.")
     if not (learning_rate > 0 and math.isfinite(learning_rate)):
         raise CalibrationError(f"--lr: got {learning_rate}, expected a positive number.")
     if not 0 < held_out < 1:
@@ -252,13 +259,13 @@ def _matrices(
     return result
 
 
-def forwards(epochs: int, trained: float) -> float:
+def forwards(epochs: float, trained: float) -> float:
     """The work of one block in forwards of all samples, when `trained` is the share of them that is trained on.
 
     One for the targets, one for the next block's inputs, three for each epoch's forward and backward on what is trained
     on, and one forward of the rest before the first epoch and after each.
     """
-    return 2 + 3 * epochs * trained + (epochs + 1) * (1 - trained)
+    return 2 + 3 * epochs * trained + (math.ceil(epochs) + 1) * (1 - trained)
 
 
 def _forwards(blocks: Sequence[Mapping[str, Any]], split: Split, samples: int) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.block_loop import Clock, Event, OnEvent
 from secateur.core.checks import check_weight
-from secateur.errors import CheckpointError, NumericalError
+from secateur.errors import CalibrationError, CheckpointError, NumericalError
 from secateur.manifest import Manifest, mask_digest, tensor_digest
 from secateur.models.matrices import Matrix
 from secateur.models.memory import trim
@@ -41,6 +41,7 @@ class BlockPass:
     ids: Tensor
     batch_size: int
     tuning: Tuning
+    deadline: float | None  # of `time.perf_counter`
     targets: str
     offload: str
     scratch: Path
@@ -115,14 +116,17 @@ class BlockPass:
         matrices = self.matrices.get(block.index, ())
         pruned, changed = streams.pruned, dict[str, Tensor]()
         with ExitStack() as stack:
-            targets = None
+            targets, forward = None, 0.0
             if matrices or streams.dense is not None:
+                began = time.perf_counter()
                 targets = self._targets(block, original, streams)
+                forward = time.perf_counter() - began
                 stack.callback(targets.states.close)
             with loaded(self.skeleton, block, tensors):
                 if matrices:
                     assert targets is not None
-                    changed = self._tune(block, matrices, tensors, pruned, targets)
+                    seconds = self._seconds(block, forward)
+                    changed = self._tune(block, matrices, tensors, pruned, targets, seconds)
                 began = time.perf_counter()
                 for batch in range(len(pruned.batches) if move_on else 0):
                     pruned.states.put(batch, pruned.run(block, batch))
@@ -158,6 +162,23 @@ class BlockPass:
         self.clock.add("dense forward", began)
         return targets
 
+    def _seconds(self, block: Block, forward: float) -> float | None:
+        """How long to tune this block, when a forward of all samples through it takes `forward` seconds.
+
+        All blocks have the same share of the time that is left, less two forwards. Raises `CalibrationError` when that
+        is nothing from the beginning; where it is nothing later on, a block stays as it was.
+        """
+        if self.deadline is None:
+            return None
+        left = sum(index >= block.index for index in self.matrices)
+        seconds = (self.deadline - time.perf_counter()) / left - 2 * forward
+        if seconds <= 0 and left == len(self.matrices):
+            raise CalibrationError(
+                f"--minutes: no time is left to tune {block.path}. Two forwards of all samples through each of {left} "
+                f"blocks take about {2 * forward * left / 60:.1f} minutes; use more minutes or fewer --samples."
+            )
+        return max(seconds, 0.0)
+
     def _tune(
         self,
         block: Block,
@@ -165,6 +186,7 @@ class BlockPass:
         tensors: dict[str, Tensor],
         stream: Stream,
         targets: Targets,
+        seconds: float | None,
     ) -> dict[str, Tensor]:
         """The tensors that tuning changed; they are in the block's module, and the record is made."""
         began = time.perf_counter()
@@ -175,6 +197,7 @@ class BlockPass:
             stream,
             targets,
             self.tuning,
+            seconds,
             progress=lambda done, total: self._tell("tune", block, done, total),
         )
         names = [name for group in self.skeleton.conversion.of(tuned.changed) for name in group.names]
@@ -192,7 +215,7 @@ class BlockPass:
             "matrices": len(matrices),
             "before": tuned.before,
             "after": tuned.after,
-            "epochs": tuned.epochs,
+            "epochs": round(tuned.epochs, 2),
             "best_epoch": tuned.best,
             "nudged": tuned.nudged,
             "seconds": round(self.clock.add("tune", began), 6),

@@ -7,6 +7,7 @@ no moments, and stay exactly zero.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,9 +42,14 @@ class Tuning:
     patience: int
     seed: int
 
-    def rate(self, step: int) -> float:
-        """The factor of the learning rate at a step, counted from zero."""
-        total = self.epochs * len(self.steps)
+    @property
+    def total(self) -> int:
+        """Steps of all epochs."""
+        return self.epochs * len(self.steps)
+
+    def rate(self, step: float) -> float:
+        """The factor of the learning rate after so many steps."""
+        total = self.total
         rising = max(1, round(WARM_UP * total))
         return min((step + 1) / rising, (total - step) / max(total - rising, 1))
 
@@ -72,14 +78,14 @@ class Tuned:
     """The result for one block.
 
     `changed` are its checkpoint tensors that differ from before, `before` and `after` the loss on held-out samples,
-    `epochs` how many were run and `best` which one was kept (0: the weights as they were). `nudged` is the number of
-    kept weights that would have been rounded to zero.
+    `epochs` how many were run, the last one perhaps in part, and `best` which one was kept (0: the weights as they
+    were). `nudged` is the number of kept weights that would have been rounded to zero.
     """
 
     changed: dict[str, Tensor]
     before: float
     after: float
-    epochs: int
+    epochs: float
     best: int
     nudged: int
 
@@ -91,12 +97,14 @@ def tune(
     stream: Stream,
     targets: Targets,
     tuning: Tuning,
+    seconds: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuned:
     """The tuned weights of a loaded block; the block itself, its inputs and the given tensors stay as they are.
 
     `tensors` are the block's checkpoint tensors. After each epoch the weights are judged on the held-out samples as
-    they would be written, rounded; the best ones are the result, those at the start included.
+    they would be written, rounded; the best ones are the result, those at the start included. With `seconds`, tuning
+    ends when they are over, if it has not ended before, and the learning rate falls with them.
 
     Source: block reconstruction after pruning, as in EBFT (arXiv 2402.12419) and "Rethinking pruning large language
     models" (EMNLP 2024), with their Adam and linear decay. Raises `NumericalError` for a loss that is not finite.
@@ -112,19 +120,30 @@ def tune(
     optimizer = torch.optim.Adam(
         [{"params": [copy.master], "lr": tuning.learning_rate * copy.scale()} for copy in copies], betas=BETAS
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, tuning.rate)
+    began = time.perf_counter()
+
+    def spent(steps: int) -> float:
+        """The budget that is spent, in steps."""
+        elapsed = time.perf_counter() - began
+        share = 0.0 if seconds is None else elapsed / seconds if elapsed < seconds else 1.0
+        return max(steps, share * tuning.total)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: tuning.rate(spent(step)))
     generator = torch.Generator().manual_seed(tuning.seed)
-    total, epoch, chosen = tuning.epochs * len(tuning.steps), 0, 0
-    while epoch < tuning.epochs and epoch - chosen < tuning.patience:
+    step = epoch = chosen = 0
+    while spent(step) < tuning.total and epoch - chosen < tuning.patience:
         sums = []
-        for done, number in enumerate(torch.randperm(len(tuning.steps), generator=generator).tolist()):
+        for number in torch.randperm(len(tuning.steps), generator=generator).tolist():
             sums.append(loss.backward(copies, tuning.steps[number]))
             for copy in copies:
                 copy.mask_gradient()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            progress(epoch * len(tuning.steps) + done + 1, total)
+            step += 1
+            progress(step, tuning.total)
+            if spent(step) >= tuning.total:
+                break
         epoch += 1
         _finite(float(torch.stack(sums).sum()), block, f"in epoch {epoch}")
         states = [copy.rounded() for copy in copies]
@@ -136,7 +155,7 @@ def tune(
         if chosen:
             copy.write(state, tensors, changed)
     nudged = sum(copy.nudged(state) for copy, state in zip(copies, best, strict=True)) if chosen else 0
-    return Tuned(changed, before, after, epoch, chosen, nudged)
+    return Tuned(changed, before, after, step / len(tuning.steps), chosen, nudged)
 
 
 def _finite(loss: float, block: Block, when: str) -> float:
