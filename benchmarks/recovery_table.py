@@ -1,15 +1,16 @@
 """What each way of recovery brings for the same time: perplexities, trained weights, sparsity on the files, memory.
 
     python benchmarks/recovery_table.py ./pruned --dense ./model --text c4.jsonl --data wikitext2 --data web.jsonl
-        --ways lora "sparse-lora,targets=all-linear,lr=1e-3" full,lr=1e-4 block,samples=64,length=512 --minutes 20
+        --ways lora "sparse-lora,targets=all-linear,lr=2e-3" full,lr=3e-4 block,samples=64,length=512 --minutes 20
 
-A way is a method, with any settings of `fine_tune` or `reconstruct` behind it, and may be followed by `+merge`: the
-adapter is merged with its zeros kept, and what was written is measured. Every way runs in a process of its own, on as
-many cores as OMP_NUM_THREADS says, and becomes one line of the JSON file; lines that are there already are not run
-again. The gap is the difference of perplexities to the dense model, which is measured with the pruned ones.
+A way is a method, with any settings of `fine_tune` or `reconstruct` behind it. An adapter is merged with its zeros
+kept, and that is measured; one of `lora` also beside the weights, as it is served. Every way runs in a process of its
+own, on as many cores as OMP_NUM_THREADS says, and becomes one line of the JSON file; lines that are there already are
+not run again. The gap is the difference of perplexities to the dense model, which is measured with the pruned ones.
 """
 
 import argparse
+import ast
 import json
 import resource
 import shutil
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import secateur
 from secateur.models.opened import open_model
@@ -32,8 +32,8 @@ SCRATCH = Path(tempfile.gettempdir()) / "secateur-benchmarks" / "recovery"
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """The perplexities of a model, or of what one way of recovery makes of it."""
-    name, *settings = cell["way"].removesuffix("+merge").split(",")
-    given = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in settings)}
+    name, *settings = cell["way"].split(",")
+    given = {key: setting_of(value) for key, value in (setting.split("=", 1) for setting in settings)}
     folder = Path(cell["model"])
     figures: dict[str, Any] = {}
     if name:
@@ -47,7 +47,7 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
             manifest = secateur.reconstruct(folder, calibration=cell["text"], output=output, overwrite=True, **given)
             losses = [(block["before"], block["after"]) for block in (manifest.recovery or {})["blocks"]]
             figures["block losses"] = losses
-            trained = sum(entry["weights"] - entry["zeros"] for entry in manifest.matrices.values())
+            trained = manifest.totals["weights"] - manifest.totals["zeros"]
         else:
             result = secateur.fine_tune(folder, output, method=name, data=cell["text"], overwrite=True, **given)
             trained = result.record["trainable"]
@@ -59,23 +59,37 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        if cell["way"].endswith("+merge"):
+        if name == "lora":
+            # What it gives beside the weights: the same numbers, but for rounding, as filled zeros.
+            secateur.merge(output, folder, SCRATCH / "merged", mask="drop", evaluate=False, overwrite=True)
+            figures["beside"] = measure(SCRATCH / "merged", cell)
+        if name in ("lora", "sparse-lora"):
             secateur.merge(output, folder, SCRATCH / "merged", evaluate=False, overwrite=True)
             folder = SCRATCH / "merged"
-        elif name in ("lora", "sparse-lora"):
-            raise SystemExit(f"{cell['way']}: an adapter; add +merge to measure what it gives with zeros kept.")
         else:
             folder = output
         checked = secateur.verify(folder)
         if not checked.ok:
             raise SystemExit(f"{cell['way']}: {checked.problems[0]}")
-    inspected = secateur.inspect(folder)
-    figures["sparsity"] = inspected.sparsity
     figures["parameters"] = count_parameters(open_model(folder, device="cpu"))
+    return {**cell, **figures, **measure(folder, cell)}
+
+
+def setting_of(text: str) -> Any:
+    """A number where it is one, and the text where not."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def measure(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
+    """The sparsity of the prunable weights, counted on the files, and the perplexity on every text."""
+    figures: dict[str, Any] = {"sparsity": secateur.inspect(folder).sparsity}
     for data in cell["data"]:
         found = secateur.perplexity(folder, data, length=cell["window"], windows=cell["windows"])
         figures[Path(data).name] = found.to_json()
-    return {**cell, **figures}
+    return figures
 
 
 def main() -> None:
@@ -84,7 +98,7 @@ def main() -> None:
     parser.add_argument("--dense")
     parser.add_argument("--text", default="python-docs")
     parser.add_argument("--data", action="append")
-    parser.add_argument("--ways", nargs="+", default=["lora+merge", "sparse-lora+merge", "full", "block"])
+    parser.add_argument("--ways", nargs="+", default=["lora", "sparse-lora", "full", "block"])
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--window", type=int, default=1024, help="evaluation window")
     parser.add_argument("--windows", type=int, default=40)
@@ -112,16 +126,19 @@ def main() -> None:
             result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             with arguments.json.open("a") as file:
                 file.write(json.dumps(result) + "\n")
-        found = {name: result[name]["perplexity"] for name in names}
-        dense = dense or found
-        before = before if cell["way"] else found
-        columns = [f"{result['trained'] / result['parameters']:.2%}" if cell["way"] else "", f"{result['sparsity']:.4%}"]
-        for name in names:
-            gap = before[name] - dense[name]
-            columns.append(f"{found[name]:.2f} ± {result[name]['perplexity_error']:.2f}")
-            columns.append(f"{(before[name] - found[name]) / gap:.0%}" if cell["way"] else "")
-        columns += [f"{result['seconds']:.0f}", f"{result['peak MiB']:.0f}"] if cell["way"] else ["", ""]
-        print(f"| {Path(cell['model']).name} | {cell['way']} | {' | '.join(columns)} |", flush=True)
+        dense = dense or {name: result[name]["perplexity"] for name in names}
+        if not cell["way"]:
+            before = {name: result[name]["perplexity"] for name in names}
+        for kind in (" beside the weights", ", merged") if "beside" in result else ("",):
+            figures = result["beside"] if kind.startswith(" ") else result
+            columns = [f"{result['trained'] / result['parameters']:.2%}" if cell["way"] else ""]
+            columns.append(f"{figures['sparsity']:.4%}")
+            for name in names:
+                found, gap = figures[name]["perplexity"], before[name] - dense[name]
+                columns.append(f"{found:.2f} ± {figures[name]['perplexity_error']:.2f}")
+                columns.append(f"{(before[name] - found) / gap:.0%}" if cell["way"] else "")
+            columns += [f"{result['seconds']:.0f}", f"{result['peak MiB']:.0f}"] if cell["way"] else ["", ""]
+            print(f"| {Path(cell['model']).name} | {cell['way']}{kind} | {' | '.join(columns)} |", flush=True)
     shutil.rmtree(SCRATCH / "recovered", ignore_errors=True)
     shutil.rmtree(SCRATCH / "merged", ignore_errors=True)
 

@@ -144,14 +144,14 @@ def estimate(
     if kind is not None and kind.scope == "model":
         passes = math.ceil(samples / chunk.samples)
         notes.append(
-            f"Gradients first: the inputs of all blocks take {chunk.bytes / 1e9:.1f} GB "
+            f"Gradients first: the inputs of all blocks take {bytes_text(chunk.bytes)} "
             f"{'in memory' if chunk.folder is None else f'in {chunk.folder.parent}'}"
             + (f", for {chunk.samples} samples at a time in {passes} passes over the weights" if passes > 1 else "")
-            + f", and their norms {sizes.gradients / 1e9:.1f} GB in a temporary file beside the output."
+            + f", and their norms {bytes_text(sizes.gradients)} in a temporary file beside the output."
         )
     if Gram in method.needs:
         notes.append(
-            f"The Gram matrices of a block take at most {(sizes.grams + sizes.grams_elsewhere) / 1e9:.1f} GB"
+            f"The Gram matrices of a block take at most {bytes_text(sizes.grams + sizes.grams_elsewhere)}"
             f"{f' on {statistics_device}' if sizes.grams_elsewhere else ''}; the time to solve is not part of the "
             "estimate."
         )
@@ -357,3 +357,12 @@ def _multiplication_rate(skeleton: Skeleton) -> float:
         if skeleton.device.type == "cuda":
             torch.cuda.synchronize()
     return products * 2 * 1024 * width * 1024 / (time.perf_counter() - started)
+
+
+def bytes_text(count: float) -> str:
+    """A size with a decimal unit: 1.4 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

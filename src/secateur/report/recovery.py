@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from secateur.evaluate.perplexity import Perplexity
-from secateur.report.terminal import _table, bytes_text, seconds_text
+from secateur.forecast import bytes_text
+from secateur.report.terminal import _table, seconds_text
 
 if TYPE_CHECKING:
     from secateur.manifest import Manifest

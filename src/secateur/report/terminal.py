@@ -13,7 +13,7 @@ from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.perplexity import Perplexity
 from secateur.evaluate.task_differences import TaskComparison
 from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
-from secateur.forecast import Estimate
+from secateur.forecast import Estimate, bytes_text
 from secateur.gradient_file import GradientFile
 from secateur.manifest import Manifest, Verification
 from secateur.models.matrices import matrix_kind
@@ -21,15 +21,6 @@ from secateur.report.inspect import Inspection, MatrixSparsity
 from secateur.sweeps.estimate import SweepEstimate
 from secateur.sweeps.folder import Sweep
 from secateur.sweeps.table import sweep_tables
-
-
-def bytes_text(count: float) -> str:
-    """A size with a decimal unit: 1.4 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def seconds_text(seconds: float) -> str:
