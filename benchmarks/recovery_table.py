@@ -7,6 +7,9 @@ A way is a method, with any settings of `fine_tune` or `reconstruct` behind it. 
 kept, and that is measured; one of `lora` also beside the weights, as it is served. Every way runs in a process of its
 own, on as many cores as OMP_NUM_THREADS says, and becomes one line of the JSON file; lines that are there already are
 not run again. The gap is the difference of perplexities to the dense model, which is measured with the pruned ones.
+
+The minutes are those of the command: training with its evaluations, or for block the whole run. The seconds are those
+of the whole call, with loading, packing and writing.
 """
 
 import argparse
@@ -95,7 +98,7 @@ def measure(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pruned", nargs="*")
-    parser.add_argument("--dense")
+    parser.add_argument("--dense", help="the model before it was pruned")
     parser.add_argument("--text", default="python-docs")
     parser.add_argument("--data", action="append")
     parser.add_argument("--ways", nargs="+", default=["lora", "sparse-lora", "full", "block"])
@@ -108,6 +111,8 @@ def main() -> None:
     if arguments.cell:
         print(json.dumps(run_cell(json.loads(arguments.cell))))
         return
+    if not arguments.dense:
+        parser.error("--dense: needed, for the gap")
     SCRATCH.mkdir(parents=True, exist_ok=True)
     common = {name: getattr(arguments, name) for name in ("text", "minutes", "window", "windows")}
     common["data"] = arguments.data or ["python-docs"]

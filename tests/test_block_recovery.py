@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -24,7 +28,9 @@ from secateur.models.checkpoint import Checkpoint
 from secateur.models.opened import open_model, open_source
 from secateur.recover import block
 from secateur.recover.block import forwards, reconstruct
+from secateur.recover.block_pass import BlockPass
 from secateur.recover.block_tuning import _Copy
+from secateur.report.recovery import block_tables
 from test_cli import CALIBRATION, Call, call, save_model  # noqa: F401 - a fixture
 from test_engine import NEVER_SEEN, STREAMED, bits, file_hashes, load, masks, read_tensors, same_bytes
 from test_trained import STORIES, STORIES_TEXT
@@ -322,8 +328,35 @@ def test_a_clock_that_never_runs_out_changes_nothing(tmp_path):
 
 
 def test_too_few_minutes_for_the_forwards_alone(llama, tmp_path):
-    message = r"^--minutes: no time is left to tune model\.layers\.0\. .* use more minutes or fewer --samples"
+    message = r"^--minutes: got 1e-06\. .* have passed, .* to tune model\.layers\.0 and .* or fewer --samples"
     assert_refused(CalibrationError, message, llama, tmp_path, minutes=1e-6)
+
+
+def test_forwards_through_blocks_that_are_not_tuned_take_their_part_of_the_time():
+    minute = SimpleNamespace(minutes=1.0, started=time.perf_counter(), matrices={0: [], 11: []})
+    first, last = (SimpleNamespace(index=index, path=f"block {index}") for index in (0, 11))
+    assert BlockPass._seconds(minute, first, 2.0) == pytest.approx((60 - 23 * 2) / 2, abs=0.1)
+    assert BlockPass._seconds(minute, last, 2.0) == pytest.approx(60 - 2, abs=0.1)
+    assert BlockPass._seconds(minute, last, 70.0) == 0
+    with pytest.raises(CalibrationError, match=r"got 1\. 0\.0 have passed, .* take about 1\.5 more"):
+        BlockPass._seconds(minute, first, 4.0)
+
+
+def test_with_minutes_the_learning_rate_falls_with_the_clock(llama, tmp_path, monkeypatch):
+    """By the count of steps it would still be rising when the time is over."""
+    rates: dict[int, list[float]] = {}
+    step = torch.optim.Adam.step
+
+    def spy(optimizer: torch.optim.Adam, *arguments: Any) -> Any:
+        rates.setdefault(id(optimizer), []).append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    run(llama, tmp_path / "out", epochs=1_000_000, patience=1_000_000, minutes=0.05)
+    assert len(rates) == 3
+    for own in rates.values():
+        assert own[-1] < 0.2 * max(own)
+        assert own.index(max(own)) < 0.3 * len(own)
 
 
 def test_patience_ends_a_block_early(tmp_path):
@@ -369,13 +402,13 @@ def test_a_kept_weight_never_rounds_to_zero():
     weight = torch.tensor([[0.5, 0.0], [-0.25, 1.0]], dtype=torch.float16)
     matrix = secateur.models.matrices.Matrix("w", (2, 2), 0, "w", None, False, "w", None)
     copy = _Copy("w", nn.Parameter(weight.float()), [matrix], {"w": weight}, False)
-    assert torch.equal(copy.rounded(), weight)
+    assert torch.equal(copy.rounded()[0], weight)
     with torch.no_grad():
         copy.master.copy_(torch.tensor([[1e-9, 0.0], [-1e-9, 2.0]]))
-    state = copy.rounded()
-    smallest = torch.finfo(torch.float16).tiny
+    state, nudged = copy.rounded()
+    smallest = 2**-24  # of float16, a subnormal
     assert torch.equal(state, torch.tensor([[smallest, 0.0], [-smallest, 2.0]], dtype=torch.float16))
-    assert copy.nudged(state) == 2
+    assert nudged == 2
 
 
 # A model that has learnt something
@@ -546,15 +579,29 @@ def test_an_output_that_is_the_dense_model(llama, tmp_path):
         run(llama, dense, dense=dense, overwrite=True)
 
 
+def test_a_block_that_diverges_keeps_its_best_weights(tmp_path):
+    pruned = pruned_model("llama", tmp_path)
+    manifest = tuned(pruned, learning_rate=1e38)
+    assert manifest.recovery is not None
+    assert [(record["diverged"], record["best_epoch"]) for record in manifest.recovery["blocks"]] == [(1, 0)] * 3
+    console = Console(width=200, file=io.StringIO())
+    console.print(block_tables(manifest, "out"))
+    assert "block 2: the loss was not finite in epoch 1, and the best weights until then were kept" in (
+        console.file.getvalue()  # type: ignore[attr-defined]
+    )
+    assert_only_tuned(tmp_path)
+
+
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_loss_that_is_not_finite(existing, llama, tmp_path):
+def test_a_loss_that_is_not_finite_before_anything_is_tuned(existing, llama, tmp_path, monkeypatch):
     if existing:
         run(llama, tmp_path / "out")
         kept = file_hashes(tmp_path / "out")
     before = set(tmp_path.iterdir())
-    message = r"^model\.layers\.0: the loss in epoch 1 is not finite\. Use a smaller --lr"
+    message = r"^model\.layers\.0: the loss on held-out samples is nan before anything is tuned\. Use --dtype float32"
+    monkeypatch.setattr("secateur.recover.block_tuning._Loss.held_out", lambda self, copies, states: math.nan)
     with pytest.raises(NumericalError, match=message):
-        run(llama, tmp_path / "out", learning_rate=1e38, overwrite=existing)
+        run(llama, tmp_path / "out", overwrite=existing)
     assert set(tmp_path.iterdir()) == before
     assert not existing or file_hashes(tmp_path / "out") == kept
 
@@ -643,7 +690,7 @@ def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:  # noq
     result = call("recover", pruned, "-o", tmp_path / "ours", "--method", "block", *text, "--only", "*.mlp.*")
     assert result.code == 0, result.err
     assert "at most 7.4 forwards of 10 samples" in result.err
-    assert "block 1 of 3 tuned" in result.err
+    assert re.search(r"^block 1 of 3 tuned, [\d.]+ s, held-out loss 0\.\d{4} to 0\.\d{4}$", result.err, re.M)
     assert re.search(r"^block +held-out loss +tuned +epochs +seconds$", result.out, re.M)
     assert "on 8 samples, judged on 2" in result.out
     assert call("verify", tmp_path / "ours", "--source", pruned).code == 0
@@ -670,6 +717,9 @@ def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:  # noq
         (["--method", "full", "--dense", "x"], "--dense: has no meaning for --method full; block would use it."),
         (["--method", "blok"], '--method: got "blok", expected lora, sparse-lora, full or block.'),
         (["--method", "block", "--epochs", "0"], "--epochs: got 0, expected at least 1."),
+        (["--method", "block", "--samples", "0", "--held-out", "4"], "--samples: got 0, expected at least 1."),
+        (["--method", "block", "--held-out", "192"], "--held-out: got 192 of 128 windows, expected at least 1"),
+        (["--method", "full", "--minutes", "inf"], "--minutes: got inf, expected a positive number."),
     ],
 )
 def test_options_of_other_ways(arguments: list[str], message: str, call: Call, tmp_path: Path) -> None:  # noqa: F811

@@ -248,6 +248,16 @@ def test_the_cost_is_measured_on_the_text_asked_for(tmp_path: Path) -> None:
     assert recovery["perplexity"]["merged"] == result.merged.perplexity
 
 
+def test_an_adapter_without_a_record_that_names_another_base(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    folder, _ = adapter(tmp_path, base)
+    other = shutil.copytree(base, tmp_path / "other")
+    assert secateur.merge(folder, base, tmp_path / "merged", evaluate=False).notes == []
+    assert secateur.merge(folder, other, tmp_path / "elsewhere", evaluate=False).notes == [
+        f"The adapter says that it was trained on {base}, and nothing proves that {other} is the same model."
+    ]
+
+
 # Adapters that are masked
 
 

@@ -53,6 +53,11 @@ def nats(model: Any, ids: Tensor) -> float:
         return float(torch.stack([model.eval()(input_ids=row[None], labels=row[None]).loss for row in ids]).mean())
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pruned(tmp_path_factory.mktemp("base"))
+
+
 # A real model on real text
 
 
@@ -411,14 +416,14 @@ def stopping(at: int) -> Any:
     return progress
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "sparse-lora", "full"])
 def test_resuming_gives_what_an_unbroken_run_gives(tmp_path: Path, method: str) -> None:
     base = pruned(tmp_path)
     options: dict[str, Any] = {
         "method": method,
         "steps": 6,
         "eval_every": 2,
-        "dropout": 0.1 if method == "lora" else None,
+        "dropout": None if method == "full" else 0.1,
     }
     whole = tune(base, tmp_path / "whole", **options)
     with pytest.raises(StopHere):
@@ -455,7 +460,7 @@ def test_a_run_that_failed_after_its_last_step(tmp_path: Path) -> None:
     assert result.after.nats == whole.after.nats
 
 
-def test_a_lower_rate_after_a_diverging_loss(tmp_path: Path) -> None:
+def test_a_lower_rate_after_a_diverging_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = pruned(tmp_path)
     options: dict[str, Any] = {"steps": 8, "eval_every": 2, "schedule": "constant"}
     with pytest.raises(StopHere):
@@ -469,11 +474,17 @@ def test_a_lower_rate_after_a_diverging_loss(tmp_path: Path) -> None:
     assert str(caught.value).endswith("Go on from there with --resume and a lower --lr (it was 1e+30).")
     assert all(bool(value.isfinite().all()) for value in tensors(kept).values())
     assert not (tmp_path / "out").exists()
-    # The rate of the command is the one that counts, not the one in the checkpoint.
-    seen = []
-    result = tune(
-        base, tmp_path / "out", resume=True, **options | {"lr": 1e-3}, progress=lambda *event: seen.append(event)
-    )
+    # The rate of the command is the one that counts, from the first step on, and not the one in the checkpoint.
+    rates = []
+
+    class Spy(Budget):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            rates.extend(group["lr"] for group in kwargs["optimizer"].param_groups)
+
+    monkeypatch.setattr("secateur.recover.fine_tuning.Budget", Spy)
+    result = tune(base, tmp_path / "out", resume=True, **options | {"lr": 1e-3})
+    assert len(rates) >= 2 * 4
+    assert rates == [pytest.approx(1e-3)] * len(rates)
     assert result.record["settings"]["lr"] == 1e-3
     assert result.record["steps"] == 8
     assert secateur.verify(tmp_path / "out").ok
@@ -484,6 +495,63 @@ def test_a_diverging_loss_before_anything_was_saved(tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match=r"No checkpoint had been saved yet\. Start again with a lower --lr"):
         tune(base, tmp_path / "out", lr=1e30, optimizer="sgd", clip=1e30, steps=40)
     tune(base, tmp_path / "out")  # nothing is in the way
+
+
+def test_starting_over_with_a_mistake_loses_nothing(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    with pytest.raises(StopHere):
+        tune(base, tmp_path / "out", progress=stopping(3), eval_every=1)
+    kept = last_checkpoint(tmp_path / "out.training")
+    assert kept is not None
+    for mistake in ({"data": IDS + 1000}, {"only": ["*.up_pro"]}, {"optimizer": "adamm"}):
+        with pytest.raises(SecateurError):
+            tune(base, tmp_path / "out", overwrite=True, **mistake)
+        assert last_checkpoint(tmp_path / "out.training") == kept
+    assert tune(base, tmp_path / "out", overwrite=True).record["steps"] == 4
+
+
+# Optimizers and memory
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"),
+    [
+        ("sgd", "momentum=0.9"),
+        ("torch.optim:SGD", "momentum=0.9, nesterov=True"),
+        ("torch.optim:NAdam", "betas=(0.9,0.99)"),
+        ("torch.optim:RMSprop", None),
+    ],
+)
+def test_any_optimizer_of_torch(base: Path, tmp_path: Path, optimizer: str, arguments: str | None) -> None:
+    result = tune(base, tmp_path / "out", optimizer=optimizer, optimizer_args=arguments)
+    assert result.record["settings"]["optimizer_args"] == arguments
+    assert (result.sparsity_before, result.sparsity) == (0.5, 0.5)
+    assert secateur.verify(tmp_path / "out", open_source(str(base))).problems == []
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert not torch.equal(before[NAME], after[NAME])
+
+
+def test_arguments_reach_the_optimizer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = torch.optim.SGD.step
+
+    def spy(optimizer: torch.optim.SGD, *arguments: Any) -> Any:
+        seen.append({key: optimizer.param_groups[0][key] for key in ("momentum", "nesterov", "lr", "weight_decay")})
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    options: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.1, "lr": 1e-3}
+    tune(base, tmp_path / "out", optimizer="torch.optim:SGD", optimizer_args="momentum=0.8,nesterov=True", **options)
+    assert seen == [{"momentum": 0.8, "nesterov": True, "lr": 1e-3, "weight_decay": 0.1}] * 4
+
+
+@pytest.mark.parametrize("method", ["lora", "sparse-lora", "full"])
+def test_gradient_checkpointing_changes_memory_alone(base: Path, tmp_path: Path, method: str) -> None:
+    options: dict[str, Any] = {"method": method, "dropout": None if method == "full" else 0.0}
+    plain = tune(base, tmp_path / "plain", **options)
+    result = tune(base, tmp_path / "out", gradient_checkpointing=True, **options)
+    assert result.after.nats == pytest.approx(plain.after.nats, abs=1e-6)
+    assert result.after.nats < result.before.nats
 
 
 # Mistakes
@@ -509,6 +577,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[SecateurError], str]] = {
         CheckpointError,
         "transformers' Trainer refuses these settings: adamm is not a valid",
     ),
+    "optimizer class": ({"optimizer": "torch.optim:Adamm"}, PatternError, '--optimizer "torch.optim:Adamm": module'),
+    "optimizer arguments": (
+        {"optimizer": "sgd", "optimizer_args": "momentum"},
+        PatternError,
+        '--optimizer-args "momentum": expected name=value with commas between, such as momentum=0.9',
+    ),
     "schedule": (
         {"schedule": "slow"},
         CheckpointError,
@@ -529,11 +603,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[SecateurError], str]] = {
     "text": ({"data": IDS.float()}, CalibrationError, "expected (samples, length), not empty, in an integer type"),
     "dense model": ({"distill": "nowhere"}, CheckpointError, "nowhere: no such folder"),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pruned(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -65,6 +65,24 @@ def test_as_json(call: Call, pruned: Path, tmp_path: Path) -> None:
     assert call("verify", tmp_path / "plain", "--json").json["notes"]
 
 
+def test_merging_measures_on_what_was_held_out_and_nothing_else(call: Call, pruned: Path, tmp_path: Path) -> None:
+    text, adapter = tmp_path / "text.txt", tmp_path / "adapter"
+    text.write_text("Trees that are cut back in winter bear more fruit in the year that follows.\n" * 60)
+    assert call("recover", pruned, "-o", adapter, *TEXT, "--data", text, "--steps", "1").code == 0
+    merge = ("merge", adapter, "--base", pruned, "--overwrite", "-o", tmp_path / "merged", "--json")
+    assert [call(*merge).json["merged"][key] for key in ("windows", "length")] == [4, 32]
+    parts = call(*merge, "--length", "16", "--windows", "3").json["merged"]
+    assert (parts["windows"], parts["length"]) == (3, 16)
+    result = call(*merge, "--windows", "5")
+    assert result.code == 2
+    assert "--windows: got 5 of 32 tokens, and 128 tokens of" in result.message
+    text.write_text(text.read_text()[7:])
+    result = call(*merge)
+    assert result.code == 2
+    assert "not the text any more that the adapter was trained on" in result.message
+    assert call(*merge, "--data", text, "--length", "32").code == 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_on_a_terminal(pruned: Path, tmp_path: Path) -> None:
     command = ["recover", str(pruned), "-o", str(tmp_path / "out"), *TEXT, "--steps", "4", "--seed", "3"]
@@ -79,7 +97,7 @@ def test_on_a_terminal(pruned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interruption_says_how_to_go_on(pruned: Path, tmp_path: Path) -> None:
-    arguments = ["recover", pruned, "-o", tmp_path / "out", *TEXT, "--steps", "400", "--eval-every", "2"]
+    arguments = ["recover", pruned, "-o", f"{tmp_path / 'out'}/", *TEXT, "--steps", "400", "--eval-every", "2"]
     command = [sys.executable, "-m", "secateur", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)

@@ -3,21 +3,28 @@
 import importlib
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import secateur
 import tiny
 from secateur.errors import ModelStructureError, PatternError
+from test_cli import save_model
 
 STEPS = 4
 
@@ -244,7 +251,53 @@ def test_moments_of_a_dense_run_do_not_come_back(tmp_path: Path) -> None:
     assert watch.moments > 0
 
 
+def test_a_callback_that_is_used_again_after_a_run_that_failed(tmp_path: Path) -> None:
+    class Failure(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    callback = secateur.SparsityCallback()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(sparse(), tmp_path, callback, Failure()).train()
+    model = sparse(secateur.NM(2, 4))
+    watch = Watch(model)
+    trainer(model, tmp_path, callback, watch).train()
+    assert watch.steps == STEPS
+    assert {matrix.pattern for matrix in secateur.inspect(model.eval()).matrices} == {"2:4"}
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_pieces_of_accelerate_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    # `accelerate launch` says it in its own state, and not in the Trainer's arguments.
+    made = trainer(sparse(), tmp_path, secateur.SparsityCallback())
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType[kind])
+    state = made.state
+    with pytest.raises(ModelStructureError, match=f"SparsityCallback: {kind.lower()} keeps parameters in pieces"):
+        made.callback_handler.on_train_begin(made.args, state, made.control)
+
+
 # Which matrices
+
+
+def test_behind_adapters_the_zeros_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "dense")
+    secateur.prune(folder, method=secateur.magnitude(), output=tmp_path / "pruned")
+    callback = secateur.SparsityCallback.from_checkpoint(tmp_path / "pruned")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    callback.attach(get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), config))
+    assert callback.zeros == 11520
+    message = r"\.weight: 0 zeros in the model, expected \d+ as in .*pruned\. Load the model from there"
+    with pytest.raises(PatternError, match=message):
+        callback.attach(get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config))
+
+
+def test_fused_experts_behind_adapters_are_not_left_out(tmp_path: Path) -> None:
+    folder = tiny.save("mixtral", tmp_path / "dense")
+    secateur.prune(folder, method=secateur.magnitude(), output=tmp_path / "pruned")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(PatternError, match=r"experts\.0\.w\d\.weight: pruned in .*, and not found by that name"):
+        secateur.SparsityCallback.from_checkpoint(tmp_path / "pruned").attach(get_peft_model(model, config))
 
 
 def test_only_planned_matrices_count_with_a_checkpoint(tmp_path: Path) -> None:
@@ -332,3 +385,72 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 def test_the_state_is_not_in_the_way_of_the_trainers(tmp_path: Path) -> None:
     trainer(sparse(), tmp_path, secateur.SparsityCallback(), save_strategy="steps", save_steps=2).train()
     assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+# Other trainers
+
+
+def test_trainers_of_trl(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    save_model(tmp_path / "dense")
+    secateur.prune(
+        tmp_path / "dense", method=secateur.magnitude(), pattern=secateur.NM(2, 4), output=tmp_path / "pruned"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pruned", pad_token="<s>", eos_token="<s>")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    watch = Watch(model)
+    made = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=STEPS,
+            learning_rate=1e-2,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+        ),
+        train_dataset=datasets.Dataset.from_dict({"text": ["The tree was cut back and bore more fruit."] * 40}),
+        processing_class=tokenizer,
+        callbacks=[secateur.SparsityCallback(), watch],
+    )
+    made.train()
+    assert watch.steps == STEPS
+    assert all(bool((value != before[name]).any()) for name, value in model.named_parameters() if name in watch.removed)
+    assert {matrix.pattern for matrix in secateur.inspect(model.eval()).matrices} == {"2:4"}
+
+
+DATA_PARALLEL = """
+import pathlib, sys
+import torch
+import secateur
+from test_sparsity_callback import Watch, sparse, trainer
+model = sparse(secateur.NM(2, 4))
+watch = Watch(model)
+trainer(model, pathlib.Path(sys.argv[1]), secateur.SparsityCallback(), watch).train()
+found = torch.cat([value.detach().flatten() for value in model.parameters()])
+rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+pathlib.Path(sys.argv[1], f"{rank}-{size}").write_bytes(found.numpy().tobytes())
+assert {matrix.pattern for matrix in secateur.inspect(model.eval()).matrices} == {"2:4"}
+"""
+
+
+def test_data_parallel_training(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(DATA_PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (tmp_path / f"{rank}-2" for rank in (0, 1))
+    assert first.read_bytes() == second.read_bytes()

@@ -96,8 +96,11 @@ def _bar() -> Iterator[Any]:
 
 
 @contextmanager
-def progress(done: str = "pruned") -> Iterator[Callable[["Event"], None]]:
-    """A bar over blocks with the stage and time left on a terminal; one line per block in a pipe, which is `done`."""
+def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iterator[Callable[["Event"], None]]:
+    """A bar over blocks with the stage and time left on a terminal; one line per block in a pipe, which is `done`.
+
+    `note` is what to add to either.
+    """
     started = time.perf_counter()
     if not sys.stderr.isatty():
 
@@ -108,7 +111,7 @@ def progress(done: str = "pruned") -> Iterator[Callable[["Event"], None]]:
             elif event.stage.startswith("gradients") and event.done == event.total:
                 typer.echo(f"{event.stage}, {elapsed:.1f} s", err=True)
             elif event.stage == "write":
-                typer.echo(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s", err=True)
+                typer.echo(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s{note()}", err=True)
 
         yield plain
         return
@@ -125,7 +128,7 @@ def progress(done: str = "pruned") -> Iterator[Callable[["Event"], None]]:
             elif event.blocks:
                 detail = event.matrix or f"{event.stage} {event.done}/{event.total}" if event.total else event.stage
                 finished = event.block + (event.stage == "write")
-                bar.update(task, description="blocks", total=event.blocks, completed=finished, detail=detail)
+                bar.update(task, description="blocks", total=event.blocks, completed=finished, detail=detail + note())
 
         yield show
 

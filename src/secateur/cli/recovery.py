@@ -17,7 +17,7 @@ from secateur.cli.display import (
     recovery_progress,
 )
 from secateur.cli.options import ConfigOption, DeviceOption, JsonOption, TrustOption, WindowsOption
-from secateur.errors import PatternError
+from secateur.errors import CalibrationError, PatternError
 from secateur.recover.settings import METHODS
 
 WHAT, TEXT, HOW_LONG, HOW = "What to train", "Text", "How long and how fast", "How to run"
@@ -108,7 +108,12 @@ def recover(
     ] = "c4",
     length: Annotated[
         int | None,
-        option("--length", "-l", panel=TEXT, help="Tokens in each window [default: 1024, or what the model takes]."),
+        option(
+            "--length",
+            "-l",
+            panel=TEXT,
+            help="Tokens in each window [default: 1024, or what the model takes; block: 2048].",
+        ),
     ] = None,
     held_out: Annotated[
         int | None,
@@ -165,8 +170,13 @@ def recover(
         option(
             "--optimizer",
             panel=HOW_LONG,
-            help="adamw_torch, adafactor, sgd, adamw_8bit, ...: any of the Trainer's [default: adamw_torch].",
+            help="adamw_torch, adafactor, sgd, adamw_8bit, ...: any of the Trainer's, or module:Class "
+            "[default: adamw_torch].",
         ),
+    ] = None,
+    optimizer_args: Annotated[
+        str | None,
+        option("--optimizer-args", panel=HOW_LONG, help="Its arguments, such as momentum=0.9,nesterov=True."),
     ] = None,
     eval_every: Annotated[
         int | None,
@@ -227,6 +237,7 @@ def recover(
         "weight_decay": weight_decay,
         "clip": clip,
         "optimizer": optimizer,
+        "optimizer_args": optimizer_args,
         "eval_every": eval_every,
         "patience": patience,
         "resume": resume or None,
@@ -244,7 +255,10 @@ def recover(
     }
     if method not in WAYS:
         raise PatternError(f'--method: got "{method}", expected {", ".join(WAYS[:-1])} or {WAYS[-1]}.')
-    (_tune_blocks if method == "block" else _train)(method, pruned, output, given, run, as_json)
+    if method == "block":
+        _tune_blocks(pruned, output, given, run, as_json)
+    else:
+        _train(method, pruned, output, given, run, as_json)
 
 
 def _train(
@@ -271,7 +285,7 @@ def _train(
     except KeyboardInterrupt:
         from secateur.recover.training import last_checkpoint
 
-        last = last_checkpoint(Path(f"{output}.training"))
+        last = last_checkpoint(Path(f"{Path(output)}.training"))
         if last is None:
             raise
         raise Interrupted(
@@ -283,9 +297,7 @@ def _train(
         print_tables(recovery_tables(result))
 
 
-def _tune_blocks(
-    method: str, pruned: str, output: str, given: Mapping[str, Any], run: Mapping[str, Any], as_json: bool
-) -> None:
+def _tune_blocks(pruned: str, output: str, given: Mapping[str, Any], run: Mapping[str, Any], as_json: bool) -> None:
     """Block by block, without a Trainer."""
     taken = {"only", "skip", "length", "held_out", "samples", "epochs", "minutes"}
     taken |= {"batch_size", "lr", "patience", "dense"}
@@ -295,19 +307,31 @@ def _tune_blocks(
             raise PatternError(f"--{name.replace('_', '-')}: has no meaning for --method block, which takes {known}.")
     names = {"lr": "learning_rate", "batch_size": "step"}
     values = {names.get(name, name): value for name, value in given.items()}
+    samples, epochs = values.get("samples", 128), values.get("epochs", 10)
+    if samples < 1:
+        raise CalibrationError(f"--samples: got {samples}, expected at least 1.")
     if "held_out" in values:
-        values["held_out"] /= values.get("samples", 128)
+        if not 0 < values["held_out"] < samples:
+            raise CalibrationError(
+                f"--held-out: got {values['held_out']} of {samples} windows, expected at least 1 and fewer than all."
+            )
+        values["held_out"] /= samples
     values["calibration"] = run["data"]
     values |= {name: value for name, value in run.items() if name != "data"}
-    with quiet_libraries(), progress(done="tuned") as on_event:
+    latest = ""
+
+    def on_block(record: Mapping[str, Any]) -> None:
+        nonlocal latest
+        latest = f", held-out loss {record['before']:.4f} to {record['after']:.4f}"
+
+    with quiet_libraries(), progress(done="tuned", note=lambda: latest) as on_event:
         from secateur.recover.block import forwards, reconstruct
         from secateur.report.recovery import block_tables
 
-        samples, epochs = values.get("samples", 128), values.get("epochs", 10)
         most = forwards(epochs, 1 - values.get("held_out", 0.125))
         within = f", within {values['minutes']:g} minutes" if "minutes" in values else ""
         typer.echo(f"at most {most:.1f} forwards of {samples} samples through the blocks{within}", err=True)
-        manifest = reconstruct(pruned, output=output, on_event=on_event, **values)
+        manifest = reconstruct(pruned, output=output, on_event=on_event, on_block=on_block, **values)
     if as_json:
         print_json(manifest.to_json())
     else:

@@ -246,6 +246,14 @@ def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> None:
         )
 
 
+def base_notes(adapter: Adapter, base: Path) -> list[str]:
+    """What to know of an adapter without a record, of which nothing proves that it belongs to the base."""
+    named = adapter.config.base_model_name_or_path
+    if adapter.record is not None or not named or Path(named).resolve() == base.resolve():
+        return []
+    return [f"The adapter says that it was trained on {named}, and nothing proves that {base} is the same model."]
+
+
 def _readme(record: Mapping[str, Any]) -> str:
     before, after = (record["perplexity"][key] for key in ("before", "after"))
     held, text = record["held_out"], record["data"]["name"] or "token ids"

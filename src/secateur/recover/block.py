@@ -35,6 +35,7 @@ from secateur.plan import Plan, matching
 from secateur.recover.block_pass import BlockPass, OnBlock
 from secateur.recover.block_tuning import Tuning
 from secateur.recover.dense_source import DenseSource
+from secateur.recover.settings import require_one_process
 
 
 def reconstruct(
@@ -86,6 +87,7 @@ def reconstruct(
     which says what to do.
     """
     started = time.perf_counter()
+    require_one_process()
     only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
     check_numbers(epochs, minutes, learning_rate, step, held_out, patience, targets, batch_size)
     folder = locate(os.fspath(pruned))
@@ -157,7 +159,8 @@ def reconstruct(
             ids=windows.input_ids,
             batch_size=split.batch_size,
             tuning=tuning,
-            deadline=None if minutes is None else started + 60 * minutes,
+            started=started,
+            minutes=minutes,
             targets=targets,
             offload=offload_states,
             scratch=target.with_name(f"{target.name}.states-{os.getpid()}"),

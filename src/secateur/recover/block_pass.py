@@ -41,7 +41,8 @@ class BlockPass:
     ids: Tensor
     batch_size: int
     tuning: Tuning
-    deadline: float | None  # of `time.perf_counter`
+    started: float  # by `time.perf_counter`
+    minutes: float | None
     targets: str
     offload: str
     scratch: Path
@@ -116,16 +117,14 @@ class BlockPass:
         matrices = self.matrices.get(block.index, ())
         pruned, changed = streams.pruned, dict[str, Tensor]()
         with ExitStack() as stack:
-            targets, forward = None, 0.0
+            targets = None
             if matrices or streams.dense is not None:
-                began = time.perf_counter()
                 targets = self._targets(block, original, streams)
-                forward = time.perf_counter() - began
                 stack.callback(targets.states.close)
             with loaded(self.skeleton, block, tensors):
                 if matrices:
                     assert targets is not None
-                    seconds = self._seconds(block, forward)
+                    seconds = self._seconds(block, targets.seconds)
                     changed = self._tune(block, matrices, tensors, pruned, targets, seconds)
                 began = time.perf_counter()
                 for batch in range(len(pruned.batches) if move_on else 0):
@@ -149,9 +148,11 @@ class BlockPass:
         targets = Targets(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"))
         try:
             with loaded(self.skeleton, block, original):
+                running = time.perf_counter()
                 for batch in range(len(stream.batches)):
                     targets.add(stream.run(block, batch, aside=streams.dense is None))
                     self._tell("dense", block, batch + 1, len(stream.batches))
+                targets.seconds = time.perf_counter() - running
             if not math.isfinite(sum(targets.squares)):
                 raise NumericalError(
                     f"{block.path}: the dense model's own outputs are not finite. Is it sound? Try --dtype float32."
@@ -163,19 +164,23 @@ class BlockPass:
         return targets
 
     def _seconds(self, block: Block, forward: float) -> float | None:
-        """How long to tune this block, when a forward of all samples through it takes `forward` seconds.
+        """How long to tune this block, when a forward of all samples through one takes `forward` seconds.
 
-        All blocks have the same share of the time that is left, less two forwards. Raises `CalibrationError` when that
-        is nothing from the beginning; where it is nothing later on, a block stays as it was.
+        All blocks that are tuned have the same share of the time that is left, less the forwards through the blocks up
+        to the last of them. Raises `CalibrationError` when that is nothing from the beginning; where it is nothing
+        later on, a block stays as it was.
         """
-        if self.deadline is None:
+        if self.minutes is None:
             return None
-        left = sum(index >= block.index for index in self.matrices)
-        seconds = (self.deadline - time.perf_counter()) / left - 2 * forward
-        if seconds <= 0 and left == len(self.matrices):
+        tuned, last = sum(index >= block.index for index in self.matrices), max(self.matrices)
+        forwards = 1 + 2 * (last - block.index)
+        spent = time.perf_counter() - self.started
+        seconds = (60 * self.minutes - spent - forwards * forward) / tuned
+        if seconds <= 0 and tuned == len(self.matrices):
             raise CalibrationError(
-                f"--minutes: no time is left to tune {block.path}. Two forwards of all samples through each of {left} "
-                f"blocks take about {2 * forward * left / 60:.1f} minutes; use more minutes or fewer --samples."
+                f"--minutes: got {self.minutes:g}. {spent / 60:.1f} have passed, and forwards of all samples take "
+                f"about {forwards * forward / 60:.1f} more, so that none are left to tune {block.path} and what "
+                "follows. Use more minutes or fewer --samples."
             )
         return max(seconds, 0.0)
 
@@ -218,6 +223,7 @@ class BlockPass:
             "epochs": round(tuned.epochs, 2),
             "best_epoch": tuned.best,
             "nudged": tuned.nudged,
+            "diverged": tuned.diverged,
             "seconds": round(self.clock.add("tune", began), 6),
         }
         recovery["blocks"].append(record)

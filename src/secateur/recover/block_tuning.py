@@ -19,6 +19,7 @@ from secateur.errors import ModelStructureError, NumericalError
 from secateur.models.matrices import Matrix, tapped
 from secateur.models.stream import HiddenStates, Stream
 from secateur.models.structure import Block
+from secateur.recover.masks import keep_from_zero
 
 BETAS = (0.9, 0.95)  # of Adam: a few hundred steps are too few for an average over a thousand
 WARM_UP = 0.05  # of all steps
@@ -61,6 +62,7 @@ class Targets:
     states: HiddenStates
     tokens: list[int] = field(default_factory=list)
     squares: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # that the forward took
 
     def add(self, states: Tensor) -> None:
         """Keep the targets of the next batch."""
@@ -79,7 +81,8 @@ class Tuned:
 
     `changed` are its checkpoint tensors that differ from before, `before` and `after` the loss on held-out samples,
     `epochs` how many were run, the last one perhaps in part, and `best` which one was kept (0: the weights as they
-    were). `nudged` is the number of kept weights that would have been rounded to zero.
+    were). `nudged` is the number of kept weights that would have been rounded to zero. `diverged` is the epoch whose
+    loss was not finite, after which no more were run.
     """
 
     changed: dict[str, Tensor]
@@ -88,6 +91,7 @@ class Tuned:
     epochs: float
     best: int
     nudged: int
+    diverged: int | None = None
 
 
 def tune(
@@ -107,7 +111,8 @@ def tune(
     ends when they are over, if it has not ended before, and the learning rate falls with them.
 
     Source: block reconstruction after pruning, as in EBFT (arXiv 2402.12419) and "Rethinking pruning large language
-    models" (EMNLP 2024), with their Adam and linear decay. Raises `NumericalError` for a loss that is not finite.
+    models" (EMNLP 2024), with their Adam and linear decay. Raises `NumericalError` for a loss that is not finite at the
+    start; where it becomes so, tuning ends with the best weights until then.
     """
     # Paper: they average squares over all tokens alike, with an absolute learning rate, and hold nothing out.
     copies = []
@@ -116,7 +121,12 @@ def tune(
         copies.append(_Copy(name[len(block.path) + 1 :], parameter, own, tensors, transposed))
     loss = _Loss(block, stream, targets, tuning)
     best = [copy.rounded() for copy in copies]
-    before = after = _finite(loss.held_out(copies, best), block, "at the start")
+    before = after = loss.held_out(copies, best)
+    if not math.isfinite(before):
+        raise NumericalError(
+            f"{block.path}: the loss on held-out samples is {before} before anything is tuned. Use --dtype float32, "
+            "and check both models with secateur eval."
+        )
     optimizer = torch.optim.Adam(
         [{"params": [copy.master], "lr": tuning.learning_rate * copy.scale()} for copy in copies], betas=BETAS
     )
@@ -131,6 +141,7 @@ def tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: tuning.rate(spent(step)))
     generator = torch.Generator().manual_seed(tuning.seed)
     step = epoch = chosen = 0
+    diverged = None
     while spent(step) < tuning.total and epoch - chosen < tuning.patience:
         sums = []
         for number in torch.randperm(len(tuning.steps), generator=generator).tolist():
@@ -145,26 +156,19 @@ def tune(
             if spent(step) >= tuning.total:
                 break
         epoch += 1
-        _finite(float(torch.stack(sums).sum()), block, f"in epoch {epoch}")
+        if not math.isfinite(float(torch.stack(sums).sum())):
+            diverged = epoch
+            break
         states = [copy.rounded() for copy in copies]
         now = loss.held_out(copies, states)
         if now < after:
             best, after, chosen = states, now, epoch
     changed: dict[str, Tensor] = {}
-    for copy, state in zip(copies, best, strict=True):
+    for copy, (state, _) in zip(copies, best, strict=True):
         if chosen:
             copy.write(state, tensors, changed)
-    nudged = sum(copy.nudged(state) for copy, state in zip(copies, best, strict=True)) if chosen else 0
-    return Tuned(changed, before, after, step / len(tuning.steps), chosen, nudged)
-
-
-def _finite(loss: float, block: Block, when: str) -> float:
-    if not math.isfinite(loss):
-        raise NumericalError(
-            f"{block.path}: the loss {when} is not finite. Use a smaller --lr, or --dtype float32; if it is "
-            "not finite at the start, check both models with secateur eval."
-        )
-    return loss
+    nudged = sum(count for _, count in best) if chosen else 0
+    return Tuned(changed, before, after, step / len(tuning.steps), chosen, nudged, diverged)
 
 
 class _Copy:
@@ -207,19 +211,14 @@ class _Copy:
         if self.master.grad is not None:
             self.master.grad *= self._free
 
-    def rounded(self) -> Tensor:
-        """The weights in the checkpoint's dtype. A free weight that rounds to zero becomes the smallest number there.
+    def rounded(self) -> tuple[Tensor, int]:
+        """The weights in the checkpoint's dtype, and how many free ones would have become zero there.
 
-        As zero it would count as removed: the checkpoint would have more zeros than its plan asks for.
+        As zero they would count as removed: the checkpoint would have more zeros than its plan asks for.
         """
         with torch.no_grad():
-            narrow = self.master.to(self._stored)
-            smallest = torch.full_like(narrow, torch.finfo(self._stored).tiny).copysign(narrow)
-            return torch.where(self._free & (narrow == 0), smallest, narrow)
-
-    def nudged(self, state: Tensor) -> int:
-        """How many weights of a rounded state are the smallest number, and no zero for that reason."""
-        return int((self._free & (state.abs() == torch.finfo(self._stored).tiny)).sum())
+            rounded, count = keep_from_zero(self.master, self._free, self._stored)
+            return torch.where(self._free, rounded, self.master.to(self._stored)), count
 
     def write(self, state: Tensor, tensors: Mapping[str, Tensor], changed: dict[str, Tensor]) -> None:
         """Put a rounded state into copies of the checkpoint tensors, at the weights that are not zero."""
@@ -239,10 +238,10 @@ class _Loss:
         # A token whose target is next to nothing does not outweigh all others.
         self._least = LEAST_LENGTH * sum(targets.squares) / sum(targets.tokens)
 
-    def held_out(self, copies: Sequence[_Copy], states: Sequence[Tensor]) -> float:
+    def held_out(self, copies: Sequence[_Copy], states: Sequence[tuple[Tensor, int]]) -> float:
         """The loss on the held-out samples with rounded weights."""
         with torch.no_grad():
-            weights = {copy.name: state.to(copy.dtype) for copy, state in zip(copies, states, strict=True)}
+            weights = {copy.name: state.to(copy.dtype) for copy, (state, _) in zip(copies, states, strict=True)}
             return float(torch.stack([self._of(weights, batch, self._held_out) for batch in self._held_out]).sum())
 
     def backward(self, copies: Sequence[_Copy], step: range) -> Tensor:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -60,15 +61,17 @@ class SparsityCallback(TrainerCallback):
                 raise PatternError(f"{name}: {found} zeros left of {zeros}.")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach to the model, unless that was done before."""
-        sharded = next((option for option in ("deepspeed", "fsdp") if getattr(args, option, None)), None)
-        if sharded is not None:
+        """Attach to the model, unless that was done before: a run that failed may have left another model's zeros."""
+        sharded = _sharded(args)
+        if sharded:
             raise ModelStructureError(
                 f"SparsityCallback: {sharded} keeps parameters in pieces of its own, which no callback sees. Train on "
                 "one device or with plain data parallelism (torchrun)."
             )
-        if not self._zeros:
-            self.attach(kwargs["model"])
+        model = kwargs["model"]
+        own = {id(parameter) for parameter in model.parameters()}
+        if not self._zeros or any(id(parameter) not in own for parameter, _ in self._zeros.values()):
+            self.attach(model)
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,3 +115,9 @@ class SparsityCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._zeros, self._removed = [], {}, {}
+
+
+def _sharded(args: Any) -> str:
+    """What keeps the parameters in pieces, as the Trainer's arguments or `accelerate launch` say; empty for nothing."""
+    kind = PartialState().distributed_type.value.lower()
+    return next((name for name in ("deepspeed", "fsdp") if getattr(args, name, None) or kind == name), "")

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from secateur.calibration import Windows, check_length, check_vocabulary, training_windows
 from secateur.card import write_card
-from secateur.errors import CheckpointError, PatternError
+from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.manifest import read_manifest, verify
 from secateur.models.checkpoint import locate
@@ -24,7 +25,7 @@ from secateur.models.writer import writing
 from secateur.output import Scratch, check_output
 from secateur.recover.adapters import require_peft
 from secateur.recover.forecast import Forecast, count_parameters, forecast
-from secateur.recover.settings import Settings, choose, to_json
+from secateur.recover.settings import Settings, choose, require_one_process, to_json
 from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, last_checkpoint, perplexity_of
 from secateur.recover.ways import Adapters, FullWeights, Way
 from secateur.recover.written import versions
@@ -96,11 +97,7 @@ def fine_tune(
     what cannot work; each says what to do.
     """
     settings = choose(method, preset, given)
-    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
-        raise PatternError(
-            "recover trains in one process, and torchrun started several. For several GPUs use a Trainer of your own, "
-            "with callbacks=[secateur.SparsityCallback()]."
-        )
+    require_one_process()
     if method != "full":
         require_peft(f"--method {method}")
     base = Path(pruned)
@@ -111,6 +108,7 @@ def fine_tune(
     _check_work(work, resume, overwrite)
     chosen = choose_device(device)
     half = _half(dtype, chosen)
+    made = arguments(settings, work, chosen, half)
     opened = open_model(base, device=device, trust_remote_code=trust_remote_code)
     text = isinstance(data, str)
     if "length" not in given or given["length"] is None:
@@ -153,10 +151,9 @@ def fine_tune(
         settings,
         train,
         held,
-        work=work,
+        made=made,
         start=start,
         device=chosen,
-        half=half,
         progress=progress,
     )
     with Scratch(target, overwrite) as scratch:
@@ -218,10 +215,9 @@ def _train(
     train: Windows,
     held: Windows,
     *,
-    work: Path,
+    made: TrainingArguments,
     start: Path | None,
     device: torch.device,
-    half: bool,
     progress: Progress,
 ) -> _Trained:
     """The model behind a Trainer's run, as it was at its best."""
@@ -235,7 +231,7 @@ def _train(
         budget=budget,
         dense=None if dense is None else dense.to(device),
         model=prepared,
-        args=arguments(settings, work, device, half),
+        args=made,
         train_dataset=Rows(train),
         eval_dataset=Rows(held),
         callbacks=callbacks,
@@ -307,13 +303,13 @@ def _check_work(work: Path, resume: bool, overwrite: bool) -> None:
                 f"{work}: an unfinished recovery, saved at step {last.name.rpartition('-')[2]}. Go on with --resume, "
                 "or start over with --overwrite."
             )
-        shutil.rmtree(work)
 
 
 def _start(work: Path, asked: Mapping[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None for a new run, whose settings are noted down."""
+    """The checkpoint to resume from, or None for a new run, whose settings are noted down in place of an old one's."""
     state = work / STATE
     if not resume:
+        shutil.rmtree(work, ignore_errors=True)
         with writing(state):
             work.mkdir(parents=True, exist_ok=True)
             state.write_text(json.dumps(asked, indent=1) + "\n")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import PatternError
-from secateur.manifest import read_manifest
+from secateur.manifest import Manifest, read_manifest
 from secateur.models.checkpoint import Checkpoint
 from secateur.models.matrices import numbered_experts, prunable_parameters
 from secateur.models.skeleton import Skeleton
@@ -70,8 +70,7 @@ def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Para
     """Names of the parameters that hold planned matrices, each checked against the manifest's count of zeros."""
     manifest = read_manifest(folder)
     if hasattr(model, "get_base_model"):
-        # Adapters change the names of modules; the plain names say which parameter is which.
-        return {name for name in parameters if any(entry["tensor"] == name for entry in manifest.matrices.values())}
+        return _planned_behind_adapters(manifest, folder, parameters)
     first = next(model.parameters())
     skeleton = Skeleton(model, Checkpoint(folder), device=first.device, dtype=first.dtype, resident=True)
     matrices = {matrix.name: matrix for matrix in skeleton.matrices}
@@ -90,20 +89,47 @@ def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Para
     return {matrices[name].parameter for name in manifest.matrices}
 
 
-def masked_weight(weight: Tensor, merged: Tensor) -> tuple[Tensor, int]:
-    """A merged or trained weight in the dtype and with exactly the zeros of the one before, and how many were nudged.
+def _planned_behind_adapters(
+    manifest: Manifest, folder: Path, parameters: dict[str, tuple[nn.Parameter, bool]]
+) -> set[str]:
+    """The same where adapters have changed the names of modules: plain names say which parameter is which tensor."""
+    expected: dict[str, int] = {}
+    for entry in manifest.matrices.values():
+        expected[entry["tensor"]] = expected.get(entry["tensor"], 0) + entry["zeros"]
+    for name, zeros in expected.items():
+        if name not in parameters:
+            raise PatternError(
+                f"{name}: pruned in {folder}, and not found by that name behind the adapters. Use SparsityCallback() "
+                "instead, which keeps the zeros that the model has."
+            )
+        parameter = parameters[name][0]
+        found = parameter.numel() - int(parameter.detach().count_nonzero())
+        if found < zeros:
+            raise PatternError(
+                f"{name}: {found} zeros in the model, expected {zeros} as in {folder}. Load the model from there "
+                "before training."
+            )
+    return set(expected)
 
-    Weights that were kept and have become zero, by rounding or by chance, get the smallest magnitude that is safe in
+
+def masked_weight(weight: Tensor, merged: Tensor) -> tuple[Tensor, int]:
+    """A merged or trained weight, in the dtype and with the zeros of the one before, and how many were nudged."""
+    return keep_from_zero(merged, weight != 0, weight.dtype)
+
+
+def keep_from_zero(values: Tensor, kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """The values in a dtype, zero exactly where they are not kept, and how many of the others were nudged.
+
+    Weights that are kept and have become zero, by rounding or by chance, get the smallest magnitude that is safe in
     the dtype, with their sign: which weights are pruned is then still what is zero.
     """
-    kept = weight != 0
-    result = torch.where(kept, merged, 0).to(weight.dtype)
+    result = torch.where(kept, values, 0).to(dtype)
     lost = kept & (result == 0)
     count = int(lost.sum())
     if count:
         # A subnormal of float16 is an ordinary number; those of float32 and bfloat16 some devices flush to zero.
-        information = torch.finfo(weight.dtype)
+        information = torch.finfo(dtype)
         least = max(information.smallest_normal * information.eps, torch.finfo(torch.bfloat16).smallest_normal)
-        sign = torch.where(merged.signbit(), -1.0, 1.0).to(weight.dtype)
+        sign = torch.where(values.signbit(), -1.0, 1.0).to(dtype)
         result = torch.where(lost, sign * least, result)
     return result, count

@@ -3,7 +3,7 @@
 import datetime
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.calibration import Windows, evaluation_windows, training_windows
 from secateur.card import write_card
-from secateur.errors import CheckpointError, PatternError
+from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.manifest import read_manifest, verify
 from secateur.models.checkpoint import Layout
@@ -22,7 +22,7 @@ from secateur.models.inverse import Inverse
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.writer import writing
 from secateur.output import Scratch, check_output
-from secateur.recover.adapters import Adapter, check_base, merged_weight, read_adapter, require_peft
+from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.written import versions, write_trained
 
 Progress = Callable[[str, int, int], None]
@@ -155,7 +155,7 @@ def merge(
     by one, and those without an adapter are byte for byte the base's.
 
     Raises `CheckpointError` when the adapter belongs to another base, `PatternError` for a mask dropped from an
-    adapter that was trained with one.
+    adapter that was trained with one, and `CalibrationError` for a text that cannot be measured on.
     """
     started = time.perf_counter()
     require_peft("merge")
@@ -175,6 +175,7 @@ def merge(
     how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     opened = open_model(folder, **how)
     source = MergedCheckpoint(opened, found, keep=mask == "keep")
+    text = _windows(data, found, opened, length, windows) if evaluate else None
     with Scratch(target, overwrite) as scratch:
         written = write_trained(
             scratch.folder,
@@ -202,8 +203,7 @@ def merge(
         if not checked.ok:
             raise CheckpointError(f"{output}: not what it should be after merging: {checked.problems[0]}")
         results: dict[str, Perplexity] = {}
-        if evaluate:
-            text = _windows(data, found, opened, length, windows)
+        if text is not None:
             whole = MergedCheckpoint(opened, found, keep=found.masked)
             for key, model in (
                 ("base", opened),
@@ -232,7 +232,7 @@ def merge(
         base=results.get("base"),
         unmerged=results.get("unmerged"),
         merged=results.get("merged"),
-        notes=checked.notes,
+        notes=[*checked.notes, *base_notes(found, folder)],
     )
 
 
@@ -251,20 +251,39 @@ def _plain(adapter: Adapter) -> dict[str, Any]:
 def _windows(
     data: str | Tensor | Windows | None, adapter: Adapter, opened: OpenedModel, length: int | None, windows: int | None
 ) -> Windows:
-    """The windows to measure on: of the text asked for, else those held out while the adapter was trained."""
-    if isinstance(data, Tensor | Windows):
-        return evaluation_windows(data, None, length=length, windows=windows)
+    """The windows to measure on: of the text asked for, else those held out while the adapter was trained.
+
+    Raises `CalibrationError` when these cannot be drawn again, or are too few.
+    """
     if data is None and adapter.record is not None and adapter.record["data"]["name"] is not None:
-        held = adapter.record["held_out"]
-        _, text = training_windows(
-            adapter.record["data"]["name"],
-            opened.load_tokenizer(),
-            samples=1,
-            length=length or held["length"],
-            held_out=windows or held["samples"],
+        return _held_out(adapter.record, opened, length, windows)
+    tokenizer = None if isinstance(data, Tensor | Windows) else opened.load_tokenizer()
+    text = "wikitext2" if data is None else data
+    return evaluation_windows(text, tokenizer, length=length, windows=windows)
+
+
+def _held_out(record: Mapping[str, Any], opened: OpenedModel, length: int | None, windows: int | None) -> Windows:
+    """What was held out in training, cut anew where another length is asked for."""
+    name, held = record["data"]["name"], record["held_out"]
+    _, text = training_windows(
+        name, opened.load_tokenizer(), samples=1, length=held["length"], held_out=held["samples"]
+    )
+    if text.digest != held["digest"]:
+        raise CalibrationError(
+            f"{name}: not the text any more that the adapter was trained on, so what was held out is not known. Give "
+            "another text with --data, or --no-eval."
         )
-        return text
-    return evaluation_windows(data or "wikitext2", opened.load_tokenizer(), length=length, windows=windows)
+    ids = text.input_ids.flatten()
+    length = length or text.length
+    most = len(ids) // length
+    if (windows or 1) > most:
+        raise CalibrationError(
+            f"--windows: got {windows or 1} of {length} tokens, and {len(ids)} tokens of {name} were held out, which "
+            f"make {most}. Give fewer, or another text with --data."
+        )
+    count = windows or most
+    provenance = {**text.provenance, "samples": count, "length": length}
+    return Windows(ids[: count * length].reshape(count, length), provenance)
 
 
 def _named(progress: Progress, name: str) -> Progress:

@@ -1,5 +1,6 @@
 """How to train: what can be set, and the presets that set it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -33,7 +34,8 @@ class Settings:
     warmup: float = 0.0  # share of the steps
     weight_decay: float = 0.0
     clip: float = 1.0
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch"  # a name of the Trainer's, or module:Class
+    optimizer_args: str | None = None  # name=value,...
     seed: int = 0
     eval_every: int | None = None  # steps; a tenth of the run where not given
     patience: int | None = None
@@ -76,6 +78,17 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
+def require_one_process() -> None:
+    """Raise `PatternError` when torchrun has started several processes."""
+    import torch  # not for --help
+
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        raise PatternError(
+            "recover runs in one process, and torchrun started several. For several GPUs use a Trainer of your own, "
+            "with callbacks=[secateur.SparsityCallback()]."
+        )
+
+
 def choose(method: str, preset: str, given: Mapping[str, Any]) -> Settings:
     """The settings of a preset with those that were given (not None) in their place.
 
@@ -113,7 +126,7 @@ def _check(settings: Settings) -> None:
             raise CalibrationError(f"--{name.replace('_', '-')}: got {value}, expected at least {least}.")
     for name in ("minutes", "lr", "alpha", "clip", "temperature"):
         value = getattr(settings, name)
-        if value is not None and not value > 0:
+        if value is not None and not (value > 0 and math.isfinite(value)):
             raise PatternError(f"--{name}: got {value:g}, expected a positive number.")
     for name, below in (("warmup", 1.0), ("dropout", 1.0), ("distill_weight", None)):
         value = getattr(settings, name)

@@ -1,8 +1,10 @@
 """transformers' Trainer as recovery uses it: a budget in steps or minutes, a loss that stays finite, distillation."""
 
+import ast
 import math
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,31 @@ def require_finite(loss: float, what: str, step: int, args: Any, best: str | Non
     )
 
 
+def optimizer_class(name: str) -> Any:
+    """The optimizer `module:Class`. Raises `PatternError` where there is none."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PatternError(f'--optimizer "{name}": {error}. Give a name of the Trainer\'s, or module:Class.') from None
+
+
+def optimizer_arguments(text: str | None) -> dict[str, Any]:
+    """Arguments written as `momentum=0.9,nesterov=True`. Raises `PatternError` for anything else."""
+    try:
+        call: Any = ast.parse(f"f({text or ''})", mode="eval").body
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        return {
+            keyword.arg: keyword.value.id if isinstance(keyword.value, ast.Name) else ast.literal_eval(keyword.value)
+            for keyword in call.keywords
+        }
+    except (SyntaxError, ValueError):
+        raise PatternError(
+            f'--optimizer-args "{text}": expected name=value with commas between, such as momentum=0.9,nesterov=True.'
+        ) from None
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The latest complete checkpoint of a Trainer in a folder."""
     complete = sorted(
@@ -140,6 +167,9 @@ class RecoveryTrainer(Trainer):
     """A Trainer whose schedule may go by the clock, whose loss must be finite, and with a dense model to learn from."""
 
     def __init__(self, *, settings: Settings, budget: Budget, dense: nn.Module | None = None, **options: Any) -> None:
+        if ":" in settings.optimizer:
+            own = optimizer_arguments(settings.optimizer_args)
+            options["optimizer_cls_and_kwargs"] = (optimizer_class(settings.optimizer), {"lr": settings.lr, **own})
         super().__init__(**options)
         self.settings = settings
         self.budget = budget
@@ -215,9 +245,13 @@ class RecoveryTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        # A run that is resumed with another learning rate is to use it.
+        # A run that is resumed with another learning rate is to use it, from its first step on.
         scheduler: Any = self.lr_scheduler
         if checkpoint is not None and hasattr(scheduler, "base_lrs"):
+            optimizer: Any = self.optimizer
+            for group in optimizer.param_groups:
+                group["lr"] *= self.args.learning_rate / group["initial_lr"]
+                group["initial_lr"] = self.args.learning_rate
             scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -230,6 +264,9 @@ class RecoveryTrainer(Trainer):
 
 def arguments(settings: Settings, folder: Path, device: torch.device, half: bool) -> TrainingArguments:
     """The Trainer's arguments. Raises `CheckpointError` for an optimizer or schedule that it does not know."""
+    optimizer_arguments(settings.optimizer_args)
+    if ":" in settings.optimizer:
+        optimizer_class(settings.optimizer)
     steps = settings.total_steps
     every = settings.eval_every or (max(1, math.ceil(steps / 10)) if steps else FOREVER)
     known = TrainingArguments.__dataclass_fields__
@@ -246,7 +283,8 @@ def arguments(settings: Settings, folder: Path, device: torch.device, half: bool
             warmup_steps=settings.warmup,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.clip,
-            optim=settings.optimizer,
+            optim="adamw_torch" if ":" in settings.optimizer else settings.optimizer,
+            optim_args=settings.optimizer_args,
             seed=settings.seed,
             bf16=half,
             use_cpu=device.type == "cpu",

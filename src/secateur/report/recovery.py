@@ -87,7 +87,18 @@ def block_tables(manifest: "Manifest", output: str) -> RenderableType:
         f"Sparsity of planned weights: {manifest.totals['sparsity']:.4f}, as before.",
         f"Written to {output}; check it with: secateur verify {output}",
     ]
-    return Group(table, *(Text(line) for line in lines))
+    blocks = record["blocks"]
+    notes = [
+        f"block {block['index']}: the loss was not finite in epoch {block['diverged']}, and the best weights until "
+        "then were kept. Use a smaller --lr."
+        for block in blocks
+        if block.get("diverged")
+    ]
+    if late := [str(block["index"]) for block in blocks if not block["epochs"]]:
+        notes.append(
+            f"No time was left to tune blocks {', '.join(late)}; they stayed as they were. Use more --minutes."
+        )
+    return Group(table, *(Text(line) for line in lines), *(Text(note, style="yellow") for note in notes))
 
 
 def merge_tables(merge: "Merge") -> RenderableType:
