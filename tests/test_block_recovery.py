@@ -332,14 +332,22 @@ def test_too_few_minutes_for_the_forwards_alone(llama, tmp_path):
     assert_refused(CalibrationError, message, llama, tmp_path, minutes=1e-6)
 
 
-def test_forwards_through_blocks_that_are_not_tuned_take_their_part_of_the_time():
-    minute = SimpleNamespace(minutes=1.0, started=time.perf_counter(), matrices={0: [], 11: []})
-    first, last = (SimpleNamespace(index=index, path=f"block {index}") for index in (0, 11))
-    assert BlockPass._seconds(minute, first, 2.0) == pytest.approx((60 - 23 * 2) / 2, abs=0.1)
-    assert BlockPass._seconds(minute, last, 2.0) == pytest.approx(60 - 2, abs=0.1)
-    assert BlockPass._seconds(minute, last, 70.0) == 0
-    with pytest.raises(CalibrationError, match=r"got 1\. 0\.0 have passed, .* take about 1\.5 more"):
-        BlockPass._seconds(minute, first, 4.0)
+def test_what_blocks_take_beside_tuning_comes_off_the_time():
+    def minute(index: int, first: tuple[int, float] | None, tuned: float, forward: float = 2.0) -> float | None:
+        run = SimpleNamespace(
+            minutes=1.0, started=now - 20, matrices={0: [], 5: [], 11: []}, first_tuned=first, tuning_seconds=tuned
+        )
+        return BlockPass._seconds(run, SimpleNamespace(index=index, path=f"block {index}"), forward)
+
+    now = time.perf_counter()
+    # Of 60 seconds 20 have passed: two forwards for each of 12 blocks, and three blocks to tune.
+    assert minute(0, None, 0.0, 1.0) == pytest.approx((40 - 12 * 2) / 3, abs=0.1)
+    # Five blocks took 20 seconds in all, of which 5 for tuning: 3 seconds beside it for each.
+    assert minute(5, (0, now - 20), 5.0) == pytest.approx((40 - 7 * 3) / 2, abs=0.1)
+    assert minute(11, (0, now - 20), 9.0) == pytest.approx(40 - 1, abs=0.1)
+    assert minute(5, (0, now - 40), 0.0) == 0
+    with pytest.raises(CalibrationError, match=r"got 1\. 0\.3 have passed, .* take about 0\.8 more"):
+        minute(0, None, 0.0)
 
 
 def test_with_minutes_the_learning_rate_falls_with_the_clock(llama, tmp_path, monkeypatch):

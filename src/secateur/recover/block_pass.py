@@ -51,6 +51,8 @@ class BlockPass:
     clock: Clock
     on_event: OnEvent
     on_block: OnBlock
+    first_tuned: tuple[int, float] | None = None  # its index, and when
+    tuning_seconds: float = 0.0  # of all blocks, as far as they were given
 
     @torch.no_grad()
     def run(self) -> None:
@@ -166,23 +168,25 @@ class BlockPass:
     def _seconds(self, block: Block, forward: float) -> float | None:
         """How long to tune this block, when a forward of all samples through one takes `forward` seconds.
 
-        All blocks that are tuned have the same share of the time that is left, less the forwards through the blocks up
-        to the last of them. Raises `CalibrationError` when that is nothing from the beginning; where it is nothing
-        later on, a block stays as it was.
+        Blocks that are tuned have the same share of the time that is left, less what else each block up to the last of
+        them takes: as measured until now, and two forwards for the first. Raises `CalibrationError` when nothing is
+        left from the beginning; where that is so later on, a block stays as it was.
         """
         if self.minutes is None:
             return None
-        tuned, last = sum(index >= block.index for index in self.matrices), max(self.matrices)
-        forwards = 1 + 2 * (last - block.index)
-        spent = time.perf_counter() - self.started
-        seconds = (60 * self.minutes - spent - forwards * forward) / tuned
-        if seconds <= 0 and tuned == len(self.matrices):
+        now, last = time.perf_counter(), max(self.matrices)
+        first, began = self.first_tuned or (block.index, now)
+        self.first_tuned = (first, began)
+        passed = block.index - first
+        beside = (now - began - self.tuning_seconds) / passed if passed else 2 * forward
+        left = 60 * self.minutes - (now - self.started) - beside * (last - block.index + 1)
+        if left <= 0 and not passed:
             raise CalibrationError(
-                f"--minutes: got {self.minutes:g}. {spent / 60:.1f} have passed, and forwards of all samples take "
-                f"about {forwards * forward / 60:.1f} more, so that none are left to tune {block.path} and what "
-                "follows. Use more minutes or fewer --samples."
+                f"--minutes: got {self.minutes:g}. {(now - self.started) / 60:.1f} have passed, and forwards of all "
+                f"samples take about {beside * (last - block.index + 1) / 60:.1f} more, so that none are left to tune "
+                f"{block.path} and what follows. Use more minutes or fewer --samples."
             )
-        return max(seconds, 0.0)
+        return max(left / sum(index >= block.index for index in self.matrices), 0.0)
 
     def _tune(
         self,
@@ -205,6 +209,7 @@ class BlockPass:
             seconds,
             progress=lambda done, total: self._tell("tune", block, done, total),
         )
+        self.tuning_seconds += min(time.perf_counter() - began, seconds or 0.0)
         names = [name for group in self.skeleton.conversion.of(tuned.changed) for name in group.names]
         self.skeleton.update({name: tuned.changed.get(name, tensors[name]) for name in names})
         recovery = self.manifest.recovery
