@@ -46,6 +46,7 @@ RECOVERY |= {
     "--weight-decay",
     "--clip",
     "--optimizer",
+    "--optimizer-args",
 }
 RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing", "--dense", "--samples", "--epochs"}
 OPTIONS = {

@@ -209,7 +209,7 @@ def test_what_gradients_add(model: Path, tmp_path: Path) -> None:
     (note,) = with_gradients.notes
     saved = (tiny.BLOCKS + 3) * 480 * tiny.HIDDEN * 4  # what goes into each block, what comes out, and gradients of it
     assert with_gradients.states_bytes == saved
-    assert note.startswith(f"Gradients first: the inputs of all blocks take {saved / 1e9:.1f} GB in memory, and their")
+    assert note.startswith(f"Gradients first: the inputs of all blocks take {saved / 1e3:.1f} kB in memory, and their")
     assert with_gradients.disk_bytes - plain.disk_bytes == 4 * plain.planned_weights
     assert with_gradients.host_bytes > plain.host_bytes
     tokens = estimate(model, method=secateur.gradient(), **options)
