@@ -16,7 +16,6 @@ import argparse
 import ast
 import json
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,8 +32,8 @@ from secateur.recover.forecast import count_parameters
 SCRATCH = Path(tempfile.gettempdir()) / "secateur-benchmarks" / "recovery"
 
 
-def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """The perplexities of a model, or of what one way of recovery makes of it."""
+def run_cell(cell: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """The perplexities of a model, or of what one way of recovery makes of it in an empty folder."""
     name, *settings = cell["way"].split(",")
     given = {key: setting_of(value) for key, value in (setting.split("=", 1) for setting in settings)}
     folder = Path(cell["model"])
@@ -44,15 +43,15 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
             given["minutes"] = cell["minutes"]
         if "targets" in given and name != "block":
             given["targets"] = (given["targets"],)
-        output = SCRATCH / "recovered"
+        output = scratch / "recovered"
         started, before = time.perf_counter(), time.process_time()
         if name == "block":
-            manifest = secateur.reconstruct(folder, calibration=cell["text"], output=output, overwrite=True, **given)
+            manifest = secateur.reconstruct(folder, calibration=cell["text"], output=output, **given)
             losses = [(block["before"], block["after"]) for block in (manifest.recovery or {})["blocks"]]
             figures["block losses"] = losses
             trained = manifest.totals["weights"] - manifest.totals["zeros"]
         else:
-            result = secateur.fine_tune(folder, output, method=name, data=cell["text"], overwrite=True, **given)
+            result = secateur.fine_tune(folder, output, method=name, data=cell["text"], **given)
             trained = result.record["trainable"]
             figures |= {"steps": result.record["steps"], "curve": result.record["curve"]}
         figures |= {
@@ -64,11 +63,11 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         }
         if name == "lora":
             # What it gives beside the weights: the same numbers, but for rounding, as filled zeros.
-            secateur.merge(output, folder, SCRATCH / "merged", mask="drop", evaluate=False, overwrite=True)
-            figures["beside"] = measure(SCRATCH / "merged", cell)
+            secateur.merge(output, folder, scratch / "dense", mask="drop", evaluate=False)
+            figures["beside"] = measure(scratch / "dense", cell)
         if name in ("lora", "sparse-lora"):
-            secateur.merge(output, folder, SCRATCH / "merged", evaluate=False, overwrite=True)
-            folder = SCRATCH / "merged"
+            secateur.merge(output, folder, scratch / "merged", evaluate=False)
+            folder = scratch / "merged"
         else:
             folder = output
         checked = secateur.verify(folder)
@@ -109,7 +108,8 @@ def main() -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
-        print(json.dumps(run_cell(json.loads(arguments.cell))))
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
+            print(json.dumps(run_cell(json.loads(arguments.cell), Path(scratch))))
         return
     if not arguments.dense:
         parser.error("--dense: needed, for the gap")
@@ -144,8 +144,6 @@ def main() -> None:
                 columns.append(f"{(before[name] - found) / gap:.0%}" if cell["way"] else "")
             columns += [f"{result['seconds']:.0f}", f"{result['peak MiB']:.0f}"] if cell["way"] else ["", ""]
             print(f"| {Path(cell['model']).name} | {cell['way']}{kind} | {' | '.join(columns)} |", flush=True)
-    shutil.rmtree(SCRATCH / "recovered", ignore_errors=True)
-    shutil.rmtree(SCRATCH / "merged", ignore_errors=True)
 
 
 if __name__ == "__main__":

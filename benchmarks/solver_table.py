@@ -24,11 +24,11 @@ import smollm2
 SCRATCH = Path(tempfile.gettempdir()) / "secateur-benchmarks"
 
 
-def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """Prune and evaluate; the cell with its figures."""
+def run_cell(cell: dict[str, Any], pruned: Path) -> dict[str, Any]:
+    """Prune into a folder and evaluate; the cell with its figures."""
     from secateur.cli.parsing import method_of
 
-    folder, pruned = SCRATCH / "smollm2", SCRATCH / "solver-table"
+    folder = SCRATCH / "smollm2"
     figures: dict[str, Any] = {}
     if cell["method"] != "dense":
         name, *choices = cell["method"].split("@")
@@ -51,7 +51,6 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
             within="site" if "site" in choices else "block",
             targets=chosen("dense", "residual") or "pruned",
             output=pruned,
-            overwrite=True,
         )
         errors = [entry["notes"].get("reconstruction_error") for entry in manifest.matrices.values()]
         figures = {
@@ -82,7 +81,8 @@ def main() -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
-        print(json.dumps(run_cell(json.loads(arguments.cell))))
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
+            print(json.dumps(run_cell(json.loads(arguments.cell), Path(scratch) / "pruned")))
         return
     smollm2.checkpoint(SCRATCH / "smollm2")
     common = {
