@@ -16,8 +16,6 @@ import argparse
 import ast
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 
 import secateur
+from cells import perplexities, results
 from secateur.models.opened import open_model
 from secateur.recover.forecast import count_parameters
 
@@ -87,11 +86,7 @@ def setting_of(text: str) -> Any:
 
 def measure(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
     """The sparsity of the prunable weights, counted on the files, and the perplexity on every text."""
-    figures: dict[str, Any] = {"sparsity": secateur.inspect(folder).sparsity}
-    for data in cell["data"]:
-        found = secateur.perplexity(folder, data, length=cell["window"], windows=cell["windows"])
-        figures[Path(data).name] = found.to_json()
-    return figures
+    return {"sparsity": secateur.inspect(folder).sparsity, **perplexities(folder, cell)}
 
 
 def main() -> None:
@@ -118,19 +113,12 @@ def main() -> None:
     common["data"] = arguments.data or ["python-docs"]
     cells = [{**common, "model": arguments.dense, "way": ""}]
     cells += [{**common, "model": folder, "way": way} for folder in arguments.pruned for way in ("", *arguments.ways)]
-    done = [json.loads(line) for line in arguments.json.read_text().splitlines()] if arguments.json.exists() else []
     names = [Path(data).name for data in common["data"]]
     dense: dict[str, float] = {}
     before: dict[str, float] = {}
     print(f"| model | way | trained | sparsity | {' | '.join(f'{name} | gap closed' for name in names)} | s | MiB |")
     print("|---" * (6 + 2 * len(names)) + "|", flush=True)
-    for cell in cells:
-        result = next((old for old in done if all(old.get(key) == value for key, value in cell.items())), None)
-        if result is None:
-            command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-            result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+    for cell, result in results(__file__, cells, arguments.json):
         dense = dense or {name: result[name]["perplexity"] for name in names}
         if not cell["way"]:
             before = {name: result[name]["perplexity"] for name in names}

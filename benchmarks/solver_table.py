@@ -12,14 +12,13 @@ not run again. The table at the end shows all of them.
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import secateur
 import smollm2
+from cells import perplexities, results
 
 SCRATCH = Path(tempfile.gettempdir()) / "secateur-benchmarks"
 
@@ -60,10 +59,7 @@ def run_cell(cell: dict[str, Any], pruned: Path) -> dict[str, Any]:
             "reconstruction error": sum(errors) / len(errors) if all(error is not None for error in errors) else None,
         }
         folder = pruned
-    for data in cell["data"]:
-        result = secateur.perplexity(folder, data, length=cell["window"], windows=cell["windows"])
-        figures[Path(data).name] = result.to_json()
-    return {**cell, **figures}
+    return {**cell, **figures, **perplexities(folder, cell)}
 
 
 def main() -> None:
@@ -98,17 +94,10 @@ def main() -> None:
         for seed in map(int, arguments.seeds.split(",")):
             for method in arguments.methods.split(","):
                 cells.append({**common, "method": method, "pattern": pattern, "seed": seed})
-    done = [json.loads(line) for line in arguments.json.read_text().splitlines()] if arguments.json.exists() else []
     names = [Path(data).name for data in common["data"]]
     print(f"{'method':<28}{'pattern':<8}{'seed':>5}" + "".join(f"{name[-22:]:>24}" for name in names), end="")
     print(f"{'solve s':>9}{'prune s':>9}{'peak MiB':>10}", flush=True)
-    for cell in cells:
-        result = next((old for old in done if all(old.get(key) == value for key, value in cell.items())), None)
-        if result is None:
-            command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-            result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+    for cell, result in results(__file__, cells, arguments.json):
         values = (f"{result[name]['perplexity']:.3f} ± {result[name]['perplexity_error']:.3f}" for name in names)
         costs = [result.get(key) for key in ("solve seconds", "prune seconds", "prune peak MiB")]
         print(
