@@ -225,7 +225,7 @@ class BlockPass:
             "matrices": len(matrices),
             "before": tuned.before,
             "after": tuned.after,
-            "epochs": round(tuned.epochs, 2),
+            "epochs": tuned.epochs,
             "best_epoch": tuned.best,
             "nudged": tuned.nudged,
             "diverged": tuned.diverged,

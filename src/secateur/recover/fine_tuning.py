@@ -309,9 +309,10 @@ def _start(work: Path, asked: Mapping[str, Any], resume: bool) -> Path | None:
     """The checkpoint to resume from, or None for a new run, whose settings are noted down in place of an old one's."""
     state = work / STATE
     if not resume:
-        shutil.rmtree(work, ignore_errors=True)
         with writing(state):
-            work.mkdir(parents=True, exist_ok=True)
+            if work.exists():
+                shutil.rmtree(work)
+            work.mkdir(parents=True)
             state.write_text(json.dumps(asked, indent=1) + "\n")
         return None
     before, now = _comparable(json.loads(state.read_text())), _comparable(json.loads(json.dumps(asked)))

@@ -77,7 +77,7 @@ def block_tables(manifest: "Manifest", output: str) -> RenderableType:
             str(block["index"]),
             f"{block['before']:.4f}",
             f"{block['after']:.4f}",
-            str(block["epochs"]),
+            f"{block['epochs']:.3g}",
             f"{block['seconds']:.1f}",
         )
     lines = [
