@@ -4,9 +4,10 @@
         --methods wanda,sparsegpt,alps,wanda+least_squares,alps@row@site@residual --patterns 0.5,2:4 --json cells.jsonl
 
 A method may be refined with a plus, and followed by @row or @matrix (comparison group of unstructured patterns), @site
-(statistics in true sequential order) and @dense or @residual (targets). Every cell is pruned and evaluated in a
-process of its own, for its peak memory, and becomes one line of the JSON file; cells that are in the file already are
-not run again. The table at the end shows all of them.
+(statistics in true sequential order) and @dense or @residual (targets). --option and --correction are those of
+`secateur prune`, for all methods of the run. Every cell is pruned and evaluated in a process of its own, for its peak
+memory, and becomes one line of the JSON file; cells that are in the file already are not run again. The table shows
+all of them.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def run_cell(cell: dict[str, Any], pruned: Path) -> dict[str, Any]:
 
         manifest = secateur.prune(
             folder,
-            method=method_of(name),
+            method=method_of(name, cell["options"] or ()),
             pattern=secateur.parse_pattern(text)
             if ":" in text
             else secateur.Unstructured(float(text), chosen("row", "matrix")),
@@ -49,6 +50,7 @@ def run_cell(cell: dict[str, Any], pruned: Path) -> dict[str, Any]:
             seed=cell["seed"],
             within="site" if "site" in choices else "block",
             targets=chosen("dense", "residual") or "pruned",
+            correction=cell["correction"],
             output=pruned,
         )
         errors = [entry["notes"].get("reconstruction_error") for entry in manifest.matrices.values()]
@@ -68,6 +70,8 @@ def main() -> None:
     parser.add_argument("--data", action="append")
     parser.add_argument("--methods", default="magnitude,wanda,sparsegpt,admm,alps")
     parser.add_argument("--patterns", default="0.5,2:4")
+    parser.add_argument("--option", action="append", help="NAME=VALUE of the methods; may be repeated")
+    parser.add_argument("--correction", type=float)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seeds", default="0")
@@ -90,6 +94,7 @@ def main() -> None:
         "windows": arguments.windows,
     }
     cells: list[dict[str, Any]] = [{**common, "method": "dense", "pattern": "", "seed": 0}]
+    common |= {"options": arguments.option, "correction": arguments.correction}
     for pattern in arguments.patterns.split(","):
         for seed in map(int, arguments.seeds.split(",")):
             for method in arguments.methods.split(","):
