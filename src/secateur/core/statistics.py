@@ -61,15 +61,15 @@ class SquaredNorm:
         return cls(torch.zeros(in_features, dtype=torch.float64, device=device))
 
     def update(self, x: Float[Tensor, "tokens in"], samples: int = 0) -> None:
-        """Add the squares of `x`, any float dtype; half precision is squared in float32."""
+        """Add the squares of `x`, any float dtype and device; half precision is squared in float32."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         whole = x.shape[0] - x.shape[0] % CHUNK
         # Exact: a CPU adds down a column in float32 one by one, and loses four digits over 65536 equal tokens.
         # Memory: the reduction casts as it reads, so that no float32 copy of x is made.
         if whole:
             chunks = torch.linalg.vector_norm(x[:whole].view(-1, CHUNK, x.shape[1]), dim=1, dtype=wide)
-            self.total += chunks.double().square().sum(dim=0)
-        self.total += torch.linalg.vector_norm(x[whole:], dim=0, dtype=wide).double().square()
+            self.total += chunks.double().square().sum(dim=0).to(self.total.device)
+        self.total += torch.linalg.vector_norm(x[whole:], dim=0, dtype=wide).double().square().to(self.total.device)
         self.tokens += x.shape[0]
         self.samples += samples
 

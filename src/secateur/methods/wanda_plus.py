@@ -25,7 +25,7 @@ def wanda_plus(alpha: float = 100.0) -> Method:
     def score(problem: Problem) -> Float[Tensor, "out in"]:
         regional = problem.gradient_norm().root_mean_square()
         norm = problem.statistic(SquaredNorm).norm()
-        return scores.absolute(problem.weight).mul_(regional.mul_(alpha).add_(norm))
+        return scores.absolute(problem.weight).mul_(regional.mul_(alpha).add_(norm.to(regional)))
 
     kind = GradientKind("l2", scope="block")
     return select("wanda_plus", score, needs=frozenset({SquaredNorm}), gradient=kind)
