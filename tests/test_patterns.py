@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
+from secateur.core import patterns
 from secateur.core.patterns import (
     NM,
     Pattern,
     Unstructured,
+    lowest,
     parse_pattern,
     pattern_from_json,
     removed_count,
@@ -476,3 +478,35 @@ def test_json_that_is_no_pattern(value: Any) -> None:
 def test_json_with_impossible_numbers(value: Any, message: str) -> None:
     with pytest.raises(PatternError, match=pinned(message)):
         pattern_from_json(value)
+
+
+def large() -> dict[str, Tensor]:
+    """Scores of as many weights as a real matrix has, for whose threshold a sample says where to look."""
+    count = patterns.LARGE + 4321
+    random = torch.randn(count, generator=torch.Generator().manual_seed(0)).abs()
+    period = torch.arange(count) % patterns.SPACING
+    return {
+        "random": random,
+        "ascending": random.sort().values,
+        "half zero": random * (random > 0.67),
+        "a few values": (random * 4).round(),
+        "all alike": torch.ones(count),
+        "one value in the sample": torch.where(period == 0, torch.tensor(0.5), random),
+        "the sample is far off": torch.where(period == 0, 100 + random, random),
+        "infinite": torch.where(random > 1, torch.inf, random),
+    }
+
+
+@pytest.mark.parametrize("kind", large())
+def test_the_lowest_of_many_are_the_first_of_a_stable_sort(kind: str) -> None:
+    score = large()[kind]
+    for count in (1, 64, len(score) // 3, len(score) // 2, int(0.9 * len(score)), len(score) - 1, len(score)):
+        expected = torch.zeros_like(score, dtype=torch.bool)
+        expected[score.sort(stable=True).indices[:count]] = True
+        assert torch.equal(lowest(score.unsqueeze(0), count)[0], expected), count
+
+
+def test_a_sample_finds_the_threshold_of_many() -> None:
+    score = large()["random"]
+    assert float(patterns._bracketed(score.unsqueeze(0), 30000)) == float(score.sort().values[29999])
+    assert patterns._bracketed(large()["the sample is far off"].unsqueeze(0), 30000) is None
