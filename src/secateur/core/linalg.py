@@ -23,8 +23,13 @@ CHUNK_BYTES = 2**28  # of the small systems that are solved at once
 
 
 def working_dtype(problem: Problem) -> torch.dtype:
-    """The dtype to compute in: float32, or float64 for float64 weights."""
-    return torch.promote_types(problem.weight.dtype, torch.float32)
+    """The dtype to compute in: float32, or float64 where the weights or the sums of their inputs are float64.
+
+    Half-precision checkpoints are solved in float64 where the model was run in it (`--dtype float64`).
+    """
+    gram = problem.statistics.get(Gram)
+    wide = torch.float32 if gram is None else problem.statistic(Gram).total.dtype
+    return torch.promote_types(problem.weight.dtype, torch.promote_types(wide, torch.float32))
 
 
 def working_weight(problem: Problem) -> Float[Tensor, "out in"]:
@@ -55,6 +60,7 @@ def right_hand_side(problem: Problem, gram: Float[Tensor, "in in"]) -> Float[Ten
     return right if problem.drift is None else right.add_(problem.drift.to(right))
 
 
+@full_precision()
 def outputs_target(problem: Problem, gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "out in"]:
     """The weights to prune: W itself, or where there is a `CrossGram` or a `drift` the best ones without a mask.
 
@@ -69,7 +75,10 @@ def outputs_target(problem: Problem, gram: Float[Tensor, "in in"], damping: floa
     matrix.diagonal().add_(added).masked_fill_(matrix.diagonal() == 0, 1.0)
     factor = cholesky(matrix)
     if factor is None:
-        raise NumericalError(f"{problem.name}: a damping of {damping:g} is too little to fit it to other outputs.")
+        raise NumericalError(
+            f"{problem.name}: a damping of {damping:g} is too little to fit it to other outputs. Use more, such as "
+            "--option damping=0.1, or --targets pruned."
+        )
     solved: Tensor = torch.cholesky_solve(right.t(), factor).t()
     return solved
 
@@ -164,7 +173,8 @@ def invert_triangle(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """The inverse of a lower triangular matrix, by halves: two thirds of the work of solving for the identity."""
     size = len(factor)
     if size <= STRIPE:
-        small: Tensor = torch.linalg.solve_triangular(factor, torch.eye(size).to(factor), upper=False)
+        identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        small: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
         return small
     half = size // 2
     result = torch.zeros_like(factor)
@@ -174,6 +184,7 @@ def invert_triangle(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     return result
 
 
+@full_precision()
 def inverse_factor(name: str, gram: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
     """The upper triangular U with ``Uᵀ U = (G + damping mean(diag G) I)⁻¹``, and the damping that it took.
 
@@ -256,12 +267,14 @@ def conjugate_gradients(
     mask: Bool[Tensor, "out in"],
     *,
     iterations: int,
+    tolerance: float = 0.0,
 ) -> tuple[Float[Tensor, "out in"], int]:
     """Weights that are zero outside the mask and nearly solve ``W' gram = right`` inside it, and the steps taken.
 
     Every row takes its own conjugate gradient steps on its kept coordinates, all rows in one product per step. A row
     rests when its residual is below ten roundings of its right-hand side. From any start each step lowers each row's
-    ``w gram wᵀ - 2 w rightᵀ``. No preconditioner: the diagonal of a normalised Gram matrix is constant.
+    ``w gram wᵀ - 2 w rightᵀ``; a step that lowers the sum over rows by less than `tolerance` of what all steps have is
+    the last. No preconditioner: the diagonal of a normalised Gram matrix is constant.
 
     Source: ALPS (arXiv 2406.07831), section 3.2.
     """
@@ -271,14 +284,18 @@ def conjugate_gradients(
     direction = residual.clone()
     square = residual.square().sum(dim=1, keepdim=True)
     enough = (right * kept).square().sum(dim=1, keepdim=True).mul_((10 * torch.finfo(right.dtype).eps) ** 2)
+    lowered = torch.zeros((), dtype=torch.float64, device=right.device)
+    last = torch.full_like(lowered, torch.inf)
     for step in range(iterations):
         active = square > enough
-        if not bool(active.any()):
+        if not bool(active.any() & (last >= tolerance * lowered)):
             return solution, step
         product = (direction @ gram).mul_(kept)
         curvature = (direction * product).sum(dim=1, keepdim=True)
         active &= curvature > 0
         length = torch.where(active, square / curvature, 0)
+        last = (square * length).sum(dtype=torch.float64)
+        lowered += last
         solution.addcmul_(direction, length)
         residual.addcmul_(product, length, value=-1)
         previous, square = square, residual.square().sum(dim=1, keepdim=True)
@@ -311,7 +328,7 @@ def solve_on_support(
             return None
         sides = right[rows_now].gather(1, columns).mul_(there)
         solved = torch.cholesky_solve(sides.unsqueeze(2), factor).squeeze(2).mul_(there)
-        result[rows_now] = torch.zeros(len(rows_now), width).to(result).scatter_(1, columns, solved)
+        result[rows_now] = result.new_zeros(len(rows_now), width).scatter_(1, columns, solved)
     return result
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar, cast
@@ -14,7 +15,7 @@ from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.core.gram import Gram
 from secateur.core.patterns import Group, Pattern, with_group
 from secateur.core.statistics import SquaredNorm, Statistic
-from secateur.errors import NumericalError
+from secateur.errors import NumericalError, PatternError
 
 S = TypeVar("S", bound=Statistic)
 Parameters = ParamSpec("Parameters")
@@ -74,7 +75,8 @@ class Method:
 
     `needs` are the statistics of inputs to collect beforehand, and `gradient` the statistic of gradients; with
     neither, the method runs without calibration data. `per` is the comparison group of unstructured patterns that
-    leave it open. `options` are what it was made with, for the record; `with_options` fills them in.
+    leave it open. `products` is about how many products of the weights with a Gram matrix a solve takes the time of,
+    for estimates. `options` are what it was made with, for the record; `with_options` fills them in.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Method:
     needs: frozenset[type[Statistic]] = frozenset()
     per: Group = "row"
     gradient: GradientKind | None = None
+    products: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -115,12 +118,13 @@ def select(
 class Refinement:
     """What to do after a method: from a problem and its solution so far to a better solution.
 
-    `refine` is pure: it writes neither to the problem nor to the solution. `needs` as for a `Method`.
+    `refine` is pure: it writes neither to the problem nor to the solution. The rest is as for a `Method`.
     """
 
     name: str
     refine: Callable[[Problem, Solution], Solution]
     needs: frozenset[type[Statistic]] = frozenset()
+    products: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -140,10 +144,25 @@ def chain(method: Method, *refinements: Refinement) -> Method:
 
     name = "+".join([method.name, *(refinement.name for refinement in refinements)])
     needs = method.needs.union(*(refinement.needs for refinement in refinements))
+    products = method.products + sum(refinement.products for refinement in refinements)
     options = dict(method.options)
     for refinement in refinements:
         options |= {f"{refinement.name}.{option}": value for option, value in refinement.options.items()}
-    return replace(method, name=name, solve=solve, needs=needs, options=options)
+    return replace(method, name=name, solve=solve, needs=needs, products=products, options=options)
+
+
+def at_least(least: float, method: str, **options: float) -> None:
+    """Raise `PatternError` for an option of a method that is below `least`, or no finite number."""
+    for option, value in options.items():
+        if not least <= value < math.inf:
+            raise PatternError(f"{method}: {option} must be at least {least:g}, got {value:g}.")
+
+
+def above_zero(method: str, **options: float) -> None:
+    """Raise `PatternError` for an option of a method that is not above zero, or no finite number."""
+    for option, value in options.items():
+        if not 0 < value < math.inf:
+            raise PatternError(f"{method}: {option} must be above 0, got {value:g}.")
 
 
 def with_options(factory: Callable[Parameters, Made]) -> Callable[Parameters, Made]:

@@ -24,13 +24,14 @@ def sweep(
     factor: Float[Tensor, "in in"],
     choose: Choose,
     *,
+    live: Bool[Tensor, " in"],
     group: int = BLOCK,
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
     """The pruned weights and their mask: one pass over the columns, each removal made up for in all later columns.
 
     With ``Uᵀ U = G⁻¹`` (`factor`, upper triangular), removing ``w_ij`` gives the error ``e = w_ij / U_jj`` and moves
     the later weights of row i by ``- e U_j,j+1:``. `choose` is asked for the mask of each `group` columns when all
-    columns before them are done.
+    columns before them are done. Columns that are not `live`, whose inputs are always zero, are zero from the start.
 
     Exact: the same operations as column by column, in another order. A stretch of columns is done by halves: the left
     one, its effect on the right one as one matrix product, the right one.
@@ -39,11 +40,13 @@ def sweep(
     """
     # Memory: transposed, so that each column lies in one piece.
     columns = weight.t().contiguous() if weight.stride(0) != 1 else weight.t().clone()
+    columns.masked_fill_(~live.unsqueeze(1), 0)
     kept = torch.empty_like(columns, dtype=torch.bool)
     width = len(columns)
     block = max(LAZY // group, 1) * group
+    # Of a column whose mask is known, but which is not swept yet: 1 / U_jj where it goes, else 0.
     errors = columns.new_empty(min(block, width), columns.shape[1])
-    pivots = factor.diagonal().tolist()
+    pivots = factor.diagonal()
 
     def stretch(first: int, last: int, offset: int) -> None:
         """Sweep the columns from `first` to before `last`, whose errors go to row ``column - offset``."""
@@ -61,10 +64,11 @@ def sweep(
             if column % group == 0:
                 stop = min(column + group, width)
                 kept[column:stop] = choose(column, columns[column:stop].t()).t()
-            own, error = columns[column], errors[column - offset]
-            torch.mul(own, ~kept[column], out=error).div_(pivots[column])
-            own.mul_(kept[column])
+                share = errors[column - offset : stop - offset]
+                torch.div(~kept[column:stop], pivots[column:stop].unsqueeze(1), out=share)
+            error = errors[column - offset].mul_(columns[column])
             columns[column + 1 : last].addr_(factor[column, column + 1 : last], error, alpha=-1)
+        columns[first:last].mul_(kept[first:last])
 
     for start in range(0, width, block):
         stop = min(start + block, width)

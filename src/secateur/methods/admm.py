@@ -9,7 +9,7 @@ import torch
 from secateur.core.gram import Gram, full_precision
 from secateur.core.linalg import finished, normalise, shifted_inverse
 from secateur.core.patterns import gradual_mask, with_group
-from secateur.core.problem import Method, Problem, Solution, with_options
+from secateur.core.problem import Method, Problem, Solution, above_zero, at_least, with_options
 
 
 @with_options
@@ -27,6 +27,9 @@ def admm(*, damping: float = 0.1, penalty: float = 1.0, iterations: int = 20, gr
     Options: `damping` 0.1, `penalty` 1 (both relative to the diagonal, which is 1), 20 `iterations`, of which the
     first 15 are `growing`: as published. Notes: `damping`, `penalty`, `iterations`, `reconstruction_error`.
     """
+    at_least(0, "admm", damping=damping)
+    at_least(1, "admm", iterations=iterations, growing=growing)
+    above_zero("admm", penalty=penalty)
 
     @full_precision()
     def solve(problem: Problem) -> Solution:
@@ -35,16 +38,17 @@ def admm(*, damping: float = 0.1, penalty: float = 1.0, iterations: int = 20, gr
         weight, dual = scaled.weight.clone(), torch.zeros_like(scaled.weight)
         gram, right, used = scaled.damped(damping)
         inverse = shifted_inverse(problem.name, gram, penalty)
-        mask = torch.ones_like(weight, dtype=torch.bool)
+        mask, target = torch.ones_like(weight, dtype=torch.bool), weight
         steps = max(iterations, growing)
         for step in range(1, steps + 1):
+            if step > 1:
+                torch.mm(torch.sub(target, dual).mul_(penalty).add_(right), inverse, out=weight)
             dual += weight
             if step <= growing:
                 reached = pattern.sparsity * (1 - (1 - step / growing) ** 3)
                 mask = gradual_mask(pattern, dual.abs(), reached)
             target = dual * mask
             dual -= target
-            torch.mm(torch.sub(target, dual).mul_(penalty).add_(right), inverse, out=weight)
         return finished(problem, scaled.back(target), mask, damping=used, penalty=penalty, iterations=float(steps))
 
-    return Method("admm", solve, frozenset({Gram}), per="matrix")
+    return Method("admm", solve, frozenset({Gram}), per="matrix", products=2.2 * max(iterations, growing))

@@ -6,11 +6,12 @@ open.
 """
 
 import torch
+from torch import Tensor
 
 from secateur.core.gram import Gram, full_precision
 from secateur.core.linalg import conjugate_gradients, finished, normalise, shifted_inverse
 from secateur.core.patterns import with_group
-from secateur.core.problem import Method, Problem, Solution, with_options
+from secateur.core.problem import Method, Problem, Solution, above_zero, at_least, with_options
 
 EVERY = 3  # iterations between two looks at the mask
 SETTLING = 30  # iterations before a mask that hardly changes is taken for settled
@@ -37,6 +38,9 @@ def alps(
     Options: `damping` 0.01, the first `penalty` 0.1, at most 300 `iterations`, 10 `polish` steps, `settled` 0.0003.
     Notes: `damping`, `iterations`, the final `penalty`, `reconstruction_error`.
     """
+    at_least(0, "alps", damping=damping, polish=polish, settled=settled)
+    at_least(1, "alps", iterations=iterations)
+    above_zero("alps", penalty=penalty)
 
     @full_precision()
     def solve(problem: Problem) -> Solution:
@@ -46,9 +50,11 @@ def alps(
         mask = first_mask = pattern.mask(scaled.weight.abs())
         sparse, dual = scaled.weight * mask, torch.zeros_like(right)
         rho, moved, step = penalty, False, 0
-        inverse = shifted_inverse(problem.name, gram, rho)
+        inverse: Tensor | None = None
         weight = scaled.weight
         for step in range(1, iterations + 1):
+            if inverse is None:
+                inverse = shifted_inverse(problem.name, gram, rho)
             weight = torch.add(right, sparse, alpha=rho).sub_(dual) @ inverse
             sparse = torch.add(weight, dual, alpha=1 / rho)
             new_mask = pattern.mask(sparse.abs())
@@ -69,9 +75,9 @@ def alps(
                 # A penalty that holds the first mask in place from the start is too high: begin again with less.
                 rho, mask, sparse = rho / 5, first_mask, scaled.weight * first_mask
                 dual.zero_()
-            inverse = shifted_inverse(problem.name, gram, rho)
+            inverse = None  # Memory: gone before the next one is made
         mask = pattern.mask(weight.abs())
         weight, _ = conjugate_gradients(gram, right, weight, mask, iterations=polish)
         return finished(problem, scaled.back(weight), mask, damping=used, iterations=float(step), penalty=rho)
 
-    return Method("alps", solve, frozenset({Gram}), per="matrix")
+    return Method("alps", solve, frozenset({Gram}), per="matrix", products=100)

@@ -2,7 +2,7 @@
 
 Source: Sun et al., arXiv 2306.11695, section 5 ("pruning with weight update"); published code, `ablate.py`. Sequential:
 the mask of the dense weights, then the update. Iterative: the mask is chosen again in every 128 columns, or in every
-group of M, on the weights as they are updated.
+group of M, on the weights as they are updated. Weights on inputs that are always zero become zero, as published.
 Paper: the published ablations weight calibration sample j by 1/j in the norms. Here every sample counts alike, unless
 `weighting="published"` asks for theirs.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from secateur.core.gram import Gram
 from secateur.core.harmonic import HarmonicNorm
-from secateur.core.linalg import finished, inverse_factor, outputs_target, working_gram
+from secateur.core.linalg import finished, inverse_factor, outputs_target, working_dtype, working_gram
 from secateur.core.patterns import with_group
-from secateur.core.problem import Method, Problem, Refinement, Solution, with_options
+from secateur.core.problem import Method, Problem, Refinement, Solution, at_least, with_options
 from secateur.core.statistics import SquaredNorm
 from secateur.core.sweep import choose_as_it_goes, follow, sweep
 from secateur.errors import PatternError
@@ -30,14 +30,16 @@ def obs_update(*, damping: float = 0.01) -> Refinement:
     ``chain(wanda(), obs_update())`` is the sequential ablation. Weights of the solution before it do not matter.
     Option: `damping`, as in `sparsegpt`. Notes: `obs_update_damping` as used, `reconstruction_error`.
     """
+    at_least(0, "obs_update", damping=damping)
 
     def refine(problem: Problem, solution: Solution) -> Solution:
         gram = working_gram(problem)
         factor, used = inverse_factor(problem.name, gram, damping)
-        weight, mask = sweep(outputs_target(problem, gram, used), factor, follow(solution.mask))
+        target = outputs_target(problem, gram, used)
+        weight, mask = sweep(target, factor, follow(solution.mask), live=gram.diagonal() > 0)
         return finished(problem, weight, mask, obs_update_damping=used)
 
-    return Refinement("obs_update", refine, frozenset({Gram}))
+    return Refinement("obs_update", refine, frozenset({Gram}), products=6)
 
 
 @with_options
@@ -60,7 +62,8 @@ def wanda_iterative(*, damping: float = 0.01, weighting: str = "equal") -> Metho
             norm = problem.statistic(HarmonicNorm).total.sqrt()
         else:
             norm = problem.statistic(SquaredNorm).per_sample().sqrt()
-        return lambda first, weight: weight.abs() * norm[first : first + weight.shape[1]].to(weight)
+        norm = norm.to(problem.weight.device, working_dtype(problem))
+        return lambda first, weight: weight.abs() * norm[first : first + weight.shape[1]]
 
     method = _iterative("wanda_iterative", score, damping)
     return method if weighting == "equal" else replace(method, needs=method.needs | {HarmonicNorm})
@@ -71,12 +74,15 @@ def _iterative(
     score: Callable[[Problem], Callable[[int, Float[Tensor, "out some"]], Float[Tensor, "out some"]]],
     damping: float,
 ) -> Method:
+    at_least(0, name, damping=damping)
+
     def solve(problem: Problem) -> Solution:
         gram = working_gram(problem)
         factor, used = inverse_factor(problem.name, gram, damping)
         pattern = with_group(problem.pattern, "matrix")
         choose, group = choose_as_it_goes(problem.name, pattern, len(problem.weight), score(problem))
-        weight, mask = sweep(outputs_target(problem, gram, used), factor, choose, group=group)
+        target = outputs_target(problem, gram, used)
+        weight, mask = sweep(target, factor, choose, live=gram.diagonal() > 0, group=group)
         return finished(problem, weight, mask, damping=used)
 
-    return Method(name, solve, frozenset({Gram}), per="matrix")
+    return Method(name, solve, frozenset({Gram}), per="matrix", products=6)

@@ -6,7 +6,7 @@ same paper is not part of this.
 """
 
 from secateur.core import scores
-from secateur.core.problem import Method, select, with_options
+from secateur.core.problem import Method, at_least, select, with_options
 from secateur.core.statistics import SquaredNorm
 
 
@@ -16,4 +16,5 @@ def ria(*, exponent: float = 0.5) -> Method:
 
     Option: `exponent`, 0.5 as published; it damps the norm of the input.
     """
+    at_least(0, "ria", exponent=exponent)
     return select("ria", lambda problem: scores.ria(problem, exponent), needs=frozenset({SquaredNorm}), per="matrix")

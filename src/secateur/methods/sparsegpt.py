@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.core.gram import Gram
 from secateur.core.linalg import finished, inverse_factor, outputs_target, working_gram
 from secateur.core.patterns import with_group
-from secateur.core.problem import Method, Problem, Solution, with_options
+from secateur.core.problem import Method, Problem, Solution, at_least, with_options
 from secateur.core.sweep import choose_as_it_goes, sweep
 
 
@@ -25,6 +25,7 @@ def sparsegpt(*, damping: float = 0.01) -> Method:
     Options: `damping`, relative to the mean of the diagonal, 0.01 as published; where it is too little for a Cholesky
     factorisation it is raised tenfold, up to 1. Notes: `damping` as used, `reconstruction_error`.
     """
+    at_least(0, "sparsegpt", damping=damping)
 
     def solve(problem: Problem) -> Solution:
         gram = working_gram(problem)
@@ -36,8 +37,8 @@ def sparsegpt(*, damping: float = 0.01) -> Method:
 
         pattern = with_group(problem.pattern, "matrix")
         choose, group = choose_as_it_goes(problem.name, pattern, len(problem.weight), score)
-        weight = outputs_target(problem, gram, used) * (gram.diagonal() > 0)
-        weight, mask = sweep(weight, factor, choose, group=group)
+        target = outputs_target(problem, gram, used)
+        weight, mask = sweep(target, factor, choose, live=gram.diagonal() > 0, group=group)
         return finished(problem, weight, mask, damping=used)
 
-    return Method("sparsegpt", solve, frozenset({Gram}), per="matrix")
+    return Method("sparsegpt", solve, frozenset({Gram}), per="matrix", products=6)

@@ -7,7 +7,7 @@ from secateur.core.exchange import exchange
 from secateur.core.gram import Gram
 from secateur.core.linalg import finished, right_hand_side, working_gram, working_weight
 from secateur.core.patterns import NM, Unstructured
-from secateur.core.problem import Problem, Refinement, Solution, with_options
+from secateur.core.problem import Problem, Refinement, Solution, at_least, with_options
 from secateur.errors import PatternError
 
 
@@ -23,6 +23,8 @@ def swaps(*, limit: int = 100, candidates: int = 64) -> Refinement:
     best returns, each judged alone, are paired (0 for all pairs, of time ``in²`` per row and swap). Notes: `swaps` in
     all, `reconstruction_error`. Raises `PatternError` for other patterns: a swap may break them.
     """
+    at_least(1, "swaps", limit=limit)
+    at_least(0, "swaps", candidates=candidates)
 
     def refine(problem: Problem, solution: Solution) -> Solution:
         pattern = problem.pattern
@@ -40,4 +42,4 @@ def swaps(*, limit: int = 100, candidates: int = 64) -> Refinement:
         )
         return finished(problem, weight, mask, swaps=float(count))
 
-    return Refinement("swaps", refine, frozenset({Gram}))
+    return Refinement("swaps", refine, frozenset({Gram}), products=200)
