@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
 import tiny
+from secateur import forecast
+from secateur.cli.parsing import method_of
 from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.forecast import Estimate, estimate
 from secateur.models.checkpoint import SINGLE_FILE
+from secateur.models.opened import open_model
 from secateur.report.inspect import detect_pattern
 
 KINDS = [f"model.layers.*.{leaf}.weight" for leaf in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")] + [
@@ -243,6 +247,27 @@ def test_what_gram_matrices_add(model: Path) -> None:
     assert residual.host_bytes > second.host_bytes
     with pytest.raises(PatternError, match="changes no weights"):
         estimate(model, method=secateur.wanda(), targets="dense", **options)
+    automatic = estimate(model, method=secateur.sparsegpt(), statistics_device="auto", **options)
+    assert automatic.notes == second.notes, "auto is where the model is, here as for prune"
+    double = estimate(model, method=secateur.sparsegpt(), dtype="float64", **options)
+    assert double.notes[0] != second.notes[0], "sums of float64 take twice as much"
+
+
+def test_solving_is_part_of_the_estimated_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_multiplication_rate", lambda skeleton, dtype: 1e6)
+    options: dict[str, Any] = {"samples": 10, "length": 48}
+
+    def seconds(name: str, **more: Any) -> float:
+        return estimate(model, method=method_of(name), **options, **more).seconds
+
+    names = ["magnitude", "wanda", "sparsegpt", "sparsegpt+least_squares", "admm", "alps"]
+    assert [seconds(name) for name in names] == sorted({seconds(name) for name in names})
+    orders = [("block", "pruned"), ("site", "pruned"), ("site", "residual"), ("site", "dense")]
+    found = [seconds("alps", within=within, targets=targets) for within, targets in orders]
+    assert found == sorted(set(found))
+    matrices = open_model(model).skeleton.matrices
+    products = sum(matrix.shape[0] * matrix.shape[1] ** 2 for matrix in matrices)
+    assert seconds("sparsegpt+least_squares") - seconds("sparsegpt") == pytest.approx(2 * 25 * products / 1e6)
 
 
 def test_windows_longer_than_the_model_are_noted(model: Path) -> None:
@@ -331,11 +356,12 @@ torch.set_num_threads(1)
 import secateur
 from secateur.forecast import estimate
 folder, out, samples = sys.argv[1], sys.argv[2], int(sys.argv[3])
+method = getattr(secateur, sys.argv[4])()
 ids = torch.randint(256, (samples, 128), generator=torch.Generator().manual_seed(0))
-secateur.prune(folder + "/warm", method=secateur.wanda(), calibration=ids[:2], output=out + "-warm")
+secateur.prune(folder + "/warm", method=method, calibration=ids[:2], output=out + "-warm")
 process = psutil.Process()
 before = process.memory_info().rss
-forecast = estimate(folder + "/model", method=secateur.wanda(), samples=samples, length=128).host_bytes
+forecast = estimate(folder + "/model", method=method, samples=samples, length=128).host_bytes
 peak, stop = [before], threading.Event()
 def watch():
     while not stop.is_set():
@@ -343,19 +369,20 @@ def watch():
         time.sleep(0.002)
 watcher = threading.Thread(target=watch)
 watcher.start()
-secateur.prune(folder + "/model", method=secateur.wanda(), calibration=ids, output=out)
+secateur.prune(folder + "/model", method=method, calibration=ids, output=out)
 stop.set()
 watcher.join()
 print(json.dumps({"before": before, "forecast": forecast, "peak": peak[0]}))
 """
 
 
-def test_the_forecast_of_memory_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "blocks"), [("wanda", 8), ("alps", 2)])
+def test_the_forecast_of_memory_holds(method: str, blocks: int, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
-        LlamaForCausalLM(big(blocks=8, width=512, middle=1024)).save_pretrained(tmp_path / "model")
+        LlamaForCausalLM(big(blocks=blocks, width=512, middle=1024)).save_pretrained(tmp_path / "model")
         LlamaForCausalLM(big(blocks=2, width=64, middle=64)).save_pretrained(tmp_path / "warm")
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "out"), "32"],
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "out"), "32", method],
         capture_output=True,
         text=True,
         timeout=300,

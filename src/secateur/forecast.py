@@ -115,8 +115,7 @@ def estimate(
     plan = make_plan(opened, method, pattern, only=only, skip=skip)
     if targets == "dense":
         check_dense_targets([matrix for matrix in skeleton.matrices if matrix.name in plan])
-    if statistics_device is not None:
-        choose_device(statistics_device, "--statistics-device")
+    kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
     file = gradient_file(gradient, method, skeleton, plan)
     kind = method.gradient if file is None else None  # the gradients that are still to be taken
     samples, length = samples or 128, length or 2048
@@ -132,7 +131,7 @@ def estimate(
         chunk = chunk_sizes(skeleton, samples, length, batch_size, kind.scope, offload_states, first, scratch)
         sizes.take_gradients(plan, kind.scope, 0 if chunk.folder is not None else chunk.bytes)
     if Gram in method.needs:
-        sizes.take_grams(plan, targets, statistics_device)
+        sizes.take_grams(plan, targets, kept_on)
     on_gpu = skeleton.device.type != "cpu"
     host, on_device = sizes.host(on_gpu), sizes.device() if on_gpu else 0
     notes = []
@@ -152,8 +151,8 @@ def estimate(
     if Gram in method.needs:
         notes.append(
             f"The Gram matrices of a block take at most {bytes_text(sizes.grams + sizes.grams_elsewhere)}"
-            f"{f' on {statistics_device}' if sizes.grams_elsewhere else ''}; the time to solve is not part of the "
-            "estimate."
+            f"{f' on {kept_on}' if sizes.grams_elsewhere else ''}, and solving the largest matrix "
+            f"{bytes_text(sizes.solving)}."
         )
     if skeleton.resident:
         notes.append("The whole model is in memory: it was given as a module, or dequantised from GGUF.")
@@ -189,7 +188,7 @@ def estimate(
         host_bytes=host,
         device_bytes=on_device,
         disk_bytes=sizes.total + sizes.gradients,
-        seconds=_seconds(skeleton, plan, tokens, sizes, method, kind, (within == "site") + (targets != "pruned")),
+        seconds=_seconds(skeleton, plan, tokens, sizes, method, kind, _further_forwards(within, targets)),
         available_host_bytes=psutil.virtual_memory().available,
         notes=notes,
     )
@@ -234,23 +233,24 @@ class _Sizes:
         self.activations += 2 * self.batch_tokens * max(graph.values()) * self.skeleton.dtype.itemsize
         self.states = max(self.states, states)
 
-    def take_grams(self, plan: Plan, targets: str, statistics_device: str | None) -> None:
+    def take_grams(self, plan: Plan, targets: str, kept_on: torch.device | None) -> None:
         """Count Gram matrices, one for each matrix as if none shared its input, and the copies that solvers make."""
         by_block: dict[int, int] = {}
         drifts: dict[int, int] = {}  # of what may write to the residual stream
-        widest = 0
+        item = max(4, self.skeleton.dtype.itemsize)
         for matrix in self.skeleton.matrices:
             if matrix.name in plan:
-                by_block[matrix.block] = by_block.get(matrix.block, 0) + 4 * matrix.shape[1] ** 2
-                widest = max(widest, 4 * matrix.shape[1] ** 2)
+                by_block[matrix.block] = by_block.get(matrix.block, 0) + item * matrix.shape[1] ** 2
+                # Memory: what ALPS, the hungriest, was measured to hold: its matrices and what masks are chosen with.
+                solving = item * (4 * matrix.shape[1] ** 2 + 12 * math.prod(matrix.shape))
+                self.solving = max(self.solving, solving)
                 if matrix.shape[0] == self.skeleton.hidden_size and matrix.expert is None:
-                    drifts[matrix.block] = drifts.get(matrix.block, 0) + 4 * math.prod(matrix.shape)
+                    drifts[matrix.block] = drifts.get(matrix.block, 0) + item * math.prod(matrix.shape)
         grams = max(by_block.values()) * (2 if targets == "dense" else 1)
         if targets == "residual":
             grams += max(drifts.values(), default=0)
-        elsewhere = statistics_device is not None and torch.device(statistics_device) != self.skeleton.device
+        elsewhere = kept_on is not None and kept_on.type != self.skeleton.device.type
         self.grams, self.grams_elsewhere = (0, grams) if elsewhere else (grams, 0)
-        self.solving = 3 * widest
         if targets != "pruned":
             self.states *= 2
             self.solving += self.block_computed
@@ -309,32 +309,47 @@ def _seconds(
     kind: GradientKind | None,
     further: int,
 ) -> float:
-    """The forwards of the blocks up to the last planned one, plus reading and writing, which overlap them.
+    """The forwards of the blocks up to the last planned one, Gram matrices, and solving; or reading and writing.
 
-    Two for statistics of inputs, four for gradients of the loss, two more than before for regional ones. `further` are
-    those of sites, which add up to about one, and of the dense model beside the pruned one.
+    Two forwards for statistics of inputs, four for gradients of the loss, two more than before for regional ones, and
+    what `_further_forwards` says. Reading and writing overlap all of it.
     """
     last = max(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
     forwards = 2 + further if method.needs or (kind is not None and kind.scope == "block") else 0
     if kind is not None:
         forwards += 4 if kind.scope == "model" else 2
     work = 2 * forwards * tokens * _weights_of_a_token(skeleton, last)
-    computing = work / _multiplication_rate(skeleton) if tokens else 0.0
+    computing = work / _multiplication_rate(skeleton, skeleton.dtype) if tokens else 0.0
+    planned = [matrix for matrix in skeleton.matrices if matrix.name in plan]
+    products = sum(method.products * math.prod(matrix.shape) * matrix.shape[1] for matrix in planned)
+    if Gram in method.needs:
+        # Matrices of one module and width mostly read the same input: q, k and v; gate and up.
+        share = _share_of_experts(skeleton)
+        inputs = {(_module(matrix.name), matrix.expert, matrix.shape[1]) for matrix in planned}
+        products += sum(tokens * width**2 * (share if expert is not None else 1) for _, expert, width in inputs)
+    if products:
+        wide = torch.promote_types(skeleton.dtype, torch.float32)
+        computing += 2 * products / _multiplication_rate(skeleton, wide)
     moving = (0 if skeleton.resident else sizes.total) / DISK_BYTES_PER_SECOND + sizes.total / DISK_BYTES_PER_SECOND
     return max(computing, moving) + 1
+
+
+def _further_forwards(within: str, targets: str) -> int:
+    """The forwards that sites add, which end early and make about one, and those of the dense model beside it."""
+    beside = {"pruned": 0, "residual": 2, "dense": 4 if within == "site" else 1}
+    return (within == "site") + beside[targets]
 
 
 def forward_seconds(opened: OpenedModel, tokens: int) -> float:
     """About how long one forward of a whole opened model takes, its head included."""
     skeleton = opened.skeleton
     weights = _weights_of_a_token(skeleton, len(skeleton.blocks)) + skeleton.vocabulary_size * skeleton.hidden_size
-    return 2 * tokens * weights / _multiplication_rate(skeleton)
+    return 2 * tokens * weights / _multiplication_rate(skeleton, skeleton.dtype)
 
 
 def _weights_of_a_token(skeleton: Skeleton, last: int) -> float:
     """How many weights of the blocks up to the last one a token is multiplied with."""
-    experts = numbered_experts(skeleton.text_config) or 1
-    share = (getattr(skeleton.text_config, "num_experts_per_tok", None) or 1) / experts
+    share = _share_of_experts(skeleton)
     return sum(
         matrix.shape[0] * matrix.shape[1] * (share if matrix.expert is not None else 1)
         for matrix in skeleton.matrices
@@ -342,11 +357,22 @@ def _weights_of_a_token(skeleton: Skeleton, last: int) -> float:
     )
 
 
-def _multiplication_rate(skeleton: Skeleton) -> float:
+def _module(name: str) -> str:
+    """The module around the module of a weight: model.layers.0.mlp of model.layers.0.mlp.up_proj.weight."""
+    return name.rpartition(".")[0].rpartition(".")[0]
+
+
+def _share_of_experts(skeleton: Skeleton) -> float:
+    """The share of a layer's experts that a token is routed to; 1 without experts."""
+    experts = numbered_experts(skeleton.text_config) or 1
+    return (getattr(skeleton.text_config, "num_experts_per_tok", None) or 1) / experts
+
+
+def _multiplication_rate(skeleton: Skeleton, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a matrix product of the model's width, measured for a moment."""
     width = max((matrix.shape[1] for matrix in skeleton.matrices), default=1024)
-    left = torch.randn(1024, width, device=skeleton.device).to(skeleton.dtype)
-    right = torch.randn(width, 1024, device=skeleton.device).to(skeleton.dtype)
+    left = torch.randn(1024, width, device=skeleton.device).to(dtype)
+    right = torch.randn(width, 1024, device=skeleton.device).to(dtype)
     _ = left @ right
     if skeleton.device.type == "cuda":
         torch.cuda.synchronize()

@@ -39,7 +39,7 @@ class CellEstimate:
 
 @dataclass(frozen=True)
 class SweepEstimate:
-    """The dry run of a sweep. Bytes are totals at the peak; seconds are rough, and leave the solving out."""
+    """The dry run of a sweep. Bytes are totals at the peak; seconds are rough."""
 
     folder: Path
     cells: list[CellEstimate]
