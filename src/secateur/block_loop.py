@@ -256,6 +256,7 @@ class BlockLoop:
                 collected = self._exchange(self.shared, block, collected)
             self.clock.add("statistics forward", started)
             self._solve(block, group, tensors, collected, changed)
+            del collected  # Memory: Gram matrices are gone before the next forward
             self._update(changed, tensors)
         if twin is not None:
             twin.leave(block)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.core.patterns import NM, pattern_from_json
 from secateur.errors import CheckpointError
-from secateur.manifest import Manifest
+from secateur.manifest import Manifest, cautions
 from secateur.models.checkpoint import CARD_FILE
 from secateur.models.writer import writing
 
@@ -186,7 +186,7 @@ def _text(manifest: Manifest, name: str) -> str:
         f"{named}, pruned with {manifest.method} by Secateur "
         f"{manifest.versions['secateur']}: {totals['zeros']:,} of {totals['weights']:,} planned weights are zero "
         f"({100 * totals['sparsity']:.2f} %).",
-        "## Sparsity\n\n" + _kinds_table(manifest),
+        "## Sparsity\n\n" + "\n\n".join([_kinds_table(manifest), *cautions(manifest)]),
         "## Calibration\n\n" + _calibration(manifest),
         *_recovered(manifest),
         f"## Figures\n\n{_section([])}",

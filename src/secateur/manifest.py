@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -77,6 +78,36 @@ class Manifest:
                 result.setdefault(name, []).append(digest)
             section = section.get("earlier")
         return result
+
+
+def cautions(manifest: Manifest) -> list[str]:
+    """What a reader should know of how matrices were solved, in words: more damping than asked for, and few tokens."""
+    options, matrices = manifest.settings.get("options", {}), manifest.matrices
+    found = []
+    for name in ("damping", "least_squares_damping", "obs_update_damping"):
+        part = name.removesuffix("damping").rstrip("_")
+        asked = options.get(f"{part}.damping" if part else "damping")
+        more = {
+            matrix: entry["notes"][name]
+            for matrix, entry in matrices.items()
+            if asked is not None and entry["notes"].get(name, asked) > asked
+        }
+        if more:
+            worst = max(more, key=lambda matrix: more[matrix])
+            found.append(
+                f"{len(more)} of {len(matrices)} matrices could not be solved with {name.replace('_', ' ')} {asked:g} "
+                f"and took more, up to {more[worst]:g} ({worst}): inputs depend on each other, or tokens are too few."
+            )
+    few = [name for name, entry in matrices.items() if (entry["tokens"] or math.inf) < entry["shape"][1]]
+    if few and "Gram" in manifest.settings.get("statistics", ()):
+        worst = min(few, key=lambda matrix: matrices[matrix]["tokens"] / matrices[matrix]["shape"][1])
+        found.append(
+            f"{len(few)} of {len(matrices)} matrices were solved with fewer tokens than they have inputs, least "
+            f"{worst}: {matrices[worst]['tokens']:,} tokens for {matrices[worst]['shape'][1]:,} inputs. What fits "
+            "these tokens may fit no others, however small its reconstruction error: calibrate on more (--samples), or "
+            "use a method that updates no weights."
+        )
+    return found
 
 
 def _text(value: Mapping[str, Any]) -> str:

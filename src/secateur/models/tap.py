@@ -126,10 +126,14 @@ class InputStatistics:
     leader: Mapping[tuple[str, int | None], tuple[str, int | None]]
     by_leader: Mapping[tuple[str, int | None], Mapping[type[Statistic], Statistic]]
 
+    def whole(self, matrix: Matrix) -> Mapping[type[Statistic], Statistic]:
+        """The statistics of all inputs of a matrix's parameter; none when no token reached it."""
+        leader = self.leader.get((matrix.parameter, matrix.expert))
+        return self.by_leader[leader] if leader is not None else {}
+
     def of(self, matrix: Matrix) -> dict[type[Statistic], Statistic]:
         """The statistics of a matrix's inputs; none when no token reached it."""
-        leader = self.leader.get((matrix.parameter, matrix.expert))
-        found = self.by_leader[leader] if leader is not None else {}
+        found = self.whole(matrix)
         if matrix.columns is None:
             return dict(found)
         return {kind: statistic.select(matrix.columns) for kind, statistic in found.items()}
@@ -270,16 +274,20 @@ class InputTap(ProductTap):
             )
         # In the order of the forward, so that the first one named is where the trouble begins.
         order = {key: position for position, key in enumerate(self._leader)}
+        sound: set[int] = set()  # statistics that other matrices share
         for matrix in sorted(matrices, key=lambda matrix: order[(matrix.parameter, matrix.expert)]):
-            for statistic in self.taken.of(matrix).values():
+            for statistic in self.taken.whole(matrix).values():
+                if id(statistic) in sound:
+                    continue
                 if not statistic.is_finite():
                     raise CalibrationError(
                         f"{matrix.name}: its inputs on the calibration samples contain NaN or infinity. "
                         "Is the model itself sound? Try --dtype float32, and check the dense model with secateur eval."
                     )
+                sound.add(id(statistic))
 
     def _tokens(self, matrix: Matrix) -> int:
-        return max((statistic.tokens for statistic in self.taken.of(matrix).values()), default=0)
+        return max((statistic.tokens for statistic in self.taken.whole(matrix).values()), default=0)
 
 
 Inputs = dict[tuple[str, int | None], list[Tensor]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.card import papers, patterns, source_name
-from secateur.manifest import Manifest, read_manifest
+from secateur.manifest import Manifest, cautions, read_manifest
 from secateur.models.checkpoint import Checkpoint
 from secateur.report import checkpoint_tables
 from secateur.report.charts import check_installed
@@ -99,7 +99,7 @@ def _content(
             ("Row structure", f"{share(whole.rows.excess, 1)} beyond chance"),
             ("Time", seconds_text(manifest.seconds.get("total", 0.0))),
         ],
-        "warnings": _warnings(folder, matrices),
+        "warnings": [*_warnings(folder, matrices), *cautions(manifest)],
         "contents": [(anchor, name) for anchor, name, there in contents if there],
         "evaluations": evaluated,
         "sparsity_words": _sparsity_words(matrices),

@@ -15,7 +15,7 @@ from secateur.evaluate.task_differences import TaskComparison
 from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
 from secateur.forecast import Estimate, bytes_text
 from secateur.gradient_file import GradientFile
-from secateur.manifest import Manifest, Verification
+from secateur.manifest import Manifest, Verification, cautions
 from secateur.models.matrices import matrix_kind
 from secateur.report.inspect import Inspection, MatrixSparsity
 from secateur.sweeps.estimate import SweepEstimate
@@ -105,7 +105,8 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
     lines.append(f"{seconds_text(manifest.seconds['total'])} in all" + (f": {', '.join(parts)}." if parts else "."))
     if output is not None:
         lines.append(f"Written to {output}; check it with: secateur verify {output}")
-    return Group(table, *(Text(line) for line in lines))
+    warnings = [Text(caution, style="yellow") for caution in cautions(manifest)]
+    return Group(table, *(Text(line) for line in lines), *warnings)
 
 
 def _area(shape: object) -> int:
