@@ -105,16 +105,38 @@ def project(score: Tensor, kind: str | tuple[int, int], sparsity: float) -> Tens
     return (select_rows if kind == "row" else select_matrix)(score, sparsity)
 
 
-def admm(weight: Tensor, gram: Tensor, kind: str, sparsity: float, *, steps: int = 20, growing: int = 15):
-    """Boža's gradual ADMM for unstructured pruning: (weights, mask)."""
+def partly(score: Tensor, kind: str | tuple[int, int], sparsity: float, share: float) -> Tensor:
+    """The mask on the way to a pattern: of N:M, the zeros that it would have in the end, the lowest ones first."""
+    if not isinstance(kind, tuple):
+        return project(score, kind, round(sparsity * share, 15))
+    last = project(score, kind, sparsity)
+    going = score.masked_fill(last, torch.inf).flatten().sort(stable=True).indices
+    mask = torch.ones(score.numel(), dtype=torch.bool)
+    mask[going[: removed_count(score.numel(), round(sparsity * share, 15))]] = False
+    return mask.view(score.shape)
+
+
+def admm(
+    weight: Tensor,
+    gram: Tensor,
+    kind: str | tuple[int, int],
+    sparsity: float,
+    *,
+    steps: int = 20,
+    growing: int = 15,
+    trace: list[tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Boža's gradual ADMM: (weights, mask). `trace` gets Z and U of every step, in units of normalised inputs."""
     dense, a, norm = normalised(weight, gram, 0.1)
     inverse = torch.linalg.inv(a + torch.eye(len(a), dtype=torch.float64))
     w, u = dense.clone(), torch.zeros_like(dense)
     for t in range(1, steps + 1):
         if t <= growing:
-            mask = project((w + u).abs(), kind, round(sparsity * (1 - (1 - t / growing) ** 3), 15))
+            mask = partly((w + u).abs(), kind, sparsity, 1 - (1 - t / growing) ** 3)
         z = (w + u) * mask
         u = u + w - z
+        if trace is not None:
+            trace.append((z, u))
         w = (dense @ a + (z - u)) @ inverse
     return z / norm, mask
 

@@ -1,5 +1,6 @@
 """The command line, as a person and as a program see it."""
 
+import inspect
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur import cli
 from secateur.errors import NumericalError, PatternError
-from secateur.methods import METHODS
+from secateur.methods import METHODS, REFINEMENTS
 from secateur.models.checkpoint import SINGLE_FILE
 from test_trained import byte_pair_tokenizer
 
@@ -615,6 +616,23 @@ def test_the_names_of_methods() -> None:
     assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == list(METHODS)
     for name, make in METHODS.items():
         assert make().name == name
+
+
+def test_the_options_of_methods_are_documented_with_their_defaults() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    table = text[text.index("| option | of | default |") : text.index("`--option weighting=published`")]
+    documented = {
+        (option, owner): default
+        for option, owners, default in re.findall(r"^\| `([^`]+)` \| (.+?) \| (.+?) \|", table, re.MULTILINE)
+        for owner in re.findall(r"`([^`]+)`", owners)
+    }
+    found = {
+        (option, owner): str(parameter.default).lower().removesuffix(".0").replace("1e-04", "0.0001")
+        for owner, make in {**METHODS, **REFINEMENTS}.items()
+        for option, parameter in inspect.signature(make).parameters.items()
+        if option not in ("alpha", "norm")  # options of the command line itself
+    }
+    assert documented == found
 
 
 # Help

@@ -5,6 +5,7 @@ The loops know transformers, forward hooks and the equations; of Secateur they u
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import reference_solvers
@@ -24,6 +27,7 @@ import secateur
 import tiny
 from secateur.block_statistics import sites
 from secateur.cli.parsing import method_of
+from secateur.core.gradients import GradientNorm
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.harmonic import HarmonicNorm
 from secateur.core.patterns import NM, Pattern, Unstructured
@@ -31,8 +35,8 @@ from secateur.core.problem import Method, Problem, Refinement, Solution, chain, 
 from secateur.core.statistics import SquaredNorm
 from secateur.engine import check_choices, chosen_correction, prune
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
-from secateur.manifest import Manifest, verify
-from secateur.methods import METHODS
+from secateur.manifest import Manifest, cautions, verify
+from secateur.methods import METHODS, REFINEMENTS
 from secateur.methods.least_squares import least_squares
 from secateur.methods.sparsegpt import sparsegpt
 from secateur.methods.wanda import wanda
@@ -43,7 +47,8 @@ from secateur.models.residual import residual_writers
 from secateur.models.skeleton import loaded
 from secateur.models.stream import Stream
 from secateur.models.structure import Block
-from secateur.models.tap import InputTap
+from secateur.report import checkpoint_page
+from secateur.report.terminal import manifest_tables
 
 SAMPLES, LENGTH = 8, 32
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -842,24 +847,45 @@ def test_statistics_kept_where_they_are_anyway(within: str, targets: str) -> Non
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_statistics_elsewhere_take_the_sums_there() -> None:
-    """As far as a machine without a GPU can tell: sums of no content, on the device that has none."""
-    layer = nn.Linear(8, 4, bias=False)
-    tap = InputTap(
-        {"w": (layer.weight, False)}, frozenset({Gram, CrossGram, SquaredNorm}) - {CrossGram}, torch.device("meta")
-    )
-    tap.begin(2, whole=True)
-    with torch.no_grad(), tap:
-        layer(torch.randn(2, 5, 8))
-    tap.end()
-    (statistics,) = tap._statistics.values()
-    for statistic in statistics.values():
-        assert statistic.total.device.type == "meta"
-        assert (statistic.tokens, statistic.samples) == (10, 2)
-    elsewhere = CrossGram.empty(8, "meta")
-    elsewhere.update(torch.randn(5, 8), dense=torch.randn(5, 8))
-    assert elsewhere.total.device.type == "meta"
-    assert elsewhere.tokens == 5
+@pytest.mark.parametrize("kind", [SquaredNorm, HarmonicNorm, Gram, CrossGram])
+def test_statistics_elsewhere_take_the_sums_there(kind: Any) -> None:
+    """Tensors without content, but with devices, which refuse to meet as on a machine that has both."""
+    with FakeTensorMode():
+        x = torch.empty(600, 8)
+        with pytest.raises(RuntimeError, match="two devices"):
+            torch.zeros(8, device="cuda").add_(x[0])
+        statistic = kind.empty(8, "cuda")
+        statistic.update(x, 1, **({"dense": x} if kind is CrossGram else {}))
+        assert statistic.total.device.type == "cuda"
+        assert (statistic.tokens, statistic.samples) == (600, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [*METHODS, *(f"wanda+{name}" for name in REFINEMENTS)])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("statistics_on", ["cuda", "cpu"])
+def test_every_method_gives_the_same_on_a_gpu(name: str, pattern: Pattern, statistics_on: str) -> None:
+    """In float64, statistics beside the weights or in host memory, against the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((48, 640), (900, 640)))
+    first, _, refinement = name.partition("+")
+    method = chain(METHODS[first](), REFINEMENTS[refinement]()) if refinement else METHODS[first]()
+    solutions = []
+    for device, kept_on in (("cpu", "cpu"), ("cuda", statistics_on)):
+        taken = {}
+        for kind in method.needs | {Gram}:
+            taken[kind] = kind.empty(640, kept_on)
+            taken[kind].update(x.to(device), 4)
+        gradient = None
+        if method.gradient is not None:
+            total = torch.randn(48, 640, generator=torch.Generator().manual_seed(1), dtype=torch.float64).abs()
+            gradient = GradientNorm(method.gradient, total.to(device), 900, 4)
+        solutions.append(method.solve(Problem("w", weight.to(device), pattern, taken, gradient)))
+    one, other = solutions
+    assert other.weight.device.type == other.mask.device.type == "cuda"
+    assert torch.equal(one.mask, other.mask.cpu())
+    torch.testing.assert_close(one.weight, other.weight.cpu(), rtol=1e-9, atol=1e-9)
 
 
 def test_a_device_for_statistics_that_is_none(tmp_path: Path) -> None:
@@ -908,6 +934,37 @@ def test_statistics_in_host_memory_of_a_model_on_the_gpu(within: str, targets: s
         assert float(((one[name] != 0) == (two[name] != 0)).double().mean()) > 0.98, name
     first = "model.layers.0.self_attn.q_proj.weight"
     assert torch.allclose(one[first], two[first], rtol=1e-3, atol=1e-5)
+
+
+# What a reader is warned of
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "wanda+least_squares", "magnitude+obs_update"])
+def test_more_damping_than_asked_for_is_said_everywhere(name: str, tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "source")
+    part = name.partition("+")[2]
+    method = method_of(name, [f"{part}.damping=0" if part else "damping=0"])
+    # One token again and again: whatever reads it has a Gram matrix of rank one.
+    manifest = prune(source, method=method, calibration=torch.full((2, 16), 7), output=tmp_path / "out")
+    few, more = sorted(cautions(manifest), key=lambda text: "damping" in text)
+    assert re.search(
+        rf"^\d+ of {len(manifest.matrices)} matrices could not be solved with .*damping 0 and took more", more
+    )
+    worst = max(entry["notes"][f"{part}_damping" if part else "damping"] for entry in manifest.matrices.values())
+    assert f"up to {worst:g} (model.layers." in more
+    assert "were solved with fewer tokens than they have inputs" in few
+    assert more in (tmp_path / "out" / "README.md").read_text()
+    console = Console(width=400, file=io.StringIO())
+    console.print(manifest_tables(manifest, str(tmp_path / "out")))
+    assert more in console.file.getvalue()
+    assert few.partition(",")[0] in checkpoint_page.build(tmp_path / "out").read_text()
+
+
+def test_enough_tokens_and_damping_are_nothing_to_warn_of() -> None:
+    assert cautions(prune(tiny.build("llama"), method=sparsegpt(), calibration=calibration())) == []
+    assert cautions(prune(tiny.build("llama"), method=wanda(), calibration=calibration()[:1, :8])) == []
+    (few,) = cautions(prune(tiny.build("llama"), method=sparsegpt(), calibration=calibration()[:1, :8]))
+    assert "8 tokens for " in few
 
 
 # Chains by name

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_sparsegpt_is_the_published_loop_on_real_matrices(
     SELECTIONS[:7],
     ids=lambda value: "" if callable(value) and not isinstance(value, Pattern) else str(value),
 )
-@pytest.mark.parametrize(("rows", "width"), [(24, 264), (1, 24), (40, 120), (7, 144)])
+@pytest.mark.parametrize(("rows", "width"), [(24, 264), (1, 24), (40, 120), (7, 144), (5, 1104)])
 def test_sparsegpt_is_the_published_loop(rows: int, width: int, pattern: Pattern, select: Any, every: int) -> None:
     if isinstance(pattern, NM) and width % pattern.m:
         pytest.skip(f"{width} columns do not divide into groups of {pattern.m}")
@@ -185,6 +186,18 @@ def test_sparsegpt_with_dead_inputs() -> None:
     torch.testing.assert_close(solution.weight, expected, rtol=0, atol=1e-9)
     sparse = dataclasses.replace(given, pattern=Unstructured(0.01))
     assert not bool(sparsegpt().solve(sparse).weight[:, [0, 5, 77, 139]].any()), "and are zero when nothing has to go"
+
+
+@pytest.mark.parametrize("name", ["magnitude_iterative", "wanda_iterative", "magnitude+obs_update"])
+def test_ablations_with_dead_inputs(name: str) -> None:
+    x = correlated(300, 140)
+    x[:, [0, 5, 77, 139]] = 0
+    given = problem(normal(9, 140, 1), x, Unstructured(0.1), torch.float64)
+    method = chain(magnitude(), obs_update()) if "+" in name else METHODS[name]()
+    solution = method.solve(given)
+    assert not bool(solution.weight[:, [0, 5, 77, 139]].any()), "zero, whatever the mask says, as published"
+    if "+" in name:
+        assert torch.equal(solution.mask, magnitude().solve(given).mask)
 
 
 def test_the_first_scores_of_sparsegpt_are_those_of_wanda_for_independent_inputs() -> None:
@@ -250,15 +263,15 @@ def test_iterative_ablations_are_the_published_loop(pattern: Pattern, select: An
 # ADMM and ALPS
 
 
-@pytest.mark.parametrize("per", ["row", "matrix"])
+@pytest.mark.parametrize("kind", ["row", "matrix", (2, 4), (4, 8), (1, 4)], ids=str)
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
-def test_admm_is_the_published_iteration(per: Any, sparsity: float) -> None:
-    given = problem(normal(12, 40, 1), correlated(300, 40, outliers=(3,)), Unstructured(sparsity, per), torch.float64)
+def test_admm_is_the_published_iteration(kind: Any, sparsity: float) -> None:
+    pattern: Pattern = NM(*kind) if isinstance(kind, tuple) else Unstructured(sparsity, kind)
+    given = problem(normal(12, 40, 1), correlated(300, 40, outliers=(3,)), pattern, torch.float64)
     solution = admm().solve(given)
-    expected, mask = reference_solvers.admm(given.weight, gram_of(given), per, sparsity)
-    assert int((solution.mask != mask).sum()) <= 2  # the growing sparsity is a rounded number in the reference
-    if torch.equal(solution.mask, mask):
-        torch.testing.assert_close(solution.weight, expected, rtol=0, atol=1e-9)
+    expected, mask = reference_solvers.admm(given.weight, gram_of(given), kind, pattern.sparsity)
+    assert torch.equal(solution.mask, mask)
+    torch.testing.assert_close(solution.weight, expected, rtol=0, atol=1e-9)
     assert (solution.notes["iterations"], solution.notes["penalty"]) == (20.0, 1.0)
 
 
@@ -267,6 +280,30 @@ def test_admm_with_a_settled_mask_ends_at_least_squares() -> None:
     solution = admm(iterations=3000, growing=1).solve(given)
     exact = least_squares(damping=0.1, exact=True).refine(given, solution)
     torch.testing.assert_close(solution.weight, exact.weight, rtol=0, atol=1e-9)
+
+
+def test_admm_with_a_settled_mask_comes_closer_with_every_step() -> None:
+    """Boyd et al., 2011, section 3.3: with its convex set ``rho ||Z - Z*||² + ||U - U*||² / rho`` never grows."""
+    given = problem(normal(6, 24, 1), correlated(200, 24), Unstructured(0.5), torch.float64)
+    trace: list[tuple[Tensor, Tensor]] = []
+    reference_solvers.admm(given.weight, gram_of(given), "matrix", 0.5, steps=2000, growing=1, trace=trace)
+    last = trace[-1]
+    distance = [float(sum((one - other).square().sum() for one, other in zip(at, last, strict=True))) for at in trace]
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(distance[:201]))
+    assert distance[200] < 1e-3 * distance[0]
+    norm = gram_of(given).diagonal().sqrt()
+    for steps in range(1, 8):
+        solution = admm(iterations=steps, growing=1).solve(given)
+        torch.testing.assert_close(solution.weight, trace[steps - 1][0] / norm, rtol=0, atol=1e-9)
+
+
+@every_pattern
+def test_each_step_of_the_polish_of_alps_lowers_the_error_of_every_row(pattern: Pattern) -> None:
+    given = problem(normal(12, 40, 1), correlated(300, 40, outliers=(3,)), pattern, torch.float64)
+    errors = [damped_error(given, alps(polish=steps).solve(given).weight, 0.01) for steps in range(8)]
+    for before, after in pairwise(errors):
+        assert bool((after <= before * (1 + 1e-9)).all())
+    assert float(errors[-1].sum()) < float(errors[0].sum())
 
 
 @pytest.mark.parametrize("kind", ["row", "matrix", (2, 4)], ids=str)
@@ -320,13 +357,12 @@ def test_exact_least_squares_in_small_chunks(monkeypatch: pytest.MonkeyPatch) ->
 def test_conjugate_gradients_reach_exact_least_squares(pattern: Pattern) -> None:
     given = problem(normal(10, 48, 1), correlated(300, 48, outliers=(5,)), pattern, torch.float64)
     exact = chain(wanda(), least_squares(exact=True)).solve(given)
-    many = chain(wanda(), least_squares(iterations=200)).solve(given)
+    many = chain(wanda(), least_squares(iterations=200, tolerance=0.0)).solve(given)
     assert many.notes["least_squares_iterations"] < 200, "they rest when they are there"
     torch.testing.assert_close(many.weight, exact.weight, rtol=0, atol=1e-5)
-    assert (
-        chain(wanda(), least_squares()).solve(given).notes["reconstruction_error"]
-        < 1.02 * (exact.notes["reconstruction_error"])
-    )
+    few = chain(wanda(), least_squares()).solve(given)
+    assert few.notes["least_squares_iterations"] < 32, "they stop where further steps gain next to nothing"
+    assert few.notes["reconstruction_error"] < 1.002 * exact.notes["reconstruction_error"]
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "admm"])
@@ -335,7 +371,7 @@ def test_each_conjugate_gradient_step_lowers_the_error_of_every_row(name: str, p
     given = problem(normal(10, 48, 1), correlated(300, 48, outliers=(5,)), pattern, torch.float64)
     before = damped_error(given, METHODS[name]().solve(given).weight, 0.01)
     for iterations in range(1, 8):
-        solution = chain(METHODS[name](), least_squares(iterations=iterations)).solve(given)
+        solution = chain(METHODS[name](), least_squares(iterations=iterations, tolerance=0.0)).solve(given)
         after = damped_error(given, solution.weight, 0.01)
         assert bool((after <= before * (1 + 1e-9)).all())
         before = after
@@ -543,6 +579,10 @@ def test_unhealthy_grams_are_damped_until_they_can_be_solved(
         assert solution.notes["reconstruction_error"] <= 1.01
         if kind != "zero" and damping is None:
             assert float(solution.weight.abs().max()) < 1e6
+            plain = magnitude() if name == "magnitude_iterative" else wanda()
+            own = plain.solve(dataclasses.replace(given, weight=given.weight.float()))
+            error = reference_solvers.error(given.weight.float(), own.weight, unhealthy()[kind])
+            assert solution.notes["reconstruction_error"] <= 1.05 * error + 1e-3, "an update is worth its while"
 
 
 @every_solver
@@ -551,6 +591,19 @@ def test_bfloat16_weights_are_solved_in_float32_and_rounded_once(name: str) -> N
     wide = dataclasses.replace(given, weight=given.weight.float())
     half = dataclasses.replace(given, weight=given.weight.bfloat16())
     one, other = METHODS[name]().solve(half), METHODS[name]().solve(wide)
+    assert torch.equal(one.mask, other.mask)
+    assert torch.equal(one.weight, other.weight.bfloat16())
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, *(f"wanda+{name}" for name in REFINEMENTS)])
+def test_float64_sums_are_solved_in_float64_whatever_the_dtype_of_the_weights(name: str) -> None:
+    x = correlated(300, 64).double()
+    given = Problem("w", normal(12, 64, 1).bfloat16(), NM(2, 4), statistics(x))
+    wide = dataclasses.replace(given, weight=given.weight.double())
+    first, _, refinement = name.partition("+")
+    method = chain(METHODS[first](), REFINEMENTS[refinement]()) if refinement else METHODS[first]()
+    one, other = method.solve(given), method.solve(wide)
+    assert (one.weight.dtype, other.weight.dtype) == (torch.bfloat16, torch.float64)
     assert torch.equal(one.mask, other.mask)
     assert torch.equal(one.weight, other.weight.bfloat16())
 
@@ -623,13 +676,33 @@ def test_least_squares_for_dense_targets_is_least_squares_on_the_tokens() -> Non
 # The synthetic check
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(4, 8), NM(2, 4)], ids=str)
+def test_with_fewer_tokens_than_inputs_an_update_fits_these_tokens_alone() -> None:
+    weight, x, held_out = normal(32, 64, 1), correlated(20, 64, 11), correlated(2000, 64, 21)
+    given = problem(weight, x, Unstructured(0.5, "row"))
+    own, others = {}, {}
+    for name, method in {"wanda": wanda(), "fitted": chain(wanda(), least_squares()), "sparsegpt": sparsegpt()}.items():
+        solution = method.solve(given).weight
+        own[name] = reference_solvers.error(weight, solution, x)
+        others[name] = reference_solvers.error(weight, solution, held_out)
+    assert own["fitted"] < 0.001 < 0.02 < own["wanda"]
+    assert own["sparsegpt"] < own["wanda"]
+    assert others["wanda"] < others["fitted"] < others["sparsegpt"]
+
+
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.5), Unstructured(0.6), Unstructured(0.7), NM(4, 8), NM(2, 4)], ids=str
+)
 def test_the_order_of_the_solvers_on_held_out_inputs(pattern: Pattern) -> None:
+    """A layer of 384 x 512, as many held-out tokens as it was solved with, four inputs twenty times as large.
+
+    Where swaps alone come depends on the inputs: here and unstructured before SparseGPT, with smaller outliers behind.
+    """
     outliers = (3, 50, 90, 100)
-    x, held_out = correlated(2048, 384, 0, outliers), correlated(2048, 384, 1, outliers)
-    given = problem(normal(96, 384, 2), x, pattern)
+    x, held_out = correlated(4096, 512, 10, outliers), correlated(4096, 512, 20, outliers)
+    given = problem(normal(384, 512, 30), x, pattern)
     methods = {
         "magnitude": magnitude(),
+        "ria": ria(),
         "wanda": wanda(),
         "wanda+swaps": chain(wanda(), swaps()),
         "sparsegpt": sparsegpt(),
@@ -644,11 +717,19 @@ def test_the_order_of_the_solvers_on_held_out_inputs(pattern: Pattern) -> None:
         name: reference_solvers.error(given.weight, method.solve(given).weight, held_out)
         for name, method in methods.items()
     }
-    ascending = ["alps", "admm+least_squares", "sparsegpt+least_squares", "wanda+least_squares", "wanda", "magnitude"]
-    assert [errors[name] for name in ascending] == sorted(errors[name] for name in ascending), errors
-    assert errors["admm"] < errors["sparsegpt"] < errors["wanda"]
+    falling = [
+        "magnitude",
+        "ria",
+        "wanda",
+        "wanda+least_squares",
+        "sparsegpt+least_squares",
+        "admm+least_squares",
+        "alps",
+    ]
+    assert [errors[name] for name in falling] == sorted((errors[name] for name in falling), reverse=True), errors
+    assert errors["admm+least_squares"] < errors["admm"] < errors["sparsegpt"] < errors["wanda"]
     assert errors["wanda+swaps"] < errors["wanda"]
-    assert errors["wanda+swaps+least_squares"] < errors["wanda+least_squares"]
+    assert errors["wanda+swaps+least_squares"] < min(errors["wanda+least_squares"], errors["sparsegpt"])
 
 
 # Parts
@@ -670,15 +751,62 @@ def test_the_damping_that_was_used_is_in_the_notes() -> None:
     assert sparsegpt().solve(given).notes["damping"] == 0.01
 
 
-@every_solver
+@pytest.mark.parametrize("name", [*SOLVERS, "wanda+least_squares", "wanda+exact", "wanda+obs_update"])
 def test_past_the_ladder_the_matrix_is_named(name: str) -> None:
     total = torch.eye(8)
     total[0, 1] = total[1, 0] = 5.0  # no sum of squares has this
     given = Problem("model.layers.3.w", normal(4, 8, 1), NM(2, 4), {Gram: Gram(total, 9, 1)})
+    refinements = {
+        "wanda+least_squares": least_squares(),
+        "wanda+exact": least_squares(exact=True),
+        "wanda+obs_update": obs_update(),
+    }
+    pair = torch.arange(8).expand(4, 8) < 2  # keeps the two inputs that no sum of squares has
+    method = chain(start_from(pair), refinements[name]) if name in refinements else METHODS[name]()
     with pytest.raises(
         NumericalError, match=r"^model\.layers\.3\.w: the Gram matrix of its inputs has no Cholesky fac"
     ):
-        METHODS[name]().solve(given)
+        method.solve(given)
+
+
+BAD_OPTIONS: list[tuple[Callable[..., Any], dict[str, float], str]] = [
+    (sparsegpt, {"damping": -1}, "sparsegpt: damping must be at least 0, got -1"),
+    (sparsegpt, {"damping": math.nan}, "sparsegpt: damping must be at least 0, got nan"),
+    (magnitude_iterative, {"damping": -1}, "magnitude_iterative: damping must be at least 0"),
+    (wanda_iterative, {"damping": -1}, "wanda_iterative: damping must be at least 0"),
+    (obs_update, {"damping": -0.5}, "obs_update: damping must be at least 0, got -0.5"),
+    (ria, {"exponent": -1}, "ria: exponent must be at least 0"),
+    (admm, {"damping": math.inf}, "admm: damping must be at least 0, got inf"),
+    (admm, {"penalty": 0}, "admm: penalty must be above 0, got 0"),
+    (admm, {"iterations": 0}, "admm: iterations must be at least 1, got 0"),
+    (admm, {"growing": 0}, "admm: growing must be at least 1, got 0"),
+    (alps, {"damping": -1}, "alps: damping must be at least 0"),
+    (alps, {"penalty": -1}, "alps: penalty must be above 0, got -1"),
+    (alps, {"iterations": 0}, "alps: iterations must be at least 1"),
+    (alps, {"polish": -1}, "alps: polish must be at least 0"),
+    (alps, {"settled": -1}, "alps: settled must be at least 0"),
+    (least_squares, {"damping": -1}, "least_squares: damping must be at least 0"),
+    (least_squares, {"iterations": -5}, "least_squares: iterations must be at least 1, got -5"),
+    (least_squares, {"tolerance": -1}, "least_squares: tolerance must be at least 0"),
+    (swaps, {"limit": 0}, "swaps: limit must be at least 1"),
+    (swaps, {"candidates": -1}, "swaps: candidates must be at least 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), BAD_OPTIONS, ids=[message for *_, message in BAD_OPTIONS])
+def test_options_out_of_range_are_refused_before_anything_runs(
+    make: Callable[..., Any], options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(PatternError, match=f"^{message}"):
+        make(**options)
+
+
+def test_options_at_the_edge_of_their_range_work() -> None:
+    given = problem(normal(8, 24, 1), correlated(200, 24), Unstructured(0.5))
+    for method in (admm(iterations=1, growing=1), alps(iterations=1, polish=0, settled=0.0), ria(exponent=0.0)):
+        assert given.pattern.violation(method.solve(given).mask) is None
+    for refinement in (least_squares(iterations=1, tolerance=0.0), swaps(limit=1, candidates=0)):
+        assert given.pattern.violation(chain(wanda(), refinement).solve(given).mask) is None
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 511, 512, 513, 1100])
