@@ -29,6 +29,22 @@ def test_gram_is_the_sum_of_outer_products() -> None:
     torch.testing.assert_close(gram(x[:20], x[20:]).total.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 300, 1024, 1025, 1300])
+def test_wide_grams_are_whole_and_symmetric(width: int) -> None:
+    """Only the upper triangle is multiplied, in panels; looking at it in between changes nothing."""
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, looked_at = gram(x[:10], x[10:]), gram(x[:10])
+    torch.testing.assert_close(looked_at.total, x[:10].t() @ x[:10])
+    assert looked_at.is_finite()
+    looked_at.update(x[10:])
+    merged = gram(x[:10])
+    merged.merge(gram(x[10:]))
+    for statistic in (whole, looked_at, merged):
+        torch.testing.assert_close(statistic.total, x.t() @ x)
+        outside = torch.ones(width, width).triu(256).bool()  # of every panel's own square
+        assert torch.equal(statistic.total[outside], statistic.total.t()[outside])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     x = (data(300) * 200).to(dtype)

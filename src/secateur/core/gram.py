@@ -10,6 +10,8 @@ from torch import Tensor
 
 from secateur.core.statistics import SquaredNorm
 
+NARROW, WIDE = 128, 256  # rows of a Gram matrix that are multiplied at once, up to 1,024 inputs and beyond
+
 
 @contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
@@ -74,19 +76,53 @@ class _SecondMoments:
         return bool(self.total.isfinite().all())
 
 
+def _panels(width: int) -> list[tuple[int, int]]:
+    """Where the rows begin and end that are multiplied at once, each from its diagonal on."""
+    rows = NARROW if width <= 4 * WIDE else WIDE
+    return [(start, min(start + rows, width)) for start in range(0, width, rows)]
+
+
 class Gram(_SecondMoments):
     """Sum over tokens of ``x xᵀ``: ``total_jk = sum_t x_tj x_tk``, of shape (in, in).
 
     Sums are float32, and float64 from the first float64 tokens on; half-precision tokens are widened batch by batch.
     The Hessian of the squared error of one output row is ``2 total / samples``.
 
+    Products are taken for the upper triangle alone, and mirrored when `total` is next asked for.
+
     Source: Frantar and Alistarh, SparseGPT (arXiv 2301.00774), section 3. The published code keeps the running mean
     ``2 total / samples``.
     """
 
+    _sums: Tensor
+    _mirrored: bool
+
+    @property
+    def total(self) -> Float[Tensor, "in in"]:
+        """The sum, both triangles."""
+        if not self._mirrored:
+            for start, stop in _panels(len(self._sums)):
+                self._sums[stop:, start:stop].copy_(self._sums[start:stop, stop:].t())
+            self._mirrored = True
+        return self._sums
+
+    @total.setter
+    def total(self, sums: Float[Tensor, "in in"]) -> None:
+        self._sums, self._mirrored = sums, True
+
     def update(self, x: Float[Tensor, "tokens in"], samples: int = 0) -> None:
-        """Add the outer products of `x`, any float dtype."""
-        self.total = add_product(self.total, x, x)
+        """Add the outer products of `x`, any float dtype and device."""
+        wide = torch.promote_types(x.dtype, self._sums.dtype)
+        self._sums, x = self._sums.to(wide), x.to(wide)
+        with full_precision():
+            for start, stop in _panels(len(self._sums)):
+                panel = self._sums.narrow(0, start, stop - start).narrow(1, start, len(self._sums) - start)
+                columns = x[:, start:]
+                if panel.device == x.device:
+                    panel.addmm_(columns[:, : stop - start].t(), columns)
+                else:
+                    panel.add_((columns[:, : stop - start].t() @ columns).to(panel.device))
+        self._mirrored = False
         self.tokens += x.shape[0]
         self.samples += samples
 
@@ -126,8 +162,7 @@ def add_product(
     """``total + leftᵀ right``, in place unless the sum has to be widened; products keep all 24 bits."""
     wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), total.dtype)
     total = total.to(wide)
-    # Memory: one float32 copy of half-precision tokens serves both sides.
-    left, right = (left.to(wide),) * 2 if left is right else (left.to(wide), right.to(wide))
+    left, right = left.to(wide), right.to(wide)
     with full_precision():
         if total.device == left.device:
             return total.addmm_(left.t(), right)
