@@ -960,6 +960,13 @@ def test_more_damping_than_asked_for_is_said_everywhere(name: str, tmp_path: Pat
     assert few.partition(",")[0] in checkpoint_page.build(tmp_path / "out").read_text()
 
 
+def test_an_update_that_swaps_undo_is_said() -> None:
+    (said,) = cautions(prune(tiny.build("llama"), method=method_of("sparsegpt+swaps"), calibration=calibration()))
+    assert said.startswith("Swaps put the dense weights of 21 of 21 matrices back: ")
+    for name in ("wanda+swaps", "sparsegpt+swaps+least_squares"):
+        assert cautions(prune(tiny.build("llama"), method=method_of(name), calibration=calibration())) == []
+
+
 def test_enough_tokens_and_damping_are_nothing_to_warn_of() -> None:
     assert cautions(prune(tiny.build("llama"), method=sparsegpt(), calibration=calibration())) == []
     assert cautions(prune(tiny.build("llama"), method=wanda(), calibration=calibration()[:1, :8])) == []

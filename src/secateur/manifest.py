@@ -81,7 +81,10 @@ class Manifest:
 
 
 def cautions(manifest: Manifest) -> list[str]:
-    """What a reader should know of how matrices were solved, in words: more damping than asked for, and few tokens."""
+    """What a reader should know of how matrices were solved, in words.
+
+    More damping than was asked for, fewer tokens than inputs, and updates of weights that swaps have undone.
+    """
     options, matrices = manifest.settings.get("options", {}), manifest.matrices
     found = []
     for name in ("damping", "least_squares_damping", "obs_update_damping"):
@@ -106,6 +109,12 @@ def cautions(manifest: Manifest) -> list[str]:
             f"{worst}: {matrices[worst]['tokens']:,} tokens for {matrices[worst]['shape'][1]:,} inputs. What fits "
             "these tokens may fit no others, however small its reconstruction error: calibrate on more (--samples), or "
             "use a method that updates no weights."
+        )
+    undone = [name for name, entry in matrices.items() if entry["notes"].get("dropped_update")]
+    if any(matrices[name]["kept_identical"] for name in undone):
+        found.append(
+            f"Swaps put the dense weights of {len(undone)} of {len(matrices)} matrices back: of the method before them "
+            "the mask was kept and the update was not. End the chain with +least_squares."
         )
     return found
 

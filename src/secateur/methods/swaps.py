@@ -21,7 +21,8 @@ def swaps(*, limit: int = 100, candidates: int = 64) -> Refinement:
 
     Options: at most `limit` swaps per row; of unstructured rows only the `candidates` best removals and the as many
     best returns, each judged alone, are paired (0 for all pairs, of time ``in²`` per row and swap). Notes: `swaps` in
-    all, `reconstruction_error`. Raises `PatternError` for other patterns: a swap may break them.
+    all, `dropped_update` 1 where the method before had updated weights, `reconstruction_error`. Raises `PatternError`
+    for other patterns: a swap may break them.
     """
     at_least(1, "swaps", limit=limit)
     at_least(0, "swaps", candidates=candidates)
@@ -40,6 +41,7 @@ def swaps(*, limit: int = 100, candidates: int = 64) -> Refinement:
             limit=limit,
             candidates=candidates,
         )
-        return finished(problem, weight, mask, swaps=float(count))
+        updated = bool((solution.mask & solution.weight.ne(problem.weight)).any())
+        return finished(problem, weight, mask, swaps=float(count), **({"dropped_update": 1.0} if updated else {}))
 
     return Refinement("swaps", refine, frozenset({Gram}), products=200)
