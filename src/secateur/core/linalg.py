@@ -47,15 +47,17 @@ def working_gram(problem: Problem) -> Float[Tensor, "in in"]:
 
 
 @full_precision()
-def right_hand_side(problem: Problem, gram: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
+def right_hand_side(
+    problem: Problem, gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"] | None = None
+) -> Float[Tensor, "out in"]:
     """The right-hand side of the normal equations ``W' G = B``: what decides which outputs a matrix is fitted to.
 
     ``B = W G`` fits it to its own outputs ``W X``. A problem with a `CrossGram` is fitted to the outputs ``W X_dense``
     that the dense model has: ``B = W C`` with ``C = sum x_dense xᵀ``. A problem with a `drift` makes up for it as well:
-    ``B = W G + sum e xᵀ``.
+    ``B = W G + sum e xᵀ``. `weight` is the problem's `working_weight`, where it has been made already.
     """
     cross = problem.statistics.get(CrossGram)
-    weight = working_weight(problem)
+    weight = working_weight(problem) if weight is None else weight
     right = weight @ (gram if cross is None else problem.statistic(CrossGram).total.to(gram))
     return right if problem.drift is None else right.add_(problem.drift.to(right))
 
@@ -71,7 +73,7 @@ def outputs_target(problem: Problem, gram: Float[Tensor, "in in"], damping: floa
     if CrossGram not in problem.statistics and problem.drift is None:
         return weight
     matrix, added = gram.clone(), damping * gram.diagonal().mean()
-    right = right_hand_side(problem, gram).add_(weight * added)
+    right = right_hand_side(problem, gram, weight).add_(weight * added)
     matrix.diagonal().add_(added).masked_fill_(matrix.diagonal() == 0, 1.0)
     factor = cholesky(matrix)
     if factor is None:
@@ -245,7 +247,7 @@ def normalise(problem: Problem) -> Normalised:
     gram, weight = working_gram(problem), working_weight(problem)
     norm = gram.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(norm > 0, norm.reciprocal(), 0)
-    right = right_hand_side(problem, gram).mul_(inverse)
+    right = right_hand_side(problem, gram, weight).mul_(inverse)
     gram = (gram * inverse).mul_(inverse.unsqueeze(1)).fill_diagonal_(1.0)
     return Normalised(problem, gram, weight * norm, right, norm)
 

@@ -35,7 +35,7 @@ def swaps(*, limit: int = 100, candidates: int = 64) -> Refinement:
         mask, count = exchange(
             weight,
             gram,
-            right_hand_side(problem, gram),
+            right_hand_side(problem, gram, weight),
             solution.mask,
             group=pattern.m if isinstance(pattern, NM) else None,
             limit=limit,
