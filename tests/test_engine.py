@@ -1040,3 +1040,13 @@ def test_the_manifest_says_what_was_left_out_and_why(tmp_path):
     checkpoint = Checkpoint(source)
     total = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names)
     assert planned + sum(row["weights"] for row in rows.values()) == total
+
+
+def test_a_file_of_token_ids_needs_no_tokenizer(tmp_path):
+    source = tiny.save("llama", tmp_path / "source")
+    assert not (source / "tokenizer.json").exists()
+    ids = tiny.tokens()
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    one = prune(source, method=wanda(), calibration=str(tmp_path / "ids.safetensors"), output=tmp_path / "one")
+    other = prune(source, method=wanda(), calibration=ids, output=tmp_path / "other")
+    assert one.tensors == other.tensors

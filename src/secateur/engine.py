@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.block_loop import BlockLoop, Clock, Event, OnEvent
-from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
+from secateur.calibration import Windows
 from secateur.card import write_card
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.patterns import NM, Pattern, Unstructured, with_group
@@ -24,6 +24,7 @@ from secateur.errors import CalibrationError, PatternError
 from secateur.gradient_file import GradientFile
 from secateur.gradient_pass import collect, gradient_batch_size
 from secateur.manifest import Manifest, file_digests, tensor_digest
+from secateur.model_windows import model_windows
 from secateur.models.matrices import Matrix
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.skeleton import Skeleton
@@ -111,17 +112,16 @@ def prune(
         windows = None
         if method.needs or (method.gradient is not None and given is None):
             on_event(Event("calibrate"))
-            windows = calibration_windows(
+            windows = model_windows(
+                opened,
                 calibration,
-                tokenizer or (None if isinstance(calibration, Tensor | Windows) else opened.load_tokenizer()),
+                tokenizer,
                 samples=samples,
                 length=length,
                 seed=seed,
-                sampling=sampling,  # type: ignore[arg-type]  # checked there
+                sampling=sampling,
                 progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
             )
-            check_vocabulary(windows, skeleton.vocabulary_size)
-            check_length(windows, skeleton.positions)
             if given is not None:
                 given.check_tokens(windows.digest, windows.samples, windows.length)
         needs = method.needs | ({CrossGram} if targets == "dense" else frozenset())

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import secateur
-from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
+from secateur.calibration import Windows
 from secateur.core.checks import check_weight
 from secateur.core.gradients import GradientKind, Granularity, Norm, Scope
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.manifest import tensor_digest
+from secateur.model_windows import model_windows
 from secateur.models.backward import BlockGradients, model_gradients, regional_gradients
 from secateur.models.matrices import Matrix, numbered_experts, tapped
 from secateur.models.opened import OpenedModel, open_model
@@ -81,17 +82,16 @@ def gradients(
         skeleton = opened.skeleton
         names = set(matching({matrix.name: matrix.shape for matrix in skeleton.matrices}, only=only, skip=skip))
         matrices = [matrix for matrix in skeleton.matrices if matrix.name in names]
-        windows = calibration_windows(
+        windows = model_windows(
+            opened,
             calibration,
-            tokenizer or (None if isinstance(calibration, Tensor | Windows) else opened.load_tokenizer()),
+            tokenizer,
             samples=samples,
             length=length,
             seed=seed,
-            sampling=sampling,  # type: ignore[arg-type]  # checked there
+            sampling=sampling,
             progress=lambda done, total: progress("calibrate", done, total),
         )
-        check_vocabulary(windows, skeleton.vocabulary_size)
-        check_length(windows, skeleton.positions)
         return collect(
             opened,
             windows,

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from secateur.block_loop import Clock, Event, OnEvent
-from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
+from secateur.calibration import Windows
 from secateur.card import write_card
 from secateur.engine import run_versions
 from secateur.errors import CalibrationError
 from secateur.manifest import Manifest, file_digests, read_manifest
+from secateur.model_windows import model_windows
 from secateur.models.checkpoint import locate
 from secateur.models.matrices import Matrix
 from secateur.models.opened import OpenedModel, open_model
@@ -103,17 +104,16 @@ def reconstruct(
     clock = Clock(synchronise=skeleton.device.type == "cuda")
     began = time.perf_counter()
     on_event(Event("calibrate"))
-    windows = calibration_windows(
+    windows = model_windows(
+        opened,
         calibration,
-        tokenizer or (None if isinstance(calibration, Tensor | Windows) else opened.load_tokenizer()),
+        tokenizer,
         samples=samples,
         length=length,
         seed=seed,
-        sampling=sampling,  # type: ignore[arg-type]  # checked there
+        sampling=sampling,
         progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
     )
-    check_vocabulary(windows, skeleton.vocabulary_size)
-    check_length(windows, skeleton.positions)
     clock.add("calibrate", began)
     split = Split.of(windows, held_out, step, batch_size or default_batch_size(windows.length, skeleton.device))
     tuning = Tuning(split.steps, split.held_batches, epochs, learning_rate, patience, seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.block_loop import Event
-from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary, evaluation_windows
+from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
 from secateur.calibration.corpora import is_token_file
 from secateur.core.gradients import Granularity, Norm, Scope
 from secateur.core.problem import Method
@@ -21,6 +21,7 @@ from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
 from secateur.gradient_file import GradientFile
 from secateur.gradient_pass import gradient_batch_size, gradients
+from secateur.model_windows import model_windows
 from secateur.models.memory import trim
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import default_batch_size
@@ -127,7 +128,8 @@ class SweepLoop:
         if not any(task.method.needs or task.method.gradient is not None for task in self._to_prune()):
             return
         held = self.settings
-        self.calibration = calibration_windows(
+        self.calibration = model_windows(
+            opened,
             calibration,
             self.tokenizer,
             samples=held["samples"],
@@ -136,8 +138,6 @@ class SweepLoop:
             sampling=held["sampling"],
             progress=lambda done, total: self._stage(None, "calibration", done, total),
         )
-        check_vocabulary(self.calibration, opened.skeleton.vocabulary_size)
-        check_length(self.calibration, opened.skeleton.positions)
         self._note_digest("calibration", self.calibration)
         for task in (task for task in self.tasks if task.method.needs or task.method.gradient is not None):
             size = _batch_size(opened, task.method, self.calibration.length, self.options["batch_size"])
