@@ -152,6 +152,12 @@ def test_contract(name: str, pattern: Pattern, dtype: torch.dtype) -> None:
         assert not bool(same.all()), "kept weights make up for the removed ones"
 
 
+def sums(statistic: Any) -> str:
+    """All that a statistic holds, as text."""
+    public = {name: value for name, value in vars(statistic).items() if not name.startswith("_")}
+    return json.dumps({"total": statistic.total, **public}, default=Tensor.tolist)
+
+
 @every_method
 @every_pattern
 @every_dtype
@@ -159,11 +165,11 @@ def test_solve_is_pure_and_deterministic(name: str, pattern: Pattern, dtype: tor
     method = METHODS[name]()
     given = problem(method, pattern, dtype)
     weight = given.weight.clone()
-    before = {kind: json.dumps(vars(statistic), default=Tensor.tolist) for kind, statistic in given.statistics.items()}
+    before = {kind: sums(statistic) for kind, statistic in given.statistics.items()}
     first, second = method.solve(given), METHODS[name]().solve(given)
     assert torch.equal(bits(given.weight), bits(weight))
     for kind, statistic in given.statistics.items():
-        assert json.dumps(vars(statistic), default=Tensor.tolist) == before[kind]
+        assert sums(statistic) == before[kind]
     assert torch.equal(bits(first.weight), bits(second.weight))
     assert torch.equal(first.mask, second.mask)
     first.weight.zero_()
