@@ -229,6 +229,7 @@ def test_one_row_and_one_column(name: str, shape: tuple[int, int], pattern: Patt
     method = METHODS[name]()
     given = problem(method, pattern, weight=normal(*shape, 0))
     assert_contract(given, method.solve(given), method)
+    assert torch.equal(given.weight, normal(*shape, 0)), "a view of one row is contiguous either way round"
 
 
 @every_method

@@ -158,8 +158,8 @@ def test_sparsegpt_is_the_published_loop(rows: int, width: int, pattern: Pattern
     if isinstance(pattern, NM) and width % pattern.m:
         pytest.skip(f"{width} columns do not divide into groups of {pattern.m}")
     given = problem(normal(rows, width, 1), correlated(600, width, outliers=(3, 17)), pattern, torch.float64)
-    solution = sparsegpt().solve(given)
     expected, mask = reference_solvers.sparsegpt(given.weight, gram_of(given), select(rows), every=every)
+    solution = sparsegpt().solve(given)
     assert torch.equal(solution.mask, mask)
     torch.testing.assert_close(solution.weight, expected, rtol=0, atol=1e-9)
 
@@ -219,8 +219,10 @@ def test_one_column_block_is_exact_optimal_brain_surgery_for_one_weight() -> Non
     mask = torch.ones(1, 12, dtype=torch.bool)
     mask[0, 0] = False
     given = problem(weight, x, Unstructured(0.0), torch.float64)
+    expected = reference_solvers.least_squares(weight, x, mask)
+    assert not torch.equal(expected, weight * mask)
     solution = chain(start_from(mask), obs_update(damping=0.0)).solve(given)
-    torch.testing.assert_close(solution.weight, reference_solvers.least_squares(weight, x, mask))
+    torch.testing.assert_close(solution.weight, expected)
 
 
 @pytest.mark.parametrize("make", [magnitude, wanda], ids=["magnitude", "wanda"])
@@ -289,8 +291,9 @@ def test_admm_with_a_settled_mask_comes_closer_with_every_step() -> None:
     reference_solvers.admm(given.weight, gram_of(given), "matrix", 0.5, steps=2000, growing=1, trace=trace)
     last = trace[-1]
     distance = [float(sum((one - other).square().sum() for one, other in zip(at, last, strict=True))) for at in trace]
-    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(distance[:201]))
-    assert distance[200] < 1e-3 * distance[0]
+    above_rounding = [value for value in distance if value > 1e-20 * distance[0]]
+    assert len(above_rounding) > 50
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(above_rounding))
     norm = gram_of(given).diagonal().sqrt()
     for steps in range(1, 8):
         solution = admm(iterations=steps, growing=1).solve(given)
@@ -435,9 +438,6 @@ def test_swaps_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_swaps_refuse_a_pattern_that_they_do_not_know() -> None:
-    class Own(Unstructured):
-        pass
-
     given = problem(normal(4, 8, 1), correlated(30, 8), NM(2, 4))
     solution = wanda().solve(given)
 
@@ -489,12 +489,16 @@ def test_chain_is_each_step_by_hand() -> None:
 
 
 @every_refinement
-def test_a_refinement_is_made_under_its_own_name_and_is_pure(name: str) -> None:
+@pytest.mark.parametrize("shape", [(6, 24), (1, 24), (24, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_refinement_is_made_under_its_own_name_and_is_pure(
+    name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     refinement = REFINEMENTS[name]()
     assert isinstance(refinement, Refinement)
     assert refinement.name == name
     assert REFINEMENTS[name].__doc__
-    given = problem(normal(6, 24, 1), correlated(90, 24), NM(2, 4), torch.bfloat16)
+    given = problem(normal(*shape, 1), correlated(90, shape[1]), NM(2, 4), dtype)
     start = wanda().solve(given)
     before = [tensor.clone() for tensor in (given.weight, gram_of(given), start.weight, start.mask)]
     first, second = refinement.refine(given, start), REFINEMENTS[name]().refine(given, start)
@@ -503,7 +507,7 @@ def test_a_refinement_is_made_under_its_own_name_and_is_pure(name: str) -> None:
     first.mask.zero_()
     for tensor, copy in zip((given.weight, gram_of(given), start.weight, start.mask), before, strict=True):
         assert torch.equal(tensor, copy)
-    assert second.weight.dtype == torch.bfloat16
+    assert second.weight.dtype == dtype
     assert NM(2, 4).violation(second.mask) is None
     assert not bool(second.weight[~second.mask].any())
 
@@ -673,6 +677,42 @@ def test_least_squares_for_dense_targets_is_least_squares_on_the_tokens() -> Non
     torch.testing.assert_close(solution.weight, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("damping", [0.01, 0.0])
+def test_the_weights_that_are_swept_for_other_targets_fit_them_best(damping: float) -> None:
+    """``min ||W' X - W X_dense - e||² + d ||W' - W||²`` without a mask, by stacked least squares on the tokens."""
+    dense = correlated(200, 20).double()
+    dense[:, [4, 11]] = 0
+    x = dense * torch.linspace(0.8, 1.2, 20)
+    ahead = normal(200, 6, 5).double() / 10
+    given = problem(normal(6, 20, 1), x, Unstructured(0.5), torch.float64)
+    cross = CrossGram.empty(20)
+    cross.update(x, dense=dense)
+    given = dataclasses.replace(given, statistics={**given.statistics, CrossGram: cross}, drift=ahead.T @ x)
+    gram = gram_of(given)
+    factor, used = linalg.inverse_factor("w", gram, damping)
+    assert used == damping
+    found = linalg.outputs_target(given, gram, factor)
+    added = damping * gram.diagonal()[gram.diagonal() > 0].mean()
+    rows = torch.cat([x, added.sqrt() * torch.eye(20)])
+    sides = torch.cat([dense @ given.weight.T + ahead, added.sqrt() * given.weight.T])
+    expected = torch.linalg.lstsq(rows, sides, driver="gelsd").solution.T
+    live = gram.diagonal() > 0
+    torch.testing.assert_close(found[:, live], expected[:, live], rtol=0, atol=1e-8)
+
+
+def test_other_targets_climb_the_ladder_as_well() -> None:
+    """Half of the inputs are always zero, and few tokens leave a matrix that has no factor without damping."""
+    dense = correlated(5, 24)
+    dense[:, ::2] = 0
+    given = problem(normal(6, 24, 1), dense, Unstructured(0.5))
+    cross = CrossGram.empty(24)
+    cross.update(dense, dense=dense * 1.1)
+    given = dataclasses.replace(given, statistics={**given.statistics, CrossGram: cross})
+    solution = sparsegpt(damping=0.0).solve(given)
+    assert 0 < solution.notes["damping"] <= 1
+    assert bool(solution.weight.isfinite().all())
+
+
 # The synthetic check
 
 
@@ -780,6 +820,7 @@ BAD_OPTIONS: list[tuple[Callable[..., Any], dict[str, float], str]] = [
     (admm, {"penalty": 0}, "admm: penalty must be above 0, got 0"),
     (admm, {"iterations": 0}, "admm: iterations must be at least 1, got 0"),
     (admm, {"growing": 0}, "admm: growing must be at least 1, got 0"),
+    (admm, {"iterations": 5}, "admm: growing must be at most iterations, 5, got 15. Set both"),
     (alps, {"damping": -1}, "alps: damping must be at least 0"),
     (alps, {"penalty": -1}, "alps: penalty must be above 0, got -1"),
     (alps, {"iterations": 0}, "alps: iterations must be at least 1"),
@@ -807,6 +848,11 @@ def test_options_at_the_edge_of_their_range_work() -> None:
         assert given.pattern.violation(method.solve(given).mask) is None
     for refinement in (least_squares(iterations=1, tolerance=0.0), swaps(limit=1, candidates=0)):
         assert given.pattern.violation(chain(wanda(), refinement).solve(given).mask) is None
+
+
+def test_a_matrix_without_a_factor_has_no_shifted_inverse() -> None:
+    with pytest.raises(NumericalError, match=r"^w: the damped Gram matrix of its inputs has no Cholesky factor with 0"):
+        linalg.shifted_inverse("w", torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 511, 512, 513, 1100])

@@ -63,26 +63,20 @@ def right_hand_side(
 
 
 @full_precision()
-def outputs_target(problem: Problem, gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "out in"]:
+def outputs_target(
+    problem: Problem, gram: Float[Tensor, "in in"], factor: Float[Tensor, "in in"]
+) -> Float[Tensor, "out in"]:
     """The weights to prune: W itself, or where there is a `CrossGram` or a `drift` the best ones without a mask.
 
-    The latter solve ``W' (G + d I) = B + d W`` with ``d = damping mean(diag G)`` and B of `right_hand_side`. Pruning
-    them with a small ``||(W'' - W') X||²`` is the same as fitting W'' to those outputs.
+    The latter solve ``W' (G + d I) = B + d W``, with B of `right_hand_side` and ``Uᵀ U = (G + d I)⁻¹``, U the `factor`:
+    ``W' = W + (B - W G) Uᵀ U``. Pruning them with a small ``||(W'' - W') X||²`` is the same as fitting W'' to those
+    outputs.
     """
     weight = working_weight(problem)
     if CrossGram not in problem.statistics and problem.drift is None:
         return weight
-    matrix, added = gram.clone(), damping * gram.diagonal().mean()
-    right = right_hand_side(problem, gram, weight).add_(weight * added)
-    matrix.diagonal().add_(added).masked_fill_(matrix.diagonal() == 0, 1.0)
-    factor = cholesky(matrix)
-    if factor is None:
-        raise NumericalError(
-            f"{problem.name}: a damping of {damping:g} is too little to fit it to other outputs. Use more, such as "
-            "--option damping=0.1, or --targets pruned."
-        )
-    solved: Tensor = torch.cholesky_solve(right.t(), factor).t()
-    return solved
+    missing = right_hand_side(problem, gram, weight).sub_(weight @ gram)
+    return torch.addmm(weight, missing @ factor.t(), factor)
 
 
 @full_precision()
@@ -116,7 +110,7 @@ def finished(
     **notes: float,
 ) -> Solution:
     """The solution with these weights where the mask is True, in the problem's dtype, and its reconstruction error."""
-    kept = torch.where(mask, weight, torch.zeros_like(weight)).to(problem.weight.dtype).contiguous()
+    kept = torch.where(mask, weight, 0).to(problem.weight.dtype).contiguous()
     mask = mask.clone(memory_format=torch.contiguous_format)
     return Solution(kept, mask, {"reconstruction_error": reconstruction_error(problem, kept), **notes})
 
@@ -253,11 +247,16 @@ def normalise(problem: Problem) -> Normalised:
 
 
 def shifted_inverse(name: str, gram: Float[Tensor, "in in"], shift: float) -> Float[Tensor, "in in"]:
-    """``(gram + shift I)⁻¹`` of a positive definite matrix."""
+    """``(gram + shift I)⁻¹`` of a matrix that has a Cholesky factor. Raises `NumericalError` where it has none."""
     matrix = gram.clone()
     matrix.diagonal().add_(shift)
-    factor, _ = climb(name, matrix, 0.0, cholesky)
+    factor = cholesky(matrix)
     del matrix
+    if factor is None:
+        raise NumericalError(
+            f"{name}: the damped Gram matrix of its inputs has no Cholesky factor with {shift:g} on its diagonal. "
+            "Compute in float64 with --dtype float64, or use more damping."
+        )
     return torch.cholesky_inverse(factor)
 
 

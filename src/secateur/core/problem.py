@@ -109,7 +109,7 @@ def select(
                 "although weights and statistics are: their product overflows float32."
             )
         mask = with_group(problem.pattern, per).mask(scores)
-        return Solution(torch.where(mask, problem.weight, torch.zeros_like(problem.weight)), mask, score=scores)
+        return Solution(torch.where(mask, problem.weight, 0), mask, score=scores)
 
     return Method(name, solve, needs, per, gradient)
 

@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.core.gram import full_precision
-from secateur.core.patterns import NM, Pattern, Unstructured, lowest, removed_count
+from secateur.core.gram import Gram, full_precision
+from secateur.core.linalg import finished, inverse_factor, outputs_target, working_gram
+from secateur.core.patterns import NM, Pattern, Unstructured, lowest, removed_count, with_group
+from secateur.core.problem import Method, Problem, Solution, at_least
 from secateur.errors import NumericalError
 
 BLOCK = 128  # columns, as published
@@ -16,6 +18,42 @@ LEAF = 16  # columns that are swept one by one; wider stretches go by halves
 
 Choose = Callable[[int, Float[Tensor, "out some"]], Bool[Tensor, "out some"]]
 """(first column, the weights of some columns as they are by then) -> mask, True = kept."""
+
+Score = Callable[[int, Float[Tensor, "out some"]], Float[Tensor, "out some"]]
+"""(first column, the weights of some columns as they are by then) -> scores; the lowest go."""
+
+
+def column_method(name: str, damping: float, score: Callable[[Problem, Float[Tensor, " in"]], Score]) -> Method:
+    """The method that chooses its mask by a score as it goes over the columns, and updates the later ones.
+
+    `score` is given the problem and the pivots ``U_jj``; see `choose_as_it_goes` for what is compared, and `update`.
+    """
+    at_least(0, name, damping=damping)
+
+    def solve(problem: Problem) -> Solution:
+        def choice(pivots: Float[Tensor, " in"]) -> tuple[Choose, int]:
+            pattern = with_group(problem.pattern, "matrix")
+            return choose_as_it_goes(problem.name, pattern, len(problem.weight), score(problem, pivots))
+
+        return update(problem, damping, choice, note="damping")
+
+    return Method(name, solve, frozenset({Gram}), per="matrix", products=6)
+
+
+def update(
+    problem: Problem, damping: float, choice: Callable[[Float[Tensor, " in"]], tuple[Choose, int]], *, note: str
+) -> Solution:
+    """The solution of a sweep, with the damping as used in its `note`.
+
+    `choice` is given the pivots ``U_jj``, and says how to choose and for how many columns at a time. Damping is
+    relative to the mean of the diagonal.
+    """
+    gram = working_gram(problem)
+    factor, used = inverse_factor(problem.name, gram, damping)
+    choose, group = choice(factor.diagonal())
+    target = outputs_target(problem, gram, factor)
+    weight, mask = sweep(target, factor, choose, live=gram.diagonal() > 0, group=group)
+    return finished(problem, weight, mask, **{note: used})
 
 
 @full_precision()
@@ -38,8 +76,8 @@ def sweep(
 
     Source: SparseGPT (arXiv 2301.00774), sections 3.2 to 3.4; published code, `fasterprune`.
     """
-    # Memory: transposed, so that each column lies in one piece.
-    columns = weight.t().contiguous() if weight.stride(0) != 1 else weight.t().clone()
+    # Memory: transposed, so that each column lies in one piece. A matrix of one row counts as both, so always a copy.
+    columns = weight.t().clone(memory_format=torch.contiguous_format)
     columns.masked_fill_(~live.unsqueeze(1), 0)
     kept = torch.empty_like(columns, dtype=torch.bool)
     width = len(columns)
@@ -86,7 +124,7 @@ def choose_as_it_goes(
     name: str,
     pattern: Pattern,
     rows: int,
-    score: Callable[[int, Float[Tensor, "out some"]], Float[Tensor, "out some"]],
+    score: Score,
 ) -> tuple[Choose, int]:
     """The choice by a score of the weights as they are by then, and how many columns it takes at a time.
 

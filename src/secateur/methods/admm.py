@@ -10,6 +10,7 @@ from secateur.core.gram import Gram, full_precision
 from secateur.core.linalg import finished, normalise, shifted_inverse
 from secateur.core.patterns import gradual_mask, with_group
 from secateur.core.problem import Method, Problem, Solution, above_zero, at_least, with_options
+from secateur.errors import PatternError
 
 
 @with_options
@@ -29,6 +30,8 @@ def admm(*, damping: float = 0.1, penalty: float = 1.0, iterations: int = 20, gr
     """
     at_least(0, "admm", damping=damping)
     at_least(1, "admm", iterations=iterations, growing=growing)
+    if growing > iterations:
+        raise PatternError(f"admm: growing must be at most iterations, {iterations}, got {growing}. Set both.")
     above_zero("admm", penalty=penalty)
 
     @full_precision()
@@ -39,8 +42,7 @@ def admm(*, damping: float = 0.1, penalty: float = 1.0, iterations: int = 20, gr
         gram, right, used = scaled.damped(damping)
         inverse = shifted_inverse(problem.name, gram, penalty)
         mask, target = torch.ones_like(weight, dtype=torch.bool), weight
-        steps = max(iterations, growing)
-        for step in range(1, steps + 1):
+        for step in range(1, iterations + 1):
             if step > 1:
                 torch.mm(torch.sub(target, dual).mul_(penalty).add_(right), inverse, out=weight)
             dual += weight
@@ -49,6 +51,6 @@ def admm(*, damping: float = 0.1, penalty: float = 1.0, iterations: int = 20, gr
                 mask = gradual_mask(pattern, dual.abs(), reached)
             target = dual * mask
             dual -= target
-        return finished(problem, scaled.back(target), mask, damping=used, penalty=penalty, iterations=float(steps))
+        return finished(problem, scaled.back(target), mask, damping=used, penalty=penalty, iterations=float(iterations))
 
-    return Method("admm", solve, frozenset({Gram}), per="matrix", products=2.2 * max(iterations, growing))
+    return Method("admm", solve, frozenset({Gram}), per="matrix", products=2.2 * iterations)

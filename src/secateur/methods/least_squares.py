@@ -29,8 +29,8 @@ def least_squares(
     @full_precision()
     def refine(problem: Problem, solution: Solution) -> Solution:
         scaled = normalise(problem)
-        start, used, steps = scaled.into(solution.weight), damping, 0
         if exact:
+            steps = 0
             weight, used = climb(
                 problem.name,
                 scaled.gram,
@@ -38,6 +38,7 @@ def least_squares(
                 lambda gram, value: solve_on_support(gram, scaled.right.add(scaled.weight, alpha=value), solution.mask),
             )
         else:
+            start = scaled.into(solution.weight)
             gram, right, used = scaled.damped(damping)
             weight, steps = conjugate_gradients(
                 gram, right, start, solution.mask, iterations=iterations, tolerance=tolerance
@@ -45,4 +46,4 @@ def least_squares(
         notes = {"least_squares_damping": used, "least_squares_iterations": float(steps)}
         return finished(problem, scaled.back(weight), solution.mask, **notes)
 
-    return Refinement("least_squares", refine, frozenset({Gram}), products=25)
+    return Refinement("least_squares", refine, frozenset({Gram}), products=25 * iterations / 32)

@@ -7,7 +7,6 @@ Paper: the published ablations weight calibration sample j by 1/j in the norms. 
 `weighting="published"` asks for theirs.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from jaxtyping import Float
@@ -15,11 +14,10 @@ from torch import Tensor
 
 from secateur.core.gram import Gram
 from secateur.core.harmonic import HarmonicNorm
-from secateur.core.linalg import finished, inverse_factor, outputs_target, working_dtype, working_gram
-from secateur.core.patterns import with_group
+from secateur.core.linalg import working_dtype
 from secateur.core.problem import Method, Problem, Refinement, Solution, at_least, with_options
 from secateur.core.statistics import SquaredNorm
-from secateur.core.sweep import choose_as_it_goes, follow, sweep
+from secateur.core.sweep import BLOCK, Score, column_method, follow, update
 from secateur.errors import PatternError
 
 
@@ -33,11 +31,8 @@ def obs_update(*, damping: float = 0.01) -> Refinement:
     at_least(0, "obs_update", damping=damping)
 
     def refine(problem: Problem, solution: Solution) -> Solution:
-        gram = working_gram(problem)
-        factor, used = inverse_factor(problem.name, gram, damping)
-        target = outputs_target(problem, gram, used)
-        weight, mask = sweep(target, factor, follow(solution.mask), live=gram.diagonal() > 0)
-        return finished(problem, weight, mask, obs_update_damping=used)
+        choose = follow(solution.mask)
+        return update(problem, damping, lambda pivots: (choose, BLOCK), note="obs_update_damping")
 
     return Refinement("obs_update", refine, frozenset({Gram}), products=6)
 
@@ -45,7 +40,7 @@ def obs_update(*, damping: float = 0.01) -> Refinement:
 @with_options
 def magnitude_iterative(*, damping: float = 0.01) -> Method:
     """The method with ``|W_ij|`` on weights as they are updated, compared over 128 columns (iterative ablation)."""
-    return _iterative("magnitude_iterative", lambda problem: lambda first, weight: weight.abs(), damping)
+    return column_method("magnitude_iterative", damping, lambda problem, pivots: lambda first, weight: weight.abs())
 
 
 @with_options
@@ -57,7 +52,7 @@ def wanda_iterative(*, damping: float = 0.01, weighting: str = "equal") -> Metho
     if weighting not in ("equal", "published"):
         raise PatternError(f'weighting: got "{weighting}", expected equal or published.')
 
-    def score(problem: Problem) -> Callable[[int, Tensor], Tensor]:
+    def score(problem: Problem, pivots: Float[Tensor, " in"]) -> Score:
         if weighting == "published":
             norm = problem.statistic(HarmonicNorm).total.sqrt()
         else:
@@ -65,24 +60,5 @@ def wanda_iterative(*, damping: float = 0.01, weighting: str = "equal") -> Metho
         norm = norm.to(problem.weight.device, working_dtype(problem))
         return lambda first, weight: weight.abs() * norm[first : first + weight.shape[1]]
 
-    method = _iterative("wanda_iterative", score, damping)
+    method = column_method("wanda_iterative", damping, score)
     return method if weighting == "equal" else replace(method, needs=method.needs | {HarmonicNorm})
-
-
-def _iterative(
-    name: str,
-    score: Callable[[Problem], Callable[[int, Float[Tensor, "out some"]], Float[Tensor, "out some"]]],
-    damping: float,
-) -> Method:
-    at_least(0, name, damping=damping)
-
-    def solve(problem: Problem) -> Solution:
-        gram = working_gram(problem)
-        factor, used = inverse_factor(problem.name, gram, damping)
-        pattern = with_group(problem.pattern, "matrix")
-        choose, group = choose_as_it_goes(problem.name, pattern, len(problem.weight), score(problem))
-        target = outputs_target(problem, gram, used)
-        weight, mask = sweep(target, factor, choose, live=gram.diagonal() > 0, group=group)
-        return finished(problem, weight, mask, damping=used)
-
-    return Method(name, solve, frozenset({Gram}), per="matrix", products=6)

@@ -7,11 +7,8 @@ arXiv 2301.00774, algorithm 1; published code, `fasterprune`.
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.core.gram import Gram
-from secateur.core.linalg import finished, inverse_factor, outputs_target, working_gram
-from secateur.core.patterns import with_group
-from secateur.core.problem import Method, Problem, Solution, at_least, with_options
-from secateur.core.sweep import choose_as_it_goes, sweep
+from secateur.core.problem import Method, Problem, with_options
+from secateur.core.sweep import Score, column_method
 
 
 @with_options
@@ -25,20 +22,8 @@ def sparsegpt(*, damping: float = 0.01) -> Method:
     Options: `damping`, relative to the mean of the diagonal, 0.01 as published; where it is too little for a Cholesky
     factorisation it is raised tenfold, up to 1. Notes: `damping` as used, `reconstruction_error`.
     """
-    at_least(0, "sparsegpt", damping=damping)
 
-    def solve(problem: Problem) -> Solution:
-        gram = working_gram(problem)
-        factor, used = inverse_factor(problem.name, gram, damping)
-        pivots = factor.diagonal()
+    def score(problem: Problem, pivots: Float[Tensor, " in"]) -> Score:
+        return lambda first, weight: (weight / pivots[first : first + weight.shape[1]]).square_()
 
-        def score(first: int, weight: Float[Tensor, "out some"]) -> Float[Tensor, "out some"]:
-            return (weight / pivots[first : first + weight.shape[1]]).square_()
-
-        pattern = with_group(problem.pattern, "matrix")
-        choose, group = choose_as_it_goes(problem.name, pattern, len(problem.weight), score)
-        target = outputs_target(problem, gram, used)
-        weight, mask = sweep(target, factor, choose, live=gram.diagonal() > 0, group=group)
-        return finished(problem, weight, mask, damping=used)
-
-    return Method("sparsegpt", solve, frozenset({Gram}), per="matrix", products=6)
+    return column_method("sparsegpt", damping, score)
