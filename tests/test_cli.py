@@ -566,6 +566,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         "    return None\n"
         "def broken():\n"
         "    raise ValueError('my own fault')\n"
+        "def hungry():\n"
+        "    import torch\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 1 GiB.')\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -580,6 +583,36 @@ def test_a_method_of_ones_own(call: Call, model: Path, workplace: Path, attribut
     assert result.json["method"] == name
     dense, sparse = load_file(model / SINGLE_FILE)[FIRST], load_file(workplace / "out" / SINGLE_FILE)[FIRST]
     assert dense[sparse == 0].abs().min() > dense[sparse != 0].abs().median()
+
+
+def test_a_method_of_ones_own_is_refined(call: Call, model: Path, workplace: Path) -> None:
+    options = [*CALIBRATION, "--option", "least-squares.damping=0.5"]
+    result = call("prune", model, "-o", "out", "--method", "own_methods:factory+least-squares", *options, "--json")
+    assert result.code == 0, result.err
+    assert result.json["method"] == "made+least_squares"
+    manifest = json.loads((workplace / "out" / "secateur.json").read_text())
+    assert manifest["settings"]["options"]["least_squares.damping"] == 0.5
+    assert not any(entry["kept_identical"] for entry in manifest["matrices"].values())
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "message"),
+    [
+        (
+            "own_methods:factory",
+            "damping=1",
+            "--option damping=1: has no meaning for own_methods:factory; set it in your",
+        ),
+        ("own_methods:factory+swaps", "limit=1", "--option limit=1: has no meaning for own_methods:factory; set it in"),
+        ("own_methods:factory+swaps", "swaps.limits=1", "--option swaps.limits=1: swaps has no option limits; it has"),
+        ("own_methods:factory+swap", "swaps.limit=1", 'unknown refinement "swap". Did you mean "swaps"?'),
+    ],
+)
+@pytest.mark.usefixtures("workplace")
+def test_options_of_a_method_of_ones_own(call: Call, model: Path, method: str, option: str, message: str) -> None:
+    result = call("prune", model, "-o", "out", "--method", method, "--option", option)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.message
 
 
 @pytest.mark.parametrize(
@@ -606,6 +639,22 @@ def test_an_error_inside_a_method_of_ones_own_is_shown_as_it_is(model: Path, mon
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "argv", ["secateur", "plan", str(model), "--method", "own_methods:broken"])
     with pytest.raises(ValueError, match="my own fault"):
+        cli.main()
+
+
+@pytest.mark.usefixtures("workplace")
+def test_too_little_memory_is_told_without_a_traceback(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = ["secateur", "plan", str(model), "--method", "own_methods:hungry"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("Error: CUDA out of memory. What takes less: --batch-size 1, fewer")
+    monkeypatch.setattr(sys, "argv", [*arguments, "--debug"])
+    with pytest.raises(torch.OutOfMemoryError):
         cli.main()
 
 

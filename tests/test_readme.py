@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import secateur
 from secateur import cli
@@ -90,26 +92,29 @@ def test_the_method_in_the_documentation(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = (ROOT / "docs" / "methods.md").read_text()
-    code, command, _ = re.findall(r"^```\w*\n(.*?)^```$", text[text.index("## A method of your own") :], re.M | re.S)
+    code, commands, _ = re.findall(r"^```\w*\n(.*?)^```$", text[text.index("## A method of your own") :], re.M | re.S)
     name = code.splitlines()[0].removeprefix("# ")
     (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    names = {"MODEL": str(model), "OUT": "out"}
     short = ["--calibration", "python-docs", "--sampling", "concat", "--samples", "4", "--length", "32"]
-    monkeypatch.setattr(sys, "argv", [*(names.get(word, word) for word in shlex.split(command)), *short])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code in (0, None), capfd.readouterr().err
-    assert "Pruned with input-only" in capfd.readouterr().out
+    weights = []
+    for command, method in zip(commands.splitlines(), ("input-only", "input-only+least_squares"), strict=True):
+        names = {"MODEL": str(model), "OUT": method}
+        monkeypatch.setattr(sys, "argv", [*(names.get(word, word) for word in shlex.split(command)), *short])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code in (0, None), capfd.readouterr().err
+        assert f"Pruned with {method} " in capfd.readouterr().out.replace("\n", " ")
+        weights.append(load_file(tmp_path / method / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"])
     sys.modules.pop(Path(name).stem, None)
     # Whole columns go: every row lost the same inputs.
-    from safetensors.torch import load_file
-
-    weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    assert ((weight == 0).all(dim=0) | (weight != 0).all(dim=0)).all()
-    assert (weight == 0).sum() * 2 == weight.numel()
+    chosen, fitted = weights
+    assert ((chosen == 0).all(dim=0) | (chosen != 0).all(dim=0)).all()
+    assert (chosen == 0).sum() * 2 == chosen.numel()
+    assert torch.equal(chosen == 0, fitted == 0)
+    assert not torch.equal(chosen, fitted)
 
 
 def test_other_commands_in_the_documentation_have_options_that_exist() -> None:

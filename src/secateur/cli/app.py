@@ -64,6 +64,20 @@ def main() -> None:
             raise
         typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1 if isinstance(error, NumericalError) else 2)
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError, without importing torch for commands that do without
+        if len(arguments) < len(sys.argv[1:]) or not (
+            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        ):
+            raise
+        reason = str(error).partition(". ")[0] or "out of memory"
+        typer.secho(
+            f"Error: {reason}. What takes less: --batch-size 1, fewer or shorter samples, and for Gram matrices on a "
+            "GPU --statistics-device cpu. secateur plan counts it beforehand.",
+            fg=typer.colors.RED,
+            err=True,
+        )
+        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer's own code for an interruption
             raise

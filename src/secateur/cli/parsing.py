@@ -72,23 +72,22 @@ def listed(texts: Sequence[str]) -> list[str]:
 
 
 def method_of(name: str, settings: Sequence[str] = (), **options: object) -> Method:
-    """The method that a name stands for: one of ours, refined by others (wanda+swaps), or MODULE:FUNCTION.
+    """The method that a name stands for: one of ours or MODULE:FUNCTION, also refined by others (wanda+swaps).
 
     `options` go to its factory; those that are None were not given. `settings` are options as text: "damping=0.02" of
     the method, "least_squares.damping=0.02" of a refinement. Underscores and hyphens are the same.
     """
     options = {option: value for option, value in options.items() if value is not None}
-    if ":" in name.partition("+")[0]:
-        if settings:
-            raise PatternError(f"--option {settings[0]}: has no meaning for {name}; set it in your own function.")
-        if options:
-            raise PatternError(f"--{next(iter(options))}: has no meaning for {name}; set it in your own function.")
-        return _own_method(name)
-    first, *rest = (part.replace("-", "_") for part in name.split("+"))
-    _check_known(first, METHODS, "method", _OWN)
+    first, *rest = name.split("+")
+    own, rest = ":" in first, [part.replace("-", "_") for part in rest]
+    if not own:
+        first = first.replace("-", "_")
+        _check_known(first, METHODS, "method", _OWN)
     for part in rest:
         _check_known(part, REFINEMENTS, "refinement")
     for option in options:
+        if own:
+            raise PatternError(f"--{option}: has no meaning for {first}; set it in your own function.")
         if option not in inspect.signature(METHODS[first]).parameters:
             others = [other for other in METHODS if option in inspect.signature(METHODS[other]).parameters]
             raise PatternError(f"--{option}: the method {first} has no such option; {', '.join(others)} do.")
@@ -97,7 +96,7 @@ def method_of(name: str, settings: Sequence[str] = (), **options: object) -> Met
     for setting in settings:
         part, option, value = _setting(setting, first, rest)
         given[part][option] = value
-    method = METHODS[first](**given[first])
+    method = _own_method(first) if own else METHODS[first](**given[first])
     return chain(method, *(REFINEMENTS[part](**given[part]) for part in rest)) if rest else method
 
 
@@ -110,6 +109,8 @@ def _setting(text: str, method: str, refinements: Sequence[str]) -> tuple[str, s
         raise PatternError(f'--option {text}: expected NAME=VALUE, such as "damping=0.02".')
     if part not in (method, *refinements):
         raise PatternError(f"--option {text}: {part} is no part of {'+'.join((method, *refinements))}.")
+    if part == method and ":" in method:
+        raise PatternError(f"--option {text}: has no meaning for {method}; set it in your own function.")
     factory = METHODS[part] if part == method else REFINEMENTS[part]
     known = inspect.signature(factory).parameters
     if option not in known:
