@@ -1039,12 +1039,14 @@ BAD_SOLUTIONS: dict[str, tuple[Callable[[Solution], Solution], type[SecateurErro
     "NaN": (
         lambda solution: Solution(solution.weight.index_fill(0, torch.tensor([1]), float("nan")), solution.mask),
         NumericalError,
-        f"{FIRST}: mine gave 48 of 1536 weights that are NaN or infinite, where the source has none.",
+        f"{FIRST}: mine gave 48 of 1536 weights that are NaN or infinite, where the source has none. Use more "
+        f'damping, if the method has any, or leave this matrix out with --skip "{FIRST}".',
     ),
     "infinity": (
         lambda solution: Solution(solution.weight / 0.0, solution.mask),
         NumericalError,
-        f"{FIRST}: mine gave 1536 of 1536 weights that are NaN or infinite, where the source has none.",
+        f"{FIRST}: mine gave 1536 of 1536 weights that are NaN or infinite, where the source has none. Use more "
+        f'damping, if the method has any, or leave this matrix out with --skip "{FIRST}".',
     ),
 }
 

@@ -201,6 +201,9 @@ def test_states_and_tokens(model: Path) -> None:
     assert result.notes == []
     half = estimate(model, method=secateur.wanda(), samples=10, length=48, dtype="bfloat16")
     assert half.states_bytes == 480 * tiny.HIDDEN * 2
+    for targets in ("dense", "residual"):
+        beside = estimate(model, method=secateur.sparsegpt(), samples=10, length=48, within="site", targets=targets)
+        assert beside.states_bytes == 3 * result.states_bytes, "before and behind a block of the dense model as well"
     none = estimate(model, method=secateur.magnitude(), samples=10, length=48)
     assert (none.tokens, none.states_bytes) == (0, 0)
     assert estimate(model, method=secateur.wanda()).tokens == 128 * 2048

@@ -47,6 +47,7 @@ from secateur.models.residual import residual_writers
 from secateur.models.skeleton import loaded
 from secateur.models.stream import Stream
 from secateur.models.structure import Block
+from secateur.models.tap import InputRecorder
 from secateur.report import checkpoint_page
 from secateur.report.terminal import manifest_tables
 
@@ -618,20 +619,57 @@ def test_a_first_block_without_planned_writers() -> None:
     assert [len(record["residual_writers"]) for record in manifest.blocks] == [0, 2, 2]
 
 
-def test_a_plan_without_writers() -> None:
+def test_a_plan_without_writers_is_refused_before_anything_is_solved() -> None:
+    model = tiny.build("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(
         PatternError,
         match=r"^--targets residual: none of the planned matrices writes to the residual stream\. Plan those that do "
         r"\(such as o_proj and down_proj\), or use --targets pruned\.$",
     ):
         prune(
-            tiny.build("llama"),
+            model,
             method=sparsegpt(),
             calibration=calibration(),
             only=["*.q_proj*"],
             within="site",
             targets="residual",
         )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_input_that_is_overwritten_later_is_no_record() -> None:
+    weight, x = nn.Parameter(torch.ones(3, 4), requires_grad=False), torch.ones(2, 4)
+    recorder = InputRecorder({"w": (weight, False)})
+    with recorder:
+        x = F.relu(F.linear(x, weight) @ torch.ones(3, 4))
+        F.linear(x, weight)
+    assert len(recorder.inputs["w", None]) == 2
+    recorder = InputRecorder({"w": (weight, False)})
+    with pytest.raises(ModelStructureError, match=r"^w: the model overwrites its input after multiplying it"), recorder:
+        x.mul_(F.linear(x, weight).sum())
+
+
+def test_experts_are_solved_with_the_gram_matrix_of_the_tokens_routed_to_them() -> None:
+    model, ids, taken = tiny.build("mixtral"), calibration(), {}
+    mlp = model.model.layers[0].mlp
+    seen = inputs(model, ["model.layers.0.mlp"], ids)["model.layers.0.mlp"].double()
+    gate, fused, down = (
+        p.detach().double() for p in (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj)
+    )
+    prune(model, method=recording(taken, sparsegpt()), calibration=ids, only=["*.0.block_sparse_moe.experts.*"])
+    chosen = (seen @ gate.T).softmax(dim=-1).topk(2, dim=-1).indices
+    for expert in range(len(fused)):
+        rows = seen[(chosen == expert).any(dim=-1)]
+        half = fused.shape[1] // 2
+        inner = F.silu(rows @ fused[expert, :half].T) * (rows @ fused[expert, half:].T)
+        for number, x in ((1, rows), (3, rows), (2, inner)):
+            name = f"model.layers.0.block_sparse_moe.experts.{expert}.w{number}.weight"
+            total, tokens, samples = taken[name][Gram]
+            assert (tokens, samples) == (len(rows), SAMPLES)
+            assert_close(total, x.T @ x, name)
+    assert len(taken) == 3 * len(fused)
+    assert down.shape[2] == half
 
 
 @pytest.mark.parametrize("name", ["gpt2", "granite", "opt", "mixtral", "falcon_h1"])

@@ -53,6 +53,11 @@ class Event:
 
 OnEvent = Callable[[Event], None]
 
+_NO_WRITERS = (
+    "--targets residual: none of the planned matrices writes to the residual stream. Plan those that do (such as "
+    "o_proj and down_proj), or use --targets pruned."
+)
+
 
 @dataclass
 class Clock:
@@ -157,10 +162,7 @@ class BlockLoop:
             written.result()
         written_to = [record.get("residual_writers") for record in self.manifest.blocks]
         if self.targets == "residual" and not any(written_to):
-            raise PatternError(
-                "--targets residual: none of the planned matrices writes to the residual stream. Plan those that do "
-                "(such as o_proj and down_proj), or use --targets pruned."
-            )
+            raise PatternError(_NO_WRITERS)
         if self.writer is not None and self.writer.missing:
             raise CheckpointError(
                 f"{len(self.writer.missing)} tensors were never written, first {self.writer.missing[0]}."
@@ -173,8 +175,9 @@ class BlockLoop:
         ids = self.windows.input_ids
         if self.reuses:  # what is left to find out, how far each block's output moves, takes the first batch alone
             ids = ids[: self.manifest.settings["batch_size"]]
-        count = 1 if self.targets == "pruned" else 2
-        needed = count * ids.numel() * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.
+        dense = self.targets != "pruned"
+        needed = (3 if dense else 1) * ids.numel() * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.offload, needed, self.scratch)
         folders = [None if folder is None else folder.with_name(f"{folder.name}{end}") for end in ("", "-dense")]
         made = [
@@ -185,10 +188,10 @@ class BlockLoop:
                 states_folder=own,
                 progress=lambda done, total: self.on_event(Event("record", 0, last + 1, done, total)),
             )
-            for own in folders[:count]
+            for own in folders[: 1 + dense]
         ]
         self.clock.add("record calls", started)
-        return Streams(made[0], DenseTwin(made[1], folders[1]) if count == 2 else None, last)
+        return Streams(made[0], DenseTwin(made[1], folders[1]) if dense else None, last)
 
     def _read(self, block: Block, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
         """In the background: a block's checkpoint tensors, their planned matrices checked and digested."""
@@ -277,12 +280,22 @@ class BlockLoop:
         writers = residual_writers(block, every, stream)
         self.clock.add("statistics forward", started)
         first = not any(record["matrices"] for record in self.manifest.blocks)
-        if first and not writers:
-            raise ModelStructureError(
-                f"--targets residual: no matrix of {block.path} adds what it gives to the residual stream as it is (in "
-                "some architectures a norm comes between). Use --targets pruned for this model."
-            )
+        if first:
+            self._check_writers(block, every, writers)
         return {matrix.name: writers[matrix.name] for matrix in matrices if matrix.name in writers}
+
+    def _check_writers(self, block: Block, matrices: list[Matrix], writers: Mapping[str, Writer]) -> None:
+        """Raise before anything is solved where the matrices of one block show that no planned one is a writer."""
+        kinds = {matrix.kind for matrix in matrices}
+        planned = {matrix.kind for matrix in self.skeleton.matrices if matrix.name in self.plan}
+        if not planned <= kinds or planned & {matrix.kind for matrix in matrices if matrix.name in writers}:
+            return
+        if writers:
+            raise PatternError(_NO_WRITERS)
+        raise ModelStructureError(
+            f"--targets residual: no matrix of {block.path} adds what it gives to the residual stream as it is (in "
+            "some architectures a norm comes between). Use --targets pruned for this model."
+        )
 
     def _kinds(self) -> frozenset[type[Statistic]]:
         """The statistics to take on the way: those of this run, or of all that share them."""

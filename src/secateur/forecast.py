@@ -252,7 +252,7 @@ class _Sizes:
         elsewhere = kept_on is not None and kept_on.type != self.skeleton.device.type
         self.grams, self.grams_elsewhere = (0, grams) if elsewhere else (grams, 0)
         if targets != "pruned":
-            self.states *= 2
+            self.states *= 3
             self.solving += self.block_computed
 
     def host(self, on_gpu: bool) -> int:

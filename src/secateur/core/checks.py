@@ -38,7 +38,8 @@ def check_solution(problem: Problem, solution: Solution, method: Method) -> None
     if not bool(new.isfinite().all()):
         raise NumericalError(
             f"{name}: {method.name} gave {int((~new.isfinite()).sum())} of {new.numel()} weights that are NaN "
-            "or infinite, where the source has none."
+            f"or infinite, where the source has none. Use more damping, if the method has any, or leave this matrix "
+            f'out with --skip "{name}".'
         )
     outside = new.ne(0) & ~mask
     if bool(outside.any()):

@@ -295,11 +295,24 @@ Inputs = dict[tuple[str, int | None], list[Tensor]]
 
 
 class InputRecorder(ProductTap):
-    """Keeps what the given parameters multiply in one forward: `inputs`, each (tokens, in)."""
+    """Keeps what the given parameters multiply in one forward: `inputs`, each (tokens, in).
+
+    They are not copied. The end of the forward raises `ModelStructureError` where the model has written to one since.
+    """
 
     def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
         super().__init__(parameters)
         self.inputs: Inputs = {}
+        self._versions: list[tuple[str, Tensor, int]] = []
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        super().__exit__(kind, *rest)  # type: ignore[no-untyped-call]
+        changed = [name for name, rows, version in self._versions if rows._version != version]
+        if changed and kind in (None, Enough):
+            raise ModelStructureError(
+                f"{changed[0]}: the model overwrites its input after multiplying it, so it cannot be compared with the "
+                "dense model's. Use --targets pruned, or leave this matrix out with --skip."
+            )
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -308,6 +321,7 @@ class InputRecorder(ProductTap):
         if product is not None:
             for key, rows in by_expert(product):
                 self.inputs.setdefault(key, []).append(rows)
+                self._versions.append((key[0], rows, rows._version))
         return func(*args, **(kwargs or {}))
 
 
