@@ -218,7 +218,7 @@ class BlockLoop:
         if streams is None:
             self._solve(block, matrices, tensors, None, changed)
             if self.skeleton.resident:
-                self._update(changed, tensors)
+                self._update(matrices, changed, tensors)
         else:
             with loaded(self.skeleton, block, tensors):
                 record |= self._prune_loaded(block, tensors, matrices, streams, changed)
@@ -260,7 +260,7 @@ class BlockLoop:
             self.clock.add("statistics forward", started)
             self._solve(block, group, tensors, collected, changed)
             del collected  # Memory: Gram matrices are gone before the next forward
-            self._update(changed, tensors)
+            self._update(group, changed, tensors)
         if twin is not None:
             twin.leave(block)
         assert first is not None
@@ -311,9 +311,10 @@ class BlockLoop:
         # Exact: a method must not see what it did not ask for; the diagonal of a Gram matrix is no SquaredNorm.
         return replace(collected, inputs=collected.inputs.only(self.needs))
 
-    def _update(self, changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Put the changed tensors of a block into its module."""
-        names = [name for group in self.skeleton.conversion.of(changed) for name in group.names]
+    def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Put the changed tensors of some matrices into its module, with those that make one parameter of it."""
+        groups = self.skeleton.conversion.of(matrix.tensor for matrix in matrices)
+        names = [name for group in groups for name in group.names]
         self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
 
     def _single_pass(self, matrices: list[Matrix]) -> bool:
