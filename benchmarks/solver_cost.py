@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pattern = parse_pattern(arguments.pattern) if ":" in arguments.pattern else Unstructured(float(arguments.pattern))
     print(f"{pattern}, float32, {torch.get_num_threads()} threads, best of {arguments.rounds} (alps: once)")
-    columns = ("seconds", "/ floor", "/ sparsegpt", "iterations", "layer error")
+    columns = ("seconds", "/ floor", "/ sparsegpt", "iterations")
     for text in arguments.shapes.split(","):
         rows, width = map(int, text.split("x"))
         gram = statistic(width)
@@ -73,7 +73,9 @@ def main() -> None:
         rate = 2 * rows * width**2 / product / 1e9
         print(
             f"\n{rows} x {width}: floor {floor:.3f} s = factorisation {factor:.3f} + product {product:.3f} "
-            f"({rate:.0f} GFLOP/s)\n{'method':<22}" + "".join(f"{column:>13}" for column in columns)
+            f"({rate:.0f} GFLOP/s)\n{'method':<22}"
+            + "".join(f"{column:>13}" for column in columns)
+            + f"{'reconstruction error':>23}"
         )
         reference = None
         for name, (make, long) in METHODS.items():
@@ -94,7 +96,7 @@ def main() -> None:
                 f"{name:<22}{taken:>13.3f}{taken / floor:>13.2f}"
                 + (f"{taken / reference:>13.2f}" if reference else f"{'':>13}")
                 + (f"{steps:>13.0f}" if steps else f"{'':>13}")
-                + f"{notes['reconstruction_error']:>13.5f}",
+                + f"{notes['reconstruction_error']:>23.5f}",
                 flush=True,
             )
 
