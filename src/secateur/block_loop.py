@@ -312,7 +312,7 @@ class BlockLoop:
         return replace(collected, inputs=collected.inputs.only(self.needs))
 
     def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Put the changed tensors of some matrices into its module, with those that make one parameter of it."""
+        """Put some matrices' changed tensors, and what makes one parameter with them, into the block's module."""
         groups = self.skeleton.conversion.of(matrix.tensor for matrix in matrices)
         names = [name for group in groups for name in group.names]
         self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
