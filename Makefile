@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/ready
 DEMO := $(VENV)/demo-ready
 
-.PHONY: help demo test test-slow test-browser check format benchmarks clean
+.PHONY: help demo test test-slow test-browser test-lowest test-newest check format benchmarks clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,12 @@ test-slow: $(DEMO)  ## The slower tests, on SmolLM2-135M
 
 test-browser: $(READY)  ## The tests of reports in Chromium, which has to be installed
 	$(BIN)/python -m pytest -m browser
+
+test-lowest:  ## The tests with the lowest version of every dependency that is allowed
+	PYTHON=$(PYTHON) .ci/versions lowest
+
+test-newest:  ## The tests with the newest version of every dependency
+	PYTHON=$(PYTHON) .ci/versions newest
 
 check: $(READY)  ## Linters, types, import rules
 	$(BIN)/ruff check .

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -40,6 +42,8 @@ def test_enough_architectures():
     kinds = {config().model_type for config in tiny.ARCHITECTURES.values()}
     assert len(kinds) >= 42
     assert len(MIXTURES) >= 10
+    if Version(transformers.__version__) >= Version("5.17"):
+        assert not tiny.NOT_HERE
 
 
 def test_tokens():

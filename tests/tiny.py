@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 128
@@ -321,7 +322,20 @@ def _config(name: str) -> PreTrainedConfig:
     return kind(**{**{key: value for key, value in COMMON.items() if key in known}, **fields})
 
 
-ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {name: partial(_config, name) for name in TABLE}
+def _known(name: str) -> bool:
+    """Whether this version of transformers has the architecture, with blocks of these types."""
+    try:
+        _config(name)
+    except (KeyError, StrictDataclassError):
+        return False
+    return True
+
+
+# Older versions of transformers lack the latest architectures; a test says that the newest ones have them all.
+NOT_HERE = [name for name in TABLE if not _known(name)]
+ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    name: partial(_config, name) for name in TABLE if name not in NOT_HERE
+}
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
