@@ -6,6 +6,7 @@ from secateur.calibration.windows import (
     Windows,
     calibration_windows,
     check_length,
+    check_predictions,
     check_vocabulary,
     evaluation_windows,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "Windows",
     "calibration_windows",
     "check_length",
+    "check_predictions",
     "check_vocabulary",
     "evaluation_windows",
     "load_corpus",

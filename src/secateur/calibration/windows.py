@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,16 +27,24 @@ CHARACTERS_PER_TOKEN = 64
 FEWEST_CHARACTERS = 16 * 2**20
 C4_EVALUATION_WINDOWS = 256
 TOKEN_KEY = "input_ids"
+MASK_KEY = "attention_mask"
 
 _WEIGHTED = re.compile(r"\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+))\s*\*\s*(?P<spec>.+)")
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token ids of shape (samples, length), int64 on the CPU, and where they came from as plain JSON values."""
+    """Token ids of shape (samples, length), int64 on the CPU, and where they came from as plain JSON values.
+
+    Samples of different lengths are padded: `attention_mask`, of the same shape, is 1 at the tokens of a sample and 0
+    at the padding before or behind them. Whatever the padding was, here it is zeros behind the tokens, as few as the
+    longest sample asks for, and the mask is bool; it is None where nothing is padded. Padding is never run through a
+    model. Raises `CalibrationError` for a mask of another shape, with other values, or with zeros between tokens.
+    """
 
     input_ids: torch.Tensor
     provenance: Mapping[str, Any]
+    attention_mask: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.dtype != torch.int64:
@@ -43,6 +52,10 @@ class Windows:
                 f"windows: got input_ids of shape {tuple(self.input_ids.shape)} and {self.input_ids.dtype}, "
                 "expected (samples, length) in torch.int64."
             )
+        if self.attention_mask is not None:
+            ids, mask = _padded_behind(self.input_ids, self.attention_mask)
+            object.__setattr__(self, "input_ids", ids)
+            object.__setattr__(self, "attention_mask", mask)
 
     @property
     def samples(self) -> int:
@@ -51,15 +64,95 @@ class Windows:
 
     @property
     def length(self) -> int:
-        """The number of tokens in each window."""
+        """The number of tokens in each window; where they differ, in the longest."""
         return self.input_ids.shape[1]
 
     @property
+    def lengths(self) -> list[int]:
+        """The number of tokens in each window."""
+        if self.attention_mask is None:
+            return [self.length] * self.samples
+        lengths: list[int] = self.attention_mask.sum(dim=1).tolist()
+        return lengths
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in all windows, without padding."""
+        return sum(self.lengths)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Samples and length, and where samples differ in length also their tokens, as provenance records them."""
+        shape = {"samples": self.samples, "length": self.length}
+        return shape if self.attention_mask is None else {**shape, "shortest": min(self.lengths), "tokens": self.tokens}
+
+    @property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the shape and then the ids in rows, all as little-endian int64."""
+        """SHA-256, in hexadecimal, of the shape and then the ids in rows, all as little-endian int64.
+
+        Where samples differ in length, these lengths follow.
+        """
         digest = hashlib.sha256(struct.pack("<2q", self.samples, self.length))
         digest.update(self.input_ids.cpu().contiguous().numpy().astype("<i8", copy=False).tobytes())
+        if self.attention_mask is not None:
+            digest.update(struct.pack(f"<{self.samples}q", *self.lengths))
         return digest.hexdigest()
+
+    def part(self, first: int, last: int | None) -> "Windows":
+        """The samples from `first` up to, not with, `last`."""
+        mask = None if self.attention_mask is None else self.attention_mask[first:last]
+        return replace(self, input_ids=self.input_ids[first:last], attention_mask=mask)
+
+    def batches(self, batch_size: int) -> list[torch.Tensor]:
+        """All samples in their order, without padding: at most `batch_size` of the same length at a time."""
+        if self.attention_mask is None:
+            return list(torch.split(self.input_ids, batch_size))
+        batches: list[torch.Tensor] = []
+        first = 0
+        for length, group in groupby(self.lengths):
+            last = first + len(list(group))
+            batches += torch.split(self.input_ids[first:last, :length], batch_size)
+            first = last
+        return batches
+
+
+def _padded_behind(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (ids, mask) with the padding behind the tokens, or (ids, None) when all samples have the same length."""
+    mask = _checked_mask(ids, mask)
+    lengths = mask.sum(dim=1)
+    longest = int(lengths.max())
+    kept = torch.arange(longest) < lengths.unsqueeze(1)
+    moved = torch.zeros(len(ids), longest, dtype=torch.int64)
+    moved[kept] = ids[mask]  # both go row by row
+    return moved, None if bool(kept.all()) else kept
+
+
+def _checked_mask(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return an attention mask as bool: ones in one piece in every row."""
+    if mask.shape != ids.shape:
+        raise CalibrationError(
+            f"{MASK_KEY}: got the shape {tuple(mask.shape)}, expected that of {TOKEN_KEY}, {tuple(ids.shape)}."
+        )
+    other = (mask != 0) & (mask != 1)
+    if other.any():
+        sample, position = other.nonzero()[0].tolist()
+        raise CalibrationError(
+            f"{MASK_KEY}: row {sample}, position {position}: got {mask[sample, position].item()}, expected 1 at a "
+            "token or 0 at padding."
+        )
+    mask = mask.to("cpu", torch.bool)
+    empty = ~mask.any(dim=1)
+    if empty.any():
+        raise CalibrationError(f"{MASK_KEY}: row {int(empty.nonzero()[0])} is all padding. Leave it out.")
+    # A token behind padding that is itself behind a token.
+    hole = mask[:, 1:] & ~mask[:, :-1] & (mask.cumsum(dim=1)[:, :-1] > 0)
+    if hole.any():
+        sample, position = hole.nonzero()[0].tolist()
+        raise CalibrationError(
+            f"{MASK_KEY}: row {sample}, position {position}: padding lies between tokens, expected it before the first "
+            "or behind the last one."
+        )
+    return mask
 
 
 Source = str | os.PathLike[str] | torch.Tensor | Windows
@@ -78,8 +171,9 @@ def calibration_windows(
     """Return calibration windows of shape (samples, length), by default 128 of 2048 tokens from text.
 
     `source` is a corpus spec (see `load_corpus`), several of them to be mixed, each optionally weighted as `0.7*c4`,
-    or token ids: a tensor, `Windows`, or a `.safetensors` file with the key `input_ids`. Token ids are taken as they
-    are: `samples` keeps the first ones, and a `length` that differs is an error.
+    or token ids: a tensor, `Windows`, or a `.safetensors` file with the key `input_ids`, and `attention_mask` where
+    rows are padded. Token ids are taken as they are: `samples` keeps the first ones, and a `length` that differs is an
+    error.
 
     `sampling="document"` draws a document uniformly with replacement until one is longer than `length` tokens, and a
     window in it; `"concat"` draws windows from one long token sequence; None is what the papers do: "concat" for
@@ -161,6 +255,18 @@ def check_length(windows: Windows, positions: int | None, option: str = "--lengt
         )
 
 
+def check_predictions(windows: Windows, option: str = "--length") -> None:
+    """Return nothing when every window has at least 2 tokens, one to predict; otherwise CalibrationError."""
+    if windows.length < 2:
+        raise CalibrationError(f"{option}: got 1, expected at least 2: the loss is that of predicting the next token.")
+    short = min(windows.lengths)
+    if short < 2:
+        raise CalibrationError(
+            f"sample {windows.lengths.index(short)}: has {short} token beside its padding, expected at least 2: the "
+            "loss is that of predicting the next token. Leave it out."
+        )
+
+
 # Token ids as they are
 
 
@@ -174,22 +280,26 @@ def given_windows(source: Any, samples: int | None, length: int | None) -> Windo
         return _first(Windows(_checked_ids(source, "tensor"), {"source": "tensor"}), samples, length, "tensor")
     if isinstance(source, str | os.PathLike) and is_token_file(os.fspath(source)):
         spec, _ = _weighted(os.fspath(source))
-        return _first(_token_file(spec), samples, length, spec)
+        return _token_file(spec, samples, length)
     return None
 
 
 def _first(windows: Windows, samples: int | None, length: int | None, where: str) -> Windows:
-    if length is not None and length != windows.length:
+    _check_given_length(windows.length, length, where)
+    kept = windows.part(0, samples)
+    return replace(kept, provenance={**windows.provenance, **kept.shape})
+
+
+def _check_given_length(found: int, length: int | None, where: str) -> None:
+    if length is not None and length != found:
         raise CalibrationError(
-            f"{where}: windows of {windows.length} tokens, expected --length {length}. "
+            f"{where}: windows of {found} tokens, expected --length {length}. "
             "Leave --length out, or make the windows anew."
         )
-    kept = windows.input_ids[:samples]
-    shape = {"samples": kept.shape[0], "length": kept.shape[1]}
-    return Windows(kept, {**windows.provenance, **shape})
 
 
-def _token_file(spec: str) -> Windows:
+def _token_file(spec: str, samples: int | None, length: int | None) -> Windows:
+    """Return the first windows of a file; `length` is that of its rows, padding included."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -201,7 +311,13 @@ def _token_file(spec: str) -> Windows:
     if TOKEN_KEY not in tensors:
         found = ", ".join(sorted(tensors)) or "none"
         raise CalibrationError(f"{path}: no tensor {TOKEN_KEY!r}; found: {found}. Save the ids under {TOKEN_KEY!r}.")
-    return Windows(_checked_ids(tensors[TOKEN_KEY], str(path)), {"source": "file", **file_provenance(path)})
+    ids, mask = _checked_ids(tensors[TOKEN_KEY], str(path)), tensors.get(MASK_KEY)
+    _check_given_length(ids.shape[1], length, spec)
+    try:
+        windows = Windows(ids, {"source": "file", **file_provenance(path)}, mask)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from None
+    return _first(windows, samples, None, spec)
 
 
 def _checked_ids(ids: torch.Tensor, where: str) -> torch.Tensor:
@@ -279,7 +395,7 @@ def _sampled(
 ) -> Windows:
     """Return the windows of one source of a mixture."""
     if is_token_file(spec):
-        given = _first(_token_file(spec), samples, length, spec)
+        given = _token_file(spec, samples, length)
         if given.samples < samples:
             raise CalibrationError(
                 f"{spec}: {given.samples} windows, expected {samples} for its share of the mixture. "
@@ -297,13 +413,19 @@ def _sampled(
 
 def _mixed(parts: Sequence[Windows], seed: int, tokenizer: Any) -> Windows:
     """Return the parts as one; those of several sources in a seeded order."""
-    ids = torch.cat([part.input_ids for part in parts])
+    rows = [row for part in parts for batch in part.batches(part.samples) for row in batch]
     if len(parts) > 1:
-        order = list(range(len(ids)))
-        random.Random(seed).shuffle(order)
-        ids = ids[order]
-    provenance = _provenance("calibration", tokenizer, ids.shape[0], ids.shape[1])
-    return Windows(ids, {**provenance, "seed": seed, "sources": [dict(part.provenance) for part in parts]})
+        random.Random(seed).shuffle(rows)
+    mixed = _of_rows(rows)
+    provenance = {**_provenance("calibration", tokenizer, mixed.samples, mixed.length), **mixed.shape}
+    return replace(mixed, provenance={**provenance, "seed": seed, "sources": [dict(part.provenance) for part in parts]})
+
+
+def _of_rows(rows: Sequence[torch.Tensor]) -> Windows:
+    """Return samples of token ids, of any lengths, as windows without provenance."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return Windows(padded, {}, torch.arange(padded.shape[1]) < lengths.unsqueeze(1))
 
 
 def _provenance(role: Role, tokenizer: Any, samples: int, length: int) -> dict[str, Any]:

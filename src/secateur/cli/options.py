@@ -164,7 +164,7 @@ CalibrationOption = Annotated[
         "--calibration",
         "-c",
         help="c4, wikitext2, python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a .txt, .jsonl[:FIELD], .parquet[:FIELD] "
-        "file, or .safetensors with input_ids. Repeat with weights to mix: 0.7*c4 [default: c4].",
+        "file, or .safetensors with input_ids (and attention_mask). Repeat with weights to mix: 0.7*c4 [default: c4].",
         rich_help_panel="Calibration",
         show_default=False,
     ),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
+from secateur.calibration import Windows, check_length, check_predictions, check_vocabulary, evaluation_windows
 from secateur.errors import CheckpointError, NumericalError
 from secateur.evaluate.forward import after_the_last_block
 from secateur.evaluate.perplexity import paired_difference
@@ -28,7 +28,8 @@ class Agreement:
     `kl` is the mean over tokens of ``KL(dense || pruned)`` in nats, `kl_error` its standard error over windows, `kl_99`
     the 99th percentile over tokens. `top1` is the share of tokens for which both models rank the same next token
     first. `window_kl`, `window_top1`, `window_nats` (the pruned model's loss) and `window_nats_dense` are means of
-    windows, for paired comparisons. `digest` is that of the tokens.
+    windows, for paired comparisons; perplexities are those of the mean over windows, which count alike whatever their
+    length. `digest` is that of the tokens.
     """
 
     model: str
@@ -114,6 +115,7 @@ def agreement(
         )
         check_vocabulary(cut, reference.skeleton.vocabulary_size)
         check_length(cut, reference.skeleton.positions)
+        check_predictions(cut)
         run = {"batch_size": batch_size, "offload_states": offload_states}
         expected = stack.enter_context(
             after_the_last_block(reference, cut, **run, progress=_named(progress, "dense"))  # type: ignore[arg-type]
@@ -140,7 +142,7 @@ def agreement(
                     data=data if isinstance(data, str) else "token ids",
                     windows=cut.samples,
                     length=cut.length,
-                    tokens=cut.samples * (cut.length - 1),
+                    tokens=cut.tokens - cut.samples,
                     digest=cut.digest,
                     seconds=time.perf_counter() - started,
                     provenance=cut.provenance,
@@ -176,27 +178,36 @@ def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], 
             )
         batches.append(torch.cat(parts, dim=-1).cpu())
         progress("head", batch + 1, len(dense.batches))
-    kl, top1, own_nats, dense_nats = torch.cat(batches, dim=1).double()
+    # A divergence is never negative; rounding in float32 can make it so by a little.
+    kl, top1 = (torch.cat([batch[row].flatten() for batch in batches]).double() for row in range(2))
+    kl = kl.clamp(min=0)
+    window_kl, window_top1, own_nats, dense_nats = (
+        torch.cat([_of_windows(batch[row], clamp=row == 0) for batch in batches]) for row in range(4)
+    )
     for who, nats in (("dense", dense_nats), ("pruned", own_nats)):
         if not bool(nats.isfinite().all()):
-            bad = int((~nats.isfinite()).any(dim=1).sum())
+            bad = int((~nats.isfinite()).sum())
             raise NumericalError(
                 f"{bad} of {len(nats)} windows have a loss that is not finite in the {who} model. "
                 "It overflows or is damaged; try --dtype float32."
             )
-    # A divergence is never negative; rounding in float32 can make it so by a little.
-    kl = kl.clamp(min=0)
     return {
         "kl": float(kl.mean()),
-        "kl_error": _error(kl.mean(dim=1)),
-        "kl_99": float(kl.flatten().kthvalue(math.ceil(0.99 * kl.numel())).values),
+        "kl_error": _error(window_kl),
+        "kl_99": float(kl.kthvalue(math.ceil(0.99 * kl.numel())).values),
         "top1": float(top1.mean()),
-        "top1_error": _error(top1.mean(dim=1)),
-        "window_kl": kl.mean(dim=1).tolist(),
-        "window_top1": top1.mean(dim=1).tolist(),
-        "window_nats": own_nats.mean(dim=1).tolist(),
-        "window_nats_dense": dense_nats.mean(dim=1).tolist(),
+        "top1_error": _error(window_top1),
+        "window_kl": window_kl.tolist(),
+        "window_top1": window_top1.tolist(),
+        "window_nats": own_nats.tolist(),
+        "window_nats_dense": dense_nats.tolist(),
     }
+
+
+def _of_windows(values: Tensor, *, clamp: bool) -> Tensor:
+    """The means of windows, of values by window and token."""
+    values = values.double()
+    return (values.clamp(min=0) if clamp else values).mean(dim=1)
 
 
 def _error(values: Tensor) -> float:

@@ -28,11 +28,10 @@ def after_the_last_block(
     """The stream of all windows behind the last block, ready for the model's head; its states go at the end."""
     skeleton = opened.skeleton
     skeleton.load_outside()
-    needed = windows.input_ids.numel() * skeleton.hidden_size * skeleton.dtype.itemsize
+    needed = windows.tokens * skeleton.hidden_size * skeleton.dtype.itemsize
     stream = Stream(
         skeleton,
-        windows.input_ids,
-        batch_size=batch_size or default_batch_size(windows.length, skeleton.device),
+        windows.batches(batch_size or default_batch_size(windows.length, skeleton.device)),
         states_folder=states_folder(offload_states, needed, Path.cwd() / f"secateur-{os.getpid()}-{id(opened)}.states"),
         progress=lambda done, total: progress("record", done, total),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
+from secateur.calibration import Windows, check_length, check_predictions, check_vocabulary, evaluation_windows
 from secateur.errors import NumericalError
 from secateur.evaluate.forward import after_the_last_block
 from secateur.models.opened import OpenedModel, open_model
@@ -21,9 +21,10 @@ from secateur.models.stream import Stream
 class Perplexity:
     """The result of an evaluation.
 
-    `nats` is the mean over windows of the mean cross-entropy of a window's length - 1 predictions, `standard_error`
-    that mean's standard error over windows, and `perplexity` is exp(nats). `window_nats` are the windows' own means:
-    two models on the same tokens (same `digest`) are best compared by their differences, window by window.
+    `nats` is the mean over windows of the mean cross-entropy of a window's length - 1 predictions (windows of different
+    lengths count alike), `standard_error` that mean's standard error over windows, and `perplexity` is exp(nats).
+    `window_nats` are the windows' own means: two models on the same tokens (same `digest`) are best compared by their
+    differences, window by window.
     """
 
     data: str
@@ -99,6 +100,7 @@ def perplexity(
         )
         check_vocabulary(cut, opened.skeleton.vocabulary_size)
         check_length(cut, opened.skeleton.positions)
+        check_predictions(cut)
         losses = window_losses(opened, cut, batch_size=batch_size, offload_states=offload_states, progress=progress)
     finally:
         opened.restore()
@@ -113,7 +115,7 @@ def perplexity(
         data=data if isinstance(data, str) else "token ids",
         windows=cut.samples,
         length=cut.length,
-        tokens=cut.samples * (cut.length - 1),
+        tokens=cut.tokens - cut.samples,
         nats=float(losses.mean()),
         standard_error=error,
         window_nats=losses.tolist(),

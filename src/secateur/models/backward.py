@@ -209,20 +209,21 @@ class _Outgoing:
 
 def model_gradients(
     skeleton: Skeleton,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Tensor],
     parameters: Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]],
     *,
     norms: Collection[Norm],
     granularity: Granularity = "sample",
-    batch_size: int,
+    batch_size: int | None = None,
     first: int = 0,
     states_folder: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Generator[BlockGradients]:
     """Gradient norms of the language-model loss, block by block from the last to `first`.
 
-    The loss of a sample is the mean cross-entropy of its next-token predictions. `input_ids` is (samples, length),
-    `parameters(block)` the parameters of interest of a loaded block. Equal to full autograd up to rounding.
+    The loss of a sample is the mean cross-entropy of its next-token predictions. `input_ids` and `batch_size` are
+    those of `Stream`, `parameters(block)` the parameters of interest of a loaded block. Equal to full autograd up to
+    rounding.
 
     Raises `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
     """
@@ -272,12 +273,12 @@ def model_gradients(
 
 def regional_gradients(
     skeleton: Skeleton,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Tensor],
     parameters: Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]],
     *,
     norms: Collection[Norm],
     granularity: Granularity = "sample",
-    batch_size: int,
+    batch_size: int | None = None,
     first: int = 0,
     states_folder: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,

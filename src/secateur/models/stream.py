@@ -129,21 +129,24 @@ def default_batch_size(length: int, device: torch.device) -> int:
 class Stream:
     """Calibration samples at one block of the model, moved on block by block.
 
-    `input_ids` is (samples, length). `states` holds what goes into the next block.
+    `input_ids` is (samples, length), which `batch_size` splits into `batches`, or a sequence of such batches, whose
+    samples may differ in length from batch to batch. `states` holds what goes into the next block.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        input_ids: Tensor,
+        input_ids: Tensor | Sequence[Tensor],
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         states_folder: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.device = skeleton.device
-        self.batches: Sequence[Tensor] = torch.split(input_ids, batch_size)
+        self.batches: Sequence[Tensor] = (
+            torch.split(input_ids, batch_size or len(input_ids)) if isinstance(input_ids, Tensor) else input_ids
+        )
         self.states = HiddenStates(len(self.batches), states_folder, pin=skeleton.device.type == "cuda")
         self._calls: list[list[Call]] = []
         self._intern: dict[tuple[Any, ...], list[Tensor]] = {}

@@ -273,6 +273,13 @@ def _held_out(record: Mapping[str, Any], opened: OpenedModel, length: int | None
             f"{name}: not the text any more that the adapter was trained on, so what was held out is not known. Give "
             "another text with --data, or --no-eval."
         )
+    if text.attention_mask is not None and length not in (None, text.length):
+        raise CalibrationError(
+            f"--length: got {length}, and the rows of {name} that were held out differ in length. Leave it out, or "
+            "give another text with --data."
+        )
+    if text.attention_mask is not None:
+        return text.part(0, windows)
     ids = text.input_ids.flatten()
     length = length or text.length
     most = len(ids) // length

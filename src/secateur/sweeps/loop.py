@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.block_loop import Event
-from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
+from secateur.calibration import Windows, check_length, check_predictions, check_vocabulary, evaluation_windows
 from secateur.calibration.corpora import is_token_file
 from secateur.core.gradients import Granularity, Norm, Scope
 from secateur.core.problem import Method
@@ -120,6 +120,7 @@ class SweepLoop:
             windows = evaluation_windows(data, self.tokenizer, **asked)
             check_vocabulary(windows, opened.skeleton.vocabulary_size)
             check_length(windows, opened.skeleton.positions, "--eval-length")
+            check_predictions(windows, "--eval-length")
             self._note_digest(f"data set {data}", windows)
             self.texts[data] = windows
 
@@ -150,7 +151,7 @@ class SweepLoop:
 
     def estimate(self, opened: OpenedModel) -> SweepEstimate:
         """What is still to be done, and what it would take."""
-        tokens = {data: windows.input_ids.numel() for data, windows in self.texts.items()}
+        tokens = {data: windows.tokens for data, windows in self.texts.items()}
         # Agreement runs the dense model beside the pruned one.
         passes = 3 if self.settings["agreement"] else 1
         pending = self.pending
