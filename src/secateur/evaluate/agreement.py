@@ -18,8 +18,6 @@ from secateur.evaluate.perplexity import paired_difference
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import Stream
 
-LOGITS_BYTES = 64 << 20  # of each model's float32 logits that are compared at once
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -155,9 +153,8 @@ def agreement(
 def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """The figures of an `Agreement`, from the two models' last hidden states, a few tokens' logits at a time."""
     batches: list[Tensor] = []  # (divergence, first choices equal, pruned loss, dense loss) of each token
-    vocabulary = dense.skeleton.vocabulary_size
     for batch, ids in enumerate(dense.batches):
-        chunk = max(16, LOGITS_BYTES // (4 * len(ids) * vocabulary))
+        chunk = dense.chunk(batch)
         targets = ids[:, 1:].to(dense.device)
         position = 0
         parts = []

@@ -149,7 +149,7 @@ def _batch_losses(stream: Stream, batch: int, ids: Tensor) -> Tensor:
     targets = ids[:, 1:].to(stream.device)
     total = torch.zeros(len(ids), dtype=torch.float64, device=stream.device)
     position = 0
-    for part, logits in stream.logits(batch):
+    for part, logits in stream.logits(batch, min(512, stream.chunk(batch))):
         own = targets[:, position : position + part.shape[1]]
         # Paper: the published code takes the loss in the logits' dtype, which newer transformers leave in half.
         loss = nn.functional.cross_entropy(

@@ -22,6 +22,8 @@ from secateur.models.skeleton import Skeleton
 from secateur.models.structure import Block
 from secateur.models.writer import reserve, writing
 
+LOGITS_BYTES = 64 << 20  # of float32 logits that are looked at at once
+
 
 @dataclass
 class Call:
@@ -281,6 +283,10 @@ class Stream:
         """Forget how a block was called; it will not run again."""
         for calls in self._calls:
             calls[block.index] = Call((), {}, None)
+
+    def chunk(self, batch: int) -> int:
+        """How many tokens of each sample of a batch the head may see at once: `LOGITS_BYTES` of logits, 16 at least."""
+        return max(16, LOGITS_BYTES // (4 * len(self.batches[batch]) * self.skeleton.vocabulary_size))
 
     @torch.no_grad()
     def logits(self, batch: int, chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
