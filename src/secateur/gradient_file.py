@@ -68,7 +68,7 @@ class GradientFile:
             raise CalibrationError(
                 f"{self.path}: its gradients are of other tokens: {held['samples']} samples of {held['length']} with "
                 f"digest {held['tokens_digest'][:12]}, expected {samples} of {length} with {digest[:12]}. Use the same "
-                "--calibration, --samples, --length, --seed and --sampling for both, or make another file."
+                "--calibration, --samples, --length, --seed, --sampling and --bos for both, or make another file."
             )
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -44,6 +44,7 @@ def gradients(
     length: int | None = None,
     seed: int = 0,
     sampling: str | None = None,
+    bos: str = "auto",
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     batch_size: int | None = None,
@@ -90,6 +91,7 @@ def gradients(
             length=length,
             seed=seed,
             sampling=sampling,
+            bos=bos,
             progress=lambda done, total: progress("calibrate", done, total),
         )
         return collect(

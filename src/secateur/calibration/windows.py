@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from secateur.calibration.corpora import Corpus, Role, existing_file, file_provenance, is_token_file, load_corpus
+from secateur.calibration.text import Bos, Text, check_bos
 from secateur.errors import CalibrationError
 
 Sampling = Literal["document", "concat"]
@@ -166,6 +167,7 @@ def calibration_windows(
     length: int | None = None,
     seed: int = 0,
     sampling: Sampling | None = None,
+    bos: Bos = "papers",
     progress: Progress | None = None,
 ) -> Windows:
     """Return calibration windows of shape (samples, length), by default 128 of 2048 tokens from text.
@@ -179,7 +181,8 @@ def calibration_windows(
     window in it; `"concat"` draws windows from one long token sequence; None is what the papers do: "concat" for
     wikitext2, "document" for everything else. Both give the windows that the published loops give after
     `random.seed(seed)`. In a mixture the source at position k draws with `seed + k`, and the windows are shuffled
-    with `seed`. `progress` is called with (windows done, windows in all).
+    with `seed`. `bos` is that of `evaluation_windows`: "papers" leaves BOS where a window happens to begin with its
+    document. `progress` is called with (windows done, windows in all).
 
     Errors: CalibrationError, also when no document is long enough after about 1000 draws for each window.
     Reference: Wanda and SparseGPT, semantics of `get_c4` (document) and `get_wikitext2` (concat) in their loaders.
@@ -188,21 +191,22 @@ def calibration_windows(
     if sampling not in ("document", "concat", None):
         raise CalibrationError(f"--sampling: got {sampling!r}, expected document or concat.")
     if (given := given_windows(source, samples, length)) is not None:
-        return given
+        return _as_given(given, bos)
     shares = _shares(source, DEFAULT_SAMPLES if samples is None else samples)
     require_tokenizer(tokenizer, [spec for spec, _, _ in shares])
+    text = Text(tokenizer, bos)
     total = sum(count for _, _, count in shares)
     parts: list[Windows] = []
     for position, (spec, weight, count) in enumerate(shares):
         done = sum(part.samples for part in parts)
         report = _shifted(progress, done, total)
-        part = _sampled(spec, tokenizer, count, length or DEFAULT_LENGTH, seed + position, sampling, report)
+        part = _sampled(spec, text, count, length or DEFAULT_LENGTH, seed + position, sampling, report)
         parts.append(replace(part, provenance={"weight": float(weight), **part.provenance}))
-    return _mixed(parts, seed, tokenizer)
+    return _mixed(parts, seed, text)
 
 
 def evaluation_windows(
-    source: Source, tokenizer: Any, *, length: int | None = None, windows: int | None = None
+    source: Source, tokenizer: Any, *, length: int | None = None, windows: int | None = None, bos: Bos = "papers"
 ) -> Windows:
     """Return the windows of the papers' perplexity, shape (windows, length), by default of 2048 tokens.
 
@@ -210,28 +214,47 @@ def evaluation_windows(
     windows that do not overlap; the remainder is dropped. `windows` keeps the first ones. C4 gives 256 unless asked
     otherwise. Token ids are taken as they are, as in `calibration_windows`.
 
-    Errors: CalibrationError, also when the text is shorter than one window.
+    `bos` says where BOS, the token that begins a text, stands. "papers": where the tokenizer puts it, before the first
+    window alone. "always": before every window, each of length - 1 tokens of the text, all of which are then predicted.
+    "never": nowhere.
+
+    Errors: CalibrationError, also when the text is shorter than one window, and for `bos` that cannot be had.
     Reference: Wanda, `lib/eval.py`, and SparseGPT, `datautils.py` (`get_wikitext2`, `get_c4`).
     """
     require_positive(windows=windows, length=length)
-    if (given := given_windows(source, windows, length)) is not None:
-        return given
+    if (given := given_windows(source, windows, length, "windows")) is not None:
+        return _as_given(given, bos)
     if not isinstance(source, str | os.PathLike):
         raise CalibrationError(f"evaluation: got {type(source).__name__}, expected one corpus, a tensor or Windows.")
     require_tokenizer(tokenizer, [os.fspath(source)])
+    text = Text(tokenizer, bos)
     corpus = load_corpus(os.fspath(source), "evaluation")
     length = length or DEFAULT_LENGTH
+    own = text.room(length)
     limit = C4_EVALUATION_WINDOWS if windows is None and corpus.name == "c4" else windows
-    ids, characters = _leading_tokens(corpus, tokenizer, None if limit is None else limit * length)
-    count = min(len(ids) // length, limit or len(ids))
+    ids, characters = _leading_tokens(corpus, text, None if limit is None else limit * own)
+    count = min(len(ids) // own, limit or len(ids))
     if count == 0:
-        raise _too_short(corpus, len(ids), f"one window needs {length}")
+        raise _too_short(corpus, len(ids), f"one window needs {own}")
     provenance = {
-        **_provenance("evaluation", tokenizer, count, length),
+        **_provenance("evaluation", text, count, length),
         "sources": [{**corpus.provenance, "characters": characters, "tokens": len(ids)}],
-        "tokens_dropped": len(ids) - count * length,
+        "tokens_dropped": len(ids) - count * own,
+        **_fewer("windows", windows, count),
     }
-    return Windows(ids[: count * length].reshape(count, length).clone(), provenance)
+    return Windows(text.begun(ids[: count * own].reshape(count, own)), provenance)
+
+
+def _as_given(windows: Windows, bos: Bos) -> Windows:
+    check_bos(bos)
+    if bos != "papers":
+        raise CalibrationError(f"--bos {bos}: token ids are taken as they are. Leave --bos out.")
+    return windows
+
+
+def _fewer(what: str, asked: int | None, found: int) -> dict[str, int]:
+    """What is recorded where there are fewer windows or samples than asked for."""
+    return {f"{what}_asked": asked} if asked is not None and asked > found else {}
 
 
 def check_vocabulary(windows: Windows, vocabulary_size: int) -> None:
@@ -270,24 +293,24 @@ def check_predictions(windows: Windows, option: str = "--length") -> None:
 # Token ids as they are
 
 
-def given_windows(source: Any, samples: int | None, length: int | None) -> Windows | None:
-    """Return the windows of a source that already is token ids, or None when it is text."""
+def given_windows(source: Any, samples: int | None, length: int | None, what: str = "samples") -> Windows | None:
+    """Return the windows of a source that already is token ids, or None when it is text; `what` is asked for."""
     if isinstance(source, Sequence) and not isinstance(source, str) and len(source) == 1:
         source = source[0]
     if isinstance(source, Windows):
-        return _first(source, samples, length, "windows")
+        return _first(source, samples, length, "windows", what)
     if isinstance(source, torch.Tensor):
-        return _first(Windows(_checked_ids(source, "tensor"), {"source": "tensor"}), samples, length, "tensor")
+        return _first(Windows(_checked_ids(source, "tensor"), {"source": "tensor"}), samples, length, "tensor", what)
     if isinstance(source, str | os.PathLike) and is_token_file(os.fspath(source)):
         spec, _ = _weighted(os.fspath(source))
-        return _token_file(spec, samples, length)
+        return _token_file(spec, samples, length, what)
     return None
 
 
-def _first(windows: Windows, samples: int | None, length: int | None, where: str) -> Windows:
+def _first(windows: Windows, samples: int | None, length: int | None, where: str, what: str = "samples") -> Windows:
     _check_given_length(windows.length, length, where)
     kept = windows.part(0, samples)
-    return replace(kept, provenance={**windows.provenance, **kept.shape})
+    return replace(kept, provenance={**windows.provenance, **kept.shape, **_fewer(what, samples, kept.samples)})
 
 
 def _check_given_length(found: int, length: int | None, where: str) -> None:
@@ -298,7 +321,7 @@ def _check_given_length(found: int, length: int | None, where: str) -> None:
         )
 
 
-def _token_file(spec: str, samples: int | None, length: int | None) -> Windows:
+def _token_file(spec: str, samples: int | None, length: int | None, what: str = "samples") -> Windows:
     """Return the first windows of a file; `length` is that of its rows, padding included."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -317,7 +340,7 @@ def _token_file(spec: str, samples: int | None, length: int | None) -> Windows:
         windows = Windows(ids, {"source": "file", **file_provenance(path)}, mask)
     except CalibrationError as error:
         raise CalibrationError(f"{path}: {error}") from None
-    return _first(windows, samples, None, spec)
+    return _first(windows, samples, None, spec, what)
 
 
 def _checked_ids(ids: torch.Tensor, where: str) -> torch.Tensor:
@@ -391,7 +414,7 @@ def _weighted(spec: str) -> tuple[str, Fraction]:
 
 
 def _sampled(
-    spec: str, tokenizer: Any, samples: int, length: int, seed: int, sampling: Sampling | None, report: Progress
+    spec: str, text: Text, samples: int, length: int, seed: int, sampling: Sampling | None, report: Progress
 ) -> Windows:
     """Return the windows of one source of a mixture."""
     if is_token_file(spec):
@@ -406,18 +429,18 @@ def _sampled(
     corpus = load_corpus(spec, "calibration")
     sampling = sampling or ("concat" if corpus.name == "wikitext2" else "document")
     sample = _document_windows if sampling == "document" else _concat_windows
-    ids, facts = sample(corpus, tokenizer, samples, length, seed, report)
+    ids, facts = sample(corpus, text, samples, text.room(length), seed, report)
     shape = {"samples": samples, "length": length}
-    return Windows(ids, {**corpus.provenance, **shape, "seed": seed, "sampling": sampling, **facts})
+    return Windows(text.begun(ids), {**corpus.provenance, **shape, "seed": seed, "sampling": sampling, **facts})
 
 
-def _mixed(parts: Sequence[Windows], seed: int, tokenizer: Any) -> Windows:
+def _mixed(parts: Sequence[Windows], seed: int, text: Text) -> Windows:
     """Return the parts as one; those of several sources in a seeded order."""
     rows = [row for part in parts for batch in part.batches(part.samples) for row in batch]
     if len(parts) > 1:
         random.Random(seed).shuffle(rows)
     mixed = _of_rows(rows)
-    provenance = {**_provenance("calibration", tokenizer, mixed.samples, mixed.length), **mixed.shape}
+    provenance = {**_provenance("calibration", text, mixed.samples, mixed.length), **mixed.shape}
     return replace(mixed, provenance={**provenance, "seed": seed, "sources": [dict(part.provenance) for part in parts]})
 
 
@@ -428,10 +451,11 @@ def _of_rows(rows: Sequence[torch.Tensor]) -> Windows:
     return Windows(padded, {}, torch.arange(padded.shape[1]) < lengths.unsqueeze(1))
 
 
-def _provenance(role: Role, tokenizer: Any, samples: int, length: int) -> dict[str, Any]:
+def _provenance(role: Role, text: Text, samples: int, length: int) -> dict[str, Any]:
     """Return what the windows of both roles record."""
-    name = {"class": type(tokenizer).__name__, "name": str(getattr(tokenizer, "name_or_path", ""))}
-    return {"source": "text", "role": role, "samples": samples, "length": length, "tokenizer": name}
+    name = {"class": type(text.tokenizer).__name__, "name": str(getattr(text.tokenizer, "name_or_path", ""))}
+    own = {"source": "text", "role": role, "samples": samples, "length": length, "tokenizer": name}
+    return own if text.tokenizer is None else {**own, "bos": text.provenance}
 
 
 def _shifted(progress: Progress | None, done: int, total: int) -> Progress:
@@ -442,19 +466,14 @@ def _shifted(progress: Progress | None, done: int, total: int) -> Progress:
     return report
 
 
-def _tokenised(tokenizer: Any, text: str) -> torch.Tensor:
-    # `verbose=False` silences "Token indices sequence length is longer than ...": long texts are the purpose here.
-    return torch.tensor(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"], dtype=torch.int64)
-
-
 # Sampling by document
 
 
 class _LongDocuments:
     """Draws documents of more than `length` tokens; keeps every length seen, and the ids of the long documents."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Any, length: int) -> None:
-        self.corpus, self.tokenizer, self.length = corpus, tokenizer, length
+    def __init__(self, corpus: Corpus, text: Text, length: int) -> None:
+        self.corpus, self.text, self.length = corpus, text, length
         self.lengths: dict[int, int] = {}
         self.long: dict[int, torch.Tensor] = {}
         self.draws = 0
@@ -473,18 +492,18 @@ class _LongDocuments:
         return None
 
     def _tokenise(self, index: int) -> None:
-        ids = _tokenised(self.tokenizer, self.corpus.documents[index])
+        ids = self.text.ids(self.corpus.documents[index])
         self.lengths[index] = len(ids)
         if len(ids) > self.length:
             self.long[index] = ids
 
 
 def _document_windows(
-    corpus: Corpus, tokenizer: Any, samples: int, length: int, seed: int, report: Progress
+    corpus: Corpus, text: Text, samples: int, length: int, seed: int, report: Progress
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return windows and facts; the random numbers are used in the order of the published loop."""
     generator = random.Random(seed)
-    documents = _LongDocuments(corpus, tokenizer, length)
+    documents = _LongDocuments(corpus, text, length)
     rows: list[torch.Tensor] = []
     while len(rows) < samples:
         ids = documents.draw(generator, len(rows))
@@ -512,14 +531,14 @@ def _no_long_document(documents: _LongDocuments, done: int, samples: int) -> Cal
 
 
 def _concat_windows(
-    corpus: Corpus, tokenizer: Any, samples: int, length: int, seed: int, report: Progress
+    corpus: Corpus, tokenised: Text, samples: int, length: int, seed: int, report: Progress
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return windows and facts; a corpus beyond `_character_bound` is represented by seeded random documents."""
     bound = _character_bound(samples * length)
     text, whole = _leading_text(corpus, bound)
     if not whole:
         text = _random_text(corpus, bound, seed)
-    ids = _tokenised(tokenizer, text)
+    ids = tokenised.ids(text)
     if len(ids) <= length:
         raise _too_short(corpus, len(ids), f"a window of {length} needs at least {length + 1}")
     generator = random.Random(seed)
@@ -564,14 +583,14 @@ def _random_text(corpus: Corpus, bound: int, seed: int) -> str:
     return corpus.joiner.join(taken)
 
 
-def _leading_tokens(corpus: Corpus, tokenizer: Any, needed: int | None) -> tuple[torch.Tensor, int]:
+def _leading_tokens(corpus: Corpus, tokenised: Text, needed: int | None) -> tuple[torch.Tensor, int]:
     """Return the ids of the joined text and its characters; when only `needed` ids count, of a part that holds them."""
     text, whole = _leading_text(corpus, None if needed is None else _character_bound(needed))
-    ids = _tokenised(tokenizer, text)
+    ids = tokenised.ids(text)
     # Exact: where a text is cut shows in its last tokens only, so the needed ones must lie far from the cut.
     if not whole and needed is not None and len(ids) < 2 * needed:
         text, _ = _leading_text(corpus, None)
-        ids = _tokenised(tokenizer, text)
+        ids = tokenised.ids(text)
     return ids, len(text)
 
 

@@ -198,6 +198,12 @@ SamplingOption = Annotated[
         show_default=False,
     ),
 ]
+_BOS = (
+    "Where windows of text have the token that begins a text: papers (before the first window alone), always (before "
+    "every window), never, or auto: as papers, unless the model reads a window over 0.1 nats better with it in front."
+)
+BosOption = Annotated[str, typer.Option("--bos", help=_BOS, rich_help_panel="Calibration")]
+EvaluationBosOption = Annotated[str, typer.Option("--bos", help=_BOS)]
 PropagateOption = Annotated[
     str,
     typer.Option(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration import Windows, check_length, check_predictions, check_vocabulary, evaluation_windows
+from secateur.calibration import Windows
 from secateur.errors import CheckpointError, NumericalError
 from secateur.evaluate.forward import after_the_last_block
 from secateur.evaluate.perplexity import paired_difference
+from secateur.model_windows import model_evaluation_windows
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import Stream
 
@@ -88,6 +89,7 @@ def agreement(
     *,
     length: int | None = None,
     windows: int | None = None,
+    bos: str = "auto",
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -99,7 +101,7 @@ def agreement(
     """The agreement of each pruned model with the dense one, on the same windows of a text.
 
     The models run one after the other, each in the memory of one block; between them only the dense model's last
-    hidden states are kept. The text is cut as for `perplexity`.
+    hidden states are kept. The text is cut as for `perplexity`; with ``bos="auto"`` the dense model decides.
 
     Raises `CheckpointError` for models with different vocabularies, `NumericalError` for outputs that are not finite,
     and what `perplexity` raises.
@@ -107,13 +109,7 @@ def agreement(
     with ExitStack() as stack:
         reference = open_model(dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         stack.callback(reference.restore)
-        given = isinstance(data, Tensor | Windows)
-        cut = evaluation_windows(
-            data, tokenizer or (None if given else reference.load_tokenizer()), length=length, windows=windows
-        )
-        check_vocabulary(cut, reference.skeleton.vocabulary_size)
-        check_length(cut, reference.skeleton.positions)
-        check_predictions(cut)
+        cut = model_evaluation_windows(reference, data, tokenizer, length=length, windows=windows, bos=bos)
         run = {"batch_size": batch_size, "offload_states": offload_states}
         expected = stack.enter_context(
             after_the_last_block(reference, cut, **run, progress=_named(progress, "dense"))  # type: ignore[arg-type]

@@ -297,6 +297,19 @@ class Stream:
         for states, ids in self._parts(batch, chunk):
             yield ids, self._logits(states, ids)
 
+    def losses(self, batch: int) -> Iterator[Tensor]:
+        """The cross-entropy of each next token of a batch, in nats: float32 (samples, tokens), a few at a time."""
+        targets = self.batches[batch][:, 1:].to(self.device)
+        position = 0
+        for part, logits in self.logits(batch, min(512, self.chunk(batch))):
+            own = targets[:, position : position + part.shape[1]]
+            # Paper: the published code takes the loss in the logits' dtype, which newer transformers leave in half.
+            loss = nn.functional.cross_entropy(
+                logits[:, : own.shape[1]].float().flatten(0, 1), own.flatten(), reduction="none"
+            )
+            yield loss.view(own.shape)
+            position += part.shape[1]
+
     def head(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(hidden states, logits) of a batch, a few tokens at a time, with the logits' graph back to these states."""
         for part, ids in self._parts(batch, chunk):

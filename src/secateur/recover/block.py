@@ -48,6 +48,7 @@ def reconstruct(
     length: int | None = None,
     seed: int = 0,
     sampling: str | None = None,
+    bos: str = "auto",
     epochs: int = 10,
     minutes: float | None = None,
     learning_rate: float = 0.03,
@@ -112,6 +113,14 @@ def reconstruct(
         length=length,
         seed=seed,
         sampling=sampling,
+        bos=bos,
+        dense=lambda: open_model(
+            original.path,
+            device=str(skeleton.device),
+            dtype=str(skeleton.dtype).removeprefix("torch."),
+            revision=base.source.get("revision") if dense is None else None,
+            trust_remote_code=trust_remote_code,
+        ),
         progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
     )
     clock.add("calibrate", began)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration import Windows, evaluation_windows, training_windows
+from secateur.calibration import Windows, training_windows
 from secateur.card import write_card
 from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.manifest import read_manifest, verify
+from secateur.model_windows import model_evaluation_windows
 from secateur.models.checkpoint import Layout
 from secateur.models.conversion import TensorGroup
 from secateur.models.inverse import Inverse
@@ -257,9 +258,8 @@ def _windows(
     """
     if data is None and adapter.record is not None and adapter.record["data"]["name"] is not None:
         return _held_out(adapter.record, opened, length, windows)
-    tokenizer = None if isinstance(data, Tensor | Windows) else opened.load_tokenizer()
     text = "wikitext2" if data is None else data
-    return evaluation_windows(text, tokenizer, length=length, windows=windows)
+    return model_evaluation_windows(opened, text, None, length=length, windows=windows)
 
 
 def _held_out(record: Mapping[str, Any], opened: OpenedModel, length: int | None, windows: int | None) -> Windows:
