@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 import secateur
 import tiny
 from secateur.errors import CalibrationError, CheckpointError, NumericalError
-from secateur.evaluate import agreement as module
 from secateur.evaluate.agreement import agreement
+from secateur.models import stream
 
 NAMES = ["llama", "gemma2", "gpt2", "mixtral", "gemma3n_text", "mamba"]
 
@@ -88,7 +88,7 @@ def test_the_size_of_a_chunk_changes_nothing(ids, tmp_path, monkeypatch):
     source = tiny.save("llama", tmp_path / "source")
     other = pruned(source, tmp_path / "pruned")
     (whole,) = agreement(source, [other], tiny.tokens(samples=2, length=33))
-    monkeypatch.setattr(module, "LOGITS_BYTES", 1)  # 16 tokens at a time, of which the last one predicts nothing
+    monkeypatch.setattr(stream, "LOGITS_BYTES", 1)  # 16 tokens at a time, of which the last one predicts nothing
     (parts,) = agreement(source, [other], tiny.tokens(samples=2, length=33))
     assert parts.window_kl == pytest.approx(whole.window_kl, rel=1e-5)
     assert parts.window_nats == pytest.approx(whole.window_nats, rel=1e-6)

@@ -32,7 +32,7 @@ FIRST = "model.layers.0.mlp.down_proj.weight"
 CALIBRATION = ["--calibration", "python-docs", "--sampling", "concat", "--samples", "4", "--length", "32"]
 
 WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", "--per", "--only", "--skip"}
-TEXT = {"--calibration", "--samples", "--length", "--seed", "--sampling"}
+TEXT = {"--bos", "--calibration", "--samples", "--length", "--seed", "--sampling"}
 PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--correction", "--statistics-device"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
 TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
@@ -50,6 +50,7 @@ RECOVERY |= {
     "--optimizer-args",
 }
 RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing", "--dense", "--samples", "--epochs"}
+RECOVERY |= {"--bos"}
 OPTIONS = {
     "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
     "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
@@ -66,10 +67,10 @@ OPTIONS = {
     | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
     "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}
     | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
-    "eval": HOW | TASKS | {"--data", "--length", "--windows", "--config", "--json"},
+    "eval": HOW | TASKS | {"--bos", "--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"})
     | TASKS
-    | {"--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
+    | {"--bos", "--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
     "report": {"--evaluation", "--open"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
     "verify": {"--source", "--json"},
@@ -516,7 +517,7 @@ def test_a_whole_run_from_a_file(call: Call, model: Path, config: Config, tmp_pa
     ("text", "message"),
     [
         ("sparsty: 0.5\n", 'unknown key "sparsty". Did you mean "sparsity"?'),
-        ("flavour: vanilla\n", 'unknown key "flavour". Known keys: alpha, batch_size, calibration,'),
+        ("flavour: vanilla\n", 'unknown key "flavour". Known keys: alpha, batch_size, bos, calibration,'),
         ("s: 0.5\n", 'unknown key "s". Known keys: '),
         ("config: other.yaml\n", 'unknown key "config".'),
         ("sparsity: [0.5\n", "run.yaml is not YAML: "),

@@ -75,7 +75,8 @@ def test_eval_of_tasks(call: Call, model: Path, data: Path, store: Results) -> N
     assert sorted(record.kind for record in kept) == ["perplexity", "tasks", "tasks"]
     (perplexity,) = [record for record in kept if record.kind == "perplexity"]
     assert perplexity.result["perplexity"] == value["perplexity"]
-    assert perplexity.key == {"data": "python-docs", "length": 32, "digest": value["digest"], "dtype": "auto"}
+    key = {"data": "python-docs", "length": 32, "digest": value["digest"], "dtype": "auto", "bos": "papers"}
+    assert perplexity.key == key
 
 
 def test_compare_everything(

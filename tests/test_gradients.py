@@ -38,7 +38,7 @@ from secateur.methods.gblm import gblm, gblm_inverse, gradient
 from secateur.methods.pruner_zero import pruner_zero
 from secateur.methods.wanda import wanda
 from secateur.methods.wanda_plus import wanda_plus
-from secateur.models import backward
+from secateur.models import backward, stream
 from secateur.models.matrices import tapped
 from secateur.models.opened import open_model
 from test_cli import CALIBRATION, call, save_model  # noqa: F401 - `call` is a fixture
@@ -316,7 +316,7 @@ def test_the_head_in_chunks(name, tmp_path, monkeypatch):
     source = tiny.save(name, tmp_path / "source")
     ids = tiny.tokens(samples=2, length=33)
     whole = take(source, tmp_path / "whole", ids, dtype="float64", batch_size=2)
-    monkeypatch.setattr(backward, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(stream, "LOGITS_BYTES", 1)
     seen = []
     head = backward.Stream.head
     monkeypatch.setattr(

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import secateur
 import tiny
 from secateur.errors import ModelStructureError
+from secateur.models import stream as module
 from secateur.models.opened import open_model
 from secateur.models.skeleton import Skeleton, loaded
 from secateur.models.stream import HiddenStates, Stream, states_folder
@@ -263,3 +265,15 @@ def test_half_precision_follows_transformers(tmp_path):
     got = stream_logits(open_model(tmp_path, dtype="bfloat16").skeleton, ids, batch_size=2)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, expected)
+
+
+def test_logits_of_a_large_vocabulary_come_in_small_pieces(tmp_path, monkeypatch):
+    source = tiny.save("llama", tmp_path / "source")
+    ids = tiny.tokens(samples=2, length=33)
+    whole = secateur.perplexity(source, ids)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 1)
+    sizes: list[int] = []
+    parts = Stream._parts
+    monkeypatch.setattr(Stream, "_parts", lambda *args: (sizes.append(args[2]), parts(*args))[1])
+    assert secateur.perplexity(source, ids).window_nats == pytest.approx(whole.window_nats, rel=1e-6)
+    assert sizes == [16]

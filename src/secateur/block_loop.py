@@ -172,19 +172,19 @@ class BlockLoop:
         assert self.windows is not None
         started = time.perf_counter()
         self.skeleton.load_outside()
-        ids = self.windows.input_ids
+        batches = self.windows.batches(self.manifest.settings["batch_size"])
         if self.reuses:  # what is left to find out, how far each block's output moves, takes the first batch alone
-            ids = ids[: self.manifest.settings["batch_size"]]
+            batches = batches[:1]
         # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.
         dense = self.targets != "pruned"
-        needed = (3 if dense else 1) * ids.numel() * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        tokens = sum(batch.numel() for batch in batches)
+        needed = (3 if dense else 1) * tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.offload, needed, self.scratch)
         folders = [None if folder is None else folder.with_name(f"{folder.name}{end}") for end in ("", "-dense")]
         made = [
             Stream(
                 self.skeleton,
-                ids,
-                batch_size=self.manifest.settings["batch_size"],
+                batches,
                 states_folder=own,
                 progress=lambda done, total: self.on_event(Event("record", 0, last + 1, done, total)),
             )

@@ -161,11 +161,12 @@ def collect_statistics(
     if needs:
         tap.check(matrices, samples)
     gradients: dict[str, GradientNorm] = {}
+    tokens = sum(ids.numel() for ids in stream.batches)
     if wanted is not None and gradient_tap is not None:
         for matrix in matrices:
             total = matrix.of_parameter(gradient_tap.totals[matrix.parameter, wanted.norm], layout[matrix.parameter])
             check_gradient(matrix.name, total, samples)
-            gradients[matrix.name] = GradientNorm(wanted, total, samples * stream.batches[0].shape[1], samples)
+            gradients[matrix.name] = GradientNorm(wanted, total, tokens, samples)
     return Collected(tap.taken, gradients, drift.finished(), first)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.block_loop import BlockLoop, Clock, Event, OnEvent
-from secateur.calibration import Windows
+from secateur.calibration import Windows, check_bos
 from secateur.card import write_card
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.patterns import NM, Pattern, Unstructured, with_group
@@ -24,7 +24,7 @@ from secateur.errors import CalibrationError, PatternError
 from secateur.gradient_file import GradientFile
 from secateur.gradient_pass import collect, gradient_batch_size
 from secateur.manifest import Manifest, file_digests, tensor_digest
-from secateur.model_windows import model_windows
+from secateur.model_windows import BOS_WORDS, model_windows
 from secateur.models.matrices import Matrix
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.skeleton import Skeleton
@@ -47,6 +47,7 @@ def prune(
     length: int | None = None,
     seed: int = 0,
     sampling: str | None = None,
+    bos: str = "auto",
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     gradient: str | os.PathLike[str] | None = None,
@@ -73,7 +74,8 @@ def prune(
     `model` is a folder, a hub id, a GGUF file or an `nn.Module`. `pattern` is one pattern for every matrix that
     `only` and `skip` leave (default: half the weights), or a whole `Plan`. `samples` (128) windows of `length` (2048)
     tokens are drawn from `calibration`: corpora, or token ids of shape (samples, length); `sampling` is "document",
-    "concat", or None for what the papers do with that corpus. `propagate` says whether
+    "concat", or None for what the papers do with that corpus, and `bos` "papers", "always", "never" or "auto", as for
+    `perplexity`. `propagate` says whether
     each block sees the outputs of the pruned blocks before it ("pruned", as published) or of the dense ones.
     `within` says whether the statistics of a block are all of the block as it was ("block", as published), or each
     of the block behind its matrices that were pruned already ("site": true sequential order). `targets` says which
@@ -95,6 +97,7 @@ def prune(
     only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
     correction = chosen_correction(targets, correction)
     check_choices(method, propagate, within, targets)
+    check_bos(bos, BOS_WORDS)
     if statistics is not None and propagate != "dense":
         raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
     kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
@@ -120,6 +123,7 @@ def prune(
                 length=length,
                 seed=seed,
                 sampling=sampling,
+                bos=bos,
                 progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
             )
             if given is not None:

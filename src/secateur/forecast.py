@@ -12,12 +12,14 @@ import psutil
 import torch
 from torch import nn
 
+from secateur.calibration import check_bos
 from secateur.core.gradients import GradientKind, Scope
 from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
 from secateur.engine import check_choices, check_dense_targets, chosen_correction, gradient_file, make_plan
 from secateur.gradient_pass import chunk_sizes, gradient_batch_size
+from secateur.model_windows import BOS_WORDS
 from secateur.models.matrices import numbered_experts
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.skeleton import Skeleton
@@ -89,6 +91,7 @@ def estimate(
     pattern: Pattern | Plan | None = None,
     samples: int | None = None,
     length: int | None = None,
+    bos: str = "auto",
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     gradient: str | os.PathLike[str] | None = None,
@@ -111,6 +114,7 @@ def estimate(
     opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
     chosen_correction(targets, correction)
+    check_bos(bos, BOS_WORDS)
     check_choices(method, propagate, within, targets)
     plan = make_plan(opened, method, pattern, only=only, skip=skip)
     if targets == "dense":

@@ -68,7 +68,7 @@ class GradientFile:
             raise CalibrationError(
                 f"{self.path}: its gradients are of other tokens: {held['samples']} samples of {held['length']} with "
                 f"digest {held['tokens_digest'][:12]}, expected {samples} of {length} with {digest[:12]}. Use the same "
-                "--calibration, --samples, --length, --seed and --sampling for both, or make another file."
+                "--calibration, --samples, --length, --seed, --sampling and --bos for both, or make another file."
             )
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -99,8 +99,9 @@ class GradientFile:
     def read(self, matrix: str, kind: GradientKind, device: torch.device | str = "cpu") -> GradientNorm:
         """The statistic of one matrix, on the device."""
         total = read_tensor(self._records[f"{kind.norm}:{matrix}"]).to(device)
-        samples = int(self.provenance["samples"])
-        return GradientNorm(kind, total, samples * int(self.provenance["length"]), samples)
+        held, samples = self.provenance, int(self.provenance["samples"])
+        tokens = int(held.get("tokens", samples * int(held["length"])))  # fewer where samples differ in length
+        return GradientNorm(kind, total, tokens, samples)
 
 
 class GradientWriter:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur
-from secateur.calibration import Windows
+from secateur.calibration import Windows, check_predictions
 from secateur.core.checks import check_weight
 from secateur.core.gradients import GradientKind, Granularity, Norm, Scope
 from secateur.errors import CalibrationError, CheckpointError
@@ -44,6 +44,7 @@ def gradients(
     length: int | None = None,
     seed: int = 0,
     sampling: str | None = None,
+    bos: str = "auto",
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     batch_size: int | None = None,
@@ -90,6 +91,7 @@ def gradients(
             length=length,
             seed=seed,
             sampling=sampling,
+            bos=bos,
             progress=lambda done, total: progress("calibrate", done, total),
         )
         return collect(
@@ -126,8 +128,8 @@ def collect(
     norms: list[Norm] = list(dict.fromkeys(kind.norm for kind in kinds))
     if {(kind.granularity, kind.scope) for kind in kinds} != {(granularity, scope)}:
         raise CalibrationError("one pass takes gradients of one granularity and one scope.")
-    if windows.length < 2 and scope == "model":
-        raise CalibrationError("--length: got 1, expected at least 2: the loss is that of predicting the next token.")
+    if scope == "model":
+        check_predictions(windows)
     batch_size = gradient_batch_size(skeleton, windows.length, granularity, batch_size)
     first = min(matrix.block for matrix in matrices)
     source_tensors = _digests(skeleton, matrices)
@@ -135,8 +137,7 @@ def collect(
         "norms": norms,
         "granularity": granularity,
         "scope": scope,
-        "samples": windows.samples,
-        "length": windows.length,
+        **windows.shape,
         "tokens_digest": windows.digest,
         "calibration": dict(windows.provenance),
         "model": opened.origin,
@@ -156,7 +157,7 @@ def collect(
             skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first, scratch
         )
         folder = sizes.folder
-        parts = torch.split(windows.input_ids, sizes.samples)
+        parts = _parts(windows.batches(batch_size), sizes.samples)
         sweep = model_gradients if scope == "model" else regional_gradients
         by_block = _by_block(matrices)
         for number, part in enumerate(parts):
@@ -166,7 +167,6 @@ def collect(
                 lambda block: tapped(block, by_block.get(block.index, []))[0],
                 norms=norms,
                 granularity=granularity,
-                batch_size=batch_size,
                 first=first,
                 states_folder=folder,
                 progress=_in_part(progress, number, len(parts)),
@@ -184,6 +184,16 @@ def collect(
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     return GradientFile(target)
+
+
+def _parts(batches: Sequence[Tensor], samples: int) -> list[list[Tensor]]:
+    """Consecutive batches of at most so many samples together."""
+    parts: list[list[Tensor]] = [[]]
+    for batch in batches:
+        if parts[-1] and sum(map(len, parts[-1])) + len(batch) > samples:
+            parts.append([])
+        parts[-1].append(batch)
+    return parts
 
 
 def _digests(skeleton: Skeleton, matrices: Sequence[Matrix]) -> dict[str, str]:

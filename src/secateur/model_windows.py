@@ -1,14 +1,35 @@
-"""Calibration samples for a certain model: drawn, and checked to be something that it can read."""
+"""Windows for a certain model: drawn or cut, with BOS where the model wants it, and checked to be what it can read."""
 
+import logging
+import math
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
-from secateur.calibration import Windows, calibration_windows, check_length, check_vocabulary
+from secateur.calibration import (
+    Windows,
+    bos_text,
+    calibration_windows,
+    check_bos,
+    check_length,
+    check_predictions,
+    check_vocabulary,
+    evaluation_windows,
+)
 from secateur.calibration.corpora import is_token_file
+from secateur.calibration.text import Bos
 from secateur.calibration.windows import Progress
+from secateur.models.forward import after_the_last_block
 from secateur.models.opened import OpenedModel
+
+BOS_WORDS = ("auto", *get_args(Bos))
+BOS_MARGIN = 0.1  # nats per token that a window must read better with BOS in front
+
+_log = logging.getLogger("secateur")
 
 
 def model_windows(
@@ -21,28 +42,132 @@ def model_windows(
     seed: int,
     sampling: str | None,
     progress: Progress,
+    bos: str = "auto",
+    known: Mapping[str, Any] | None = None,
+    dense: Callable[[], OpenedModel] | None = None,
 ) -> Windows:
     """`calibration_windows` for an opened model, with its own tokenizer where there is text and none is given.
 
+    `bos` is a word for `calibration_windows`, or "auto": "papers", unless the first window reads more than 0.1 nats
+    better with BOS in front, which means "always". The model itself decides, or the one that `dense` opens; `known` is
+    what was decided and recorded before. That, and fewer samples than asked for, are said in a line each.
+
     Raises `CalibrationError` for token ids outside its vocabulary, and for windows longer than its positions.
     """
-    windows = calibration_windows(
-        calibration,
-        opened.load_tokenizer() if tokenizer is None and _is_text(calibration) else tokenizer,
-        samples=samples,
-        length=length,
-        seed=seed,
-        sampling=sampling,  # type: ignore[arg-type]  # checked there
-        progress=progress,
-    )
-    check_vocabulary(windows, opened.skeleton.vocabulary_size)
-    check_length(windows, opened.skeleton.positions)
+    text = _is_text(calibration)
+    tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
+
+    def draw(where: str) -> Windows:
+        windows = calibration_windows(
+            calibration,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            sampling=sampling,  # type: ignore[arg-type]  # checked there
+            bos=where,  # type: ignore[arg-type]
+            progress=progress,
+        )
+        check_vocabulary(windows, opened.skeleton.vocabulary_size)
+        check_length(windows, opened.skeleton.positions)
+        return windows
+
+    windows = _placed(draw, bos, known, "calibration", dense or (lambda: opened), text)
+    _say_fewer(windows, "samples", samples)
     return windows
 
 
-def _is_text(calibration: Any) -> bool:
+def model_evaluation_windows(
+    opened: OpenedModel,
+    data: str | os.PathLike[str] | Tensor | Windows,
+    tokenizer: Any,
+    *,
+    length: int | None = None,
+    windows: int | None = None,
+    bos: str = "auto",
+    known: Mapping[str, Any] | None = None,
+    option: str = "--length",
+) -> Windows:
+    """`evaluation_windows` for an opened model; `bos` and `known` are those of `model_windows`.
+
+    Raises what that raises, and `CalibrationError` for windows of less than two tokens.
+    """
+    text = _is_text(data)
+    tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
+
+    def cut(where: str) -> Windows:
+        found = evaluation_windows(data, tokenizer, length=length, windows=windows, bos=where)  # type: ignore[arg-type]
+        check_vocabulary(found, opened.skeleton.vocabulary_size)
+        check_length(found, opened.skeleton.positions, option)
+        check_predictions(found, option)
+        return found
+
+    found = _placed(cut, bos, known, str(data) if text else "token ids", lambda: opened, text)
+    _say_fewer(found, "windows", windows)
+    return found
+
+
+def _placed(
+    cut: Callable[[str], Windows],
+    bos: str,
+    known: Mapping[str, Any] | None,
+    name: str,
+    model: Callable[[], OpenedModel],
+    text: bool,
+) -> Windows:
+    """Windows with BOS where that word wants it, or where the model reads them better; recorded as `bos`."""
+    check_bos(bos, BOS_WORDS)
+    if not text:
+        return cut("papers" if bos == "auto" else bos)
+    if known is not None:
+        windows = cut(known["used"])
+        return replace(windows, provenance={**windows.provenance, "bos": dict(known)})
+    windows, nats = cut("papers" if bos == "auto" else bos), None
+    if bos == "auto":
+        nats = bos_nats(model(), windows)
+    if nats is not None and nats[1] - nats[0] > BOS_MARGIN:
+        windows = cut("always")
+    figures = {} if nats is None else dict(zip(("nats_with", "nats_without"), map(_finite, nats), strict=True))
+    record = {"asked": bos, **windows.provenance["bos"], **figures}
+    windows = replace(windows, provenance={**windows.provenance, "bos": record})
+    if nats is not None and record["used"] == "always":
+        _log.warning("%s: %s. --bos papers is the published way.", name, bos_text(windows.provenance))
+    return windows
+
+
+def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | None:
+    """The loss of the first window of text with BOS in front and without, in nats for each of the same tokens.
+
+    These are the window's tokens behind the first; BOS takes the place of its own first token, or of its last. None
+    where the tokenizer has no BOS, where every window begins with it anyway, or where nothing is left to compare. Takes
+    one pass over the weights.
+    """
+    bos = windows.provenance["bos"]["token"]
+    skeleton = opened.skeleton
+    if bos is None or bos >= skeleton.vocabulary_size or bool((windows.input_ids[:, 0] == bos).all()):
+        return None
+    row = next(batch[0] for batch in windows.batches(1))
+    own = row[1:] if int(row[0]) == bos else row[:-1]
+    if len(own) < 2:
+        return None
+    batches = [torch.cat([torch.tensor([bos]), own]).unsqueeze(0), own.unsqueeze(0)]
+    with torch.no_grad(), after_the_last_block(skeleton, batches) as stream:
+        losses = [torch.cat(list(stream.losses(batch)), dim=1)[0].double() for batch in range(2)]
+    return float(losses[0][1:].mean()), float(losses[1].mean())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _say_fewer(windows: Windows, what: str, asked: int | None) -> None:
+    if asked is not None and windows.samples < asked:
+        _log.warning("%s of the %s %s asked for: there are no more.", f"{windows.samples:,}", f"{asked:,}", what)
+
+
+def _is_text(source: Any) -> bool:
     """Whether some of it has to be tokenised."""
-    if isinstance(calibration, Tensor | Windows):
+    if isinstance(source, Tensor | Windows):
         return False
-    specs = [calibration] if isinstance(calibration, str | os.PathLike) else calibration
+    specs = [source] if isinstance(source, str | os.PathLike) else source
     return not all(isinstance(spec, str | os.PathLike) and is_token_file(os.fspath(spec)) for spec in specs)

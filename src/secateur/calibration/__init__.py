@@ -2,10 +2,12 @@
 
 from secateur.calibration.corpora import Corpus, load_corpus
 from secateur.calibration.packing import training_windows
+from secateur.calibration.text import bos_text, check_bos
 from secateur.calibration.windows import (
     Windows,
     calibration_windows,
     check_length,
+    check_predictions,
     check_vocabulary,
     evaluation_windows,
 )
@@ -13,8 +15,11 @@ from secateur.calibration.windows import (
 __all__ = [
     "Corpus",
     "Windows",
+    "bos_text",
     "calibration_windows",
+    "check_bos",
     "check_length",
+    "check_predictions",
     "check_vocabulary",
     "evaluation_windows",
     "load_corpus",

@@ -77,9 +77,9 @@ def _parted(windows: Windows, samples: int, held_out: int, where: str) -> tuple[
         )
     result = []
     for role, first, last in (("training", held_out, held_out + samples), ("held out", 0, held_out)):
-        ids = windows.input_ids[first:last]
-        shape = {"role": role, "samples": ids.shape[0], "length": ids.shape[1], "first_window": first}
-        result.append(replace(windows, input_ids=ids, provenance={**windows.provenance, **shape}))
+        part = windows.part(first, last)
+        facts = {"role": role, **part.shape, "first_window": first}
+        result.append(replace(part, provenance={**windows.provenance, **facts}))
     return result[0], result[1]
 
 

@@ -8,12 +8,14 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from secateur.calibration.corpora import Corpus, Role, existing_file, file_provenance, is_token_file, load_corpus
+from secateur.calibration.text import Bos, Text, check_bos
 from secateur.errors import CalibrationError
 
 Sampling = Literal["document", "concat"]
@@ -26,16 +28,24 @@ CHARACTERS_PER_TOKEN = 64
 FEWEST_CHARACTERS = 16 * 2**20
 C4_EVALUATION_WINDOWS = 256
 TOKEN_KEY = "input_ids"
+MASK_KEY = "attention_mask"
 
 _WEIGHTED = re.compile(r"\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+))\s*\*\s*(?P<spec>.+)")
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token ids of shape (samples, length), int64 on the CPU, and where they came from as plain JSON values."""
+    """Token ids of shape (samples, length), int64 on the CPU, and where they came from as plain JSON values.
+
+    Samples of different lengths are padded: `attention_mask`, of the same shape, is 1 at the tokens of a sample and 0
+    at the padding before or behind them. Whatever the padding was, here it is zeros behind the tokens, as few as the
+    longest sample asks for, and the mask is bool; it is None where nothing is padded. Padding is never run through a
+    model. Raises `CalibrationError` for a mask of another shape, with other values, or with zeros between tokens.
+    """
 
     input_ids: torch.Tensor
     provenance: Mapping[str, Any]
+    attention_mask: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.dtype != torch.int64:
@@ -43,6 +53,10 @@ class Windows:
                 f"windows: got input_ids of shape {tuple(self.input_ids.shape)} and {self.input_ids.dtype}, "
                 "expected (samples, length) in torch.int64."
             )
+        if self.attention_mask is not None:
+            ids, mask = _padded_behind(self.input_ids, self.attention_mask)
+            object.__setattr__(self, "input_ids", ids)
+            object.__setattr__(self, "attention_mask", mask)
 
     @property
     def samples(self) -> int:
@@ -51,15 +65,95 @@ class Windows:
 
     @property
     def length(self) -> int:
-        """The number of tokens in each window."""
+        """The number of tokens in each window; where they differ, in the longest."""
         return self.input_ids.shape[1]
 
     @property
+    def lengths(self) -> list[int]:
+        """The number of tokens in each window."""
+        if self.attention_mask is None:
+            return [self.length] * self.samples
+        lengths: list[int] = self.attention_mask.sum(dim=1).tolist()
+        return lengths
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in all windows, without padding."""
+        return sum(self.lengths)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Samples and length, and where samples differ in length also their tokens, as provenance records them."""
+        shape = {"samples": self.samples, "length": self.length}
+        return shape if self.attention_mask is None else {**shape, "shortest": min(self.lengths), "tokens": self.tokens}
+
+    @property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the shape and then the ids in rows, all as little-endian int64."""
+        """SHA-256, in hexadecimal, of the shape and then the ids in rows, all as little-endian int64.
+
+        Where samples differ in length, these lengths follow.
+        """
         digest = hashlib.sha256(struct.pack("<2q", self.samples, self.length))
         digest.update(self.input_ids.cpu().contiguous().numpy().astype("<i8", copy=False).tobytes())
+        if self.attention_mask is not None:
+            digest.update(struct.pack(f"<{self.samples}q", *self.lengths))
         return digest.hexdigest()
+
+    def part(self, first: int, last: int | None) -> "Windows":
+        """The samples from `first` up to, not with, `last`."""
+        mask = None if self.attention_mask is None else self.attention_mask[first:last]
+        return replace(self, input_ids=self.input_ids[first:last], attention_mask=mask)
+
+    def batches(self, batch_size: int) -> list[torch.Tensor]:
+        """All samples in their order, without padding: at most `batch_size` of the same length at a time."""
+        if self.attention_mask is None:
+            return list(torch.split(self.input_ids, batch_size))
+        batches: list[torch.Tensor] = []
+        first = 0
+        for length, group in groupby(self.lengths):
+            last = first + len(list(group))
+            batches += torch.split(self.input_ids[first:last, :length], batch_size)
+            first = last
+        return batches
+
+
+def _padded_behind(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (ids, mask) with the padding behind the tokens, or (ids, None) when all samples have the same length."""
+    mask = _checked_mask(ids, mask)
+    lengths = mask.sum(dim=1)
+    longest = int(lengths.max())
+    kept = torch.arange(longest) < lengths.unsqueeze(1)
+    moved = torch.zeros(len(ids), longest, dtype=torch.int64)
+    moved[kept] = ids[mask]  # both go row by row
+    return moved, None if bool(kept.all()) else kept
+
+
+def _checked_mask(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return an attention mask as bool: ones in one piece in every row."""
+    if mask.shape != ids.shape:
+        raise CalibrationError(
+            f"{MASK_KEY}: got the shape {tuple(mask.shape)}, expected that of {TOKEN_KEY}, {tuple(ids.shape)}."
+        )
+    other = (mask != 0) & (mask != 1)
+    if other.any():
+        sample, position = other.nonzero()[0].tolist()
+        raise CalibrationError(
+            f"{MASK_KEY}: row {sample}, position {position}: got {mask[sample, position].item()}, expected 1 at a "
+            "token or 0 at padding."
+        )
+    mask = mask.to("cpu", torch.bool)
+    empty = ~mask.any(dim=1)
+    if empty.any():
+        raise CalibrationError(f"{MASK_KEY}: row {int(empty.nonzero()[0])} is all padding. Leave it out.")
+    # A token behind padding that is itself behind a token.
+    hole = mask[:, 1:] & ~mask[:, :-1] & (mask.cumsum(dim=1)[:, :-1] > 0)
+    if hole.any():
+        sample, position = hole.nonzero()[0].tolist()
+        raise CalibrationError(
+            f"{MASK_KEY}: row {sample}, position {position}: padding lies between tokens, expected it before the first "
+            "or behind the last one."
+        )
+    return mask
 
 
 Source = str | os.PathLike[str] | torch.Tensor | Windows
@@ -73,19 +167,22 @@ def calibration_windows(
     length: int | None = None,
     seed: int = 0,
     sampling: Sampling | None = None,
+    bos: Bos = "papers",
     progress: Progress | None = None,
 ) -> Windows:
     """Return calibration windows of shape (samples, length), by default 128 of 2048 tokens from text.
 
     `source` is a corpus spec (see `load_corpus`), several of them to be mixed, each optionally weighted as `0.7*c4`,
-    or token ids: a tensor, `Windows`, or a `.safetensors` file with the key `input_ids`. Token ids are taken as they
-    are: `samples` keeps the first ones, and a `length` that differs is an error.
+    or token ids: a tensor, `Windows`, or a `.safetensors` file with the key `input_ids`, and `attention_mask` where
+    rows are padded. Token ids are taken as they are: `samples` keeps the first ones, and a `length` that differs is an
+    error.
 
     `sampling="document"` draws a document uniformly with replacement until one is longer than `length` tokens, and a
     window in it; `"concat"` draws windows from one long token sequence; None is what the papers do: "concat" for
     wikitext2, "document" for everything else. Both give the windows that the published loops give after
     `random.seed(seed)`. In a mixture the source at position k draws with `seed + k`, and the windows are shuffled
-    with `seed`. `progress` is called with (windows done, windows in all).
+    with `seed`. `bos` is that of `evaluation_windows`: "papers" leaves BOS where a window happens to begin with its
+    document. `progress` is called with (windows done, windows in all).
 
     Errors: CalibrationError, also when no document is long enough after about 1000 draws for each window.
     Reference: Wanda and SparseGPT, semantics of `get_c4` (document) and `get_wikitext2` (concat) in their loaders.
@@ -94,21 +191,22 @@ def calibration_windows(
     if sampling not in ("document", "concat", None):
         raise CalibrationError(f"--sampling: got {sampling!r}, expected document or concat.")
     if (given := given_windows(source, samples, length)) is not None:
-        return given
+        return _as_given(given, bos)
     shares = _shares(source, DEFAULT_SAMPLES if samples is None else samples)
     require_tokenizer(tokenizer, [spec for spec, _, _ in shares])
+    text = Text(tokenizer, bos)
     total = sum(count for _, _, count in shares)
     parts: list[Windows] = []
     for position, (spec, weight, count) in enumerate(shares):
         done = sum(part.samples for part in parts)
         report = _shifted(progress, done, total)
-        part = _sampled(spec, tokenizer, count, length or DEFAULT_LENGTH, seed + position, sampling, report)
+        part = _sampled(spec, text, count, length or DEFAULT_LENGTH, seed + position, sampling, report)
         parts.append(replace(part, provenance={"weight": float(weight), **part.provenance}))
-    return _mixed(parts, seed, tokenizer)
+    return _mixed(parts, seed, text)
 
 
 def evaluation_windows(
-    source: Source, tokenizer: Any, *, length: int | None = None, windows: int | None = None
+    source: Source, tokenizer: Any, *, length: int | None = None, windows: int | None = None, bos: Bos = "papers"
 ) -> Windows:
     """Return the windows of the papers' perplexity, shape (windows, length), by default of 2048 tokens.
 
@@ -116,28 +214,47 @@ def evaluation_windows(
     windows that do not overlap; the remainder is dropped. `windows` keeps the first ones. C4 gives 256 unless asked
     otherwise. Token ids are taken as they are, as in `calibration_windows`.
 
-    Errors: CalibrationError, also when the text is shorter than one window.
+    `bos` says where BOS, the token that begins a text, stands. "papers": where the tokenizer puts it, before the first
+    window alone. "always": before every window, each of length - 1 tokens of the text, all of which are then predicted.
+    "never": nowhere.
+
+    Errors: CalibrationError, also when the text is shorter than one window, and for `bos` that cannot be had.
     Reference: Wanda, `lib/eval.py`, and SparseGPT, `datautils.py` (`get_wikitext2`, `get_c4`).
     """
     require_positive(windows=windows, length=length)
-    if (given := given_windows(source, windows, length)) is not None:
-        return given
+    if (given := given_windows(source, windows, length, "windows")) is not None:
+        return _as_given(given, bos)
     if not isinstance(source, str | os.PathLike):
         raise CalibrationError(f"evaluation: got {type(source).__name__}, expected one corpus, a tensor or Windows.")
     require_tokenizer(tokenizer, [os.fspath(source)])
+    text = Text(tokenizer, bos)
     corpus = load_corpus(os.fspath(source), "evaluation")
     length = length or DEFAULT_LENGTH
+    own = text.room(length)
     limit = C4_EVALUATION_WINDOWS if windows is None and corpus.name == "c4" else windows
-    ids, characters = _leading_tokens(corpus, tokenizer, None if limit is None else limit * length)
-    count = min(len(ids) // length, limit or len(ids))
+    ids, characters = _leading_tokens(corpus, text, None if limit is None else limit * own)
+    count = min(len(ids) // own, limit or len(ids))
     if count == 0:
-        raise _too_short(corpus, len(ids), f"one window needs {length}")
+        raise _too_short(corpus, len(ids), f"one window needs {own}")
     provenance = {
-        **_provenance("evaluation", tokenizer, count, length),
+        **_provenance("evaluation", text, count, length),
         "sources": [{**corpus.provenance, "characters": characters, "tokens": len(ids)}],
-        "tokens_dropped": len(ids) - count * length,
+        "tokens_dropped": len(ids) - count * own,
+        **_fewer("windows", windows, count),
     }
-    return Windows(ids[: count * length].reshape(count, length).clone(), provenance)
+    return Windows(text.begun(ids[: count * own].reshape(count, own)), provenance)
+
+
+def _as_given(windows: Windows, bos: Bos) -> Windows:
+    check_bos(bos)
+    if bos != "papers":
+        raise CalibrationError(f"--bos {bos}: token ids are taken as they are. Leave --bos out.")
+    return windows
+
+
+def _fewer(what: str, asked: int | None, found: int) -> dict[str, int]:
+    """What is recorded where there are fewer windows or samples than asked for."""
+    return {f"{what}_asked": asked} if asked is not None and asked > found else {}
 
 
 def check_vocabulary(windows: Windows, vocabulary_size: int) -> None:
@@ -161,35 +278,51 @@ def check_length(windows: Windows, positions: int | None, option: str = "--lengt
         )
 
 
+def check_predictions(windows: Windows, option: str = "--length") -> None:
+    """Return nothing when every window has at least 2 tokens, one to predict; otherwise CalibrationError."""
+    if windows.length < 2:
+        raise CalibrationError(f"{option}: got 1, expected at least 2: the loss is that of predicting the next token.")
+    short = min(windows.lengths)
+    if short < 2:
+        raise CalibrationError(
+            f"sample {windows.lengths.index(short)}: has {short} token beside its padding, expected at least 2: the "
+            "loss is that of predicting the next token. Leave it out."
+        )
+
+
 # Token ids as they are
 
 
-def given_windows(source: Any, samples: int | None, length: int | None) -> Windows | None:
-    """Return the windows of a source that already is token ids, or None when it is text."""
+def given_windows(source: Any, samples: int | None, length: int | None, what: str = "samples") -> Windows | None:
+    """Return the windows of a source that already is token ids, or None when it is text; `what` is asked for."""
     if isinstance(source, Sequence) and not isinstance(source, str) and len(source) == 1:
         source = source[0]
     if isinstance(source, Windows):
-        return _first(source, samples, length, "windows")
+        return _first(source, samples, length, "windows", what)
     if isinstance(source, torch.Tensor):
-        return _first(Windows(_checked_ids(source, "tensor"), {"source": "tensor"}), samples, length, "tensor")
+        return _first(Windows(_checked_ids(source, "tensor"), {"source": "tensor"}), samples, length, "tensor", what)
     if isinstance(source, str | os.PathLike) and is_token_file(os.fspath(source)):
         spec, _ = _weighted(os.fspath(source))
-        return _first(_token_file(spec), samples, length, spec)
+        return _token_file(spec, samples, length, what)
     return None
 
 
-def _first(windows: Windows, samples: int | None, length: int | None, where: str) -> Windows:
-    if length is not None and length != windows.length:
+def _first(windows: Windows, samples: int | None, length: int | None, where: str, what: str = "samples") -> Windows:
+    _check_given_length(windows.length, length, where)
+    kept = windows.part(0, samples)
+    return replace(kept, provenance={**windows.provenance, **kept.shape, **_fewer(what, samples, kept.samples)})
+
+
+def _check_given_length(found: int, length: int | None, where: str) -> None:
+    if length is not None and length != found:
         raise CalibrationError(
-            f"{where}: windows of {windows.length} tokens, expected --length {length}. "
+            f"{where}: windows of {found} tokens, expected --length {length}. "
             "Leave --length out, or make the windows anew."
         )
-    kept = windows.input_ids[:samples]
-    shape = {"samples": kept.shape[0], "length": kept.shape[1]}
-    return Windows(kept, {**windows.provenance, **shape})
 
 
-def _token_file(spec: str) -> Windows:
+def _token_file(spec: str, samples: int | None, length: int | None, what: str = "samples") -> Windows:
+    """Return the first windows of a file; `length` is that of its rows, padding included."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -201,7 +334,13 @@ def _token_file(spec: str) -> Windows:
     if TOKEN_KEY not in tensors:
         found = ", ".join(sorted(tensors)) or "none"
         raise CalibrationError(f"{path}: no tensor {TOKEN_KEY!r}; found: {found}. Save the ids under {TOKEN_KEY!r}.")
-    return Windows(_checked_ids(tensors[TOKEN_KEY], str(path)), {"source": "file", **file_provenance(path)})
+    ids, mask = _checked_ids(tensors[TOKEN_KEY], str(path)), tensors.get(MASK_KEY)
+    _check_given_length(ids.shape[1], length, spec)
+    try:
+        windows = Windows(ids, {"source": "file", **file_provenance(path)}, mask)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from None
+    return _first(windows, samples, None, spec, what)
 
 
 def _checked_ids(ids: torch.Tensor, where: str) -> torch.Tensor:
@@ -275,11 +414,11 @@ def _weighted(spec: str) -> tuple[str, Fraction]:
 
 
 def _sampled(
-    spec: str, tokenizer: Any, samples: int, length: int, seed: int, sampling: Sampling | None, report: Progress
+    spec: str, text: Text, samples: int, length: int, seed: int, sampling: Sampling | None, report: Progress
 ) -> Windows:
     """Return the windows of one source of a mixture."""
     if is_token_file(spec):
-        given = _first(_token_file(spec), samples, length, spec)
+        given = _token_file(spec, samples, length)
         if given.samples < samples:
             raise CalibrationError(
                 f"{spec}: {given.samples} windows, expected {samples} for its share of the mixture. "
@@ -290,26 +429,33 @@ def _sampled(
     corpus = load_corpus(spec, "calibration")
     sampling = sampling or ("concat" if corpus.name == "wikitext2" else "document")
     sample = _document_windows if sampling == "document" else _concat_windows
-    ids, facts = sample(corpus, tokenizer, samples, length, seed, report)
+    ids, facts = sample(corpus, text, samples, text.room(length), seed, report)
     shape = {"samples": samples, "length": length}
-    return Windows(ids, {**corpus.provenance, **shape, "seed": seed, "sampling": sampling, **facts})
+    return Windows(text.begun(ids), {**corpus.provenance, **shape, "seed": seed, "sampling": sampling, **facts})
 
 
-def _mixed(parts: Sequence[Windows], seed: int, tokenizer: Any) -> Windows:
+def _mixed(parts: Sequence[Windows], seed: int, text: Text) -> Windows:
     """Return the parts as one; those of several sources in a seeded order."""
-    ids = torch.cat([part.input_ids for part in parts])
+    rows = [row for part in parts for batch in part.batches(part.samples) for row in batch]
     if len(parts) > 1:
-        order = list(range(len(ids)))
-        random.Random(seed).shuffle(order)
-        ids = ids[order]
-    provenance = _provenance("calibration", tokenizer, ids.shape[0], ids.shape[1])
-    return Windows(ids, {**provenance, "seed": seed, "sources": [dict(part.provenance) for part in parts]})
+        random.Random(seed).shuffle(rows)
+    mixed = _of_rows(rows)
+    provenance = {**_provenance("calibration", text, mixed.samples, mixed.length), **mixed.shape}
+    return replace(mixed, provenance={**provenance, "seed": seed, "sources": [dict(part.provenance) for part in parts]})
 
 
-def _provenance(role: Role, tokenizer: Any, samples: int, length: int) -> dict[str, Any]:
+def _of_rows(rows: Sequence[torch.Tensor]) -> Windows:
+    """Return samples of token ids, of any lengths, as windows without provenance."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return Windows(padded, {}, torch.arange(padded.shape[1]) < lengths.unsqueeze(1))
+
+
+def _provenance(role: Role, text: Text, samples: int, length: int) -> dict[str, Any]:
     """Return what the windows of both roles record."""
-    name = {"class": type(tokenizer).__name__, "name": str(getattr(tokenizer, "name_or_path", ""))}
-    return {"source": "text", "role": role, "samples": samples, "length": length, "tokenizer": name}
+    name = {"class": type(text.tokenizer).__name__, "name": str(getattr(text.tokenizer, "name_or_path", ""))}
+    own = {"source": "text", "role": role, "samples": samples, "length": length, "tokenizer": name}
+    return own if text.tokenizer is None else {**own, "bos": text.provenance}
 
 
 def _shifted(progress: Progress | None, done: int, total: int) -> Progress:
@@ -320,19 +466,14 @@ def _shifted(progress: Progress | None, done: int, total: int) -> Progress:
     return report
 
 
-def _tokenised(tokenizer: Any, text: str) -> torch.Tensor:
-    # `verbose=False` silences "Token indices sequence length is longer than ...": long texts are the purpose here.
-    return torch.tensor(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"], dtype=torch.int64)
-
-
 # Sampling by document
 
 
 class _LongDocuments:
     """Draws documents of more than `length` tokens; keeps every length seen, and the ids of the long documents."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Any, length: int) -> None:
-        self.corpus, self.tokenizer, self.length = corpus, tokenizer, length
+    def __init__(self, corpus: Corpus, text: Text, length: int) -> None:
+        self.corpus, self.text, self.length = corpus, text, length
         self.lengths: dict[int, int] = {}
         self.long: dict[int, torch.Tensor] = {}
         self.draws = 0
@@ -351,18 +492,18 @@ class _LongDocuments:
         return None
 
     def _tokenise(self, index: int) -> None:
-        ids = _tokenised(self.tokenizer, self.corpus.documents[index])
+        ids = self.text.ids(self.corpus.documents[index])
         self.lengths[index] = len(ids)
         if len(ids) > self.length:
             self.long[index] = ids
 
 
 def _document_windows(
-    corpus: Corpus, tokenizer: Any, samples: int, length: int, seed: int, report: Progress
+    corpus: Corpus, text: Text, samples: int, length: int, seed: int, report: Progress
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return windows and facts; the random numbers are used in the order of the published loop."""
     generator = random.Random(seed)
-    documents = _LongDocuments(corpus, tokenizer, length)
+    documents = _LongDocuments(corpus, text, length)
     rows: list[torch.Tensor] = []
     while len(rows) < samples:
         ids = documents.draw(generator, len(rows))
@@ -390,14 +531,14 @@ def _no_long_document(documents: _LongDocuments, done: int, samples: int) -> Cal
 
 
 def _concat_windows(
-    corpus: Corpus, tokenizer: Any, samples: int, length: int, seed: int, report: Progress
+    corpus: Corpus, tokenised: Text, samples: int, length: int, seed: int, report: Progress
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return windows and facts; a corpus beyond `_character_bound` is represented by seeded random documents."""
     bound = _character_bound(samples * length)
     text, whole = _leading_text(corpus, bound)
     if not whole:
         text = _random_text(corpus, bound, seed)
-    ids = _tokenised(tokenizer, text)
+    ids = tokenised.ids(text)
     if len(ids) <= length:
         raise _too_short(corpus, len(ids), f"a window of {length} needs at least {length + 1}")
     generator = random.Random(seed)
@@ -442,14 +583,14 @@ def _random_text(corpus: Corpus, bound: int, seed: int) -> str:
     return corpus.joiner.join(taken)
 
 
-def _leading_tokens(corpus: Corpus, tokenizer: Any, needed: int | None) -> tuple[torch.Tensor, int]:
+def _leading_tokens(corpus: Corpus, tokenised: Text, needed: int | None) -> tuple[torch.Tensor, int]:
     """Return the ids of the joined text and its characters; when only `needed` ids count, of a part that holds them."""
     text, whole = _leading_text(corpus, None if needed is None else _character_bound(needed))
-    ids = _tokenised(tokenizer, text)
+    ids = tokenised.ids(text)
     # Exact: where a text is cut shows in its last tokens only, so the needed ones must lie far from the cut.
     if not whole and needed is not None and len(ids) < 2 * needed:
         text, _ = _leading_text(corpus, None)
-        ids = _tokenised(tokenizer, text)
+        ids = tokenised.ids(text)
     return ids, len(text)
 
 

@@ -19,6 +19,7 @@ from secateur.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    EvaluationBosOption,
     FreshOption,
     JsonOption,
     LengthOption,
@@ -60,6 +61,7 @@ def compare(
     ] = None,
     length: LengthOption = None,
     windows: WindowsOption = None,
+    bos: EvaluationBosOption = "auto",
     tasks: TasksOption = None,
     limit: LimitOption = None,
     shots: ShotsOption = None,
@@ -140,6 +142,7 @@ def compare(
                     text,
                     length=length,
                     windows=windows,
+                    bos=bos,
                     batch_size=batch_size,
                     device=device,
                     dtype=dtype,
@@ -151,6 +154,7 @@ def compare(
             ]
         for row, name in ((row, name) for text in agreements for row, name in zip(text, pruned, strict=True)):
             key = {"dense": dense, "data": row.data, "length": row.length, "digest": row.digest, "dtype": dtype}
+            key |= {"bos": row.provenance.get("bos", {}).get("used")}
             keep(name, None, "agreement", key, row.to_json())
     if csv is not None:
         write_csv(csv, [*_text_rows(agreements), *map(_task_row, answers)])

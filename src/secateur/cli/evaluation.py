@@ -11,6 +11,7 @@ from secateur.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    EvaluationBosOption,
     FreshOption,
     JsonOption,
     LengthOption,
@@ -51,6 +52,7 @@ def evaluate(
     ] = None,
     length: LengthOption = None,
     windows: WindowsOption = None,
+    bos: EvaluationBosOption = "auto",
     tasks: TasksOption = None,
     limit: LimitOption = None,
     shots: ShotsOption = None,
@@ -104,6 +106,7 @@ def evaluate(
                 data or "wikitext2",
                 length=length,
                 windows=windows,
+                bos=bos,
                 offload_states=offload_states,
                 trust_remote_code=trust_remote_code,
                 progress=show,
@@ -111,6 +114,7 @@ def evaluate(
             )
         values |= result.to_json()
         key = {"data": result.data, "length": result.length, "digest": result.digest, "dtype": dtype}
+        key |= {"bos": result.provenance.get("bos", {}).get("used")}
         keep(model, revision, "perplexity", key, result.to_json())
         shown.append(perplexity_table(result))
     if as_json:

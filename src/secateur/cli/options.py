@@ -164,7 +164,7 @@ CalibrationOption = Annotated[
         "--calibration",
         "-c",
         help="c4, wikitext2, python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a .txt, .jsonl[:FIELD], .parquet[:FIELD] "
-        "file, or .safetensors with input_ids. Repeat with weights to mix: 0.7*c4 [default: c4].",
+        "file, or .safetensors with input_ids (and attention_mask). Repeat with weights to mix: 0.7*c4 [default: c4].",
         rich_help_panel="Calibration",
         show_default=False,
     ),
@@ -198,6 +198,12 @@ SamplingOption = Annotated[
         show_default=False,
     ),
 ]
+_BOS = (
+    "Where windows of text have the token that begins a text: papers (before the first window alone), always (before "
+    "every window), never, or auto: as papers, unless the model reads a window over 0.1 nats better with it in front."
+)
+BosOption = Annotated[str, typer.Option("--bos", help=_BOS, rich_help_panel="Calibration")]
+EvaluationBosOption = Annotated[str, typer.Option("--bos", help=_BOS)]
 PropagateOption = Annotated[
     str,
     typer.Option(

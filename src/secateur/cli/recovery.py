@@ -22,7 +22,7 @@ from secateur.recover.settings import METHODS
 
 WHAT, TEXT, HOW_LONG, HOW = "What to train", "Text", "How long and how fast", "How to run"
 WAYS = (*METHODS, "block")
-BLOCK_ONLY = ("dense", "samples", "epochs")
+BLOCK_ONLY = ("dense", "samples", "bos", "epochs")
 
 
 def option(*names: str, panel: str, help: str) -> Any:
@@ -126,6 +126,10 @@ def recover(
     samples: Annotated[
         int | None, option("--samples", panel=TEXT, help="block: windows in all [default: 128].")
     ] = None,
+    bos: Annotated[
+        str | None,
+        option("--bos", panel=TEXT, help="block: auto, papers, always or never, as for prune [default: auto]."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", rich_help_panel=TEXT, help="Of adapters, order and dropout.")] = 0,
     steps: Annotated[
         int | None,
@@ -226,6 +230,7 @@ def recover(
         "length": length,
         "held_out": held_out,
         "samples": samples,
+        "bos": bos,
         "steps": steps,
         "minutes": minutes,
         "epochs": epochs,
@@ -300,7 +305,7 @@ def _train(
 def _tune_blocks(pruned: str, output: str, given: Mapping[str, Any], run: Mapping[str, Any], as_json: bool) -> None:
     """Block by block, without a Trainer."""
     taken = {"only", "skip", "length", "held_out", "samples", "epochs", "minutes"}
-    taken |= {"batch_size", "lr", "patience", "dense"}
+    taken |= {"batch_size", "lr", "patience", "dense", "bos"}
     for name in given:
         if name not in taken:
             known = ", ".join(f"--{other.replace('_', '-')}" for other in sorted(taken))

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
+from secateur.calibration import Windows
 from secateur.errors import CheckpointError, NumericalError
 from secateur.evaluate.forward import after_the_last_block
 from secateur.evaluate.perplexity import paired_difference
+from secateur.model_windows import model_evaluation_windows
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import Stream
-
-LOGITS_BYTES = 64 << 20  # of each model's float32 logits that are compared at once
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Agreement:
     `kl` is the mean over tokens of ``KL(dense || pruned)`` in nats, `kl_error` its standard error over windows, `kl_99`
     the 99th percentile over tokens. `top1` is the share of tokens for which both models rank the same next token
     first. `window_kl`, `window_top1`, `window_nats` (the pruned model's loss) and `window_nats_dense` are means of
-    windows, for paired comparisons. `digest` is that of the tokens.
+    windows, for paired comparisons; perplexities are those of the mean over windows, which count alike whatever their
+    length. `digest` is that of the tokens.
     """
 
     model: str
@@ -89,6 +89,7 @@ def agreement(
     *,
     length: int | None = None,
     windows: int | None = None,
+    bos: str = "auto",
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -100,7 +101,7 @@ def agreement(
     """The agreement of each pruned model with the dense one, on the same windows of a text.
 
     The models run one after the other, each in the memory of one block; between them only the dense model's last
-    hidden states are kept. The text is cut as for `perplexity`.
+    hidden states are kept. The text is cut as for `perplexity`; with ``bos="auto"`` the dense model decides.
 
     Raises `CheckpointError` for models with different vocabularies, `NumericalError` for outputs that are not finite,
     and what `perplexity` raises.
@@ -108,12 +109,7 @@ def agreement(
     with ExitStack() as stack:
         reference = open_model(dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         stack.callback(reference.restore)
-        given = isinstance(data, Tensor | Windows)
-        cut = evaluation_windows(
-            data, tokenizer or (None if given else reference.load_tokenizer()), length=length, windows=windows
-        )
-        check_vocabulary(cut, reference.skeleton.vocabulary_size)
-        check_length(cut, reference.skeleton.positions)
+        cut = model_evaluation_windows(reference, data, tokenizer, length=length, windows=windows, bos=bos)
         run = {"batch_size": batch_size, "offload_states": offload_states}
         expected = stack.enter_context(
             after_the_last_block(reference, cut, **run, progress=_named(progress, "dense"))  # type: ignore[arg-type]
@@ -140,7 +136,7 @@ def agreement(
                     data=data if isinstance(data, str) else "token ids",
                     windows=cut.samples,
                     length=cut.length,
-                    tokens=cut.samples * (cut.length - 1),
+                    tokens=cut.tokens - cut.samples,
                     digest=cut.digest,
                     seconds=time.perf_counter() - started,
                     provenance=cut.provenance,
@@ -153,9 +149,8 @@ def agreement(
 def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """The figures of an `Agreement`, from the two models' last hidden states, a few tokens' logits at a time."""
     batches: list[Tensor] = []  # (divergence, first choices equal, pruned loss, dense loss) of each token
-    vocabulary = dense.skeleton.vocabulary_size
     for batch, ids in enumerate(dense.batches):
-        chunk = max(16, LOGITS_BYTES // (4 * len(ids) * vocabulary))
+        chunk = dense.chunk(batch)
         targets = ids[:, 1:].to(dense.device)
         position = 0
         parts = []
@@ -176,27 +171,36 @@ def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], 
             )
         batches.append(torch.cat(parts, dim=-1).cpu())
         progress("head", batch + 1, len(dense.batches))
-    kl, top1, own_nats, dense_nats = torch.cat(batches, dim=1).double()
+    # A divergence is never negative; rounding in float32 can make it so by a little.
+    kl, top1 = (torch.cat([batch[row].flatten() for batch in batches]).double() for row in range(2))
+    kl = kl.clamp(min=0)
+    window_kl, window_top1, own_nats, dense_nats = (
+        torch.cat([_of_windows(batch[row], clamp=row == 0) for batch in batches]) for row in range(4)
+    )
     for who, nats in (("dense", dense_nats), ("pruned", own_nats)):
         if not bool(nats.isfinite().all()):
-            bad = int((~nats.isfinite()).any(dim=1).sum())
+            bad = int((~nats.isfinite()).sum())
             raise NumericalError(
                 f"{bad} of {len(nats)} windows have a loss that is not finite in the {who} model. "
                 "It overflows or is damaged; try --dtype float32."
             )
-    # A divergence is never negative; rounding in float32 can make it so by a little.
-    kl = kl.clamp(min=0)
     return {
         "kl": float(kl.mean()),
-        "kl_error": _error(kl.mean(dim=1)),
-        "kl_99": float(kl.flatten().kthvalue(math.ceil(0.99 * kl.numel())).values),
+        "kl_error": _error(window_kl),
+        "kl_99": float(kl.kthvalue(math.ceil(0.99 * kl.numel())).values),
         "top1": float(top1.mean()),
-        "top1_error": _error(top1.mean(dim=1)),
-        "window_kl": kl.mean(dim=1).tolist(),
-        "window_top1": top1.mean(dim=1).tolist(),
-        "window_nats": own_nats.mean(dim=1).tolist(),
-        "window_nats_dense": dense_nats.mean(dim=1).tolist(),
+        "top1_error": _error(window_top1),
+        "window_kl": window_kl.tolist(),
+        "window_top1": window_top1.tolist(),
+        "window_nats": own_nats.tolist(),
+        "window_nats_dense": dense_nats.tolist(),
     }
+
+
+def _of_windows(values: Tensor, *, clamp: bool) -> Tensor:
+    """The means of windows, of values by window and token."""
+    values = values.double()
+    return (values.clamp(min=0) if clamp else values).mean(dim=1)
 
 
 def _error(values: Tensor) -> float:

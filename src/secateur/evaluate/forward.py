@@ -5,12 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from secateur.calibration import Windows
-from secateur.models.memory import trim
+from secateur.models import forward
 from secateur.models.opened import OpenedModel
-from secateur.models.skeleton import loaded, read_ahead
 from secateur.models.stream import Stream, default_batch_size, states_folder
 
 Progress = Callable[[str, int, int], None]
@@ -27,25 +24,11 @@ def after_the_last_block(
 ) -> Iterator[Stream]:
     """The stream of all windows behind the last block, ready for the model's head; its states go at the end."""
     skeleton = opened.skeleton
-    skeleton.load_outside()
-    needed = windows.input_ids.numel() * skeleton.hidden_size * skeleton.dtype.itemsize
-    stream = Stream(
+    needed = windows.tokens * skeleton.hidden_size * skeleton.dtype.itemsize
+    with forward.after_the_last_block(
         skeleton,
-        windows.input_ids,
-        batch_size=batch_size or default_batch_size(windows.length, skeleton.device),
+        windows.batches(batch_size or default_batch_size(windows.length, skeleton.device)),
         states_folder=states_folder(offload_states, needed, Path.cwd() / f"secateur-{os.getpid()}-{id(opened)}.states"),
-        progress=lambda done, total: progress("record", done, total),
-    )
-    try:
-        with torch.no_grad():
-            for block, tensors in read_ahead(skeleton, skeleton.blocks):
-                with loaded(skeleton, block, tensors):
-                    for batch in range(len(stream.batches)):
-                        stream.states.put(batch, stream.run(block, batch))
-                stream.release(block)
-                del tensors
-                trim()
-                progress("blocks", block.index + 1, len(skeleton.blocks))
+        progress=progress,
+    ) as stream:
         yield stream
-    finally:
-        stream.close()

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
+from secateur.calibration import Windows
 from secateur.errors import NumericalError
 from secateur.evaluate.forward import after_the_last_block
+from secateur.model_windows import model_evaluation_windows
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import Stream
 
@@ -21,9 +22,10 @@ from secateur.models.stream import Stream
 class Perplexity:
     """The result of an evaluation.
 
-    `nats` is the mean over windows of the mean cross-entropy of a window's length - 1 predictions, `standard_error`
-    that mean's standard error over windows, and `perplexity` is exp(nats). `window_nats` are the windows' own means:
-    two models on the same tokens (same `digest`) are best compared by their differences, window by window.
+    `nats` is the mean over windows of the mean cross-entropy of a window's length - 1 predictions (windows of different
+    lengths count alike), `standard_error` that mean's standard error over windows, and `perplexity` is exp(nats).
+    `window_nats` are the windows' own means: two models on the same tokens (same `digest`) are best compared by their
+    differences, window by window.
     """
 
     data: str
@@ -72,6 +74,7 @@ def perplexity(
     *,
     length: int | None = None,
     windows: int | None = None,
+    bos: str = "auto",
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -85,7 +88,9 @@ def perplexity(
 
     The text is tokenised once, cut into windows of `length` (2048) tokens without overlap, and the remainder dropped.
     Each window predicts its tokens 2 to length; the mean cross-entropy of the windows, in float32 whatever the dtype
-    of the logits, is averaged and exponentiated.
+    of the logits, is averaged and exponentiated. `bos` says where BOS stands: as published, before the first window
+    alone ("papers"), before every window ("always"), nowhere ("never"), or as published unless the first window reads
+    more than 0.1 nats better with BOS in front, then before every window ("auto").
 
     Source: the evaluation of SparseGPT, Wanda and GBLM-Pruner. Raises `CalibrationError` for a text that is too short
     or does not fit the model, and `NumericalError` when the model's outputs are not finite.
@@ -93,12 +98,7 @@ def perplexity(
     started = time.perf_counter()
     opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        given = isinstance(data, Tensor | Windows)
-        cut = evaluation_windows(
-            data, tokenizer or (None if given else opened.load_tokenizer()), length=length, windows=windows
-        )
-        check_vocabulary(cut, opened.skeleton.vocabulary_size)
-        check_length(cut, opened.skeleton.positions)
+        cut = model_evaluation_windows(opened, data, tokenizer, length=length, windows=windows, bos=bos)
         losses = window_losses(opened, cut, batch_size=batch_size, offload_states=offload_states, progress=progress)
     finally:
         opened.restore()
@@ -113,7 +113,7 @@ def perplexity(
         data=data if isinstance(data, str) else "token ids",
         windows=cut.samples,
         length=cut.length,
-        tokens=cut.samples * (cut.length - 1),
+        tokens=cut.tokens - cut.samples,
         nats=float(losses.mean()),
         standard_error=error,
         window_nats=losses.tolist(),
@@ -144,15 +144,7 @@ def window_losses(
 
 
 def _batch_losses(stream: Stream, batch: int, ids: Tensor) -> Tensor:
-    targets = ids[:, 1:].to(stream.device)
     total = torch.zeros(len(ids), dtype=torch.float64, device=stream.device)
-    position = 0
-    for part, logits in stream.logits(batch):
-        own = targets[:, position : position + part.shape[1]]
-        # Paper: the published code takes the loss in the logits' dtype, which newer transformers leave in half.
-        loss = nn.functional.cross_entropy(
-            logits[:, : own.shape[1]].float().flatten(0, 1), own.flatten(), reduction="none"
-        )
-        total += loss.view(own.shape).double().sum(dim=1)
-        position += part.shape[1]
-    return (total / targets.shape[1]).cpu()
+    for losses in stream.losses(batch):
+        total += losses.double().sum(dim=1)
+    return (total / (ids.shape[1] - 1)).cpu()

@@ -29,7 +29,6 @@ from secateur.models.stream import Call, HiddenStates, Stream
 from secateur.models.structure import Block
 from secateur.models.tap import Product, ProductTap
 
-LOGITS_BYTES = 64 << 20  # of the float32 logits that the loss is taken from at once
 HALF_TARGET = 16.0  # what the largest gradient of a batch is scaled to where the computing dtype is float16
 
 
@@ -209,20 +208,21 @@ class _Outgoing:
 
 def model_gradients(
     skeleton: Skeleton,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Tensor],
     parameters: Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]],
     *,
     norms: Collection[Norm],
     granularity: Granularity = "sample",
-    batch_size: int,
+    batch_size: int | None = None,
     first: int = 0,
     states_folder: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Generator[BlockGradients]:
     """Gradient norms of the language-model loss, block by block from the last to `first`.
 
-    The loss of a sample is the mean cross-entropy of its next-token predictions. `input_ids` is (samples, length),
-    `parameters(block)` the parameters of interest of a loaded block. Equal to full autograd up to rounding.
+    The loss of a sample is the mean cross-entropy of its next-token predictions. `input_ids` and `batch_size` are
+    those of `Stream`, `parameters(block)` the parameters of interest of a loaded block. Equal to full autograd up to
+    rounding.
 
     Raises `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
     """
@@ -272,12 +272,12 @@ def model_gradients(
 
 def regional_gradients(
     skeleton: Skeleton,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Tensor],
     parameters: Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]],
     *,
     norms: Collection[Norm],
     granularity: Granularity = "sample",
-    batch_size: int,
+    batch_size: int | None = None,
     first: int = 0,
     states_folder: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -336,9 +336,8 @@ def _head(stream: Stream, folder: Path | None, progress: Callable[[str, int, int
         # Exact: in half precision a mean over the tokens would push the logits' gradients below what float16 holds.
         scale = 256.0 * predictions if stream.skeleton.dtype == torch.float16 else 1.0
         targets = ids[:, 1:].to(stream.device)
-        chunk = max(16, LOGITS_BYTES // (4 * len(ids) * stream.skeleton.vocabulary_size))
         parts, position = [], 0
-        for leaf, logits in stream.head(batch, chunk):
+        for leaf, logits in stream.head(batch, stream.chunk(batch)):
             own = targets[:, position : position + logits.shape[1]]
             wide = _wide(logits.dtype)
             # Exact: samples are added up, not averaged, so that each one's gradient is that of its own mean loss.

@@ -22,6 +22,8 @@ from secateur.models.skeleton import Skeleton
 from secateur.models.structure import Block
 from secateur.models.writer import reserve, writing
 
+LOGITS_BYTES = 64 << 20  # of float32 logits that are looked at at once
+
 
 @dataclass
 class Call:
@@ -129,21 +131,24 @@ def default_batch_size(length: int, device: torch.device) -> int:
 class Stream:
     """Calibration samples at one block of the model, moved on block by block.
 
-    `input_ids` is (samples, length). `states` holds what goes into the next block.
+    `input_ids` is (samples, length), which `batch_size` splits into `batches`, or a sequence of such batches, whose
+    samples may differ in length from batch to batch. `states` holds what goes into the next block.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        input_ids: Tensor,
+        input_ids: Tensor | Sequence[Tensor],
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         states_folder: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.device = skeleton.device
-        self.batches: Sequence[Tensor] = torch.split(input_ids, batch_size)
+        self.batches: Sequence[Tensor] = (
+            torch.split(input_ids, batch_size or len(input_ids)) if isinstance(input_ids, Tensor) else input_ids
+        )
         self.states = HiddenStates(len(self.batches), states_folder, pin=skeleton.device.type == "cuda")
         self._calls: list[list[Call]] = []
         self._intern: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -279,6 +284,10 @@ class Stream:
         for calls in self._calls:
             calls[block.index] = Call((), {}, None)
 
+    def chunk(self, batch: int) -> int:
+        """How many tokens of each sample of a batch the head may see at once: `LOGITS_BYTES` of logits, 16 at least."""
+        return max(16, LOGITS_BYTES // (4 * len(self.batches[batch]) * self.skeleton.vocabulary_size))
+
     @torch.no_grad()
     def logits(self, batch: int, chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
         """(token ids, logits) of a batch after the last block, a few tokens at a time, by the model's own head.
@@ -287,6 +296,19 @@ class Stream:
         """
         for states, ids in self._parts(batch, chunk):
             yield ids, self._logits(states, ids)
+
+    def losses(self, batch: int) -> Iterator[Tensor]:
+        """The cross-entropy of each next token of a batch, in nats: float32 (samples, tokens), a few at a time."""
+        targets = self.batches[batch][:, 1:].to(self.device)
+        position = 0
+        for part, logits in self.logits(batch, min(512, self.chunk(batch))):
+            own = targets[:, position : position + part.shape[1]]
+            # Paper: the published code takes the loss in the logits' dtype, which newer transformers leave in half.
+            loss = nn.functional.cross_entropy(
+                logits[:, : own.shape[1]].float().flatten(0, 1), own.flatten(), reduction="none"
+            )
+            yield loss.view(own.shape)
+            position += part.shape[1]
 
     def head(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(hidden states, logits) of a batch, a few tokens at a time, with the logits' graph back to these states."""

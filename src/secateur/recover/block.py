@@ -48,6 +48,7 @@ def reconstruct(
     length: int | None = None,
     seed: int = 0,
     sampling: str | None = None,
+    bos: str = "auto",
     epochs: int = 10,
     minutes: float | None = None,
     learning_rate: float = 0.03,
@@ -112,6 +113,14 @@ def reconstruct(
         length=length,
         seed=seed,
         sampling=sampling,
+        bos=bos,
+        dense=lambda: open_model(
+            original.path,
+            device=str(skeleton.device),
+            dtype=str(skeleton.dtype).removeprefix("torch."),
+            revision=base.source.get("revision") if dense is None else None,
+            trust_remote_code=trust_remote_code,
+        ),
         progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
     )
     clock.add("calibrate", began)
@@ -156,8 +165,7 @@ def reconstruct(
             skeleton=skeleton,
             original=original,
             matrices=matrices,
-            ids=windows.input_ids,
-            batch_size=split.batch_size,
+            batches=split.batches,
             tuning=tuning,
             started=started,
             minutes=minutes,
@@ -211,6 +219,7 @@ def check_numbers(
 class Split:
     """Which samples are trained on, in steps of whole batches; the rest, which come last, is held out."""
 
+    batches: Sequence[Tensor]  # of token ids, in all
     steps: Sequence[range]  # of batches
     held_batches: range
     trained: int  # samples
@@ -231,10 +240,14 @@ class Split:
             )
         step = min(step, most)
         size = max(divisor for divisor in range(1, min(step, batch_size) + 1) if step % divisor == 0)
-        count, each = most // step, step // size
-        steps = [range(number * each, (number + 1) * each) for number in range(count)]
-        held = range(count * each, math.ceil(windows.samples / size))
-        return cls(steps, held, count * step, step, size)
+        batches: list[Tensor] = []
+        ranges = []
+        trained = most // step * step
+        for first, last in [*((first, first + step) for first in range(0, trained, step)), (trained, None)]:
+            own = windows.part(first, last).batches(size)
+            ranges.append(range(len(batches), len(batches) + len(own)))
+            batches += own
+        return cls(batches, ranges[:-1], ranges[-1], trained, step, size)
 
 
 def _open(folder: Path, device: str, dtype: str, trust_remote_code: bool) -> OpenedModel:

@@ -38,8 +38,7 @@ class BlockPass:
     skeleton: Skeleton  # of the pruned checkpoint; dense blocks are loaded into it too
     original: DenseSource
     matrices: Mapping[int, Sequence[Matrix]]  # what is tuned, by block
-    ids: Tensor
-    batch_size: int
+    batches: Sequence[Tensor]  # of token ids
     tuning: Tuning
     started: float  # by `time.perf_counter`
     minutes: float | None
@@ -90,15 +89,14 @@ class BlockPass:
     def _streams(self, stack: ExitStack) -> "_Streams":
         began = time.perf_counter()
         self.skeleton.load_outside()
-        each = self.ids.numel() * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        each = sum(batch.numel() for batch in self.batches) * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.offload, (3 if self.targets == "dense" else 2) * each, self.scratch)
         made = []
         for name in ("pruned", "dense")[: 2 if self.targets == "dense" else 1]:
             made.append(
                 Stream(
                     self.skeleton,
-                    self.ids,
-                    batch_size=self.batch_size,
+                    self.batches,
                     states_folder=None if folder is None else folder.with_name(f"{folder.name}-{name}"),
                     progress=lambda done, total: self.on_event(Event("record", 0, 0, done, total)),
                 )

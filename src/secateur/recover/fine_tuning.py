@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from secateur.calibration import Windows, check_length, check_vocabulary, training_windows
+from secateur.calibration import Windows, check_length, check_predictions, check_vocabulary, training_windows
 from secateur.card import write_card
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
@@ -125,6 +125,7 @@ def fine_tune(
     for windows in (train, held):
         check_vocabulary(windows, opened.skeleton.vocabulary_size)
         check_length(windows, opened.skeleton.positions)
+        check_predictions(windows)
     way: Way
     if method == "full":
         way = FullWeights(opened, manifest, base, settings)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration import Windows, evaluation_windows, training_windows
+from secateur.calibration import Windows, training_windows
 from secateur.card import write_card
 from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.manifest import read_manifest, verify
+from secateur.model_windows import model_evaluation_windows
 from secateur.models.checkpoint import Layout
 from secateur.models.conversion import TensorGroup
 from secateur.models.inverse import Inverse
@@ -257,9 +258,8 @@ def _windows(
     """
     if data is None and adapter.record is not None and adapter.record["data"]["name"] is not None:
         return _held_out(adapter.record, opened, length, windows)
-    tokenizer = None if isinstance(data, Tensor | Windows) else opened.load_tokenizer()
     text = "wikitext2" if data is None else data
-    return evaluation_windows(text, tokenizer, length=length, windows=windows)
+    return model_evaluation_windows(opened, text, None, length=length, windows=windows)
 
 
 def _held_out(record: Mapping[str, Any], opened: OpenedModel, length: int | None, windows: int | None) -> Windows:
@@ -273,6 +273,13 @@ def _held_out(record: Mapping[str, Any], opened: OpenedModel, length: int | None
             f"{name}: not the text any more that the adapter was trained on, so what was held out is not known. Give "
             "another text with --data, or --no-eval."
         )
+    if text.attention_mask is not None and length not in (None, text.length):
+        raise CalibrationError(
+            f"--length: got {length}, and the rows of {name} that were held out differ in length. Leave it out, or "
+            "give another text with --data."
+        )
+    if text.attention_mask is not None:
+        return text.part(0, windows)
     ids = text.input_ids.flatten()
     length = length or text.length
     most = len(ids) // length

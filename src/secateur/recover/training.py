@@ -25,10 +25,10 @@ NOMINAL_STEPS = 1000  # of the schedule of a run in minutes, which is read by th
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Windows as a language model's inputs and labels."""
+    """Windows as a language model's inputs and labels. Padding is behind the tokens, and no label counts there."""
 
     def __init__(self, windows: Windows) -> None:
-        self.ids = windows.input_ids
+        self.ids, self.mask = windows.input_ids, windows.attention_mask
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -38,7 +38,10 @@ class Rows(Dataset[dict[str, Tensor]]):
         # models of which it does not know that they shift them.
         labels = self.ids[index].clone()
         labels[0] = -100
-        return {"input_ids": self.ids[index], "labels": labels}
+        if self.mask is None:
+            return {"input_ids": self.ids[index], "labels": labels}
+        labels[~self.mask[index]] = -100
+        return {"input_ids": self.ids[index], "labels": labels, "attention_mask": self.mask[index].long()}
 
 
 class Budget(TrainerCallback):
@@ -213,11 +216,15 @@ class RecoveryTrainer(Trainer):
         """
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.dense is not None and model.training:
+            seen = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
             with torch.no_grad():
-                target = self.dense(input_ids=inputs["input_ids"]).logits[:, :-1]
-            heat = self.settings.temperature
+                target = self.dense(**seen).logits[:, :-1]
+            heat, own = self.settings.temperature, outputs.logits[:, :-1]
+            if "attention_mask" in seen:
+                counted = seen["attention_mask"][:, 1:].bool()
+                target, own = target[counted].unsqueeze(0), own[counted].unsqueeze(0)
             p = (target.float() / heat).log_softmax(-1)
-            q = (outputs.logits[:, :-1].float() / heat).log_softmax(-1)
+            q = (own.float() / heat).log_softmax(-1)
             divergence = nn.functional.kl_div(q, p, reduction="sum", log_target=True) * heat**2
             tokens = q.shape[0] * q.shape[1] if num_items_in_batch is None else num_items_in_batch
             weight = self.settings.distill_weight

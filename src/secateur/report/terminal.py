@@ -1,12 +1,14 @@
 """Results as rich tables. Nothing is printed here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from secateur.calibration import bos_text
 from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
@@ -126,7 +128,12 @@ def perplexity_table(result: Perplexity) -> RenderableType:
         f"{result.perplexity:.3f}" + (f" ± {result.perplexity_error:.3f}" if several else ""),
         f"{result.seconds:.1f}",
     )
-    return table
+    return Group(table, *_bos_lines(result.provenance))
+
+
+def _bos_lines(provenance: Mapping[str, Any]) -> list[Text]:
+    bos = bos_text(provenance)
+    return [] if bos is None else [Text(f"{bos[0].upper()}{bos[1:]}.", style="dim")]
 
 
 def inspection_tables(inspection: Inspection, every_matrix: bool = False) -> RenderableType:
@@ -263,7 +270,7 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
             table.add_row(
                 row.model, *(Text(cell, "bold" if bold else "") for cell, bold in zip(cells, best, strict=True))
             )
-        tables += [table, Text()]
+        tables += [table, *_bos_lines(first.provenance), Text()]
     return Group(*tables[:-1])
 
 

@@ -214,7 +214,11 @@ def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
 
     Methods, patterns and data sets may be added. An entry that only one side has is no difference.
     """
-    own = {key: value for key, value in new.items() if key not in ("methods", "digests", "data", "agreement")}
+    own = {
+        key: value
+        for key, value in new.items()
+        if key not in ("methods", "digests", "bos_choices", "data", "agreement")
+    }
     for key, value in own.items():
         if key in old and old[key] != value:
             raise _changed(folder, f"--{key.replace('_', '-')}", old[key], value)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.block_loop import Event
-from secateur.calibration import Windows, check_length, check_vocabulary, evaluation_windows
+from secateur.calibration import Windows
 from secateur.calibration.corpora import is_token_file
 from secateur.core.gradients import Granularity, Norm, Scope
 from secateur.core.problem import Method
@@ -21,7 +21,7 @@ from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
 from secateur.gradient_file import GradientFile
 from secateur.gradient_pass import gradient_batch_size, gradients
-from secateur.model_windows import model_windows
+from secateur.model_windows import model_evaluation_windows, model_windows
 from secateur.models.memory import trim
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import default_batch_size
@@ -87,8 +87,8 @@ class SweepLoop:
         """Go on from what is on the disk. Raises `CheckpointError` when that was made with other settings."""
         if known is not None:
             check_settings(self.folder.path, known.settings, self.settings)
-            for key in ("methods", "digests"):
-                self.settings[key] = {**known.settings[key], **self.settings[key]}
+            for key in ("methods", "digests", "bos_choices"):
+                self.settings[key] = {**known.settings.get(key, {}), **self.settings[key]}
             self.settings["data"] = list(dict.fromkeys([*known.data, *self.settings["data"]]))
             self.settings["agreement"] = self.settings["agreement"] or known.settings["agreement"]
             self.dense = {data: dict(figures) for data, figures in known.dense.items()}
@@ -109,18 +109,29 @@ class SweepLoop:
         tasks = [task for task in self.tasks if self.lacking(self.cells[task.cell.folder])]
         return sorted(tasks, key=lambda task: not self.folder.checkpoint(task.cell).exists())
 
-    def cut_texts(self, opened: OpenedModel) -> None:
-        """Cut the windows of every data set that is needed. Raises what `perplexity` would, before any work."""
+    def cut_texts(self, opened: OpenedModel, *, decide: bool) -> None:
+        """Cut the windows of every data set that is needed. Raises what `perplexity` would, before any work.
+
+        Where the model is to say whether it wants BOS before every window it is asked, if it may `decide` now.
+        """
         pending = [self.cells[task.cell.folder] for task in self.pending]
         for data in self.settings["data"]:
             if data in self.dense and not any(data in self.lacking(cell) for cell in pending):
                 continue
             asked = {"length": self.settings["eval_length"], "windows": self.settings["windows"]}
             asked = {"windows": asked["windows"]} if is_token_file(data) else asked
-            windows = evaluation_windows(data, self.tokenizer, **asked)
-            check_vocabulary(windows, opened.skeleton.vocabulary_size)
-            check_length(windows, opened.skeleton.positions, "--eval-length")
-            self._note_digest(f"data set {data}", windows)
+            bos = self.settings["bos"]
+            windows = model_evaluation_windows(
+                opened,
+                data,
+                self.tokenizer,
+                **asked,
+                bos=bos if decide or bos != "auto" else "papers",
+                known=self.settings["bos_choices"].get(f"data set {data}"),
+                option="--eval-length",
+            )
+            if decide:
+                self._note(f"data set {data}", windows)
             self.texts[data] = windows
 
     def draw_calibration(self, opened: OpenedModel, calibration: str | Sequence[str] | Windows) -> None:
@@ -136,21 +147,25 @@ class SweepLoop:
             length=held["length"],
             seed=held["seed"],
             sampling=held["sampling"],
+            bos=held["bos"],
+            known=held["bos_choices"].get("calibration"),
             progress=lambda done, total: self._stage(None, "calibration", done, total),
         )
-        self._note_digest("calibration", self.calibration)
+        self._note("calibration", self.calibration)
         for task in (task for task in self.tasks if task.method.needs or task.method.gradient is not None):
             size = _batch_size(opened, task.method, self.calibration.length, self.options["batch_size"])
             self.batch_sizes[task.cell.method] = size
 
-    def _note_digest(self, what: str, windows: Windows) -> None:
+    def _note(self, what: str, windows: Windows) -> None:
+        if "bos" in windows.provenance:
+            self.settings["bos_choices"][what] = windows.provenance["bos"]
         digests = {what: windows.digest}
         check_settings(self.folder.path, self.settings, {"methods": {}, "digests": digests})
         self.settings["digests"].update(digests)
 
     def estimate(self, opened: OpenedModel) -> SweepEstimate:
         """What is still to be done, and what it would take."""
-        tokens = {data: windows.input_ids.numel() for data, windows in self.texts.items()}
+        tokens = {data: windows.tokens for data, windows in self.texts.items()}
         # Agreement runs the dense model beside the pruned one.
         passes = 3 if self.settings["agreement"] else 1
         pending = self.pending

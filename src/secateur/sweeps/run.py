@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.calibration import Windows, calibration_windows
+from secateur.calibration import Windows, calibration_windows, check_bos
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from secateur.core.patterns import Pattern, Unstructured
 from secateur.core.problem import Method
 from secateur.engine import chosen_correction
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
+from secateur.model_windows import BOS_WORDS
 from secateur.models.memory import trim
 from secateur.models.opened import open_model
 from secateur.sweeps.estimate import SweepEstimate, Task
@@ -39,6 +40,7 @@ def sweep(
     length: int | None = None,
     seed: int = 0,
     sampling: str | None = None,
+    bos: str = "auto",
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     propagate: str = "pruned",
@@ -64,7 +66,8 @@ def sweep(
     name of its own. The dense model and every cell are evaluated on each data set of `data` in `windows` windows of
     `eval_length` tokens, with `agreement` also against the dense model's predictions. `keep` says which pruned
     checkpoints stay: "none", "best" (for each pattern that with the lowest perplexity on the first data set) or "all".
-    The other options are those of `prune`.
+    The other options are those of `prune`. With ``bos="auto"`` the dense model decides once for each text and for the
+    calibration, and the sweep goes on with that.
 
     Finished cells are not run again when a sweep is started anew in its folder; methods, patterns and data sets may be
     added, other settings not be changed. A cell that fails is recorded with its error, and tried again the next time.
@@ -78,6 +81,7 @@ def sweep(
             f"{type(model).__name__}: a sweep prunes one model many times, and a module in memory is pruned in place. "
             "Save it with save_pretrained, and give the folder."
         )
+    check_bos(bos, BOS_WORDS)
     if keep not in KEEP:
         raise CheckpointError(f'--keep: got "{keep}", expected none, best or all.')
     only, skip, data = ([word] if isinstance(word, str) else list(word) for word in (only, skip, data))
@@ -108,6 +112,8 @@ def sweep(
             **running,
             "device": opened.skeleton.device.type,
             "dtype": str(opened.skeleton.dtype).removeprefix("torch."),
+            "bos": bos,
+            "bos_choices": {},
             "eval_length": eval_length or DEFAULT_LENGTH,
             "windows": windows,
             "keep": keep,
@@ -129,7 +135,7 @@ def sweep(
             on_event=on_event,
         )
         loop.join(folder.found())
-        loop.cut_texts(opened)
+        loop.cut_texts(opened, decide=not dry_run)
         on_estimate(loop.estimate(opened))
         if not dry_run:
             loop.draw_calibration(opened, calibration)

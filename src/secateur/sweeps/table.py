@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.calibration import bos_text
 from secateur.sweeps.folder import Cell, Sweep
 
 CSV_COLUMNS = (
@@ -35,7 +36,8 @@ def sweep_tables(sweep: Sweep) -> list[SweepTable]:
     """Perplexity on each data set, the dense model first; where it was asked for, the divergence from it as well."""
     tables = []
     for data, dense in sweep.dense.items():
-        where = f"{data}, {dense['windows']} windows of {dense['length']} tokens"
+        bos = bos_text(dense.get("provenance", {}))
+        where = f"{data}, {dense['windows']} windows of {dense['length']} tokens" + (f", {bos}" if bos else "")
         tables.append(_table(sweep, data, f"Perplexity, {where}", ("perplexity",), dense["perplexity"], 2))
         if any("agreement" in cell.figures.get(data, {}) for cell in sweep.cells):
             title = f"Divergence from the dense model in nats per token, {where}"
