@@ -308,7 +308,15 @@ def test_nothing_is_overwritten_unasked(llama, ids, tmp_path):
     message = f"{target}: exists already. Choose another name, or pass --overwrite."
     with pytest.raises(CheckpointError, match=pinned(message)):
         take(llama, target, ids)
+    message = (
+        f"{target}: exists and holds no gradients, so Secateur did not write it and will not overwrite it. "
+        "Choose another name, or remove it yourself."
+    )
+    with pytest.raises(CheckpointError, match=pinned(message)):
+        take(llama, target, ids, overwrite=True)
     assert target.read_text() == "precious"
+    target.unlink()
+    take(llama, target, ids, only=["*.0.*"])
     file = take(llama, target, ids, overwrite=True)
     assert len(file.matrices) == 21
     folder = tmp_path / "folder"
@@ -342,13 +350,12 @@ def test_parts_are_added_up(tmp_path):
     target = tmp_path / "gradients"
     shapes = {"one": (2, 3), "two": (1, 4)}
     writer = GradientWriter(target, shapes, ["l2", "l1"], {"norms": ["l2", "l1"]})
-    assert names(tmp_path) != ["gradients"], "under another name until it is complete"
     for _ in range(3):
         for name, shape in shapes.items():
             writer.add(name, "l1", torch.full(shape, 0.5))
             writer.add(name, "l2", torch.full(shape, 0.25))
     assert torch.equal(writer.read("one", "l1"), torch.full((2, 3), 1.5))
-    writer.commit()
+    writer.close()
     writer.abandon()
     assert names(tmp_path) == ["gradients"]
     assert torch.equal(load_file(target)["l2:two"], torch.full((1, 4), 0.75))
@@ -431,7 +438,7 @@ def test_only_planned_matrices_are_taken(llama, ids, tmp_path, monkeypatch):
     def watch(opened: Any, windows: Any, target: Path, *rest: Any, **options: Any) -> GradientFile:
         made = collect(opened, windows, target, *rest, **options)
         seen.append(made.matrices)
-        assert target.parent == tmp_path, "beside the output"
+        assert target.parent == tmp_path / "out.partial", "beside the output"
         return made
 
     monkeypatch.setattr("secateur.engine.collect", watch)

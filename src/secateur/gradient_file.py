@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from secateur.core.gradients import GradientKind, GradientNorm, Norm
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.models.checkpoint import TensorRecord, read_header, read_tensor
-from secateur.models.writer import CheckpointWriter, writing
+from secateur.models.writer import CheckpointWriter
 
 FORMAT = 1
 _KEY = "secateur_gradients"
@@ -104,7 +103,7 @@ class GradientFile:
 
 
 class GradientWriter:
-    """A file of gradient statistics in the making, under another name until it is complete.
+    """A file of gradient statistics in the making, for a run that gives it its name when it is complete.
 
     Its space is reserved at once. A matrix that is added again is added up, which is how parts of the samples make
     the whole.
@@ -119,18 +118,15 @@ class GradientWriter:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.path = path
-        self._partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         entries = [(f"{norm}:{name}", dtype, shape) for name, shape in shapes.items() for norm in norms]
         metadata = {_KEY: json.dumps({"format": FORMAT, **provenance})}
-        self._made = [folder for folder in path.parents if not folder.exists()]  # innermost first
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        self._complete = False
         try:
-            self._writer = CheckpointWriter(path.parent, [(self._partial.name, entries)], metadata)
+            self._writer = CheckpointWriter(path.parent, [(path.name, entries)], metadata)
         except BaseException:
-            self._remove()
+            path.unlink(missing_ok=True)
             raise
-        self._records: Mapping[str, TensorRecord] = read_header(self._partial).tensors
+        self._records: Mapping[str, TensorRecord] = read_header(path).tensors
 
     def add(self, matrix: str, norm: Norm, total: Tensor) -> None:
         """Add what was seen of a matrix."""
@@ -143,23 +139,16 @@ class GradientWriter:
         """What has been added of a matrix so far."""
         return read_tensor(self._records[f"{norm}:{matrix}"])
 
-    def commit(self) -> None:
-        """Give the finished file its name."""
+    def close(self) -> None:
+        """Bring all of it to the disk: the file is complete."""
         self._writer.close()
-        with writing(self.path):
-            self._partial.replace(self.path)
+        self._complete = True
 
     def abandon(self) -> None:
-        """Remove what was written so far; harmless after `commit`."""
+        """Remove what was written so far; harmless after `close`."""
         self._writer.abandon()
-        if self._partial.exists():
-            self._remove()
-
-    def _remove(self) -> None:
-        self._partial.unlink(missing_ok=True)
-        with suppress(OSError):
-            for folder in self._made:
-                folder.rmdir()
+        if not self._complete:
+            self.path.unlink(missing_ok=True)
 
 
 def model_digest(source_tensors: Mapping[str, str]) -> str:

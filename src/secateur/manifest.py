@@ -161,6 +161,24 @@ def file_digests(folder: Path) -> dict[str, str]:
     }
 
 
+def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Paths, relative to the folder of a checkpoint, of all files in it that its manifest does not account for.
+
+    It accounts for shards, companion files, the model card and itself. Symbolic links to folders count as files.
+    """
+    own = {*manifest.files, *manifest.headers, FILE_NAME, CARD_FILE}
+    return [name for name in _paths(folder) if name not in own]
+
+
+def _paths(folder: Path) -> list[str]:
+    """Everything below a folder that is no folder itself, at any depth."""
+    found = []
+    for above, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(above, name))]
+        found += [Path(above, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(found)
+
+
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of the bytes of a tensor."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()

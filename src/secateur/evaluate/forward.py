@@ -1,6 +1,5 @@
 """A whole forward of a model over windows of tokens, in the memory of one block."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from secateur.models.memory import trim
 from secateur.models.opened import OpenedModel
 from secateur.models.skeleton import loaded, read_ahead
 from secateur.models.stream import Stream, default_batch_size, states_folder
+from secateur.names import unique
 
 Progress = Callable[[str, int, int], None]
 
@@ -33,7 +33,7 @@ def after_the_last_block(
         skeleton,
         windows.input_ids,
         batch_size=batch_size or default_batch_size(windows.length, skeleton.device),
-        states_folder=states_folder(offload_states, needed, Path.cwd() / f"secateur-{os.getpid()}-{id(opened)}.states"),
+        states_folder=states_folder(offload_states, needed, Path.cwd() / unique("secateur.states")),
         progress=lambda done, total: progress("record", done, total),
     )
     try:

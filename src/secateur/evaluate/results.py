@@ -14,6 +14,7 @@ from typing import Any, Literal
 import secateur
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
+from secateur.names import unique
 
 DECIDING_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")  # beside the weights
 
@@ -57,7 +58,7 @@ class Results:
         Raises `CheckpointError` where it cannot be written.
         """
         file = self._file(model_digest, kind, key)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial = file.with_name(unique(f".{file.name}"))
         record = Record(kind, key, result, datetime.now(UTC).isoformat(timespec="seconds"), _versions())
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

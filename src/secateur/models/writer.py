@@ -125,7 +125,7 @@ def writing(file: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename or file}: cannot be written ({error.strerror}). "
+            f"{error.filename or file}: cannot be written ({error.strerror or error}). "
             "Free some space or choose another output folder."
         ) from None
 

@@ -106,57 +106,57 @@ def fine_tune(
     assert target is not None
     work = target.with_name(f"{target.name}.training")
     _check_work(work, resume, overwrite)
-    chosen = choose_device(device)
-    half = _half(dtype, chosen)
-    made = arguments(settings, work, chosen, half)
-    opened = open_model(base, device=device, trust_remote_code=trust_remote_code)
-    text = isinstance(data, str)
-    if "length" not in given or given["length"] is None:
-        settings = replace(settings, length=min(settings.length, opened.skeleton.positions or settings.length))
-    train, held = training_windows(
-        data,
-        opened.load_tokenizer() if text else None,
-        samples=settings.training_windows,
-        length=settings.length if text else given.get("length"),
-        held_out=settings.held_out,
-        progress=lambda done, total: progress("packing text", done, total, ""),
-    )
-    settings = replace(settings, length=train.length)
-    for windows in (train, held):
-        check_vocabulary(windows, opened.skeleton.vocabulary_size)
-        check_length(windows, opened.skeleton.positions)
-    way: Way
-    if method == "full":
-        way = FullWeights(opened, manifest, base, settings)
-    else:
-        way = Adapters(opened, manifest, base, settings, masked=method == "sparse-lora")
-    announce(forecast(method, settings, way, opened, train, held, chosen, half, distill))
-    asked = {
-        "method": method,
-        "settings": to_json(settings, method),
-        "dtype": "bfloat16" if half else "float32",
-        "distill": None if distill is None else str(distill),
-        "base": {"path": str(base.resolve()), "digest": manifest.digest},
-        "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
-        "held_out": {**held.provenance, "digest": held.digest},
-    }
-    start = _start(work, asked, resume)
-    how: dict[str, Any] = {"batch_size": settings.batch_size}
-    before = perplexity(opened, held, **how, progress=_named(progress, "perplexity before"))
-    dense = None if distill is None else _load_dense(distill, opened, half, trust_remote_code)
-    trained = _train(
-        way,
-        _load(base.resolve(), way.load_dtype(half), trust_remote_code),
-        dense,
-        settings,
-        train,
-        held,
-        made=made,
-        start=start,
-        device=chosen,
-        progress=progress,
-    )
     with Scratch(target, overwrite) as scratch:
+        chosen = choose_device(device)
+        half = _half(dtype, chosen)
+        made = arguments(settings, work, chosen, half)
+        opened = open_model(base, device=device, trust_remote_code=trust_remote_code)
+        text = isinstance(data, str)
+        if "length" not in given or given["length"] is None:
+            settings = replace(settings, length=min(settings.length, opened.skeleton.positions or settings.length))
+        train, held = training_windows(
+            data,
+            opened.load_tokenizer() if text else None,
+            samples=settings.training_windows,
+            length=settings.length if text else given.get("length"),
+            held_out=settings.held_out,
+            progress=lambda done, total: progress("packing text", done, total, ""),
+        )
+        settings = replace(settings, length=train.length)
+        for windows in (train, held):
+            check_vocabulary(windows, opened.skeleton.vocabulary_size)
+            check_length(windows, opened.skeleton.positions)
+        way: Way
+        if method == "full":
+            way = FullWeights(opened, manifest, base, settings)
+        else:
+            way = Adapters(opened, manifest, base, settings, masked=method == "sparse-lora")
+        announce(forecast(method, settings, way, opened, train, held, chosen, half, distill))
+        asked = {
+            "method": method,
+            "settings": to_json(settings, method),
+            "dtype": "bfloat16" if half else "float32",
+            "distill": None if distill is None else str(distill),
+            "base": {"path": str(base.resolve()), "digest": manifest.digest},
+            "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
+            "held_out": {**held.provenance, "digest": held.digest},
+        }
+        start = _start(work, asked, resume)
+        how: dict[str, Any] = {"batch_size": settings.batch_size}
+        before = perplexity(opened, held, **how, progress=_named(progress, "perplexity before"))
+        dense = None if distill is None else _load_dense(distill, opened, half, trust_remote_code)
+        trained = _train(
+            way,
+            _load(base.resolve(), way.load_dtype(half), trust_remote_code),
+            dense,
+            settings,
+            train,
+            held,
+            made=made,
+            start=start,
+            device=chosen,
+            progress=progress,
+        )
         result = way.write(trained.model, scratch.folder)
         # Memory: the model was written; a whole one less while the result is measured.
         trained = replace(trained, model=None)
@@ -190,8 +190,7 @@ def fine_tune(
             if not checked.ok:
                 raise CheckpointError(f"{output}: not what it should be after training: {checked.problems[0]}")
             write_card(scratch.folder, read_manifest(scratch.folder), target.name)
-        with writing(target):
-            scratch.commit()
+        scratch.commit()
     shutil.rmtree(work, ignore_errors=True)
     if after.nats >= before.nats:
         way.notes.append("The held-out perplexity did not fall. Try a lower --lr, more steps, or other data.")
