@@ -25,6 +25,7 @@ from secateur.gradient_file import GradientFile
 from secateur.gradient_pass import collect, gradient_batch_size
 from secateur.manifest import Manifest, file_digests, tensor_digest
 from secateur.model_windows import model_windows
+from secateur.models.loading import check_loads
 from secateur.models.matrices import Matrix
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.skeleton import Skeleton
@@ -217,14 +218,15 @@ def prune(
         count_totals(manifest)
         if writer is not None:
             assert scratch is not None
-            complete(scratch, writer, manifest)
+            complete(scratch, opened, writer, manifest)
     on_event(Event("done"))
     return manifest
 
 
-def complete(scratch: Scratch, writer: CheckpointWriter, manifest: Manifest) -> None:
-    """End a run that wrote a checkpoint: digests, manifest, card, and its name."""
+def complete(scratch: Scratch, opened: OpenedModel, writer: CheckpointWriter, manifest: Manifest) -> None:
+    """End a run that wrote a checkpoint: whether it loads, digests, manifest, card, and its name."""
     writer.close()
+    check_loads(opened, scratch.folder)
     manifest.tensors, manifest.headers = writer.digests, writer.header_digests
     manifest.files = file_digests(scratch.folder)
     manifest.write(scratch.folder)

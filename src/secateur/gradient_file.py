@@ -4,19 +4,52 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from secateur.core.gradients import GradientKind, GradientNorm, Norm
 from secateur.errors import CalibrationError, CheckpointError
-from secateur.models.checkpoint import TensorRecord, read_header, read_tensor
+from secateur.models.checkpoint import TensorRecord, read_header, read_tensor, tensor_bytes
 from secateur.models.writer import CheckpointWriter
+from secateur.reading import checked, parse_json
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "secateur_gradients"
+_DIGESTS = "secateur_digests"
+_PLACE = "0" * 64  # of a digest that is not known yet
+_ANEW = "Make the file anew with secateur gradients."
+
+
+class ModelOrigin(TypedDict):
+    """The model whose gradients they are."""
+
+    path: NotRequired[str | None]
+
+
+class Provenance(TypedDict):
+    """What is known of the gradients in a file."""
+
+    format: int
+    norms: Annotated[list[str], Meta(min_length=1)]
+    granularity: str
+    scope: str
+    samples: Annotated[int, Meta(ge=1)]
+    length: Annotated[int, Meta(ge=1)]
+    tokens_digest: str
+    calibration: dict[str, Any]
+    model: ModelOrigin
+    source_tensors: dict[str, str]
+    digest: str  # of everything else here, and of the digests of the numbers
+
+
+@dataclass(frozen=True)
+class _Head:
+    format: int
 
 
 class GradientFile:
@@ -31,15 +64,23 @@ class GradientFile:
         self.path = Path(path).expanduser()
         header = read_header(self.path)
         self._records = header.tensors
-        try:
-            self.provenance: dict[str, Any] = json.loads(header.metadata[_KEY])
-            version = self.provenance["format"]
-        except (KeyError, ValueError, TypeError):
+        if not isinstance(header.metadata, Mapping) or not isinstance(header.metadata.get(_KEY), str):
             raise CheckpointError(
                 f"{self.path}: holds no gradients. Make such a file with secateur gradients MODEL -o FILE."
-            ) from None
+            )
+        found = parse_json(header.metadata[_KEY], self.path, dict[str, Any], advice=_ANEW)
+        version = checked(found, self.path, _Head, advice=_ANEW).format
         if version != FORMAT:
-            raise CheckpointError(f"{self.path}: format {version}, expected {FORMAT}; another version wrote it.")
+            raise CheckpointError(
+                f"{self.path}: format {version}, expected {FORMAT}; another version of Secateur wrote it. {_ANEW}"
+            )
+        checked(found, self.path, Provenance, advice=_ANEW)
+        text = str(header.metadata.get(_DIGESTS, ""))
+        self._digests: dict[str, str] = parse_json(text, self.path, dict[str, str], advice=_ANEW)
+        held = found.pop("digest")
+        if held != _digest(found, self._digests) or set(self._digests) != set(self._records):
+            raise CheckpointError(f"{self.path}: its header was altered since it was written. {_ANEW}")
+        self.provenance: dict[str, Any] = found
 
     @property
     def matrices(self) -> list[str]:
@@ -96,8 +137,16 @@ class GradientFile:
             )
 
     def read(self, matrix: str, kind: GradientKind, device: torch.device | str = "cpu") -> GradientNorm:
-        """The statistic of one matrix, on the device."""
-        total = read_tensor(self._records[f"{kind.norm}:{matrix}"]).to(device)
+        """The statistic of one matrix, on the device. Raises `CheckpointError` when it is not what was written."""
+        name = f"{kind.norm}:{matrix}"
+        held = read_tensor(self._records[name])
+        found = hashlib.sha256(tensor_bytes(held)).hexdigest()
+        if found != self._digests[name]:
+            raise CheckpointError(
+                f"{self.path}: the gradients {name} have changed since they were written: digest {found[:12]}, "
+                f"expected {self._digests[name][:12]}. {_ANEW}"
+            )
+        total = held.to(device)
         samples = int(self.provenance["samples"])
         return GradientNorm(kind, total, samples * int(self.provenance["length"]), samples)
 
@@ -119,7 +168,8 @@ class GradientWriter:
     ) -> None:
         self.path = path
         entries = [(f"{norm}:{name}", dtype, shape) for name, shape in shapes.items() for norm in norms]
-        metadata = {_KEY: json.dumps({"format": FORMAT, **provenance})}
+        self._provenance = {"format": FORMAT, **provenance}
+        metadata = self._metadata({name: _PLACE for name, _, _ in entries})
         self._complete = False
         try:
             self._writer = CheckpointWriter(path.parent, [(path.name, entries)], metadata)
@@ -139,8 +189,14 @@ class GradientWriter:
         """What has been added of a matrix so far."""
         return read_tensor(self._records[f"{norm}:{matrix}"])
 
+    def _metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
+        digest = _digest(self._provenance, digests)
+        return {_KEY: json.dumps({**self._provenance, "digest": digest}), _DIGESTS: json.dumps(digests)}
+
     def close(self) -> None:
-        """Bring all of it to the disk: the file is complete."""
+        """Bring all of it to the disk, with a digest of every tensor: the file is complete."""
+        digests = self._writer.digests
+        self._writer.change_metadata(self._metadata({name: digests.get(name, _PLACE) for name in self._records}))
         self._writer.close()
         self._complete = True
 
@@ -149,6 +205,11 @@ class GradientWriter:
         self._writer.abandon()
         if not self._complete:
             self.path.unlink(missing_ok=True)
+
+
+def _digest(provenance: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """sha256 of the provenance and of the digests of all numbers."""
+    return hashlib.sha256(json.dumps([provenance, digests], sort_keys=True).encode()).hexdigest()
 
 
 def model_digest(source_tensors: Mapping[str, str]) -> str:

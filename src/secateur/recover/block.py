@@ -172,7 +172,7 @@ def reconstruct(
         ).run()
         recovery["forwards"] = _forwards(recovery["blocks"], split, windows.samples)
         recovery["seconds"] = clock.seconds | {"total": time.perf_counter() - started}
-        complete(scratch, writer, manifest)
+        complete(scratch, opened, writer, manifest)
     on_event(Event("done"))
     return manifest
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from secateur.models.checkpoint import locate
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.writer import writing
 from secateur.output import Scratch, check_output
+from secateur.reading import read_json
 from secateur.recover.adapters import require_peft
 from secateur.recover.forecast import Forecast, count_parameters, forecast
 from secateur.recover.settings import Settings, choose, require_one_process, to_json
@@ -314,7 +315,8 @@ def _start(work: Path, asked: Mapping[str, Any], resume: bool) -> Path | None:
             work.mkdir(parents=True)
             state.write_text(json.dumps(asked, indent=1) + "\n")
         return None
-    before, now = _comparable(json.loads(state.read_text())), _comparable(json.loads(json.dumps(asked)))
+    held = read_json(state, State, advice="Start over with --overwrite.")
+    before, now = _comparable(held), _comparable(json.loads(json.dumps(asked)))
     for key, value in now.items():
         if key != "lr" and value != before.get(key):
             raise CheckpointError(
@@ -328,6 +330,24 @@ def _comparable(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same when a run is resumed; models and texts by their digests."""
     digests = {key: asked[key]["digest"] for key in ("base", "data", "held_out")}
     return {**asked["settings"], **asked, **digests, "settings": None}
+
+
+class Named(TypedDict):
+    """A model or text, by its digest."""
+
+    digest: str
+
+
+class State(TypedDict):
+    """What an unfinished run was started with."""
+
+    method: str
+    settings: dict[str, Any]
+    dtype: str
+    distill: str | None
+    base: Named
+    data: Named
+    held_out: Named
 
 
 def _named(progress: Progress, name: str) -> Callable[[str, int, int], None]:
