@@ -338,7 +338,7 @@ def _tasks_table(tasks: Sequence[Mapping[str, Any]]) -> str:
     for task in tasks:
         for name, metric in task["metrics"].items():
             error = f" ± {metric['error']:.4f}" if metric["error"] is not None else ""
-            shots = "" if task["shots"] is None else task["shots"]
+            shots = "" if task.get("shots") is None else task["shots"]
             value = _number(metric["value"], ".4f") + error
             lines.append(f"| {task['task']} | {shots} | {task['documents']} | {name} | {value} |")
     return "\n".join(lines)

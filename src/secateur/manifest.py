@@ -380,7 +380,10 @@ def _notes(manifest: Manifest) -> list[str]:
 
 def _check_pattern(tensor: Tensor, entry: Mapping[str, Any], mask: str | None, result: Verification) -> None:
     if not _fits(tensor, entry):
-        result.problems.append(f"{entry['name']}: of shape {list(tensor.shape)}, the manifest records {entry['shape']}")
+        place = "" if entry["index"] is None else f" at {entry['index']}"
+        result.problems.append(
+            f"{entry['name']}: of shape {list(tensor.shape)}, the manifest records {entry['shape']}{place}"
+        )
         return
     weight = view_of(tensor, entry)
     kept = weight != 0

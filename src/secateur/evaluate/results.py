@@ -71,13 +71,13 @@ class KeptTask(TypedDict):
     """The result of one task."""
 
     task: str
-    shots: int | None
+    shots: NotRequired[int | None]
     documents: Count
     metrics: dict[str, MetricValue]
-    scores: dict[str, list[float]]
-    members: dict[str, float]
-    digest: str
-    notes: list[str]
+    scores: NotRequired[dict[str, list[float]]]
+    members: NotRequired[dict[str, float]]
+    digest: NotRequired[str]
+    notes: NotRequired[list[str]]
 
 
 class TasksResult(TypedDict):

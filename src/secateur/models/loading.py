@@ -22,7 +22,10 @@ def check_loads(opened: OpenedModel, folder: Path) -> None:
     """
     model = opened.expected(folder)
     written = Checkpoint(folder)
-    skeleton = Skeleton(model, written, device=CPU, dtype=torch.float32)
+    try:
+        skeleton = Skeleton(model, written, device=CPU, dtype=torch.float32)
+    except (RuntimeError, IndexError) as error:  # shapes that transformers' own conversion cannot join
+        raise CheckpointError(f"What was written would not load as {type(model).__name__}: {error}") from None
     unused = sorted(set(skeleton.conversion.unused) - set(opened.skeleton.conversion.unused))
     missing = skeleton.missing + sorted(_buffers_without(skeleton) - _buffers_without(opened.skeleton))
     if missing or unused:
