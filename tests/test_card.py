@@ -12,8 +12,10 @@ import secateur
 import tiny
 from secateur import card
 from secateur.errors import CheckpointError
+from secateur.evaluate.results import Record
 from secateur.manifest import Manifest, read_manifest
 from secateur.methods import METHODS, REFINEMENTS
+from secateur.report.evaluations import with_dense
 
 SOURCE_CARD = """---
 license: other
@@ -205,3 +207,48 @@ def test_a_recovered_checkpoint_says_so(method, tmp_path):
         r"## After pruning\n\n- The kept weights were (trained|tuned block by block).*, on token ids\n", text
     )
     assert "embeddings, head, norms, biases" not in text
+
+
+# Tasks, the dense figure, and what was dequantised
+
+TASK = {
+    "task": "boolq",
+    "shots": 0,
+    "documents": 20,
+    "metrics": {"acc": {"value": 0.65, "error": 0.1094}, "odd": {"value": None, "error": None}},
+}
+
+
+def test_tasks_reach_the_card(pruned):
+    assert card.refresh_card(pruned, read_manifest(pruned), [{"kind": "tasks", "key": "k", "result": TASK}])
+    text = (pruned / "README.md").read_text()
+    assert "| boolq | 0 | 20 | acc | 0.6500 ± 0.1094 |" in text
+    assert "| boolq | 0 | 20 | odd |  |" in text
+    assert "None recorded yet" not in text
+    (row,) = ModelCard.load(pruned / "README.md").data.eval_results
+    assert (row.dataset_type, row.metric_type, row.metric_value) == ("boolq", "acc", 0.65)
+    assert secateur.verify(pruned).ok
+
+
+def test_the_dense_perplexity_where_it_is_known(source, pruned):
+    found = secateur.perplexity(pruned, tiny.tokens(6, 24)).to_json()
+    dense = secateur.perplexity(source, tiny.tokens(6, 24)).to_json()
+    other = secateur.perplexity(source, tiny.tokens(5, 24)).to_json()
+    records = [Record("perplexity", {}, result, "", {}) for result in (other, dense)]
+    (item,) = with_dense([{"kind": "perplexity", "key": "k", "result": found}], records)
+    assert item["result"]["perplexity_dense"] == dense["perplexity"]
+    card.refresh_card(pruned, read_manifest(pruned), [item])
+    assert f"| {dense['perplexity']:.3f} | {found['perplexity']:.3f}" in (pruned / "README.md").read_text()
+    (alone,) = with_dense([{"kind": "perplexity", "key": "k", "result": found}], records[:1])
+    assert "perplexity_dense" not in alone["result"]
+
+
+@pytest.mark.parametrize("origin", [{"kind": "gguf"}, {"kind": "checkpoint", "dequantised": {"fp8": 3}}])
+def test_bytes_of_a_dequantised_base_are_not_claimed(pruned, origin):
+    manifest = read_manifest(pruned)
+    assert "byte for byte" in (pruned / "README.md").read_text()
+    manifest.source |= origin
+    card.write_card(pruned, manifest, "out")
+    text = (pruned / "README.md").read_text()
+    assert "byte for byte" not in text
+    assert "is that of the base model, dequantised before it was pruned." in text

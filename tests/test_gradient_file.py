@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -32,6 +34,7 @@ from secateur.methods.magnitude import magnitude
 from secateur.methods.pruner_zero import pruner_zero
 from secateur.methods.wanda import wanda
 from secateur.methods.wanda_plus import wanda_plus
+from secateur.models.checkpoint import read_header
 
 FIRST = "model.layers.0.mlp.down_proj.weight"
 SAMPLES, LENGTH = 4, 12
@@ -88,7 +91,12 @@ def test_safetensors_itself_reads_it(llama, ids, file):
             assert torch.equal(tensor, file.read(name, GradientKind(norm)).total)
             assert bool((tensor >= 0).all())
         metadata = opened.metadata()
-    assert json.loads(metadata["secateur_gradients"]) == file.provenance
+    held = json.loads(metadata["secateur_gradients"])
+    assert len(held.pop("digest")) == 64
+    assert held == file.provenance
+    assert json.loads(metadata["secateur_digests"]) == {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in load_file(file.path).items()
+    }
     assert metadata["format"] == "pt"
 
 
@@ -105,7 +113,7 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, int]]:
 def test_what_it_tells_of_itself(llama, ids, file):
     held = file.provenance
     assert {key: held[key] for key in ("format", "norms", "granularity", "scope", "samples", "length", "dtype")} == {
-        "format": 1,
+        "format": 2,
         "norms": ["l1", "l2"],
         "granularity": "sample",
         "scope": "model",
@@ -273,14 +281,17 @@ def test_something_else(llama, file, tmp_path):
     message = f"{weights}: holds no gradients. Make such a file with secateur gradients MODEL -o FILE."
     with pytest.raises(CheckpointError, match=pinned(message)):
         GradientFile(weights)
-    for number, content in enumerate(("not JSON", "[]", "3", '{"norms": ["l1"]}')):
+    for number, content in enumerate(("not JSON", "[]", "3", '{"norms": ["l1"]}', "[" * 100_000)):
         other = tmp_path / f"other-{number}"
         save_file({"l1:w": torch.ones(2, 2)}, other, {"secateur_gradients": content})
-        with pytest.raises(CheckpointError, match=pinned(message.replace(str(weights), str(other)))):
+        with pytest.raises(CheckpointError, match=rf"^{other}: .* Make the file anew with secateur gradients\.$"):
             GradientFile(other)
     later = tmp_path / "later"
-    save_file({"l1:w": torch.ones(2, 2)}, later, {"secateur_gradients": '{"format": 2}'})
-    message = f"{later}: format 2, expected 1; another version wrote it."
+    save_file({"l1:w": torch.ones(2, 2)}, later, {"secateur_gradients": '{"format": 3}'})
+    message = (
+        f"{later}: format 3, expected 2; another version of Secateur wrote it. "
+        "Make the file anew with secateur gradients."
+    )
     with pytest.raises(CheckpointError, match=pinned(message)):
         GradientFile(later)
     for missing in (tmp_path / "missing", tmp_path):
@@ -308,7 +319,15 @@ def test_nothing_is_overwritten_unasked(llama, ids, tmp_path):
     message = f"{target}: exists already. Choose another name, or pass --overwrite."
     with pytest.raises(CheckpointError, match=pinned(message)):
         take(llama, target, ids)
+    message = (
+        f"{target}: exists and holds no gradients, so Secateur did not write it and will not overwrite it. "
+        "Choose another name, or remove it yourself."
+    )
+    with pytest.raises(CheckpointError, match=pinned(message)):
+        take(llama, target, ids, overwrite=True)
     assert target.read_text() == "precious"
+    target.unlink()
+    take(llama, target, ids, only=["*.0.*"])
     file = take(llama, target, ids, overwrite=True)
     assert len(file.matrices) == 21
     folder = tmp_path / "folder"
@@ -341,14 +360,15 @@ def test_the_same_file_twice(llama, ids, file, tmp_path):
 def test_parts_are_added_up(tmp_path):
     target = tmp_path / "gradients"
     shapes = {"one": (2, 3), "two": (1, 4)}
-    writer = GradientWriter(target, shapes, ["l2", "l1"], {"norms": ["l2", "l1"]})
-    assert names(tmp_path) != ["gradients"], "under another name until it is complete"
+    facts = {"granularity": "sample", "scope": "model", "samples": 3, "length": 2, "tokens_digest": "t"}
+    facts |= {"calibration": {}, "model": {}, "source_tensors": {}, "norms": ["l2", "l1"]}
+    writer = GradientWriter(target, shapes, ["l2", "l1"], facts)
     for _ in range(3):
         for name, shape in shapes.items():
             writer.add(name, "l1", torch.full(shape, 0.5))
             writer.add(name, "l2", torch.full(shape, 0.25))
     assert torch.equal(writer.read("one", "l1"), torch.full((2, 3), 1.5))
-    writer.commit()
+    writer.close()
     writer.abandon()
     assert names(tmp_path) == ["gradients"]
     assert torch.equal(load_file(target)["l2:two"], torch.full((1, 4), 0.75))
@@ -431,7 +451,7 @@ def test_only_planned_matrices_are_taken(llama, ids, tmp_path, monkeypatch):
     def watch(opened: Any, windows: Any, target: Path, *rest: Any, **options: Any) -> GradientFile:
         made = collect(opened, windows, target, *rest, **options)
         seen.append(made.matrices)
-        assert target.parent == tmp_path, "beside the output"
+        assert target.parent == tmp_path / "out.partial", "beside the output"
         return made
 
     monkeypatch.setattr("secateur.engine.collect", watch)
@@ -511,3 +531,59 @@ def test_chained_methods_use_it_too(llama, ids, file, tmp_path):
     prune(llama, method=gblm(), calibration=ids, gradient=file.path, output=tmp_path / "alone")
     swapped, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("own", "alone"))
     assert any(not torch.equal(swapped[name], alone[name]) for name in alone)
+
+
+# Digests of the numbers
+
+
+@pytest.mark.parametrize("bit", [0, 6, 22, 31])
+def test_one_flipped_bit_is_noticed(llama, ids, tmp_path, bit):
+    file = take(llama, tmp_path / "gradients", ids, norms=["l1", "l2"], only=["*.1.mlp.*"])
+    name = file.matrices[1]
+    record = read_header(file.path).tensors[f"l2:{name}"]
+    position = record.start + (record.bytes // 8) * 4 + bit // 8
+    raw = bytearray(file.path.read_bytes())
+    raw[position] ^= 1 << bit % 8
+    file.path.write_bytes(raw)
+    again = GradientFile(file.path)
+    for matrix, norm in itertools.product(file.matrices, ("l1", "l2")):
+        kind = GradientKind(norm)
+        if (matrix, norm) == (name, "l2"):
+            with pytest.raises(CheckpointError, match=rf"gradients l2:{re.escape(name)} have changed since"):
+                again.read(matrix, kind)
+        else:
+            assert torch.equal(again.read(matrix, kind).total, load_file(file.path)[f"{norm}:{matrix}"])
+
+
+def test_a_method_refuses_changed_gradients(llama, ids, tmp_path):
+    file = take(llama, tmp_path / "gradients", ids, norms=["l1"])
+    raw = bytearray(file.path.read_bytes())
+    raw[-1000] ^= 0x40
+    file.path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="have changed since they were written"):
+        prune(llama, method=gblm(), calibration=ids, gradient=file.path, output=tmp_path / "out")
+    assert names(tmp_path) == ["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda p: p.update(samples=8), "its header was altered since it was written"),
+        (lambda p: p.update(samples="4"), r"Expected `int`, got `str` - at `\$\.samples`"),
+        (lambda p: p.update(norms=[]), "norms"),
+        (lambda p: p.update(model=[]), "model"),
+        (lambda p: p.update(format=1), r"format 1, expected 2; another version of Secateur wrote it\."),
+        (lambda p: p.update(format=[]), "format"),
+        (lambda p: p.pop("tokens_digest"), "tokens_digest"),
+    ],
+)
+def test_an_altered_header(llama, ids, tmp_path, change, what):
+    file = take(llama, tmp_path / "gradients", ids, only=["*.1.mlp.*"])
+    with safe_open(file.path, "pt") as stream:
+        metadata = dict(stream.metadata())
+    provenance = json.loads(metadata["secateur_gradients"])
+    change(provenance)
+    metadata["secateur_gradients"] = json.dumps(provenance)
+    save_file(load_file(file.path), file.path, metadata)
+    with pytest.raises(CheckpointError, match=rf"gradients: .*{what}.*Make the file anew with secateur gradients\."):
+        GradientFile(file.path)

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,19 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from secateur.core.patterns import NM, Pattern, Unstructured
-from secateur.core.problem import Method, Problem, Solution
+from secateur.core.problem import Method, Problem, Solution, chain
 from secateur.engine import prune
 from secateur.errors import CheckpointError
-from secateur.manifest import FILE_NAME, Manifest, file_digests, read_manifest, tensor_digest, verify
+from secateur.manifest import (
+    FILE_NAME,
+    Manifest,
+    file_digests,
+    only_chooses,
+    read_manifest,
+    tensor_digest,
+    verify,
+)
+from secateur.methods import METHODS, REFINEMENTS
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
 from secateur.models.checkpoint import CARD_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, tensor_bytes
@@ -329,7 +340,7 @@ def test_a_manifest_that_is_none(text: str, pruned: Path) -> None:
     (pruned / FILE_NAME).write_text(text)
     with pytest.raises(CheckpointError) as caught:
         verify(pruned)
-    assert str(caught.value).startswith(f"{pruned / FILE_NAME}: damaged (")
+    assert str(caught.value).startswith(f"{pruned / FILE_NAME}: {'damaged' if text else 'not JSON'}")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "LICENSE"])
@@ -618,3 +629,140 @@ def test_the_same_run_twice_differs_in_times_and_paths_alone(kept: Path, dense: 
         for entry in manifest.matrices.values():
             del entry["seconds"]
     assert one == other
+
+
+# Files that were added
+
+
+ADDED = (
+    "chat_template.jinja",
+    "additional_chat_templates/rag.jinja",
+    "adapter_config.json",
+    "pytorch_model.bin",
+    "modeling_own.py",
+    "tokenizer.model",
+    "generation_config.json",
+    "model.gguf",
+    "deep/down/vocab.txt",
+    "deep/config.json",
+    "license.py",
+    ".hidden.json",
+    "mcmodel",
+)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_file_that_was_added(name: str, pruned: Path) -> None:
+    (pruned / name).parent.mkdir(parents=True, exist_ok=True)
+    (pruned / name).unlink(missing_ok=True)
+    (pruned / name).write_text("{}")
+    if name in read_manifest(pruned).files:
+        assert verify(pruned).problems == [f"{name}: the file differs from the one that was written"]
+    else:
+        problem = f"{name}: not written by the run, and it may change what is loaded; move it away"
+        assert verify(pruned).problems == [problem]
+
+
+def test_links_and_shards_that_were_added(pruned: Path, dense: Path) -> None:
+    (pruned / "additional_chat_templates").symlink_to(dense)
+    (pruned / "more").mkdir()
+    shutil.copy(next(dense.glob("*.safetensors")), pruned / "more" / "adapter_model.safetensors")
+    assert verify(pruned).problems == [
+        "additional_chat_templates: not written by the run, and it may change what is loaded; move it away",
+        "more/adapter_model.safetensors: a shard that was not written by the run",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NOTES.md",
+        "LICENSE-APACHE",
+        "NOTICE.txt",
+        ".gitattributes",
+        ".git/config",
+        "report/index.html",
+        "report/matrices.csv",
+        "images/a.png",
+        ".cache/huggingface/download/x.metadata",
+    ],
+)
+def test_a_harmless_file_that_was_added(name: str, pruned: Path) -> None:
+    (pruned / name).parent.mkdir(parents=True, exist_ok=True)
+    (pruned / name).write_text("{}")
+    assert verify(pruned).problems == []
+
+
+def test_a_file_that_became_a_pipe_is_not_waited_for(pruned: Path) -> None:
+    (pruned / "tokenizer.json").unlink()
+    os.mkfifo(pruned / "tokenizer.json")
+    assert verify(pruned).problems == ["tokenizer.json: the file is missing"]
+
+
+# What the record says of itself
+
+
+def test_a_manifest_cannot_switch_off_the_comparison_of_kept_weights(pruned: Path, dense: Path) -> None:
+    edit(pruned, PLANNED, lambda tensor: tensor.copy_(torch.where(tensor != 0, tensor * 1.5, tensor)))
+    forge(pruned, lambda manifest: manifest.matrices[PLANNED].update(kept_identical=False))
+    assert verify(pruned).ok
+    problem = f"{PLANNED}: a kept weight is not bit-identical to the source, or a zero is -0.0"
+    assert verify(pruned, Checkpoint(dense)).problems == [problem]
+    # One that names another method lies about more than that; what it claims is then said.
+    forge(pruned, lambda manifest: setattr(manifest, "method", "sparsegpt"))
+    result = verify(pruned, Checkpoint(dense))
+    assert result.problems == []
+    assert result.notes == [
+        "Kept weights of 1 of 9 matrices differ from the source: the manifest says that sparsegpt changed them. What "
+        "they should be, only its digests say."
+    ]
+
+
+def test_which_methods_only_choose(dense: Path, tmp_path: Path) -> None:
+    calibration, only = tiny.tokens(4, 16), ["*.1.mlp.*"]
+    made = {name: make() for name, make in METHODS.items()}
+    made |= {f"wanda+{name}": chain(wanda(), make()) for name, make in REFINEMENTS.items()}
+    made["sparsegpt+swaps"] = chain(METHODS["sparsegpt"](), REFINEMENTS["swaps"]())
+    for name, method in made.items():
+        out = tmp_path / name
+        manifest = prune(dense, method=method, pattern=NM(2, 4), calibration=calibration, only=only, output=out)
+        assert manifest.method == name
+        assert all(entry["kept_identical"] for entry in manifest.matrices.values()) == only_chooses(name), name
+    assert not only_chooses("mine:powered")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda m: m.matrices[PLANNED].update(shape=[3]), r"shape"),
+        (lambda m: m.matrices[PLANNED].update(shape=["3", 4]), r"shape\[0\]"),
+        (lambda m: m.matrices[PLANNED].update(pattern={"n": 9, "m": 4}), rf"{PLANNED}: "),
+        (lambda m: m.matrices[PLANNED].update(pattern=[1]), "pattern"),
+        (lambda m: m.matrices[PLANNED].update(index=-1), "index"),
+        (lambda m: m.matrices[PLANNED].update(tensor=4), "tensor"),
+        (lambda m: m.matrices[PLANNED].update(notes={"damping": "x"}), "notes"),
+        (lambda m: m.matrices[PLANNED].update(scores={"scale": "linear"}), "scores"),
+        (lambda m: m.matrices[PLANNED].pop("zeros"), "zeros"),
+        (lambda m: m.plan.update(x={"sparsity": 2}), "plan of x"),
+        (lambda m: setattr(m, "matrices", []), "matrices"),
+        (lambda m: setattr(m, "blocks", [3]), "blocks"),
+        (lambda m: setattr(m, "totals", {}), "totals"),
+        (lambda m: setattr(m, "files", {"config.json": 1}), "files"),
+        (lambda m: setattr(m, "method", None), "method"),
+        (lambda m: setattr(m, "recovery", {"earlier": {"trained": []}}), r"recovery\.earlier\.trained"),
+        (lambda m: setattr(m, "surprise", 1), "surprise"),
+    ],
+)
+def test_a_manifest_of_other_types_with_a_valid_digest(change: Callable[[Any], Any], what: str, pruned: Path) -> None:
+    manifest = read_manifest(pruned)
+    change(manifest)
+    manifest.write(pruned)
+    with pytest.raises(CheckpointError, match=rf"{FILE_NAME}: damaged.*{what}"):
+        read_manifest(pruned)
+
+
+def test_a_matrix_that_its_tensor_cannot_hold(pruned: Path, dense: Path) -> None:
+    forge(pruned, lambda manifest: manifest.matrices[PLANNED].update(index=7))
+    problem = f"{PLANNED}: of shape [48, 32], the manifest records [48, 32] at 7"
+    for source in (None, Checkpoint(dense)):
+        assert verify(pruned, source).problems == [problem]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -22,33 +23,41 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("results") / "model")
 
 
+def found(perplexity: float) -> dict[str, Any]:
+    """What is kept of a perplexity."""
+    numbers = {"nats": 2.0, "standard_error": None, "perplexity": perplexity, "perplexity_error": None}
+    return {"data": "c4", "digest": "d", "windows": 1, "length": 128, "window_nats": [2.0], **numbers}
+
+
 def test_what_was_added_is_found(tmp_path: Path) -> None:
     store = Results(tmp_path / "deep" / "store")
     assert store.find("abc", "perplexity", {"data": "c4"}) is None
     assert store.of("abc") == []
-    store.add("abc", "perplexity", {"data": "c4", "length": 128}, {"perplexity": 7.0})
+    store.add("abc", "perplexity", {"data": "c4", "length": 128}, found(7.0))
     store.add("abc", "tasks", {"task": "boolq"}, {"results": []})
-    store.add("other", "perplexity", {"data": "c4", "length": 128}, {"perplexity": 8.0})
+    store.add("other", "perplexity", {"data": "c4", "length": 128}, found(8.0))
     record = store.find("abc", "perplexity", {"length": 128, "data": "c4"})  # the order of keys is nothing
     assert record is not None
     assert (record.kind, record.result, record.key) == (
         "perplexity",
-        {"perplexity": 7.0},
+        found(7.0),
         {"data": "c4", "length": 128},
     )
     assert record.versions["secateur"] == secateur.__version__
     assert record.created.endswith("+00:00")
     assert store.find("abc", "agreement", {"data": "c4", "length": 128}) is None
     assert sorted(record.kind for record in store.of("abc")) == ["perplexity", "tasks"]
-    store.add("abc", "perplexity", {"data": "c4", "length": 128}, {"perplexity": 6.0})
-    assert [record.result for record in store.of("abc") if record.kind == "perplexity"] == [{"perplexity": 6.0}]
+    store.add("abc", "perplexity", {"data": "c4", "length": 128}, found(6.0))
+    assert [record.result for record in store.of("abc") if record.kind == "perplexity"] == [found(6.0)]
     assert not list(tmp_path.rglob(".*"))
 
 
 def test_two_processes_write_whole_files(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from secateur.evaluate.results import Results\n"
-        "for n in range(30): Results(Path(sys.argv[1])).add('abc', 'tasks', {'task': 'boolq'}, {'x': [n] * 5000})"
+        "for n in range(30):\n"
+        "    result = {'results': [], 'x': [n] * 5000}\n"
+        "    Results(Path(sys.argv[1])).add('abc', 'tasks', {'task': 'boolq'}, result)"
     )
     writers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
     store, seen = Results(tmp_path), 0
@@ -61,12 +70,23 @@ def test_two_processes_write_whole_files(tmp_path: Path) -> None:
     assert len(list((tmp_path / "abc").iterdir())) == 1
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "deep inside each other"),
+        ("[]", "Expected `object`"),
+        ('{"kind": "perplexity", "key": {}, "result": {"windows": 1}, "created": "", "versions": {}}', "damaged"),
+        ('{"kind": "nothing", "key": {}, "result": {}, "created": "", "versions": {}}', "Invalid enum value"),
+        ('{"kind": "tasks", "key": {}, "result": {"results": [1]}, "created": "", "versions": {}}', r"results\[0\]"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, text: str, what: str) -> None:
     store = Results(tmp_path)
-    store.add("abc", "tasks", {}, {})
+    store.add("abc", "tasks", {}, {"results": []})
     (file,) = (tmp_path / "abc").iterdir()
-    file.write_text("{")
-    with pytest.raises(CheckpointError, match=rf"{file.name}: not a kept evaluation, or damaged .* Remove it\."):
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{file.name}: .*{what}.* (remove it|Remove it)\."):
         store.of("abc")
 
 

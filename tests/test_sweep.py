@@ -466,7 +466,7 @@ def test_killed_again_and_again_the_table_is_the_same(place: Path, run: Run, tmp
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == ["True"] * len(moments)
     # The kills did hit where something was half done.
-    left = [{re.sub(r"-\d+$", "", Path(path).name) for path in line[1:] if re.search(r"-\d+$", path)} for line in lines]
+    left = [{Path(path).name for path in line[1:]} for line in lines]
     assert "gradients-sample-model.safetensors.partial" in left[0]
     assert {"checkpoint.partial", "statistics-2.partial"} <= left[1]
     assert any(path.endswith("cells/sparsegpt-50/checkpoint") for path in lines[2])

@@ -90,9 +90,9 @@ def write_card(folder: Path, manifest: Manifest, name: str) -> None:
 def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping[str, Any]]) -> bool:
     """Put figures into the card, in its text and its metadata, and leave everything else as it is.
 
-    `evaluations` are mappings with a `kind` and a `result`; perplexities and agreements with the dense model count. A
-    card that is missing is written. Returns False, and changes nothing, where a card has lost the two comments between
-    which the figures belong. Raises `CheckpointError` for a card whose metadata cannot be read.
+    `evaluations` are mappings with a `kind` and a `result`; perplexities, agreements with the dense model and tasks
+    count. A card that is missing is written. Returns False, and changes nothing, where a card has lost the two comments
+    between which the figures belong. Raises `CheckpointError` for a card whose metadata cannot be read.
     """
     from huggingface_hub import ModelCard
     from yaml import YAMLError
@@ -110,10 +110,11 @@ def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping
     place = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
     if not place.search(card.text):
         return False
-    card.text = place.sub(lambda _: _section(figures), card.text, count=1)
-    if figures:
+    tasks = [evaluation["result"] for evaluation in evaluations if evaluation["kind"] == "tasks"]
+    card.text = place.sub(lambda _: _section(figures, tasks), card.text, count=1)
+    if figures or tasks:
         card.data.model_name = card.data.get("model_name") or folder.resolve().name
-        card.data.eval_results = [_result(figure) for figure in figures]
+        card.data.eval_results = [*map(_result, figures), *(row for task in tasks for row in _task_results(task))]
     with writing(path):
         card.save(path)
     return True
@@ -237,10 +238,16 @@ def _kinds_table(manifest: Manifest) -> str:
         found = list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in entries))
         lines.append(f"| `{kind}` | {len(entries)} | {'; '.join(found)} | {zeros / weights:.4f} |")
     if manifest.recovery is None:
-        rest = "Everything else (embeddings, head, norms, biases) is that of the base model, byte for byte."
+        rest = "Everything else (embeddings, head, norms, biases)"
     else:
-        rest = "`secateur.json` lists what was trained; everything else is that of the base model, byte for byte."
-    return "\n".join(lines) + f"\n\n{rest}"
+        rest = "`secateur.json` lists what was trained; everything else"
+    return "\n".join(lines) + f"\n\n{rest} is that of the base model, {_exactness(manifest)}."
+
+
+def _exactness(manifest: Manifest) -> str:
+    if manifest.source.get("kind") == "gguf" or manifest.source.get("dequantised"):
+        return "dequantised before it was pruned"
+    return "byte for byte"
 
 
 def _calibration(manifest: Manifest) -> str:
@@ -300,28 +307,59 @@ def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _section(figures: Sequence[Mapping[str, Any]]) -> str:
+def _section(figures: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]] = ()) -> str:
     """The text between the two comments, with them."""
-    if not figures:
-        body = "None recorded yet: `secateur eval` and then `secateur report` write them here."
-    else:
-        lines = [
-            "| text | windows | perplexity, dense | perplexity, pruned | KL per token | same first choice |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for figure in figures:
-            error = f" ± {figure['error']:.3f}" if figure["error"] is not None else ""
-            cells = [
-                figure["name"],
-                f"{figure['windows']} x {figure['length']}",
-                _number(figure["dense"], ".3f"),
-                f"{figure['perplexity']:.3f}{error}",
-                _number(figure["kl"], ".4f"),
-                _number(figure["top1"], ".1%"),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        body = "\n".join(lines)
+    parts = [*([_figures_table(figures)] if figures else []), *([_tasks_table(tasks)] if tasks else [])]
+    body = "\n\n".join(parts) or "None recorded yet: `secateur eval` and then `secateur report` write them here."
     return f"{START}\n{body}\n{END}"
+
+
+def _figures_table(figures: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| text | windows | perplexity, dense | perplexity, pruned | KL per token | same first choice |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for figure in figures:
+        error = f" ± {figure['error']:.3f}" if figure["error"] is not None else ""
+        cells = [
+            figure["name"],
+            f"{figure['windows']} x {figure['length']}",
+            _number(figure["dense"], ".3f"),
+            f"{figure['perplexity']:.3f}{error}",
+            _number(figure["kl"], ".4f"),
+            _number(figure["top1"], ".1%"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _tasks_table(tasks: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| task | shots | documents | metric | value |", "|---|---:|---:|---|---:|"]
+    for task in tasks:
+        for name, metric in task["metrics"].items():
+            error = f" ± {metric['error']:.4f}" if metric["error"] is not None else ""
+            shots = "" if task.get("shots") is None else task["shots"]
+            value = _number(metric["value"], ".4f") + error
+            lines.append(f"| {task['task']} | {shots} | {task['documents']} | {name} | {value} |")
+    return "\n".join(lines)
+
+
+def _task_results(task: Mapping[str, Any]) -> "list[EvalResult]":
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Evaluation harness",
+            dataset_type=task["task"],
+            dataset_name=task["task"],
+            metric_type=name,
+            metric_name=f"{name}, {task['documents']} documents",
+            metric_value=metric["value"],
+        )
+        for name, metric in task["metrics"].items()
+        if metric["value"] is not None
+    ]
 
 
 def _number(value: float | None, form: str) -> str:

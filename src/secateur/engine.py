@@ -25,11 +25,13 @@ from secateur.gradient_file import GradientFile
 from secateur.gradient_pass import collect, gradient_batch_size
 from secateur.manifest import Manifest, file_digests, tensor_digest
 from secateur.model_windows import BOS_WORDS, model_windows
+from secateur.models.loading import check_loads
 from secateur.models.matrices import Matrix
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import default_batch_size
 from secateur.models.writer import CheckpointWriter, writing
+from secateur.names import unique
 from secateur.output import Scratch, check_output
 from secateur.plan import Plan, uniform
 from secateur.shared_statistics import SharedStatistics
@@ -104,8 +106,9 @@ def prune(
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
     target = check_output(output, model, overwrite)
-    opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     with ExitStack() as stack:
+        scratch = None if target is None else stack.enter_context(Scratch(target, overwrite))
+        opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
         stack.callback(opened.restore)
         skeleton = opened.skeleton
         plan = make_plan(opened, method, pattern, only=only, skip=skip)
@@ -164,25 +167,24 @@ def prune(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         writer = None
-        if target is not None:
-            scratch = stack.enter_context(Scratch(target, overwrite))
+        if scratch is not None:
             writer = CheckpointWriter(scratch.folder, skeleton.source.layout())
             stack.callback(writer.abandon)
             with writing(scratch.folder):
                 opened.write_companions(scratch.folder)
-        name = (target or Path.cwd() / "secateur").name
-        beside = target or Path.cwd() / name
-        states = beside.with_name(f"{name}.states-{os.getpid()}")
+        place = Path.cwd().joinpath if scratch is None else scratch.place
+        name = "secateur" if target is None else target.name
+        states = place(unique(f"{name}.states"))
         clock = Clock(synchronise=skeleton.device.type == "cuda")
         if method.gradient is not None and given is None and not regional:
             assert windows is not None
             began = time.perf_counter()
-            scratch_file = beside.with_name(f"{name}.gradients-{os.getpid()}.safetensors")
-            stack.callback(scratch_file.unlink, missing_ok=True)
+            taken = place(unique(f"{name}.gradients"))
+            stack.callback(taken.unlink, missing_ok=True)
             given = collect(
                 opened,
                 windows,
-                scratch_file,
+                taken,
                 [method.gradient],
                 [matrix for matrix in skeleton.matrices if matrix.name in plan],
                 batch_size=batch_size,
@@ -219,15 +221,21 @@ def prune(
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
         count_totals(manifest)
         if writer is not None:
-            writer.close()
-            manifest.tensors, manifest.headers = writer.digests, writer.header_digests
-            manifest.files = file_digests(scratch.folder)
-            manifest.write(scratch.folder)
-            write_card(scratch.folder, manifest, scratch.target.name)
-            with writing(scratch.target):
-                scratch.commit()
+            assert scratch is not None
+            complete(scratch, opened, writer, manifest)
     on_event(Event("done"))
     return manifest
+
+
+def complete(scratch: Scratch, opened: OpenedModel, writer: CheckpointWriter, manifest: Manifest) -> None:
+    """End a run that wrote a checkpoint: whether it loads, digests, manifest, card, and its name."""
+    writer.close()
+    check_loads(opened, scratch.folder)
+    manifest.tensors, manifest.headers = writer.digests, writer.header_digests
+    manifest.files = file_digests(scratch.folder)
+    manifest.write(scratch.folder)
+    write_card(scratch.folder, manifest, scratch.target.name)
+    scratch.commit()
 
 
 def chosen_correction(targets: str, correction: float | None) -> float | None:

@@ -4,20 +4,52 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from secateur.core.gradients import GradientKind, GradientNorm, Norm
 from secateur.errors import CalibrationError, CheckpointError
-from secateur.models.checkpoint import TensorRecord, read_header, read_tensor
-from secateur.models.writer import CheckpointWriter, writing
+from secateur.models.checkpoint import TensorRecord, read_header, read_tensor, tensor_bytes
+from secateur.models.writer import CheckpointWriter
+from secateur.reading import checked, parse_json
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "secateur_gradients"
+_DIGESTS = "secateur_digests"
+_PLACE = "0" * 64  # of a digest that is not known yet
+_ANEW = "Make the file anew with secateur gradients."
+
+
+class ModelOrigin(TypedDict):
+    """The model whose gradients they are."""
+
+    path: NotRequired[str | None]
+
+
+class Provenance(TypedDict):
+    """What is known of the gradients in a file."""
+
+    format: int
+    norms: Annotated[list[str], Meta(min_length=1)]
+    granularity: str
+    scope: str
+    samples: Annotated[int, Meta(ge=1)]
+    length: Annotated[int, Meta(ge=1)]
+    tokens_digest: str
+    calibration: dict[str, Any]
+    model: ModelOrigin
+    source_tensors: dict[str, str]
+    digest: str  # of everything else here, and of the digests of the numbers
+
+
+@dataclass(frozen=True)
+class _Head:
+    format: int
 
 
 class GradientFile:
@@ -32,15 +64,23 @@ class GradientFile:
         self.path = Path(path).expanduser()
         header = read_header(self.path)
         self._records = header.tensors
-        try:
-            self.provenance: dict[str, Any] = json.loads(header.metadata[_KEY])
-            version = self.provenance["format"]
-        except (KeyError, ValueError, TypeError):
+        if not isinstance(header.metadata, Mapping) or not isinstance(header.metadata.get(_KEY), str):
             raise CheckpointError(
                 f"{self.path}: holds no gradients. Make such a file with secateur gradients MODEL -o FILE."
-            ) from None
+            )
+        found = parse_json(header.metadata[_KEY], self.path, dict[str, Any], advice=_ANEW)
+        version = checked(found, self.path, _Head, advice=_ANEW).format
         if version != FORMAT:
-            raise CheckpointError(f"{self.path}: format {version}, expected {FORMAT}; another version wrote it.")
+            raise CheckpointError(
+                f"{self.path}: format {version}, expected {FORMAT}; another version of Secateur wrote it. {_ANEW}"
+            )
+        checked(found, self.path, Provenance, advice=_ANEW)
+        text = str(header.metadata.get(_DIGESTS, ""))
+        self._digests: dict[str, str] = parse_json(text, self.path, dict[str, str], advice=_ANEW)
+        held = found.pop("digest")
+        if held != _digest(found, self._digests) or set(self._digests) != set(self._records):
+            raise CheckpointError(f"{self.path}: its header was altered since it was written. {_ANEW}")
+        self.provenance: dict[str, Any] = found
 
     @property
     def matrices(self) -> list[str]:
@@ -97,15 +137,24 @@ class GradientFile:
             )
 
     def read(self, matrix: str, kind: GradientKind, device: torch.device | str = "cpu") -> GradientNorm:
-        """The statistic of one matrix, on the device."""
-        total = read_tensor(self._records[f"{kind.norm}:{matrix}"]).to(device)
-        held, samples = self.provenance, int(self.provenance["samples"])
-        tokens = int(held.get("tokens", samples * int(held["length"])))  # fewer where samples differ in length
+        """The statistic of one matrix, on the device. Raises `CheckpointError` when it is not what was written."""
+        name = f"{kind.norm}:{matrix}"
+        held = read_tensor(self._records[name])
+        found = hashlib.sha256(tensor_bytes(held)).hexdigest()
+        if found != self._digests[name]:
+            raise CheckpointError(
+                f"{self.path}: the gradients {name} have changed since they were written: digest {found[:12]}, "
+                f"expected {self._digests[name][:12]}. {_ANEW}"
+            )
+        total = held.to(device)
+        samples = int(self.provenance["samples"])
+        # Fewer than samples times length where samples differ in length.
+        tokens = int(self.provenance.get("tokens", samples * int(self.provenance["length"])))
         return GradientNorm(kind, total, tokens, samples)
 
 
 class GradientWriter:
-    """A file of gradient statistics in the making, under another name until it is complete.
+    """A file of gradient statistics in the making, for a run that gives it its name when it is complete.
 
     Its space is reserved at once. A matrix that is added again is added up, which is how parts of the samples make
     the whole.
@@ -120,18 +169,16 @@ class GradientWriter:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.path = path
-        self._partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         entries = [(f"{norm}:{name}", dtype, shape) for name, shape in shapes.items() for norm in norms]
-        metadata = {_KEY: json.dumps({"format": FORMAT, **provenance})}
-        self._made = [folder for folder in path.parents if not folder.exists()]  # innermost first
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        self._provenance = {"format": FORMAT, **provenance}
+        metadata = self._metadata({name: _PLACE for name, _, _ in entries})
+        self._complete = False
         try:
-            self._writer = CheckpointWriter(path.parent, [(self._partial.name, entries)], metadata)
+            self._writer = CheckpointWriter(path.parent, [(path.name, entries)], metadata)
         except BaseException:
-            self._remove()
+            path.unlink(missing_ok=True)
             raise
-        self._records: Mapping[str, TensorRecord] = read_header(self._partial).tensors
+        self._records: Mapping[str, TensorRecord] = read_header(path).tensors
 
     def add(self, matrix: str, norm: Norm, total: Tensor) -> None:
         """Add what was seen of a matrix."""
@@ -144,23 +191,27 @@ class GradientWriter:
         """What has been added of a matrix so far."""
         return read_tensor(self._records[f"{norm}:{matrix}"])
 
-    def commit(self) -> None:
-        """Give the finished file its name."""
+    def _metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
+        digest = _digest(self._provenance, digests)
+        return {_KEY: json.dumps({**self._provenance, "digest": digest}), _DIGESTS: json.dumps(digests)}
+
+    def close(self) -> None:
+        """Bring all of it to the disk, with a digest of every tensor: the file is complete."""
+        digests = self._writer.digests
+        self._writer.change_metadata(self._metadata({name: digests.get(name, _PLACE) for name in self._records}))
         self._writer.close()
-        with writing(self.path):
-            self._partial.replace(self.path)
+        self._complete = True
 
     def abandon(self) -> None:
-        """Remove what was written so far; harmless after `commit`."""
+        """Remove what was written so far; harmless after `close`."""
         self._writer.abandon()
-        if self._partial.exists():
-            self._remove()
+        if not self._complete:
+            self.path.unlink(missing_ok=True)
 
-    def _remove(self) -> None:
-        self._partial.unlink(missing_ok=True)
-        with suppress(OSError):
-            for folder in self._made:
-                folder.rmdir()
+
+def _digest(provenance: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """sha256 of the provenance and of the digests of all numbers."""
+    return hashlib.sha256(json.dumps([provenance, digests], sort_keys=True).encode()).hexdigest()
 
 
 def model_digest(source_tensors: Mapping[str, str]) -> str:

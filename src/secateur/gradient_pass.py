@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from secateur.models.matrices import Matrix, numbered_experts, tapped
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import default_batch_size
+from secateur.names import unique
+from secateur.output import Scratch, check_writable, resolved
 from secateur.plan import matching
 
 Progress = Callable[[str, int, int], None]
@@ -69,17 +71,10 @@ def gradients(
     if not norms:
         raise CalibrationError("norm: got none, expected l1, l2 or both.")
     kinds = [GradientKind(norm, granularity, scope) for norm in norms]
-    target = Path(output).expanduser().absolute()
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{output}: exists already. Choose another name, or pass --overwrite.")
-    if target.is_dir():
-        raise CheckpointError(
-            f"{output}: is a folder; gradients are one file. Choose a name such as gradients.safetensors."
-        )
-    if not isinstance(model, nn.Module) and Path(model).expanduser().resolve() in target.resolve().parents:
-        raise CheckpointError(f"{output}: lies inside the model, which is never written to. Choose another folder.")
-    opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    try:
+    target = _check_file(output, model, overwrite)
+    with Scratch(target, overwrite, file=True) as scratch, ExitStack() as stack:
+        opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        stack.callback(opened.restore)
         skeleton = opened.skeleton
         names = set(matching({matrix.name: matrix.shape for matrix in skeleton.matrices}, only=only, skip=skip))
         matrices = [matrix for matrix in skeleton.matrices if matrix.name in names]
@@ -94,18 +89,45 @@ def gradients(
             bos=bos,
             progress=lambda done, total: progress("calibrate", done, total),
         )
-        return collect(
+        collect(
             opened,
             windows,
-            target,
+            scratch.folder,
             kinds,
             matrices,
             batch_size=batch_size,
             offload_states=offload_states,
             progress=progress,
+            states=target.name,
         )
-    finally:
-        opened.restore()
+        scratch.commit()
+    return GradientFile(target)
+
+
+def _check_file(output: str | os.PathLike[str], model: str | os.PathLike[str] | nn.Module, overwrite: bool) -> Path:
+    """The absolute path of the file to write, behind all links. Raises `CheckpointError` when it is not safe to write.
+
+    What is overwritten must be a file of gradients.
+    """
+    target = resolved(output)
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{output}: exists already. Choose another name, or pass --overwrite.")
+    if target.is_dir():
+        raise CheckpointError(
+            f"{output}: is a folder; gradients are one file. Choose a name such as gradients.safetensors."
+        )
+    if not isinstance(model, nn.Module) and Path(model).expanduser().resolve() in target.parents:
+        raise CheckpointError(f"{output}: lies inside the model, which is never written to. Choose another folder.")
+    if target.exists():
+        try:
+            GradientFile(target)
+        except CheckpointError:
+            raise CheckpointError(
+                f"{output}: exists and holds no gradients, so Secateur did not write it and will not overwrite it. "
+                "Choose another name, or remove it yourself."
+            ) from None
+    check_writable(output)
+    return target
 
 
 def collect(
@@ -118,10 +140,12 @@ def collect(
     batch_size: int | None = None,
     offload_states: str = "auto",
     progress: Progress = lambda stage, done, total: None,
+    states: str = "gradients",
 ) -> GradientFile:
     """The file `target` with gradient norms of these matrices of an opened model.
 
-    `kinds` differ in their norms only. Raises `CalibrationError` for a matrix whose gradient is zero throughout.
+    `kinds` differ in their norms only. `states` begins the name of the folder for hidden states on disk. Raises
+    `CalibrationError` for a matrix whose gradient is zero throughout.
     """
     skeleton = opened.skeleton
     granularity, scope = kinds[0].granularity, kinds[0].scope
@@ -152,7 +176,7 @@ def collect(
     folder: Path | None = None
     try:
         skeleton.load_outside()
-        scratch = target.with_name(f"{target.name}.states-{os.getpid()}")
+        scratch = target.with_name(unique(f"{states}.states"))
         sizes = chunk_sizes(
             skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first, scratch
         )
@@ -178,7 +202,7 @@ def collect(
                     if number + 1 == len(parts):
                         _check(writer, own, norms, windows.samples)
         progress("write", 1, 1)
-        writer.commit()
+        writer.close()
     finally:
         writer.abandon()
         if folder is not None:

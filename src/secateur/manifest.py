@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -14,12 +15,21 @@ from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
+from secateur.manifest_schema import check_manifest
 from secateur.models.checkpoint import CARD_FILE, INDEX_FILE, Checkpoint, file_digest, tensor_bytes
 from secateur.models.skeleton import Source
 from secateur.models.writer import writing
+from secateur.reading import checked, parse_json, read_text
 
 FILE_NAME = "secateur.json"
 FORMAT = 1
+
+_PROSE_SUFFIXES = (".md", ".rst", ".html", ".pdf", ".csv", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
+
+# Methods that only choose which weights stay, by the names under which manifests record them.
+CHOOSING = frozenset(
+    ("magnitude", "wanda", "wanda_variant", "ria", "gblm", "gblm_inverse", "gradient", "wanda_plus", "pruner_zero")
+)
 
 
 @dataclass
@@ -93,7 +103,7 @@ def cautions(manifest: Manifest) -> list[str]:
         more = {
             matrix: entry["notes"][name]
             for matrix, entry in matrices.items()
-            if asked is not None and entry["notes"].get(name, asked) > asked
+            if isinstance(asked, int | float) and entry["notes"].get(name, asked) > asked
         }
         if more:
             worst = max(more, key=lambda matrix: more[matrix])
@@ -128,6 +138,14 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Head:
+    """What has to be known of a manifest before the rest of it is looked at."""
+
+    format: int
+    digest: str
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a pruned checkpoint. Raises `CheckpointError` when it is missing, foreign or altered."""
     file = folder / FILE_NAME
@@ -135,30 +153,67 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: no such folder. Give one that `secateur prune` wrote.")
     if not file.exists():
         raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote have one.")
-    try:
-        text = file.read_text()
-        value = json.loads(text)
-        found, expected = value["digest"], _digest(value)
-        version = value["format"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: damaged ({error!r}).") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{file}: format {version}, expected {FORMAT}; another version of Secateur wrote it.")
-    if found != expected:
-        raise CheckpointError(f"{file}: altered since it was written: digest {expected[:12]}, expected {found[:12]}.")
+    text = read_text(file)
+    value = parse_json(text, file, dict[str, Any])
+    head = checked(value, file, _Head)
+    if head.format != FORMAT:
+        raise CheckpointError(f"{file}: format {head.format}, expected {FORMAT}; another version of Secateur wrote it.")
+    expected = _digest(value)
+    if head.digest != expected:
+        raise CheckpointError(
+            f"{file}: altered since it was written: digest {expected[:12]}, expected {head.digest[:12]}."
+        )
     if text != _text(value):
         # The digest is of the values: 1e-05 and 1E-05, or two spellings of one long decimal, are the same value.
         raise CheckpointError(f"{file}: altered since it was written: the same values, spelled differently.")
+    check_manifest(value, file)
     return Manifest.from_json(value)
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file that is neither a shard nor the manifest nor the model card, which people go on writing."""
+    """sha256 of every file, at any depth, that is neither a shard nor the manifest nor the model card.
+
+    People go on writing the card. Keys are paths relative to the folder, with slashes.
+    """
     return {
-        file.name: file_digest(file)
-        for file in sorted(folder.iterdir())
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in (FILE_NAME, CARD_FILE)
+        name: file_digest(folder / name)
+        for name in _paths(folder)
+        if (folder / name).is_file() and not name.endswith(".safetensors") and name not in (FILE_NAME, CARD_FILE)
     }
+
+
+def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Paths, relative to the folder of a checkpoint, of all files in it that its manifest does not account for.
+
+    It accounts for shards, companion files, the model card and itself. Symbolic links to folders count as files.
+    """
+    own = {*manifest.files, *manifest.headers, FILE_NAME, CARD_FILE}
+    return [name for name in _paths(folder) if name not in own]
+
+
+def harmless(name: str) -> bool:
+    """Whether a file of that name in the folder of a model changes nothing that is loaded from there.
+
+    Prose, pictures and tables, licences, and what git, the hub's client, a desktop and an unfinished report leave.
+    """
+    first, _, _ = name.partition("/")
+    path = PurePosixPath(name)
+    return (
+        first in (".git", "report.partial")
+        or name.startswith(".cache/huggingface/")
+        or path.name in (".gitattributes", ".gitignore", ".DS_Store")
+        or path.suffix.lower() in _PROSE_SUFFIXES
+        or re.fullmatch(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w-]*(\.txt)?", path.name, re.IGNORECASE) is not None
+    )
+
+
+def _paths(folder: Path) -> list[str]:
+    """Everything below a folder that is no folder itself, at any depth."""
+    found = []
+    for above, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(above, name))]
+        found += [Path(above, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(found)
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -182,6 +237,7 @@ class Verification:
     matrices: int = 0
     zeros: int = 0
     weights: int = 0
+    changed: int = 0  # matrices whose kept weights are not the source's, as the manifest says
     compared_to: str | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what the manifest does not promise
@@ -246,6 +302,11 @@ def verify(
                 _check_source(name, tensor, original, manifest, planned.get(name, []), result)
         if progress is not None:
             progress(number + 1, len(checkpoint.names))
+    if result.changed:
+        result.notes.append(
+            f"Kept weights of {result.changed} of {len(manifest.matrices)} matrices differ from the source: the "
+            f"manifest says that {manifest.method} changed them. What they should be, only its digests say."
+        )
     return result
 
 
@@ -256,26 +317,46 @@ def _check_files(folder: Path, manifest: Manifest, checkpoint: Checkpoint, resul
             result.problems.append(f"{name}: the shard is missing")
         elif header.digest != digest:
             result.problems.append(f"{name}: its header differs from the one that was written")
-    shards = {file.name for file in folder.glob("*.safetensors")}
-    result.problems += [
-        f"{name}: a shard that was not written by the run" for name in sorted(shards - set(manifest.headers))
-    ]
     for name in sorted(set(manifest.tensors) - set(checkpoint.tensors)):
         result.problems.append(f"{name}: the tensor is missing")
-    found = file_digests(folder)
+    there = set(_paths(folder))
     for name, digest in manifest.files.items():
-        if name not in found:
+        if name not in there or not (folder / name).is_file():
             result.problems.append(f"{name}: the file is missing")
-        elif found[name] != digest:
+        elif file_digest(folder / name) != digest:
             result.problems.append(f"{name}: the file differs from the one that was written")
-    if INDEX_FILE in found and INDEX_FILE not in manifest.files:
-        result.problems.append(f"{INDEX_FILE}: an index that was not written by the run")
+    for name in unlisted_files(folder, manifest):
+        if name.endswith(".safetensors"):
+            result.problems.append(f"{name}: a shard that was not written by the run")
+        elif name == INDEX_FILE:
+            result.problems.append(f"{name}: an index that was not written by the run")
+        elif not harmless(name):
+            result.problems.append(f"{name}: not written by the run, and it may change what is loaded; move it away")
 
 
 def view_of(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
     """The (out, in) view of a checkpoint tensor that a matrix's entry in the manifest names."""
     view = tensor if entry["index"] is None else tensor[entry["index"]]
     return view.t() if entry["transposed"] else view
+
+
+def _fits(tensor: Tensor, entry: Mapping[str, Any]) -> bool:
+    """Whether a tensor holds the matrix of an entry: one of its shape, at its index where there are several."""
+    index = entry["index"]
+    if tensor.dim() != (2 if index is None else 3) or (index is not None and index >= len(tensor)):
+        return False
+    return bool(list(view_of(tensor, entry).shape) == entry["shape"])
+
+
+def only_chooses(method: str) -> bool:
+    """Whether a method of ours, or a chain such as "wanda+swaps", leaves every weight that it keeps as it was.
+
+    Methods of others are not known, and count as those that change weights. Swaps put dense weights back.
+    """
+    parts = method.split("+")
+    if "swaps" in parts:
+        parts = parts[len(parts) - parts[::-1].index("swaps") :]
+    return all(part in CHOOSING for part in parts)
 
 
 def _masks(manifest: Manifest) -> dict[str, str]:
@@ -298,10 +379,13 @@ def _notes(manifest: Manifest) -> list[str]:
 
 
 def _check_pattern(tensor: Tensor, entry: Mapping[str, Any], mask: str | None, result: Verification) -> None:
-    weight = view_of(tensor, entry) if entry["index"] is None or tensor.dim() == 3 else tensor
-    if list(weight.shape) != entry["shape"]:
-        result.problems.append(f"{entry['name']}: of shape {list(weight.shape)}, the manifest records {entry['shape']}")
+    if not _fits(tensor, entry):
+        place = "" if entry["index"] is None else f" at {entry['index']}"
+        result.problems.append(
+            f"{entry['name']}: of shape {list(tensor.shape)}, the manifest records {entry['shape']}{place}"
+        )
         return
+    weight = view_of(tensor, entry)
     kept = weight != 0
     result.matrices += 1
     zeros = kept.numel() - int(kept.sum())
@@ -336,17 +420,22 @@ def _check_source(
     if known and tensor_digest(original) not in known:
         result.problems.append(f"{name}: the source is not the one that was pruned; its bytes differ from the record")
     experts = {entry["index"] for entry in planned} - {None}
-    for expert in set(range(len(tensor))) - experts if experts else ():
+    for expert in set(range(len(tensor))) - experts if experts and tensor.dim() == 3 else ():
         if not torch.equal(_bits(tensor[expert]), _bits(original[expert])):
             result.problems.append(f"{name}.{expert}: not planned, yet its bytes differ from the source")
     for entry in planned:
-        if not entry["kept_identical"]:
-            continue
+        if not _fits(tensor, entry):
+            continue  # said already, of its shape
         pruned, dense = _bits(view_of(tensor, entry)), _bits(view_of(original, entry))
-        if not bool(((pruned == dense) | (pruned == 0)).all()):
+        if bool(((pruned == dense) | (pruned == 0)).all()):
+            continue
+        # The record alone is not believed: a method that only chooses leaves what it keeps as it was.
+        if entry["kept_identical"] or only_chooses(manifest.method):
             result.problems.append(
                 f"{entry['name']}: a kept weight is not bit-identical to the source, or a zero is -0.0"
             )
+        else:
+            result.changed += 1
 
 
 def _check_trained(
@@ -369,7 +458,11 @@ def _check_trained(
     elif digest == before[0]:
         masks = _masks(manifest)
         for entry in planned:
-            if entry["name"] in masks and bool(_bits(view_of(tensor, entry))[view_of(original, entry) == 0].any()):
+            if (
+                entry["name"] in masks
+                and _fits(tensor, entry)
+                and bool(_bits(view_of(tensor, entry))[view_of(original, entry) == 0].any())
+            ):
                 result.problems.append(f"{entry['name']}: a weight that was zero before training is not +0.0")
 
 

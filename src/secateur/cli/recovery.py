@@ -288,9 +288,10 @@ def _train(
                 progress=show,
             )
     except KeyboardInterrupt:
+        from secateur.output import resolved
         from secateur.recover.training import last_checkpoint
 
-        last = last_checkpoint(Path(f"{Path(output)}.training"))
+        last = last_checkpoint(Path(f"{resolved(output)}.training"))
         if last is None:
             raise
         raise Interrupted(

@@ -1,13 +1,17 @@
 """`report`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from secateur.cli.app import app, epilog
 from secateur.cli.display import evaluation_progress, quiet_libraries
 from secateur.cli.store import evaluation_store
+
+if TYPE_CHECKING:
+    from secateur.evaluate.results import Record
+    from secateur.manifest import Manifest
 
 
 @app.command(
@@ -52,11 +56,13 @@ def report(
             from secateur.evaluate.results import model_digest
             from secateur.manifest import read_manifest
             from secateur.report.checkpoint_page import build
-            from secateur.report.evaluations import kept_evaluations, read_evaluations
+            from secateur.report.evaluations import kept_evaluations, read_evaluations, with_dense
 
             manifest = read_manifest(output)
             found = kept_evaluations(evaluation_store().of(model_digest(output)))
             found += [item for file in evaluation or () for item in read_evaluations(file, output)]
+            if any(item["kind"] == "perplexity" for item in found):
+                found = with_dense(found, _kept_of_dense(manifest))
             page = build(output, found, show)
             if found and not refresh_card(output, manifest, found):
                 notes.append("README.md has no place for figures any more and was left as it is.")
@@ -68,3 +74,27 @@ def report(
 
         if not webbrowser.open(page.resolve().as_uri()):
             typer.echo("No browser could be started here; open the page yourself.")
+
+
+def _kept_of_dense(manifest: "Manifest") -> "list[Record]":
+    """What the store keeps of the dense model, if that is still where the manifest says, and still the same."""
+    from secateur.errors import SecateurError
+    from secateur.evaluate.results import model_digest
+    from secateur.manifest import tensor_digest
+    from secateur.models.checkpoint import Checkpoint
+
+    path = Path(str(manifest.source.get("path") or ""))
+    try:
+        if not path.is_absolute() or not path.exists():
+            return []
+        records = evaluation_store().of(model_digest(path))
+        if records and path.is_dir():
+            source = Checkpoint(path)
+            if any(
+                name not in source.tensors or tensor_digest(source.read([name])[name]) != digest
+                for name, digest in manifest.source_tensors.items()
+            ):
+                return []
+        return records
+    except SecateurError:
+        return []

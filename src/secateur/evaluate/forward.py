@@ -1,6 +1,5 @@
 """A whole forward of a model over windows of tokens, in the memory of one block."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from secateur.calibration import Windows
 from secateur.models import forward
 from secateur.models.opened import OpenedModel
 from secateur.models.stream import Stream, default_batch_size, states_folder
+from secateur.names import unique
 
 Progress = Callable[[str, int, int], None]
 
@@ -28,7 +28,7 @@ def after_the_last_block(
     with forward.after_the_last_block(
         skeleton,
         windows.batches(batch_size or default_batch_size(windows.length, skeleton.device)),
-        states_folder=states_folder(offload_states, needed, Path.cwd() / f"secateur-{os.getpid()}-{id(opened)}.states"),
+        states_folder=states_folder(offload_states, needed, Path.cwd() / unique("secateur.states")),
         progress=progress,
     ) as stream:
         yield stream

@@ -9,15 +9,84 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from msgspec import Meta
 
 import secateur
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
+from secateur.names import unique
+from secateur.reading import checked, read_json
 
 DECIDING_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")  # beside the weights
 
 Kind = Literal["perplexity", "agreement", "tasks"]
+
+
+Count = Annotated[int, Meta(ge=0)]
+
+
+class PerplexityResult(TypedDict):
+    """What is read of a kept perplexity."""
+
+    data: str
+    digest: str
+    windows: Count
+    length: Count
+    nats: float
+    standard_error: float | None
+    perplexity: float
+    perplexity_error: float | None
+    window_nats: list[float]
+    provenance: NotRequired[dict[str, Any]]
+
+
+class AgreementResult(TypedDict):
+    """What is read of a kept agreement."""
+
+    data: str
+    digest: str
+    windows: Count
+    length: Count
+    perplexity: float
+    perplexity_dense: float
+    difference: float
+    difference_error: float | None
+    kl: float
+    kl_error: float | None
+    kl_99: float
+    top1: float
+    provenance: NotRequired[dict[str, Any]]
+
+
+class MetricValue(TypedDict):
+    """One metric of a task."""
+
+    value: float | None
+    error: float | None
+
+
+class KeptTask(TypedDict):
+    """The result of one task."""
+
+    task: str
+    shots: NotRequired[int | None]
+    documents: Count
+    metrics: dict[str, MetricValue]
+    scores: NotRequired[dict[str, list[float]]]
+    members: NotRequired[dict[str, float]]
+    digest: NotRequired[str]
+    notes: NotRequired[list[str]]
+
+
+class TasksResult(TypedDict):
+    """What is read of kept tasks."""
+
+    results: list[KeptTask]
+
+
+RESULTS: dict[Kind, Any] = {"perplexity": PerplexityResult, "agreement": AgreementResult, "tasks": TasksResult}
 
 
 @dataclass(frozen=True)
@@ -57,7 +126,7 @@ class Results:
         Raises `CheckpointError` where it cannot be written.
         """
         file = self._file(model_digest, kind, key)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial = file.with_name(unique(f".{file.name}"))
         record = Record(kind, key, result, datetime.now(UTC).isoformat(timespec="seconds"), _versions())
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,10 +153,10 @@ def _versions() -> dict[str, str]:
 
 
 def _read(file: Path) -> Record:
-    try:
-        return Record(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: not a kept evaluation, or damaged ({error}). Remove it.") from None
+    record: Record = read_json(file, Record, advice="It is no kept evaluation, or damaged: remove it.")
+    expected = RESULTS[record.kind]
+    checked(record.result, file, expected, advice="The kept evaluation is damaged: remove it.")
+    return record
 
 
 def model_digest(model: str | os.PathLike[str], revision: str | None = None) -> str:

@@ -40,7 +40,8 @@ class TaskResult:
             name: Metric(math.nan if metric["value"] is None else metric["value"], metric["error"])
             for name, metric in value["metrics"].items()
         }
-        return cls(**{**value, "metrics": metrics, "notes": tuple(value["notes"])})
+        known = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
+        return cls(**{"shots": None, **known, "metrics": metrics, "notes": tuple(value.get("notes", ()))})
 
     def to_json(self) -> dict[str, Any]:
         """All fields; a value that is not a number is None."""

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "report")  # of other formats and tools
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 
 # The shards of a checkpoint: file name, and (tensor name, dtype, shape) in the order of the bytes.
@@ -320,8 +321,16 @@ def locate(source: str, revision: str | None = None) -> Path:
                     "*.model",
                     "*.txt",
                     "*.jinja",
+                    "*.tiktoken",
+                    "*.spm",
+                    "*.vocab",
+                    "*.bpe",
+                    "*.yaml",
+                    "*.yml",
                     "*.py",
-                    "LICENSE*",
+                    "*LICENSE*",
+                    "*LICENCE*",
+                    "NOTICE*",
                     "USE_POLICY*",
                     CARD_FILE,
                 ],
@@ -340,16 +349,54 @@ def locate(source: str, revision: str | None = None) -> Path:
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint beside its weights: configuration, tokenizer, licence, code; not its model card."""
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file()
+    """The files of a checkpoint beside its weights, also in subfolders such as additional_chat_templates.
+
+    Configuration, tokenizer, templates, licence, code; not its model card, and no subfolder with weights of its own.
+    """
+    return _companions(folder)[0]
+
+
+def left_behind(folder: Path, read: Collection[Path]) -> list[str]:
+    """What a folder holds that is neither a companion file nor one of the weight files that are `read`, by name.
+
+    Weights in other formats, whole subfolders (with a slash behind), links to folders. What tools leave there for
+    themselves (git, caches) is no part of a model, and a model card is written anew.
+    """
+    return [name for name in _companions(folder)[1] if folder / name not in read]
+
+
+def _companions(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files to copy, and the names of what is left."""
+    copied: list[Path] = []
+    left: list[str] = []
+    for entry in sorted(folder.iterdir()):
+        name = entry.name
+        if name.startswith((".git", ".cache", ".DS_Store", ".ipynb_checkpoints")) or name == "__pycache__":
+            continue
+        if name in (CARD_FILE, "secateur.json", INDEX_FILE):
+            continue
+        if not entry.is_dir():
+            if _is_companion(entry):
+                copied.append(entry)
+            else:
+                left.append(name)
+            continue
+        inside = [path for path in sorted(entry.rglob("*")) if path.is_symlink() or not path.is_dir()]
+        inside = [path for path in inside if "__pycache__" not in path.parts]
+        if entry.is_symlink() or name in OTHER_FOLDERS or not all(map(_is_companion, inside)):
+            left.append(f"{name}/")
+        else:
+            copied += inside
+    return copied, left
+
+
+def _is_companion(file: Path) -> bool:
+    return (
+        file.is_file()
         and not file.name.startswith(".")
         and not file.name.endswith(WEIGHT_SUFFIXES)
-        and file.name not in (CARD_FILE, "secateur.json")
         and file.stat().st_size < 1 << 28
-    ]
+    )
 
 
 def file_digest(file: Path) -> str:

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError
-from secateur.models.checkpoint import CARD_FILE, Checkpoint, companion_files, file_digest, locate
+from secateur.models.checkpoint import CARD_FILE, Checkpoint, companion_files, file_digest, left_behind, locate
 from secateur.models.loaded import LoadedModel
 from secateur.models.skeleton import Skeleton, Source
 from secateur.models.structure import build_skeleton, prepare
 from secateur.models.writer import writing
+from secateur.reading import open_regular
 
 # Entries of config.json that describe how weights are packed; loaders refuse dense weights that carry them.
 PACKING_ENTRIES = ("quantization_config", "sparsity_config", "compression_config")
@@ -27,7 +28,8 @@ class OpenedModel:
     """A model ready to be streamed.
 
     `origin` is the provenance for the manifest; `write_companions(folder)` writes configuration, tokenizer and
-    licence beside new weights; `load_tokenizer()` gives the tokenizer, or None when there is none; `restore()` sets a
+    licence beside new weights; `expected(folder)` gives the model, without weights, that is to load from what was
+    written there; `load_tokenizer()` gives the tokenizer, or None when there is none; `restore()` sets a
     module in memory back into the mode in which it was given.
     """
 
@@ -35,6 +37,7 @@ class OpenedModel:
     origin: dict[str, Any]
     write_companions: Callable[[Path], None]
     load_tokenizer: Callable[[], Any]
+    expected: Callable[[Path], nn.Module]
     restore: Callable[[], None] = lambda: None
 
     def reading(self, source: Source) -> "OpenedModel":
@@ -95,7 +98,7 @@ def open_model(
     stored = main_dtype(checkpoint)
     skeleton = Skeleton(empty, checkpoint, device=chosen, dtype=choose_dtype(dtype, chosen, stored))
     skeleton.check_complete()
-    origin = {
+    origin: dict[str, Any] = {
         "kind": "checkpoint",
         "path": name if not Path(name).expanduser().is_dir() else str(folder.resolve()),
         "revision": revision or (folder.name if folder.parent.name == "snapshots" else None),
@@ -103,11 +106,14 @@ def open_model(
         "headers": {file.name: header.digest for file, header in checkpoint.headers.items()},
         "card": _card_facts(folder),
     }
+    if left := left_behind(folder, checkpoint.files):
+        origin["not_copied"] = left
     return OpenedModel(
         skeleton=skeleton,
         origin=origin,
         write_companions=lambda target: _copy_companions(folder, target),
         load_tokenizer=lambda: load_tokenizer(folder, trust_remote_code),
+        expected=lambda target: build_skeleton(target, trust_remote_code=trust_remote_code),
     )
 
 
@@ -169,8 +175,26 @@ def _open_module(model: nn.Module, device: torch.device | None, dtype: str) -> O
         },
         write_companions=write,
         load_tokenizer=lambda: None,
+        expected=lambda target: _same_class(model, target),
         restore=restore,
     )
+
+
+def _same_class(model: nn.Module, target: Path) -> nn.Module:
+    """A model of the same class without weights, as the written configuration has it.
+
+    Of a module that is none of transformers' models, what its configuration says.
+    """
+    from accelerate import init_empty_weights
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return build_skeleton(target)
+    config = type(model.config).from_pretrained(target)
+    with init_empty_weights(include_buffers=False):
+        empty: nn.Module = type(model)(config)
+    prepare(empty)
+    return empty
 
 
 def _open_gguf(file: Path, device: torch.device, dtype: str) -> OpenedModel:
@@ -194,6 +218,7 @@ def _open_gguf(file: Path, device: torch.device, dtype: str) -> OpenedModel:
         },
         write_companions=write,
         load_tokenizer=lambda: gguf_tokenizer(file),
+        expected=build_skeleton,
     )
 
 
@@ -233,12 +258,11 @@ def _write_configuration(model: Any, target: Path) -> None:
 
 def _copy_companions(folder: Path, target: Path) -> None:
     for file in companion_files(folder):
-        try:
-            original = file.open("rb")
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
-        with original, writing(target / file.name), (target / file.name).open("wb") as copy:
-            shutil.copyfileobj(original, copy)
+        place = target / file.relative_to(folder)
+        with open_regular(file) as original, writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("wb") as copy:
+                shutil.copyfileobj(original, copy)
     _clean_configuration(target / "config.json")
 
 

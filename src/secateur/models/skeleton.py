@@ -212,18 +212,22 @@ class Skeleton:
             result.append((matrices, left_out))
         return result
 
-    def check_complete(self) -> None:
-        """Raise `CheckpointError` for parameters without a tensor, or with one of another shape, before the work."""
-        parameters = dict(self.model.named_parameters())
+    @property
+    def missing(self) -> list[str]:
+        """Parameters without weights that no tensor makes, themselves or through what they are tied to."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         pairs = [*tied.items(), *((source, target) for target, source in tied.items())]
         by_tie = {name for name, other in pairs if self.conversion.making([other])}
-        missing = [
+        return [
             name
-            for name, parameter in parameters.items()
+            for name, parameter in self.model.named_parameters()
             if parameter.is_meta and name not in by_tie and not self.conversion.making([name])
         ]
-        if missing:
+
+    def check_complete(self) -> None:
+        """Raise `CheckpointError` for parameters without a tensor, or with one of another shape, before the work."""
+        parameters = dict(self.model.named_parameters())
+        if missing := self.missing:
             raise self._missing(missing)
         for group in self.conversion.groups.values():
             found, parameter = self.source.shape(group.names[0]), parameters.get(group.target)

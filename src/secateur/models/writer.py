@@ -29,6 +29,7 @@ class CheckpointWriter:
         self.header_digests: dict[str, str] = {}
         self._place: dict[str, tuple[str, int, int]] = {}
         self._descriptors: dict[str, int] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         self._touched: set[str] = set()
         self.total_bytes = 0
         for file, tensors in layout:
@@ -44,7 +45,7 @@ class CheckpointWriter:
                 raise
 
     def _create(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
-        entries: dict[str, Any] = {"__metadata__": self._metadata}
+        entries: dict[str, Any] = {}
         places, position = {}, 0
         for name, dtype, shape in tensors:
             size = dtype.itemsize * int(torch.Size(shape).numel())
@@ -55,9 +56,8 @@ class CheckpointWriter:
             }
             places[name] = (position, size)
             position += size
-        raw = json.dumps(entries, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        head = struct.pack("<Q", len(raw)) + raw
+        self._entries[file] = entries
+        head = self._head(file)
         path = self.folder / file
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -75,6 +75,24 @@ class CheckpointWriter:
         self.total_bytes += position
         for name, (start, size) in places.items():
             self._place[name] = (file, len(head) + start, size)
+
+    def _head(self, file: str) -> bytes:
+        raw = json.dumps({"__metadata__": self._metadata, **self._entries[file]}, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        return struct.pack("<Q", len(raw)) + raw
+
+    def change_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Put other metadata into the headers, which must take as many bytes as the old: digests for placeholders."""
+        before = {file: len(self._head(file)) for file in self._entries}
+        self._metadata |= metadata
+        for file, length in before.items():
+            head = self._head(file)
+            if len(head) != length:
+                raise ValueError(f"{file}: a header of {len(head)} bytes in the place of {length}")
+            with writing(self.folder / file):
+                os.pwrite(self._descriptors[file], head, 0)
+            self._touched.add(file)
+            self.header_digests[file] = hashlib.sha256(head).hexdigest()
 
     @property
     def missing(self) -> list[str]:
@@ -125,7 +143,7 @@ def writing(file: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename or file}: cannot be written ({error.strerror}). "
+            f"{error.filename or file}: cannot be written ({error.strerror or error}). "
             "Free some space or choose another output folder."
         ) from None
 

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, PatternError
@@ -18,11 +19,45 @@ from secateur.models.matrices import matrix_kind
 from secateur.models.writer import writing
 from secateur.output import ADAPTER_RECORD
 from secateur.plan import matches
+from secateur.reading import checked, read_json
 from secateur.recover.masks import matrix_parameters
 
 CONFIGURATION = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor in an adapter that peft saved
+
+
+_WITHOUT = "Remove it to merge the adapter without a record."
+
+
+class BaseRecord(TypedDict):
+    """The checkpoint that an adapter was trained on."""
+
+    path: str
+    digest: str
+
+
+class DataRecord(TypedDict):
+    """The text that an adapter was trained on; no name for token ids."""
+
+    name: str | None
+
+
+class HeldOutRecord(TypedDict):
+    """The windows that were not trained on."""
+
+    samples: Annotated[int, Meta(ge=1)]
+    length: Annotated[int, Meta(ge=1)]
+    digest: str
+
+
+class Record(TypedDict):
+    """What merging reads of an adapter's record."""
+
+    method: str
+    base: BaseRecord
+    data: DataRecord
+    held_out: HeldOutRecord
 
 
 def require_peft(what: str) -> None:
@@ -218,15 +253,11 @@ def _record(folder: Path) -> dict[str, Any] | None:
     file = folder / ADAPTER_RECORD
     if not file.exists():
         return None
-    try:
-        value: dict[str, Any] = json.loads(file.read_text())
-        found = value.pop("digest")
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{file}: damaged ({error!r}). Remove it to merge the adapter without a record."
-        ) from None
+    value: dict[str, Any] = read_json(file, dict[str, Any], advice=_WITHOUT)
+    found = value.pop("digest", None)
     if found != _digest(value):
-        raise CheckpointError(f"{file}: altered since it was written.")
+        raise CheckpointError(f"{file}: altered since it was written. {_WITHOUT}")
+    checked(value, file, Record, advice=_WITHOUT)
     return value
 
 

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from secateur.block_loop import Clock, Event, OnEvent
 from secateur.calibration import Windows
-from secateur.card import write_card
-from secateur.engine import run_versions
+from secateur.engine import complete, run_versions
 from secateur.errors import CalibrationError
-from secateur.manifest import Manifest, file_digests, read_manifest
+from secateur.manifest import Manifest, read_manifest
 from secateur.model_windows import model_windows
 from secateur.models.checkpoint import locate
 from secateur.models.matrices import Matrix
@@ -31,6 +30,7 @@ from secateur.models.opened import OpenedModel, open_model
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import default_batch_size
 from secateur.models.writer import CheckpointWriter, writing
+from secateur.names import unique
 from secateur.output import Scratch, check_output
 from secateur.plan import Plan, matching
 from secateur.recover.block_pass import BlockPass, OnBlock
@@ -96,67 +96,67 @@ def reconstruct(
     base = read_manifest(folder)
     target = check_output(output, folder, overwrite)
     assert target is not None
-    opened = _open(folder, device, dtype, trust_remote_code)
-    skeleton = opened.skeleton
-    original = DenseSource(folder, base, dense)
-    check_output(output, original.path, overwrite)
-    original.check(skeleton)
-    matrices = _matrices(skeleton, base, only, skip)
-    clock = Clock(synchronise=skeleton.device.type == "cuda")
-    began = time.perf_counter()
-    on_event(Event("calibrate"))
-    windows = model_windows(
-        opened,
-        calibration,
-        tokenizer,
-        samples=samples,
-        length=length,
-        seed=seed,
-        sampling=sampling,
-        bos=bos,
-        dense=lambda: open_model(
-            original.path,
-            device=str(skeleton.device),
-            dtype=str(skeleton.dtype).removeprefix("torch."),
-            revision=base.source.get("revision") if dense is None else None,
-            trust_remote_code=trust_remote_code,
-        ),
-        progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
-    )
-    clock.add("calibrate", began)
-    split = Split.of(windows, held_out, step, batch_size or default_batch_size(windows.length, skeleton.device))
-    tuning = Tuning(split.steps, split.held_batches, epochs, learning_rate, patience, seed)
-    manifest = replace(base, matrices={name: dict(entry) for name, entry in base.matrices.items()})
-    recovery: dict[str, Any] = {
-        "method": "block",
-        "settings": {
-            "targets": targets,
-            "epochs": epochs,
-            "minutes": minutes,
-            "learning_rate": learning_rate,
-            "step": split.step,
-            "patience": patience,
-            "seed": seed,
-            "samples_trained": split.trained,
-            "samples_held_out": windows.samples - split.trained,
-            "batch_size": split.batch_size,
-            "device": str(skeleton.device),
-            "dtype": str(skeleton.dtype).removeprefix("torch."),
-            "matrices": sum(map(len, matrices.values())),
-        },
-        "calibration": dict(windows.provenance) | {"digest": windows.digest},
-        "base": {"path": str(folder.resolve()), "digest": base.digest},
-        "dense": original.path,
-        "versions": run_versions(),
-        "command": list(command) if command is not None else None,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "blocks": [],
-        "trained": {},  # sha256 of each changed tensor as it was, and of the mask of each tuned matrix, for `verify`
-        "masks": {},
-        "earlier": base.recovery,
-    }
-    manifest.recovery = recovery
     with Scratch(target, overwrite) as scratch, ExitStack() as stack:
+        opened = _open(folder, device, dtype, trust_remote_code)
+        skeleton = opened.skeleton
+        original = DenseSource(folder, base, dense)
+        check_output(output, original.path, overwrite)
+        original.check(skeleton)
+        matrices = _matrices(skeleton, base, only, skip)
+        clock = Clock(synchronise=skeleton.device.type == "cuda")
+        began = time.perf_counter()
+        on_event(Event("calibrate"))
+        windows = model_windows(
+            opened,
+            calibration,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            sampling=sampling,
+            bos=bos,
+            dense=lambda: open_model(
+                original.path,
+                device=str(skeleton.device),
+                dtype=str(skeleton.dtype).removeprefix("torch."),
+                revision=base.source.get("revision") if dense is None else None,
+                trust_remote_code=trust_remote_code,
+            ),
+            progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
+        )
+        clock.add("calibrate", began)
+        split = Split.of(windows, held_out, step, batch_size or default_batch_size(windows.length, skeleton.device))
+        tuning = Tuning(split.steps, split.held_batches, epochs, learning_rate, patience, seed)
+        manifest = replace(base, matrices={name: dict(entry) for name, entry in base.matrices.items()})
+        recovery: dict[str, Any] = {
+            "method": "block",
+            "settings": {
+                "targets": targets,
+                "epochs": epochs,
+                "minutes": minutes,
+                "learning_rate": learning_rate,
+                "step": split.step,
+                "patience": patience,
+                "seed": seed,
+                "samples_trained": split.trained,
+                "samples_held_out": windows.samples - split.trained,
+                "batch_size": split.batch_size,
+                "device": str(skeleton.device),
+                "dtype": str(skeleton.dtype).removeprefix("torch."),
+                "matrices": sum(map(len, matrices.values())),
+            },
+            "calibration": dict(windows.provenance) | {"digest": windows.digest},
+            "base": {"path": str(folder.resolve()), "digest": base.digest},
+            "dense": original.path,
+            "versions": run_versions(),
+            "command": list(command) if command is not None else None,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "blocks": [],
+            "trained": {},  # sha256 of each changed tensor as it was, and of each tuned matrix's mask, for `verify`
+            "masks": {},
+            "earlier": base.recovery,
+        }
+        manifest.recovery = recovery
         writer = CheckpointWriter(scratch.folder, skeleton.source.layout())
         stack.callback(writer.abandon)
         with writing(scratch.folder):
@@ -171,22 +171,16 @@ def reconstruct(
             minutes=minutes,
             targets=targets,
             offload=offload_states,
-            scratch=target.with_name(f"{target.name}.states-{os.getpid()}"),
+            scratch=scratch.place(unique(f"{target.name}.states")),
             writer=writer,
             manifest=manifest,
             clock=clock,
             on_event=on_event,
             on_block=on_block,
         ).run()
-        writer.close()
         recovery["forwards"] = _forwards(recovery["blocks"], split, windows.samples)
         recovery["seconds"] = clock.seconds | {"total": time.perf_counter() - started}
-        manifest.tensors, manifest.headers = writer.digests, writer.header_digests
-        manifest.files = file_digests(scratch.folder)
-        manifest.write(scratch.folder)
-        write_card(scratch.folder, manifest, target.name)
-        with writing(scratch.target):
-            scratch.commit()
+        complete(scratch, opened, writer, manifest)
     on_event(Event("done"))
     return manifest
 

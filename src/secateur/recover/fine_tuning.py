@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from secateur.models.checkpoint import locate
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.writer import writing
 from secateur.output import Scratch, check_output
+from secateur.reading import read_json
 from secateur.recover.adapters import require_peft
 from secateur.recover.forecast import Forecast, count_parameters, forecast
 from secateur.recover.settings import Settings, choose, require_one_process, to_json
@@ -106,58 +107,58 @@ def fine_tune(
     assert target is not None
     work = target.with_name(f"{target.name}.training")
     _check_work(work, resume, overwrite)
-    chosen = choose_device(device)
-    half = _half(dtype, chosen)
-    made = arguments(settings, work, chosen, half)
-    opened = open_model(base, device=device, trust_remote_code=trust_remote_code)
-    text = isinstance(data, str)
-    if "length" not in given or given["length"] is None:
-        settings = replace(settings, length=min(settings.length, opened.skeleton.positions or settings.length))
-    train, held = training_windows(
-        data,
-        opened.load_tokenizer() if text else None,
-        samples=settings.training_windows,
-        length=settings.length if text else given.get("length"),
-        held_out=settings.held_out,
-        progress=lambda done, total: progress("packing text", done, total, ""),
-    )
-    settings = replace(settings, length=train.length)
-    for windows in (train, held):
-        check_vocabulary(windows, opened.skeleton.vocabulary_size)
-        check_length(windows, opened.skeleton.positions)
-        check_predictions(windows)
-    way: Way
-    if method == "full":
-        way = FullWeights(opened, manifest, base, settings)
-    else:
-        way = Adapters(opened, manifest, base, settings, masked=method == "sparse-lora")
-    announce(forecast(method, settings, way, opened, train, held, chosen, half, distill))
-    asked = {
-        "method": method,
-        "settings": to_json(settings, method),
-        "dtype": "bfloat16" if half else "float32",
-        "distill": None if distill is None else str(distill),
-        "base": {"path": str(base.resolve()), "digest": manifest.digest},
-        "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
-        "held_out": {**held.provenance, "digest": held.digest},
-    }
-    start = _start(work, asked, resume)
-    how: dict[str, Any] = {"batch_size": settings.batch_size}
-    before = perplexity(opened, held, **how, progress=_named(progress, "perplexity before"))
-    dense = None if distill is None else _load_dense(distill, opened, half, trust_remote_code)
-    trained = _train(
-        way,
-        _load(base.resolve(), way.load_dtype(half), trust_remote_code),
-        dense,
-        settings,
-        train,
-        held,
-        made=made,
-        start=start,
-        device=chosen,
-        progress=progress,
-    )
     with Scratch(target, overwrite) as scratch:
+        chosen = choose_device(device)
+        half = _half(dtype, chosen)
+        made = arguments(settings, work, chosen, half)
+        opened = open_model(base, device=device, trust_remote_code=trust_remote_code)
+        text = isinstance(data, str)
+        if "length" not in given or given["length"] is None:
+            settings = replace(settings, length=min(settings.length, opened.skeleton.positions or settings.length))
+        train, held = training_windows(
+            data,
+            opened.load_tokenizer() if text else None,
+            samples=settings.training_windows,
+            length=settings.length if text else given.get("length"),
+            held_out=settings.held_out,
+            progress=lambda done, total: progress("packing text", done, total, ""),
+        )
+        settings = replace(settings, length=train.length)
+        for windows in (train, held):
+            check_vocabulary(windows, opened.skeleton.vocabulary_size)
+            check_length(windows, opened.skeleton.positions)
+            check_predictions(windows)
+        way: Way
+        if method == "full":
+            way = FullWeights(opened, manifest, base, settings)
+        else:
+            way = Adapters(opened, manifest, base, settings, masked=method == "sparse-lora")
+        announce(forecast(method, settings, way, opened, train, held, chosen, half, distill))
+        asked = {
+            "method": method,
+            "settings": to_json(settings, method),
+            "dtype": "bfloat16" if half else "float32",
+            "distill": None if distill is None else str(distill),
+            "base": {"path": str(base.resolve()), "digest": manifest.digest},
+            "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
+            "held_out": {**held.provenance, "digest": held.digest},
+        }
+        start = _start(work, asked, resume)
+        how: dict[str, Any] = {"batch_size": settings.batch_size}
+        before = perplexity(opened, held, **how, progress=_named(progress, "perplexity before"))
+        dense = None if distill is None else _load_dense(distill, opened, half, trust_remote_code)
+        trained = _train(
+            way,
+            _load(base.resolve(), way.load_dtype(half), trust_remote_code),
+            dense,
+            settings,
+            train,
+            held,
+            made=made,
+            start=start,
+            device=chosen,
+            progress=progress,
+        )
         result = way.write(trained.model, scratch.folder)
         # Memory: the model was written; a whole one less while the result is measured.
         trained = replace(trained, model=None)
@@ -191,8 +192,7 @@ def fine_tune(
             if not checked.ok:
                 raise CheckpointError(f"{output}: not what it should be after training: {checked.problems[0]}")
             write_card(scratch.folder, read_manifest(scratch.folder), target.name)
-        with writing(target):
-            scratch.commit()
+        scratch.commit()
     shutil.rmtree(work, ignore_errors=True)
     if after.nats >= before.nats:
         way.notes.append("The held-out perplexity did not fall. Try a lower --lr, more steps, or other data.")
@@ -316,7 +316,8 @@ def _start(work: Path, asked: Mapping[str, Any], resume: bool) -> Path | None:
             work.mkdir(parents=True)
             state.write_text(json.dumps(asked, indent=1) + "\n")
         return None
-    before, now = _comparable(json.loads(state.read_text())), _comparable(json.loads(json.dumps(asked)))
+    held = read_json(state, State, advice="Start over with --overwrite.")
+    before, now = _comparable(held), _comparable(json.loads(json.dumps(asked)))
     for key, value in now.items():
         if key != "lr" and value != before.get(key):
             raise CheckpointError(
@@ -330,6 +331,24 @@ def _comparable(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same when a run is resumed; models and texts by their digests."""
     digests = {key: asked[key]["digest"] for key in ("base", "data", "held_out")}
     return {**asked["settings"], **asked, **digests, "settings": None}
+
+
+class Named(TypedDict):
+    """A model or text, by its digest."""
+
+    digest: str
+
+
+class State(TypedDict):
+    """What an unfinished run was started with."""
+
+    method: str
+    settings: dict[str, Any]
+    dtype: str
+    distill: str | None
+    base: Named
+    data: Named
+    held_out: Named
 
 
 def _named(progress: Progress, name: str) -> Callable[[str, int, int], None]:

@@ -21,7 +21,6 @@ from secateur.models.checkpoint import Layout
 from secateur.models.conversion import TensorGroup
 from secateur.models.inverse import Inverse
 from secateur.models.opened import OpenedModel, open_model
-from secateur.models.writer import writing
 from secateur.output import Scratch, check_output
 from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.written import versions, write_trained
@@ -174,10 +173,10 @@ def merge(
     target = check_output(output, folder, overwrite)
     assert target is not None
     how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    opened = open_model(folder, **how)
-    source = MergedCheckpoint(opened, found, keep=mask == "keep")
-    text = _windows(data, found, opened, length, windows) if evaluate else None
     with Scratch(target, overwrite) as scratch:
+        opened = open_model(folder, **how)
+        source = MergedCheckpoint(opened, found, keep=mask == "keep")
+        text = _windows(data, found, opened, length, windows) if evaluate else None
         written = write_trained(
             scratch.folder,
             opened,
@@ -219,8 +218,7 @@ def merge(
             written.manifest.recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
             written.manifest.write(scratch.folder)
         write_card(scratch.folder, written.manifest, target.name)
-        with writing(target):
-            scratch.commit()
+        scratch.commit()
     return Merge(
         output=str(output),
         mask=mask,

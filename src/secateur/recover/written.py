@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.engine import count_totals, run_versions
 from secateur.errors import CheckpointError, NumericalError
 from secateur.manifest import Manifest, file_digests, mask_digest, tensor_digest, view_of
+from secateur.models.loading import check_loads
 from secateur.models.opened import OpenedModel
 from secateur.models.writer import CheckpointWriter, writing
 from secateur.recover.masks import masked_weight
@@ -91,6 +92,7 @@ def write_trained(
             writer.write(name, original)
             progress(number + 1, len(source.names))
         writer.close()
+        check_loads(opened, folder)
     finally:
         writer.abandon()
     after = sum(entry["zeros"] for entry in new.matrices.values())

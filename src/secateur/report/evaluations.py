@@ -1,12 +1,12 @@
 """What evaluations found, as tables. An evaluation is a mapping with `kind`, `key` and `result`, all plain JSON."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
-from secateur.evaluate.results import Record
+from secateur.evaluate.results import RESULTS, Kind, Record
+from secateur.reading import checked, parse_json, read_text
 from secateur.report.tables import Cell, Table, number, percent, text
 
 Evaluation = Mapping[str, Any]
@@ -18,11 +18,12 @@ def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
     Of a comparison of several models those of this checkpoint. Raises `CheckpointError` for another kind of file, and
     where all results are of other models.
     """
+    text = read_text(file)
     try:
-        found = list(_results(json.loads(file.read_text())))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+        found = list(_results(parse_json(text, file)))
+        for _, kind, result in found:
+            checked({"results": [result]} if kind == "tasks" else result, file, RESULTS[kind])
+    except (CheckpointError, TypeError, KeyError, AttributeError):
         found = []
     if not found:
         raise CheckpointError(
@@ -47,7 +48,24 @@ def kept_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [item for name, item in latest.items() if ("agreement", *name[1:]) not in latest or name[0] == "agreement"]
 
 
-def _results(content: Mapping[str, Any]) -> Iterator[tuple[str | None, str, Mapping[str, Any]]]:
+def with_dense(evaluations: Sequence[Evaluation], dense: Sequence[Record]) -> list[dict[str, Any]]:
+    """The evaluations, each perplexity with the dense model's on the very same windows, where a store has that."""
+    known = {
+        (record.result["digest"], record.result["windows"], record.result["length"]): record.result["perplexity"]
+        for record in dense
+        if record.kind == "perplexity"
+    }
+    made = []
+    for item in evaluations:
+        result = item["result"]
+        if item["kind"] == "perplexity" and "perplexity_dense" not in result:
+            found = known.get((result.get("digest"), result["windows"], result["length"]))
+            result = result if found is None else {**result, "perplexity_dense": found}
+        made.append({**item, "result": result})
+    return made
+
+
+def _results(content: Mapping[str, Any]) -> Iterator[tuple[str | None, Kind, Mapping[str, Any]]]:
     """(model or None, kind, result) of everything in a file."""
     for row in content.get("results", [content]):
         if "kl" in row:

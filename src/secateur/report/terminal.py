@@ -105,6 +105,9 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
         f"{part} {seconds_text(value)}" for part, value in manifest.seconds.items() if part != "total" and value > 0.05
     ]
     lines.append(f"{seconds_text(manifest.seconds['total'])} in all" + (f": {', '.join(parts)}." if parts else "."))
+    if left := manifest.source.get("not_copied"):
+        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+        lines.append(f"Not copied from the source: {', '.join(left[:8])}{more}.")
     if output is not None:
         lines.append(f"Written to {output}; check it with: secateur verify {output}")
     warnings = [Text(caution, style="yellow") for caution in cautions(manifest)]

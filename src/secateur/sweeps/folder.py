@@ -24,7 +24,7 @@ SWEEP_FILE = "sweep.json"
 CELL_FILE = "cell.json"
 CHECKPOINT = "checkpoint"
 LOCK_FILE = "sweep.lock"
-_LEFTOVER = re.compile(r"\.(partial|states|gradients|old)-\d+")
+_LEFTOVER = re.compile(r"\.(partial|old)$|\.(partial|states|gradients|old)-\d+")
 
 Figures = Mapping[str, Mapping[str, Any]]
 Status = Literal["done", "failed", "pending"]
@@ -167,7 +167,7 @@ class SweepFolder:
     def write(self, name: str, text: str) -> None:
         """Write a file of the sweep, whole or not at all."""
         file = self.path / name
-        partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+        partial = file.with_name(f"{file.name}.partial")
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("w", newline="") as stream:
@@ -205,7 +205,7 @@ class SweepFolder:
         folder = self.checkpoint(cell)
         if folder.exists():
             # Under another name first: what is half removed must not be taken for a checkpoint.
-            old = folder.rename(folder.with_name(f"{folder.name}.old-{os.getpid()}"))
+            old = folder.rename(folder.with_name(f"{folder.name}.old"))
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -271,7 +271,7 @@ class SweepLoop:
                 groups.setdefault(self.batch_sizes[task.cell.method], []).append(task.method.needs)
         for size, needs in groups.items():
             if len(needs) > 1:
-                folder = self.folder.path / f"statistics-{size}.partial-{os.getpid()}"
+                folder = self.folder.path / f"statistics-{size}.partial"
                 self.statistics[size] = SharedStatistics(folder, frozenset().union(*needs))
 
     def _run_cell(self, task: Task) -> Cell:
