@@ -236,10 +236,14 @@ def _kinds_table(manifest: Manifest) -> str:
         weights = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
         found = list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in entries))
         lines.append(f"| `{kind}` | {len(entries)} | {'; '.join(found)} | {zeros / weights:.4f} |")
+    dequantised = manifest.source.get("dequantised")
+    stayed = (
+        "byte for byte" if dequantised is None else f"with its quantised weights dequantised to {dequantised['dtype']}"
+    )
     if manifest.recovery is None:
-        rest = "Everything else (embeddings, head, norms, biases) is that of the base model, byte for byte."
+        rest = f"Everything else (embeddings, head, norms, biases) is that of the base model, {stayed}."
     else:
-        rest = "`secateur.json` lists what was trained; everything else is that of the base model, byte for byte."
+        rest = f"`secateur.json` lists what was trained; everything else is that of the base model, {stayed}."
     return "\n".join(lines) + f"\n\n{rest}"
 
 

@@ -85,7 +85,7 @@ class Skeleton:
     def positions(self) -> int | None:
         """The longest window that the configuration allows for, or None when it names no limit."""
         value = getattr(self.text_config, "max_position_embeddings", None)
-        return value if isinstance(value, int) else None
+        return value if isinstance(value, int) and value > 0 else None
 
     @property
     def hidden_size(self) -> int:
