@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 64 << 20  # of float32 numbers that are made at once
-USUAL_BLOCK = 128  # entries along each side of a block, where FP8 models name no other number
 # The sixteen numbers of E2M1: a sign, two bits of exponent, one of mantissa.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -79,7 +78,5 @@ def block_sizes(
 def _block_size(size: int, count: int) -> int | None:
     if count in (1, size):
         return max(1, size // max(1, count))
-    possible = {size // count} if count and size % count == 0 else set()
-    if -(-size // USUAL_BLOCK) == count:
-        possible.add(USUAL_BLOCK)
-    return possible.pop() if len(possible) == 1 else None
+    # Where nobody says so, blocks have a power of two entries; at most one of them gives this number of blocks.
+    return next((1 << power for power in range(size.bit_length()) if -(-size // (1 << power)) == count), None)

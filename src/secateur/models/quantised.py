@@ -150,6 +150,7 @@ def open_checkpoint(folder: Path) -> Checkpoint | DequantisedCheckpoint:
         if ending in FOREIGN:
             raise _refused(folder, FOREIGN[ending], f"{name} is stored as {checkpoint.dtype(name)}")
     packed = _find_packed(checkpoint, sizes)
+    _check_pairs(checkpoint, packed)
     if not packed:
         if not all(_says_dense(entry) for _, entry in announced):
             raise _refused(folder, announced[0][0], "no tensor has codes and scales of a known format")
@@ -174,6 +175,19 @@ def _find_packed(checkpoint: Checkpoint, sizes: Sequence[Sequence[int]]) -> dict
             if f"{plain}_scales" in checkpoint.tensors:
                 found[plain] = _mxfp4(checkpoint, name, f"{plain}_scales")
     return found
+
+
+def _check_pairs(checkpoint: Checkpoint, packed: Mapping[str, Packed]) -> None:
+    """Raise `CheckpointError` for a weight in codes without scales, and for scales of a weight that is plain."""
+    for name in checkpoint.names:
+        if name in packed or not name.endswith("weight"):
+            continue
+        dtype = checkpoint.dtype(name)
+        if not dtype.is_floating_point or dtype in FP8:
+            raise _refused(checkpoint.folder, f"{dtype} without scales that belong to it", name)
+        for ending in SCALE_ENDINGS:
+            if name + ending in checkpoint.tensors:
+                raise _refused(checkpoint.folder, "a scale that nothing uses", name + ending)
 
 
 def _with_scales(checkpoint: Checkpoint, name: str, scales: str, sizes: Sequence[Sequence[int]]) -> Packed:

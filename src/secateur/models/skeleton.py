@@ -272,6 +272,13 @@ class Skeleton:
         if missing:
             raise self._missing(missing)
 
+    def load_all(self) -> nn.Module:
+        """The model with all of its weights in it, on the device, in the computing dtype."""
+        self.load_outside()
+        for block, tensors in read_ahead(self, self.blocks):
+            self.load(block, tensors)
+        return self.model
+
     def read(self, block: Block) -> dict[str, Tensor]:
         """The checkpoint tensors that `load` needs for a block."""
         names = self.block_tensors[block.index] + self.shared_tensors[block.index]
