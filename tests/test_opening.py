@@ -32,7 +32,7 @@ from secateur.core.patterns import Unstructured
 from secateur.engine import prune
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.evaluate.perplexity import perplexity
-from secateur.forecast import plan_prune
+from secateur.forecast import estimate
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
 from secateur.models.causality import check_causal
@@ -76,7 +76,7 @@ def test_an_encoder_is_refused_by_every_command(name: str, tmp_path: Path) -> No
     for run in (
         lambda model: perplexity(model, tiny.tokens()),
         lambda model: prune(model, method=magnitude(), output=tmp_path / "out"),
-        lambda model: plan_prune(model, method=magnitude()),
+        lambda model: estimate(model, method=magnitude()),
         inspect,
     ):
         for model in (tmp_path / "model", kind(config(**TINY_ENCODER))):

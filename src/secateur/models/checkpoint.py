@@ -48,6 +48,7 @@ ADAPTER_FILE = "adapter_config.json"
 MODELOPT_FILE = "hf_quant_config.json"  # how weights are packed; dense weights are not
 CARD_FILE = "README.md"
 HEADER_BYTES = 100_000_000  # what the format itself allows
+NAME_LENGTH = 200  # of a file; file systems allow for some 250 bytes
 DIMENSIONS = 16  # of a tensor; no model has more than six
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 
@@ -267,10 +268,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     """The shard of every tensor. Raises `CheckpointError` for an index that is none, or names files elsewhere."""
     weight_map: dict[str, str] = read_json(index, _Index, advice="Download it again.").weight_map
     for name, file in weight_map.items():
-        if file in ("", ".", "..") or any(mark in file for mark in ("/", "\\", "\0")):
+        if file in ("", ".", "..") or len(file) > NAME_LENGTH or any(mark in file for mark in ("/", "\\", "\0")):
             raise CheckpointError(
-                f'{index}: has the tensor {name} in "{file}", and a shard lies beside its index, in the same folder. '
-                "Download the checkpoint again, from whom you trust."
+                f'{index}: has the tensor {name} in "{file[:NAME_LENGTH]}", and a shard lies beside its index, in the '
+                "same folder. Download the checkpoint again, from whom you trust."
             )
     return weight_map
 
@@ -286,7 +287,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.exists():
         files = [folder / name for name in sorted(set(_weight_map(index).values()))]
         for file in files:
-            if not file.exists():
+            if not os.path.exists(file):  # which answers for names that no file system takes, too
                 raise CheckpointError(
                     f"{file}: the shard is missing, and {INDEX_FILE} lists it ({len(files)} shards expected). "
                     "Download the checkpoint again."
