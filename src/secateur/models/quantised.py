@@ -263,6 +263,8 @@ def _announced(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         described = read_json(folder / MODELOPT_FILE, dict[str, Any])
         entries.append((MODELOPT_FILE, {"quant_method": "modelopt", **_mapping(described.get("quantization"))}))
     for where, entry in entries:
+        if where.endswith("sparsity_config"):
+            continue  # often left from before; what is packed that way has tensors called bitmask
         if not isinstance(entry, dict):
             raise CheckpointError(f"{folder}/{where}: is {type(entry).__name__}, expected an object.")
         yield where, entry
@@ -274,7 +276,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _check_announced(folder: Path, where: str, entry: Mapping[str, Any]) -> list[tuple[int, ...]]:
     """The sizes of blocks that an entry names. Raises `CheckpointError` for a format that is not dequantised."""
-    own = "compressed-tensors" if "compression_config" in where or "sparsity_config" in where else "unknown"
+    own = "compressed-tensors" if where.endswith("compression_config") else "unknown"
     method = str(entry.get("quant_method") or own)
     if method not in METHODS:
         raise _refused(folder, method, where)
