@@ -245,9 +245,12 @@ def _kinds_table(manifest: Manifest) -> str:
 
 
 def _exactness(manifest: Manifest) -> str:
-    if manifest.source.get("kind") == "gguf" or manifest.source.get("dequantised"):
+    if manifest.source.get("kind") == "gguf":
         return "dequantised before it was pruned"
-    return "byte for byte"
+    dequantised = manifest.source.get("dequantised")
+    return (
+        "byte for byte" if dequantised is None else f"with its quantised weights dequantised to {dequantised['dtype']}"
+    )
 
 
 def _calibration(manifest: Manifest) -> str:

@@ -53,16 +53,22 @@ def read_text(file: Path, *, limit: int = TEXT_BYTES, error: Raise = CheckpointE
 
 
 def parse_json(
-    text: str | bytes, where: Any, kind: Any = None, *, error: Raise = CheckpointError, advice: str = ""
+    text: str | bytes,
+    where: Any,
+    kind: Any = None,
+    *,
+    error: Raise = CheckpointError,
+    advice: str = "",
+    unique: bool = False,
 ) -> Any:
     """The value of a JSON text, of type `kind` (None: anything).
 
     `kind` is a type as msgspec understands them: `dict[str, str]`, a dataclass, a TypedDict. `where` names the file in
-    errors, and `advice` says what to do. Raises `error` for text that is no JSON, too deep, or of another type; the
-    message names the first place that is wrong.
+    errors, and `advice` says what to do. Raises `error` for text that is no JSON, too deep, or of another type, and
+    with `unique` for an object that names a key twice; the message names the first place that is wrong.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
         _check_depth(value)
     except RecursionError:
         raise error(
@@ -118,6 +124,14 @@ def read_yaml(file: Path, *, limit: int = 1 << 20, error: Raise = CheckpointErro
         raise error(f"{file}: nested too deeply; at most {DEPTH} lists and objects inside each other.") from None
     except (yaml.YAMLError, ValueError, TypeError) as problem:
         raise error(f"{file}: not YAML: {problem}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
 
 
 def _message(where: Any, what: str, advice: str) -> str:

@@ -5,19 +5,20 @@ file mapped, so that the memory of a run is that of the tensors it holds.
 """
 
 import hashlib
-import json
 import math
 import os
 import struct
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from secateur.errors import CheckpointError
+from secateur.reading import checked, open_regular, parse_json, read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -38,12 +39,18 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+MODELOPT_FILE = "hf_quant_config.json"  # how weights are packed; dense weights are not
 CARD_FILE = "README.md"
 OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "report")  # of other formats and tools
+HEADER_BYTES = 100_000_000  # what the format itself allows
+NAME_LENGTH = 200  # of a file; file systems allow for some 250 bytes
+DIMENSIONS = 16  # of a tensor; no model has more than six
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 
 # The shards of a checkpoint: file name, and (tensor name, dtype, shape) in the order of the bytes.
@@ -75,50 +82,40 @@ class Header:
     digest: str
 
 
+_Size = Annotated[int, Meta(ge=0, lt=1 << 60)]
+
+
+@dataclass
+class _Entry:
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: Annotated[list[_Size], Meta(max_length=DIMENSIONS)]
+    data_offsets: tuple[_Size, _Size]
+
+
+@dataclass
+class _Index:
+    """What an index file says."""
+
+    weight_map: dict[str, str]
+
+
 def read_header(file: Path) -> Header:
     """The checked header of a safetensors file. Raises `CheckpointError` for a file that is damaged or cut short."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(
-                    f"{file}: cut short: the file has {size} bytes, and the length of a safetensors header alone takes "
-                    "8. Download or copy it again."
-                )
-            length = struct.unpack("<Q", prefix)[0]
-            if not 2 <= length <= size - 8:
-                raise CheckpointError(
-                    f"{file}: not a safetensors file, or cut short: the header claims {length} bytes, the file has "
-                    f"{size}. Download or copy it again."
-                )
-            raw = stream.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file. Download or copy the checkpoint again.") from None
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
-    try:
-        entries = json.loads(raw)
-        metadata = entries.pop("__metadata__", {})
-        base = 8 + length
-        tensors = {
-            name: TensorRecord(
-                file,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                base + entry["data_offsets"][0],
-                base + entry["data_offsets"][1],
-            )
-            for name, entry in entries.items()
-        }
-        sizes = {name: _size(record, name) for name, record in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file}: the safetensors header is damaged ({error!r}). Download it again.") from None
+    prefix, raw, size = _raw_header(file)
+    where = f"{file}: the safetensors header"
+    entries = parse_json(raw, where, dict[str, Any], advice="Download it again.", unique=True)
+    metadata = checked(entries.pop("__metadata__", {}), f"{where}, __metadata__", dict[str, str])
+    described = checked(entries, where, dict[str, _Entry], advice="Download it again.")
+    base = len(prefix) + len(raw)
+    tensors = {
+        name: TensorRecord(file, entry.dtype, tuple(entry.shape), *(base + offset for offset in entry.data_offsets))
+        for name, entry in described.items()
+    }
     position = base
     for name, record in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        expected = sizes[name]
+        expected = _size(record, name)
         if record.start != position or record.bytes != expected:
             raise CheckpointError(
                 f"{file}: tensor {name} lies at bytes {record.start} to {record.end}, expected {position} to "
@@ -133,13 +130,42 @@ def read_header(file: Path) -> Header:
     return Header(tensors, metadata, hashlib.sha256(prefix + raw).hexdigest())
 
 
+def _raw_header(file: Path) -> tuple[bytes, bytes, int]:
+    """The first eight bytes of a file, the header whose length they give, and the size of the file."""
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        try:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(
+                    f"{file}: cut short: the file has {size} bytes, and the length of a safetensors header alone takes "
+                    "8. Download or copy it again."
+                )
+            length = struct.unpack("<Q", prefix)[0]
+            if not 2 <= length <= size - 8:
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or cut short: the header claims {length} bytes, the file has "
+                    f"{size}. Download or copy it again."
+                )
+            if length > HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: not a safetensors file: its header claims {length:,} bytes, and the format allows for "
+                    f"{HEADER_BYTES:,}. Download or copy it again."
+                )
+            return prefix, stream.read(length), size
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
+
+
 def _size(record: TensorRecord, name: str) -> int:
     if record.dtype not in DTYPES:
         raise CheckpointError(
             f"{record.file}: tensor {name} has the unknown dtype {record.dtype}; known are {', '.join(DTYPES)}."
         )
-    if not all(isinstance(number, int) for number in (*record.shape, record.start, record.end)):
-        raise TypeError(f"shape and offsets of {name} are not whole numbers")
+    if math.prod(max(1, side) for side in record.shape) >= 1 << 60:
+        raise CheckpointError(f"{record.file}: tensor {name} has more numbers than there can be, {record.shape}.")
     return math.prod(record.shape) * DTYPES[record.dtype].itemsize
 
 
@@ -240,24 +266,29 @@ def read_bytes(record: TensorRecord, buffer: Tensor) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index ({error!r}). Download it again.") from None
+    """The shard of every tensor. Raises `CheckpointError` for an index that is none, or names files elsewhere."""
+    weight_map: dict[str, str] = read_json(index, _Index, advice="Download it again.").weight_map
+    for name, file in weight_map.items():
+        if file in ("", ".", "..") or len(file) > NAME_LENGTH or any(mark in file for mark in ("/", "\\", "\0")):
+            raise CheckpointError(
+                f'{index}: has the tensor {name} in "{file[:NAME_LENGTH]}", and a shard lies beside its index, in the '
+                "same folder. Download the checkpoint again, from whom you trust."
+            )
+    return weight_map
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, as transformers would choose them: the single file before the index."""
+    index, adapter = folder / INDEX_FILE, folder / ADAPTER_FILE
+    is_model = (folder / SINGLE_FILE).exists() or index.exists()
+    if adapter.exists():
+        raise CheckpointError(_of_an_adapter(folder, beside_weights=is_model))
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]
-    index = folder / INDEX_FILE
     if index.exists():
         files = [folder / name for name in sorted(set(_weight_map(index).values()))]
         for file in files:
-            if not file.exists():
+            if not os.path.exists(file):  # which answers for names that no file system takes, too
                 raise CheckpointError(
                     f"{file}: the shard is missing, and {INDEX_FILE} lists it ({len(files)} shards expected). "
                     "Download the checkpoint again."
@@ -276,6 +307,21 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(
         f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} in it. Give a folder that save_pretrained wrote, a hub id, "
         "or a GGUF file."
+    )
+
+
+def _of_an_adapter(folder: Path, *, beside_weights: bool) -> str:
+    """Why a folder with the configuration of an adapter is no model, and what to do."""
+    base = read_json(folder / ADAPTER_FILE, dict[str, Any]).get("base_model_name_or_path")
+    named = f" for {base}" if isinstance(base, str) and base else ""
+    if beside_weights:
+        return (
+            f"{folder}: holds the weights of a model and {ADAPTER_FILE}, the adapter{named} that transformers would "
+            f"load with them. Move {ADAPTER_FILE} elsewhere, or merge the adapter into its base: secateur merge."
+        )
+    return (
+        f"{folder}: an adapter{named}, not a model. Give its base, or merge the two into one checkpoint first: "
+        f"secateur merge {folder} --base BASE --output FOLDER"
     )
 
 
@@ -373,7 +419,7 @@ def _companions(folder: Path) -> tuple[list[Path], list[str]]:
         name = entry.name
         if name.startswith((".git", ".cache", ".DS_Store", ".ipynb_checkpoints")) or name == "__pycache__":
             continue
-        if name in (CARD_FILE, "secateur.json", INDEX_FILE):
+        if name in (CARD_FILE, "secateur.json", INDEX_FILE, MODELOPT_FILE):
             continue
         if not entry.is_dir():
             if _is_companion(entry):

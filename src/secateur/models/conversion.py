@@ -76,9 +76,13 @@ class Conversion:
                 found.setdefault(target, []).append((name, pattern))
             else:
                 self.unused.append(name)
+        prefix = f"{getattr(self._model, 'base_model_prefix', None) or ''}."
         for target, parts in found.items():
+            _check_one_layout(target, [name for name, _ in parts], prefix)
             pattern = parts[0][1]
             if pattern is None:
+                if len(parts) > 1:
+                    raise _two_layouts(target, parts[0][0], parts[1][0])
                 yield TensorGroup(target, ((parts[0][0], parts[0][0]),), (target,))
                 continue
             matched = tuple((name, str(part)) for name, part in parts)
@@ -219,6 +223,23 @@ class Conversion:
                     if keys[number] not in result:
                         result[keys[number]] = _read_tags(view, number, parameter, expert)
         return result
+
+
+def _check_one_layout(target: str, names: Sequence[str], prefix: str) -> None:
+    """Raise `CheckpointError` for two tensors that are the same parameter in two ways to name it."""
+    held: dict[str, str] = {}
+    for name in names:
+        plain = name.removeprefix(prefix)
+        if plain in held:
+            raise _two_layouts(target, held[plain], name)
+        held[plain] = name
+
+
+def _two_layouts(target: str, one: str, other: str) -> CheckpointError:
+    return CheckpointError(
+        f"{one} and {other}: both are the parameter {target} of the model, so that one of them would be lost. The "
+        "checkpoint holds weights in two layouts of names; remove one of them."
+    )
 
 
 _BITS = 20  # of each coordinate in a tag; no matrix is wider than a million

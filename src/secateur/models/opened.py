@@ -1,6 +1,7 @@
 """Anything that names a model, opened for streaming: a folder, a hub id, a GGUF file, or a module in memory."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -11,16 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import CheckpointError, ModelStructureError
+from secateur.errors import CheckpointError, ModelStructureError, SecateurError
+from secateur.models.causality import check_declared
 from secateur.models.checkpoint import CARD_FILE, Checkpoint, companion_files, file_digest, left_behind, locate
+from secateur.models.configuration import PACKING_ENTRIES, reason
 from secateur.models.loaded import LoadedModel
+from secateur.models.quantised import DequantisedCheckpoint, check_dtypes, open_checkpoint
 from secateur.models.skeleton import Skeleton, Source
 from secateur.models.structure import build_skeleton, prepare
+from secateur.models.wrapped import plain_module
 from secateur.models.writer import writing
-from secateur.reading import open_regular
-
-# Entries of config.json that describe how weights are packed; loaders refuse dense weights that carry them.
-PACKING_ENTRIES = ("quantization_config", "sparsity_config", "compression_config")
+from secateur.reading import open_regular, read_json, read_text
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,15 @@ def open_model(
     if name.endswith(".gguf"):
         return _open_gguf(Path(name).expanduser(), chosen, dtype)
     folder = locate(name, revision)
-    checkpoint = Checkpoint(folder)
-    empty = build_skeleton(folder, trust_remote_code=trust_remote_code)
-    stored = main_dtype(checkpoint)
-    skeleton = Skeleton(empty, checkpoint, device=chosen, dtype=choose_dtype(dtype, chosen, stored))
+    source = open_checkpoint(folder)
+    shapes = {tensor: source.shape(tensor) for tensor in source.names}
+    empty = build_skeleton(folder, shapes, trust_remote_code=trust_remote_code)
+    stored = main_dtype(source)
+    skeleton = Skeleton(empty, source, device=chosen, dtype=choose_dtype(dtype, chosen, stored))
+    check_declared(empty, skeleton.blocks)
+    check_dtypes(skeleton)
     skeleton.check_complete()
+    checkpoint = source if isinstance(source, Checkpoint) else source.checkpoint
     origin: dict[str, Any] = {
         "kind": "checkpoint",
         "path": name if not Path(name).expanduser().is_dir() else str(folder.resolve()),
@@ -108,6 +114,8 @@ def open_model(
     }
     if left := left_behind(folder, checkpoint.files):
         origin["not_copied"] = left
+    if isinstance(source, DequantisedCheckpoint):
+        origin["dequantised"] = source.origin
     return OpenedModel(
         skeleton=skeleton,
         origin=origin,
@@ -121,20 +129,35 @@ def open_source(model: str, revision: str | None = None) -> Source:
     """The weights alone, under the names of the checkpoint; a GGUF file has to be dequantised for them."""
     if model.endswith(".gguf"):
         return open_model(model, device="cpu").skeleton.source
-    return Checkpoint(locate(model, revision))
+    return open_checkpoint(locate(model, revision))
 
 
-def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most of the floating-point weights have."""
+def main_dtype(source: Source) -> torch.dtype:
+    """The dtype that most of the floating-point weights have, counted in bytes."""
     sizes: dict[torch.dtype, int] = {}
-    for name, record in checkpoint.tensors.items():
-        dtype = checkpoint.dtype(name)
+    for name in source.names:
+        dtype = source.dtype(name)
         if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + record.bytes
+            sizes[dtype] = sizes.get(dtype, 0) + dtype.itemsize * math.prod(source.shape(name))
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
 
 
-def _open_module(model: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
+def _open_module(given: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
+    model, wrap = plain_module(given)
+    try:
+        opened = _open_plain(model, device, dtype)
+    except BaseException:
+        wrap()
+        raise
+
+    def restore() -> None:
+        opened.restore()
+        wrap()
+
+    return replace(opened, restore=restore)
+
+
+def _open_plain(model: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
     if hasattr(model, "peft_config"):
         raise ModelStructureError(
             f"{type(model).__name__}: a model with adapters; merge them first with model = model.merge_and_unload()."
@@ -142,12 +165,6 @@ def _open_module(model: nn.Module, device: torch.device | None, dtype: str) -> O
     parameters = list(model.parameters())
     if not parameters:
         raise ModelStructureError(f"{type(model).__name__}: has no parameters.")
-    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if meta is not None or getattr(model, "hf_device_map", None):
-        raise ModelStructureError(
-            f"{type(model).__name__}: its weights are offloaded or spread over devices (device_map"
-            f"{f', {meta} is on meta' if meta else ''}). Give the folder or hub id instead; Secateur streams it."
-        )
     if dtype != "auto" and choose_dtype(dtype, parameters[0].device, parameters[0].dtype) != parameters[0].dtype:
         raise ModelStructureError(
             f"{type(model).__name__}: in memory as {parameters[0].dtype}; a module is used as it is. "
@@ -156,8 +173,14 @@ def _open_module(model: nn.Module, device: torch.device | None, dtype: str) -> O
     if device is not None:
         model.to(device)
     restore = prepare(model)
-    source = LoadedModel(model)
-    skeleton = Skeleton(model, source, device=parameters[0].device, dtype=parameters[0].dtype, resident=True)
+    try:
+        source = LoadedModel(model)
+        skeleton = Skeleton(model, source, device=parameters[0].device, dtype=parameters[0].dtype, resident=True)
+        check_declared(model, skeleton.blocks)
+        check_dtypes(skeleton)
+    except BaseException:
+        restore()
+        raise
 
     def write(target: Path) -> None:
         if not hasattr(model, "config"):
@@ -234,8 +257,8 @@ def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
 
     try:
         return AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"{file}: transformers cannot dequantise it: {error}") from None
+    except Exception as error:  # the reader of the format raises whatever a damaged file leads it to
+        raise CheckpointError(f"{file}: transformers cannot dequantise it: {reason(error)}") from None
 
 
 def gguf_tokenizer(file: Path) -> Any:
@@ -272,17 +295,35 @@ def _card_facts(folder: Path) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        found = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, YAMLError):  # also UnicodeDecodeError
+        text = read_text(folder / CARD_FILE, limit=1 << 20)
+        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+    except (SecateurError, ValueError, TypeError, RecursionError, YAMLError):
         return {}
-    return {key: found[key] for key in ("license", "license_name", "license_link", "language") if key in found}
+    return {key: found[key] for key in _CARD_FACTS if _is_text(found.get(key))}
+
+
+_CARD_FACTS = ("license", "license_name", "license_link", "language")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def _clean_configuration(file: Path) -> None:
     """Drop packing entries from a copied config.json; without any, the file stays byte for byte as it was."""
-    config = json.loads(file.read_text())
-    if any(entry in config for entry in PACKING_ENTRIES):
-        file.write_text(json.dumps({k: v for k, v in config.items() if k not in PACKING_ENTRIES}, indent=2) + "\n")
+    config = read_json(file, dict[str, Any])
+    plain = _without_packing(config)
+    if plain != config:
+        file.write_text(json.dumps(plain, indent=2) + "\n")
+
+
+def _without_packing(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without packing entries, also in those inside it."""
+    return {
+        key: _without_packing(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in PACKING_ENTRIES
+    }
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -294,5 +335,5 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
+    except Exception as error:  # whatever the tokenizer's own library, or code beside the weights raises
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {reason(error)}") from None

@@ -85,7 +85,7 @@ class Skeleton:
     def positions(self) -> int | None:
         """The longest window that the configuration allows for, or None when it names no limit."""
         value = getattr(self.text_config, "max_position_embeddings", None)
-        return value if isinstance(value, int) else None
+        return value if isinstance(value, int) and value > 0 else None
 
     @property
     def hidden_size(self) -> int:
@@ -275,6 +275,13 @@ class Skeleton:
         ]
         if missing:
             raise self._missing(missing)
+
+    def load_all(self) -> nn.Module:
+        """The model with all of its weights in it, on the device, in the computing dtype."""
+        self.load_outside()
+        for block, tensors in read_ahead(self, self.blocks):
+            self.load(block, tensors)
+        return self.model
 
     def read(self, block: Block) -> dict[str, Tensor]:
         """The checkpoint tensors that `load` needs for a block."""

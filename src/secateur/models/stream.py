@@ -17,7 +17,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import CheckpointError, ModelStructureError
+from secateur.errors import CheckpointError, ModelStructureError, SecateurError
+from secateur.models.causality import check_causal
+from secateur.models.configuration import reason
 from secateur.models.skeleton import Skeleton
 from secateur.models.structure import Block
 from secateur.models.writer import reserve, writing
@@ -207,6 +209,7 @@ class Stream:
                 tensors = self.skeleton.read(block)
                 self.skeleton.load(block, tensors)
                 try:
+                    self._check_causal(block, args, kwargs)
                     wrappers[kind] = _wrapper(block.module(*args, **kwargs), block)
                 finally:
                     self.skeleton.unload(block)
@@ -221,7 +224,7 @@ class Stream:
             passed.append(states)
             return wrappers[kind](states)
 
-        with _stubbed(self.skeleton, run):
+        with _stubbed(self.skeleton, run), _own_failures(self.skeleton):
             self.skeleton.model(input_ids=self.batches[0][:1, :2].to(self.device), use_cache=False)
         if called != list(range(len(self.skeleton.blocks))):
             raise ModelStructureError(
@@ -229,6 +232,20 @@ class Stream:
                 f"the {len(self.skeleton.blocks)} once, in order. Such a model cannot be streamed block by block."
             )
         return wrappers
+
+    def _check_causal(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `ModelStructureError` when a token of this call depends on the one behind it."""
+        states, rest, keyword = _hidden_states(args, kwargs)
+        if states.shape[-2] < 2:
+            return
+        others = {key: value for key, value in kwargs.items() if key != keyword}
+
+        def run(inputs: Tensor) -> Tensor:
+            # What blocks leave for later ones is left in copies.
+            call = Call(tuple(map(_copied, rest)), {key: _copied(value) for key, value in others.items()}, keyword)
+            return self.replay(block, call, inputs)
+
+        check_causal(self.skeleton.model, block, states, run)
 
     def _interned(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
         """The same value, with tensors that equal those of an earlier batch or block replaced by those.
@@ -368,6 +385,20 @@ def _wrapper(output: Any, block: Block) -> Callable[[Tensor], Any]:
 
 def _abridged(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+@contextlib.contextmanager
+def _own_failures(skeleton: Skeleton) -> Iterator[None]:
+    """Where the model's own code runs for the first time: what it raises is said to be its own."""
+    try:
+        yield
+    except (SecateurError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelStructureError(
+            f"{type(skeleton.model).__name__}: its own forward fails on two tokens ({reason(error)}). Does its "
+            "config.json belong to the weights, and its code to this version of transformers?"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import CheckpointError, ModelStructureError
+from secateur.errors import CheckpointError, ModelStructureError, SecateurError
+from secateur.models.configuration import Shapes, limited, load_configuration, reason
 
 
 @dataclass(frozen=True)
@@ -64,28 +65,16 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return model
 
 
-def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(folder: Path, shapes: Shapes, *, trust_remote_code: bool = False) -> nn.Module:
     """The model that a folder's config.json describes, in eval mode, its parameters on the meta device.
 
-    Buffers that are computed (rotary frequencies, causal masks) are real. Raises `CheckpointError` when transformers
-    cannot build it.
+    `shapes` are those of the checkpoint's tensors. Buffers that are computed (rotary frequencies, causal masks) are
+    real. Raises `CheckpointError` when transformers cannot build it, or it is far larger than the tensors.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: no config.json in it. Give the folder of a whole checkpoint.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}/config.json: transformers cannot use it: {error}") from None
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{folder}: the weights are quantised ({method}); pruning needs the unquantised checkpoint. "
-            "Load it with transformers, dequantise it (model.dequantize()), save it, and prune that."
-        )
+    config = load_configuration(folder, shapes, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelStructureError(
             f"{folder}: {config.model_type} is an encoder-decoder; Secateur prunes decoder-only language models."
@@ -93,11 +82,15 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Modul
     failure: Exception | None = None
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         try:
-            with init_empty_weights(include_buffers=False):
+            with limited(folder, shapes), init_empty_weights(include_buffers=False):
                 model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
             break
+        except SecateurError:
+            raise
         except ValueError as error:
             failure = failure or error
+        except Exception as error:
+            raise CheckpointError(f"{folder}: transformers cannot build its model: {reason(error)}") from None
     else:
         raise CheckpointError(f"{folder}: transformers knows no causal language model for it: {failure}")
     prepare(model)

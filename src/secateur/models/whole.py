@@ -1,6 +1,7 @@
 """A model loaded by transformers as a whole, for what cannot be streamed: generation, and other people's harnesses."""
 
 import gc
+import math
 import os
 import tempfile
 from functools import cached_property
@@ -13,8 +14,19 @@ from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError
 from secateur.models.checkpoint import Checkpoint, locate
+from secateur.models.configuration import reason
 from secateur.models.memory import trim
-from secateur.models.opened import choose_device, choose_dtype, gguf_tokenizer, load_gguf, load_tokenizer, main_dtype
+from secateur.models.opened import (
+    choose_device,
+    choose_dtype,
+    gguf_tokenizer,
+    load_gguf,
+    load_tokenizer,
+    main_dtype,
+    open_model,
+)
+from secateur.models.quantised import DequantisedCheckpoint, open_checkpoint
+from secateur.models.skeleton import Source
 
 WORKING_SHARE = 1.2  # of the weights' size must be free for a model to be loaded onto one device
 
@@ -47,13 +59,13 @@ class WholeModel:
             self._use_as_it_is(self._module, dtype)
             return
         self.name = os.fspath(model)  # type: ignore[arg-type]  # a module was dealt with
-        self._checkpoint: Checkpoint | None = None
+        self._checkpoint: Checkpoint | DequantisedCheckpoint | None = None
         if self.name.endswith(".gguf"):
             self.path = Path(self.name).expanduser()
             self.dtype = choose_dtype(dtype, self.device, torch.float32)
         else:
             self.path = locate(self.name, revision)
-            self._checkpoint = Checkpoint(self.path)
+            self._checkpoint = open_checkpoint(self.path)
             self.dtype = choose_dtype(dtype, self.device, main_dtype(self._checkpoint))
 
     def _use_as_it_is(self, module: nn.Module, dtype: str) -> None:
@@ -99,6 +111,8 @@ class WholeModel:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         placement = self._placement(self._checkpoint)
+        if isinstance(self._checkpoint, DequantisedCheckpoint):
+            return self._dequantised(self._checkpoint, fits=not placement)
         failure: Exception | None = None
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
             try:
@@ -106,16 +120,35 @@ class WholeModel:
                     self.path, dtype=self.dtype, trust_remote_code=self._trust, **placement
                 )
                 return module if placement else module.to(self.device)
-            except (OSError, ValueError, KeyError) as error:
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever transformers, or code beside the weights raises
                 failure = failure or error
-        raise CheckpointError(f"{self.path}: transformers cannot load it: {failure}") from None
+        assert failure is not None
+        raise CheckpointError(f"{self.path}: transformers cannot load it: {reason(failure)}") from None
 
-    def _placement(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def _dequantised(self, source: DequantisedCheckpoint, *, fits: bool) -> nn.Module:
+        """The model with the weights as they are dequantised here, which transformers does for some formats only."""
+        if not fits:
+            raise CheckpointError(
+                f"{source.folder}: dequantised it does not fit into the free memory of {self.device}, and only plain "
+                "checkpoints are spread over devices. Choose another device, or fewer other programs."
+            )
+        from transformers import GenerationConfig
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        opened = open_model(source.folder, device=str(self.device), dtype=dtype, trust_remote_code=self._trust)
+        module: Any = opened.skeleton.load_all()
+        if (source.folder / "generation_config.json").exists():
+            try:
+                module.generation_config = GenerationConfig.from_pretrained(source.folder)
+            except Exception as error:
+                raise CheckpointError(f"{source.folder}/generation_config.json: {reason(error)}") from None
+        return module  # type: ignore[no-any-return]
+
+    def _placement(self, source: Source) -> dict[str, Any]:
         """Nothing for a model that fits onto its device, else how accelerate is to spread it."""
-        weights = sum(
-            record.bytes // checkpoint.dtype(name).itemsize * self.dtype.itemsize
-            for name, record in checkpoint.tensors.items()
-        )
+        weights = sum(self.dtype.itemsize * math.prod(source.shape(name)) for name in source.names)
         free = free_bytes(self.device)
         if weights * WORKING_SHARE <= free:
             return {}

@@ -9,8 +9,7 @@ import torch
 
 from secateur.calibration import Windows
 from secateur.forecast import forward_seconds
-from secateur.models.checkpoint import Checkpoint, locate
-from secateur.models.opened import OpenedModel
+from secateur.models.opened import OpenedModel, open_source
 from secateur.recover.settings import Settings
 from secateur.recover.ways import Way
 
@@ -84,7 +83,7 @@ def forecast(
     allocated = way.trainable + way.kept
     dense = 0
     if distill is not None:
-        source = Checkpoint(locate(os.fspath(distill)))
+        source = open_source(os.fspath(distill))
         weights = sum(torch.Size(source.shape(name)).numel() for name in source.names)
         dense = weights * (2 if half else 4)
     # A backward is one forward's work for what comes in, and another for what is trained.
