@@ -60,7 +60,7 @@ OPTIONS = {
     | TEXT
     | (PRUNING - {"--gradient"})
     | HOW
-    | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--dry-run"}
+    | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--again", "--dry-run"}
     | {"--output", "--config", "--json"},
     "recover": RECOVERY
     | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
