@@ -17,6 +17,7 @@ from secateur.models.checkpoint import TensorRecord, read_header, read_tensor
 from secateur.models.writer import CheckpointWriter, writing
 
 FORMAT = 1
+REVISION = 1  # of how gradients are taken; raise it when the same model and tokens give others
 _KEY = "secateur_gradients"
 
 
@@ -41,6 +42,11 @@ class GradientFile:
             ) from None
         if version != FORMAT:
             raise CheckpointError(f"{self.path}: format {version}, expected {FORMAT}; another version wrote it.")
+        if self.provenance.get("revision") != REVISION:
+            raise CheckpointError(
+                f"{self.path}: its gradients were taken in another way (revision {self.provenance.get('revision')}, "
+                f"expected {REVISION}). Remove the file, and take them anew."
+            )
 
     @property
     def matrices(self) -> list[str]:
@@ -121,7 +127,7 @@ class GradientWriter:
         self.path = path
         self._partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         entries = [(f"{norm}:{name}", dtype, shape) for name, shape in shapes.items() for norm in norms]
-        metadata = {_KEY: json.dumps({"format": FORMAT, **provenance})}
+        metadata = {_KEY: json.dumps({"format": FORMAT, "revision": REVISION, **provenance})}
         self._made = [folder for folder in path.parents if not folder.exists()]  # innermost first
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

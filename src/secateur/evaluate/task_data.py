@@ -58,12 +58,14 @@ class LocalData:
 
         Raises `CalibrationError` when a task has no file, or none to draw its examples from.
         """
-        used: set[Path] = set()
+        used: set[tuple[str, str, Path]] = set()
         self._configure(name, shots, used)
-        listing = sorted(file_digest(file) for file in used)
+        digests = {file: file_digest(file) for _, _, file in used}
+        listing = sorted(f"{task} {split} {digests[file]}" for task, split, file in used)
         return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
-    def _configure(self, name: str, shots: int | None, used: set[Path]) -> None:
+    def _configure(self, name: str, shots: int | None, used: set[tuple[str, str, Path]]) -> None:
+        """As `configure`; which file serves which split of which task goes into `used`."""
         entry = self.index.get(name)
         if entry is None:
             raise CalibrationError(f"{name}: a task that only its group's own file describes takes no local data.")
@@ -77,16 +79,16 @@ class LocalData:
         if kind != "TASK":
             raise CalibrationError(f"{name}: a task with code of its own, which takes no local data. Leave it out.")
         splits, origins = self._splits(name, entry.cfg)
-        used |= set(origins)
+        used |= {(name, split, file) for split, file in origins.items()}
         evaluated = self._evaluated(name, entry.cfg, splits)
         self._check_examples(name, entry.cfg, splits, evaluated, shots)
         self._write(name, self._configuration(entry, splits))
 
-    def _splits(self, name: str, config: Mapping[str, Any]) -> tuple[dict[str, Path], list[Path]]:
-        """(file of each split for a task, the files that the user gave for it): its own, or those of its family."""
+    def _splits(self, name: str, config: Mapping[str, Any]) -> tuple[dict[str, Path], dict[str, Path]]:
+        """(file of each split for a task, the file that the user gave for it): its own, or those of its family."""
         own = self._named(name)
         if own:
-            return own, list(own.values())
+            return own, dict(own)
         subject = str(config.get("dataset_name"))
         words = name.split("_")
         for count in range(len(words) - 1, 0, -1):
@@ -95,7 +97,7 @@ class LocalData:
                 split: parts[subject] for split, file in shared.items() if subject in (parts := self._parts(file))
             }
             if splits:
-                return splits, [shared[split] for split in splits]
+                return splits, {split: shared[split] for split in splits}
         raise CalibrationError(
             f"{name}: no file for it in {self.folder}. Expected {name}_SPLIT*.jsonl, SPLIT being one of "
             f"{', '.join(SPLITS)}; found {self._found()}."

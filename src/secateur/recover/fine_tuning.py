@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ from secateur.calibration import Windows, check_length, check_vocabulary, traini
 from secateur.card import write_card
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
+from secateur.evaluate.results import model_digest
 from secateur.manifest import read_manifest, verify
 from secateur.models.checkpoint import locate
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.writer import writing
 from secateur.output import Scratch, check_output
+from secateur.reading import checked, read_json
 from secateur.recover.adapters import require_peft
 from secateur.recover.forecast import Forecast, count_parameters, forecast
 from secateur.recover.settings import Settings, choose, require_one_process, to_json
@@ -30,6 +32,7 @@ from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, 
 from secateur.recover.ways import Adapters, FullWeights, Way
 from secateur.recover.written import versions
 
+REVISION = 1  # of how recovery trains; raise it when a run that goes on would mix two ways
 STATE = "recovery.json"  # in the folder of an unfinished run: what it was started with
 
 # progress(stage, done, in all, note)
@@ -135,7 +138,9 @@ def fine_tune(
         "method": method,
         "settings": to_json(settings, method),
         "dtype": "bfloat16" if half else "float32",
+        "revision": REVISION,
         "distill": None if distill is None else str(distill),
+        "distill_digest": None if distill is None else model_digest(distill),
         "base": {"path": str(base.resolve()), "digest": manifest.digest},
         "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
         "held_out": {**held.provenance, "digest": held.digest},
@@ -313,9 +318,11 @@ def _start(work: Path, asked: Mapping[str, Any], resume: bool) -> Path | None:
             if work.exists():
                 shutil.rmtree(work)
             work.mkdir(parents=True)
-            state.write_text(json.dumps(asked, indent=1) + "\n")
+            state.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
         return None
-    before, now = _comparable(json.loads(state.read_text())), _comparable(json.loads(json.dumps(asked)))
+    held = read_json(state, dict[str, Any], advice="Start over with --overwrite.")
+    checked(held, state, _Asked, advice="Start over with --overwrite.")
+    before, now = _comparable(held), _comparable(json.loads(json.dumps(asked)))
     for key, value in now.items():
         if key != "lr" and value != before.get(key):
             raise CheckpointError(
@@ -323,6 +330,19 @@ def _start(work: Path, asked: Mapping[str, Any], resume: bool) -> Path | None:
                 "options (only --lr may change), or start over with --overwrite."
             )
     return last_checkpoint(work)
+
+
+class _Digest(TypedDict):
+    digest: str
+
+
+class _Asked(TypedDict):
+    """What is read of the settings that an unfinished run was started with."""
+
+    settings: dict[str, Any]
+    base: _Digest
+    data: _Digest
+    held_out: _Digest
 
 
 def _comparable(asked: Mapping[str, Any]) -> dict[str, Any]:
