@@ -469,7 +469,7 @@ def test_mistakes(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"boolq: its data cannot be used \(.*\)\. Compare its fields with"):
         tasks(model, ["boolq"], task_data=tmp_path)
     lines(tmp_path / "mmlu_test.jsonl", [{"question": "?", "choices": list("wxyz"), "answer": 0}])
-    with pytest.raises(CalibrationError, match=r'mmlu_test\.jsonl, line 1: expected a JSON object with a "subject"'):
+    with pytest.raises(CalibrationError, match=r'mmlu_test\.jsonl, line 1: .* Expected a JSON object with a "subject"'):
         tasks(model, ["mmlu_anatomy"], task_data=tmp_path)
 
 

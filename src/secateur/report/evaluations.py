@@ -1,15 +1,54 @@
 """What evaluations found, as tables. An evaluation is a mapping with `kind`, `key` and `result`, all plain JSON."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import Record
+from secateur.reading import checked, read_json
 from secateur.report.tables import Cell, Table, number, percent, text
 
 Evaluation = Mapping[str, Any]
+
+
+class _Perplexity(TypedDict):
+    data: str
+    windows: int
+    length: int
+    nats: float | None
+    standard_error: float | None
+    perplexity: float | None
+    perplexity_error: float | None
+
+
+class _Agreement(TypedDict):
+    data: str
+    windows: int
+    length: int
+    perplexity_dense: float | None
+    perplexity: float | None
+    difference: float | None
+    difference_error: float | None
+    kl: float | None
+    kl_error: float | None
+    kl_99: float | None
+    top1: float | None
+
+
+class _Metric(TypedDict):
+    value: float | None
+    error: float | None
+
+
+class _Task(TypedDict):
+    task: str
+    metrics: dict[str, _Metric]
+    shots: NotRequired[int | None]
+    documents: int
+
+
+_KINDS: Mapping[str, Any] = {"perplexity": _Perplexity, "agreement": _Agreement, "tasks": _Task}
 
 
 def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
@@ -18,21 +57,20 @@ def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
     Of a comparison of several models those of this checkpoint. Raises `CheckpointError` for another kind of file, and
     where all results are of other models.
     """
+    advice = f"Make it anew: secateur eval {pruned} --json > {file}"
+    content = read_json(file.expanduser(), advice=advice)
     try:
-        found = list(_results(json.loads(file.read_text())))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
+        found = list(_results(content))
     except (ValueError, TypeError, KeyError, AttributeError):
         found = []
     if not found:
-        raise CheckpointError(
-            f"{file}: not what secateur eval --json or compare --json prints. Make it anew: "
-            f"secateur eval {pruned} --json > {file}"
-        )
+        raise CheckpointError(f"{file}: not what secateur eval --json or compare --json prints. {advice}")
     own = [(kind, result) for model, kind, result in found if model is None or _same(model, pruned)]
     if not own:
         others = ", ".join(sorted({str(model) for model, _, _ in found}))
         raise CheckpointError(f"{file}: holds results of {others}, none of {pruned}. Give a file of this checkpoint.")
+    for kind, result in own:
+        checked(result, file, _KINDS[kind], advice=advice)
     return [{"kind": kind, "key": file.name, "result": result} for kind, result in own]
 
 
