@@ -61,7 +61,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `secateur.json` into the folder. Raises `CheckpointError` when that is not possible."""
         with writing(folder / FILE_NAME):
-            (folder / FILE_NAME).write_text(_text(self.to_json()))
+            (folder / FILE_NAME).write_text(_text(self.to_json()), encoding="utf-8")
 
     @property
     def digest(self) -> str:
@@ -136,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.exists():
         raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote have one.")
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         value = json.loads(text)
         found, expected = value["digest"], _digest(value)
         version = value["format"]

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import secateur
+from secateur.cli.streams import guarded_streams
 from secateur.errors import NumericalError, SecateurError
 
 app = typer.Typer(
@@ -56,6 +57,11 @@ def _main(
 
 def main() -> None:
     """Run the command line. Exits with 2 for the user's mistake, 1 for a failure, 130 for an interruption."""
+    with guarded_streams():
+        _run()
+
+
+def _run() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     try:
         app(args=arguments, prog_name="secateur")

@@ -240,7 +240,7 @@ def read_bytes(record: TensorRecord, buffer: Tensor) -> None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read ({error.strerror}).") from None

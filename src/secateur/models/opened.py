@@ -256,9 +256,10 @@ def _card_facts(folder: Path) -> dict[str, Any]:
 
 def _clean_configuration(file: Path) -> None:
     """Drop packing entries from a copied config.json; without any, the file stays byte for byte as it was."""
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     if any(entry in config for entry in PACKING_ENTRIES):
-        file.write_text(json.dumps({k: v for k, v in config.items() if k not in PACKING_ENTRIES}, indent=2) + "\n")
+        kept = {k: v for k, v in config.items() if k not in PACKING_ENTRIES}
+        file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
