@@ -3,12 +3,15 @@
 import gzip
 import hashlib
 import json
+import os
 import platform
 import random
+import re
 import struct
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -458,7 +461,7 @@ def test_damaged_gzip(tmp_path):
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "x.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(CalibrationError, match=r"x\.txt: cannot be read as UTF-8 text: .*Convert the file to UTF-8"):
+    with pytest.raises(CalibrationError, match=r"x\.txt: not UTF-8 text \(byte 3: .*\)\. Convert it"):
         load_corpus(str(tmp_path / "x.txt"), "calibration")
 
 
@@ -471,6 +474,143 @@ def test_bad_parquet(tmp_path):
     (tmp_path / "y.parquet").write_bytes(b"PAR1, but no more")
     with pytest.raises(CalibrationError, match=r"y\.parquet: cannot be read as parquet: "):
         load_corpus(str(tmp_path / "y.parquet"), "calibration")
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([1, 2], "x.parquet, field 'text': is a column of int64, expected text. Choose another field."),
+        ([b"a", b"b"], "is a column of binary, expected text"),
+        ([["a"], ["b"]], "is a column of list<"),
+        (
+            [[{"role": "user", "content": "a"}]] * 2,
+            "is a column of lists of messages, expected text. Chats",
+        ),
+    ],
+)
+def test_parquet_columns_that_are_no_text(tmp_path, column, message):
+    spec = write_parquet(tmp_path / "x.parquet", column)
+    with pytest.raises(CalibrationError, match=re.escape(message)):
+        load_corpus(spec, "calibration")
+
+
+def test_parquet_columns_of_other_kinds_of_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    for kind in (pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        spec = write_parquet(tmp_path / "x.parquet", pyarrow.array(["a", "b"]).cast(kind))
+        assert list(load_corpus(spec, "calibration").documents) == ["a", "b"]
+
+
+ROWS = [{"text": "one\u2028 line"}, {"text": "zwei – Zeilen\n", "url": "u"}]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.JSON"])
+@pytest.mark.parametrize("form", ["lines", "list", "indented list", "one object", "lines behind a mark"])
+def test_json_files_hold_lines_or_a_list(tmp_path, name, form):
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    text = {
+        "lines": lines,
+        "list": json.dumps(ROWS, ensure_ascii=False),
+        "indented list": json.dumps(ROWS, indent=1, ensure_ascii=False),
+        "one object": json.dumps(ROWS[0], indent=1),
+        "lines behind a mark": f"\ufeff\n{lines}\n",
+    }[form]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    expected = [row["text"] for row in ROWS][: 1 if form == "one object" else 2]
+    assert list(load_corpus(str(tmp_path / name), "calibration").documents) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"text": "a"}, {"body": "b"}]', "x.json, entry 2: no field 'text'; fields found: body"),
+        ('["a"]', "x.json, entry 1: got a JSON str, expected an object"),
+        ("{", "x.json: not JSON (Expecting property name"),
+        ("[" * 200_000, "x.json: lists and objects lie more than 100 deep inside each other"),
+        ('{"text": "a"}\n{"text": 1}\n', "x.json, line 2, field 'text': got int, expected text"),
+    ],
+)
+def test_bad_json_files(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(CalibrationError, match=re.escape(message)):
+        load_corpus(str(tmp_path / "x.json"), "calibration")
+
+
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+
+
+def test_chats_are_told_what_to_do(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({"messages": CHAT}) + "\n")
+    told = r"Write each chat as one text first, under a field 'text': tokenizer\.apply_chat_template\(messages, tok"
+    with pytest.raises(CalibrationError, match=rf"x\.jsonl, line 1: no field 'text', but 'messages'\. .*{told}"):
+        load_corpus(str(file), "calibration")
+    with pytest.raises(CalibrationError, match=rf"line 1, field 'messages': got a list of messages, .*{told}"):
+        load_corpus(f"{file}:messages", "calibration")
+    file.write_text(json.dumps({"conversations": [{"from": "human", "value": "Hello"}]}) + "\n")
+    with pytest.raises(CalibrationError, match="no field 'text', but 'conversations'"):
+        load_corpus(str(file), "calibration")
+
+
+@pytest.mark.parametrize("role", ["calibration", "evaluation"])
+def test_a_line_that_is_too_long_is_named_in_flat_memory(tmp_path, role):
+    plain, packed = tmp_path / "x.jsonl", tmp_path / "x.jsonl.gz"
+    part = b"abcdefg " * 2**17
+    with plain.open("wb") as one, gzip.open(packed, "wb", compresslevel=1) as two:
+        for file in (one, two):
+            file.write(b'{"text": "short"}\n{"text":"')
+            for _ in range(100):
+                file.write(part)
+            file.write(b'"}\n')
+    del part
+    for file in (plain, packed):
+        tracemalloc.start()
+        with pytest.raises(
+            CalibrationError, match=rf"{file.name}, line 2: is longer than 67,108,864 bytes, and at most"
+        ):
+            load_corpus(str(file), role)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 3 * 64 * 2**20
+
+
+def test_a_file_that_unpacks_to_what_no_text_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PACKED_BYTES", 2**20)
+    with gzip.open(tmp_path / "x.jsonl.gz", "wb") as file:
+        for _ in range(4000):
+            file.write(b" " * 1000 + b"\n")
+    with pytest.raises(CalibrationError, match=r"\.gz, line \d+: [\d,]+ bytes have become more than 1,[\d,]+, which"):
+        load_corpus(str(tmp_path / "x.jsonl.gz"), "calibration")
+
+
+def test_a_deep_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' + "[" * 200_000)
+    with pytest.raises(CalibrationError, match=r"x\.jsonl, line 2: lists and objects lie more than 100 deep"):
+        load_corpus(str(tmp_path / "x.jsonl"), "calibration")
+
+
+def test_a_plain_text_beyond_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PLAIN_BYTES", 100)
+    (tmp_path / "x.txt").write_text("a" * 101)
+    with pytest.raises(CalibrationError, match=r"x\.txt: has 101 bytes, and at most 100 are read"):
+        load_corpus(str(tmp_path / "x.txt"), "calibration")
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.json", "x.jsonl.gz", "x.parquet", "x.safetensors"])
+def test_pipes_and_devices_are_refused_at_once(tmp_path, name, tokenizer):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CalibrationError, match=rf"{name}: is a pipe or a device, expected a regular file"):
+        calibration_windows(str(tmp_path / name), tokenizer, samples=1, length=2)
+
+
+@pytest.mark.parametrize("form", ["~/x.jsonl", "c4:~/x.jsonl", "0.5*~/x.jsonl", "~/x.jsonl:text"])
+def test_the_home_folder_in_a_spec(tmp_path, monkeypatch, tokenizer, form):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "x.jsonl", sentences(40, seed=1))
+    made = calibration_windows(form, tokenizer, samples=2, length=8)
+    assert made.provenance["sources"][0]["file"] == str(tmp_path / "x.jsonl")
+    with pytest.raises(CalibrationError, match=r"~nobody-at-all/x\.jsonl: no such file"):
+        load_corpus("~nobody-at-all/x.jsonl", "calibration")
 
 
 @pytest.mark.parametrize(("name", "count"), [("x.txt", 0), ("x.jsonl", 2), ("x.parquet", 2)])

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -61,7 +62,7 @@ OPTIONS = {
     | TEXT
     | (PRUNING - {"--gradient"})
     | HOW
-    | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--dry-run"}
+    | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--again", "--dry-run"}
     | {"--output", "--config", "--json"},
     "recover": RECOVERY
     | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
@@ -462,7 +463,7 @@ Config = Callable[[str], Path]
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     def write(text: str) -> Path:
-        (tmp_path / "run.yaml").write_text(text)
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
         return tmp_path / "run.yaml"
 
     return write
@@ -513,6 +514,11 @@ def test_a_whole_run_from_a_file(call: Call, model: Path, config: Config, tmp_pa
     assert call("eval", "--config", config(f"model: {tmp_path / 'out'}\ndata: python-docs\nlength: 32\n")).code == 0
 
 
+BOMB = "only:\n- &a [x]\n" + "".join(
+    f"- &{two} [{', '.join([f'*{one}'] * 10)}]\n" for one, two in itertools.pairwise("abcdefgh")
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -520,11 +526,17 @@ def test_a_whole_run_from_a_file(call: Call, model: Path, config: Config, tmp_pa
         ("flavour: vanilla\n", 'unknown key "flavour". Known keys: alpha, batch_size, bos, calibration,'),
         ("s: 0.5\n", 'unknown key "s". Known keys: '),
         ("config: other.yaml\n", 'unknown key "config".'),
-        ("sparsity: [0.5\n", "run.yaml is not YAML: "),
+        ("sparsity: [0.5\n", "run.yaml: not YAML: "),
         ("- sparsity\n", "run.yaml: expected keys and values, found a list."),
         ("sparsity\n", "run.yaml: expected keys and values, found text."),
         ("sparsity: half\n", "Invalid value for '--sparsity'"),
-        ("samples: [1, 2]\n", "Invalid value for '--samples'"),
+        ("samples: [1, 2]\n", 'run.yaml: "samples" holds a list, expected one text.'),
+        ("skip: [[a], b]\n", 'run.yaml: "skip" holds a list, expected text or a list of texts.'),
+        ("skip: {a: b}\n", 'run.yaml: "skip" holds keys and values, expected text or a list of texts.'),
+        ("? [a]\n: b\n", "run.yaml: not YAML: "),
+        ("a: &a [*a]\n", "run.yaml: not YAML: an alias stands inside what it names"),
+        (f"only: {'[' * 2000}\n", "run.yaml: n"),
+        (BOMB, "run.yaml: not YAML: more than 100,000 values once its aliases are written out"),
         ("overwrite: perhaps\n", "Invalid value for '--overwrite'"),
     ],
 )
@@ -538,11 +550,33 @@ def test_a_file_that_cannot_be_used(
 
 
 def test_a_file_that_is_not_there(call: Call, model: Path, tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "nope.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "latin.yaml").write_bytes("only: é\n".encode("latin-1"))
+    for path, reason in (
+        (tmp_path / "nope.yaml", "nope.yaml: no such file."),
+        (tmp_path, "is a folder, expected a regular file."),
+        (tmp_path / "pipe.yaml", "pipe.yaml: is a pipe, expected a regular file."),
+        (tmp_path / "latin.yaml", "latin.yaml: not UTF-8 text (byte 6"),
+    ):
         result = call("plan", model, "--config", path)
         assert result.code == 2
-        assert "cannot be read" in result.message
         assert reason in result.message
+
+
+def test_the_home_folder_in_a_file(
+    call: Call, model: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(model)
+    text = tmp_path / "naïve.txt"
+    text.write_text("Once upon a time there was a naïve girl who liked to read. " * 20, encoding="utf-8")
+    file = config(
+        "model: ~/model\noutput: ~/out\ncalibration: [~/naïve.txt]\nsampling: concat\nsamples: 2\nlength: 16\n"
+    )
+    result = call("prune", "--config", "~/" + file.name, "--json")
+    assert result.code == 0, result.err
+    assert result.json["calibration"]["sources"][0]["file"] == str(text)
+    assert (tmp_path / "out" / "secateur.json").exists()
 
 
 def test_an_empty_file(call: Call, model: Path, config: Config) -> None:

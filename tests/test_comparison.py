@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -185,10 +186,32 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     assert read_prompts(rows) == ["first\nsecond"]
     wrong: dict[str, Any] = {"text": "one"}
     rows.write_text(json.dumps(wrong) + "\n")
-    with pytest.raises(CalibrationError, match=r'prompts\.jsonl, line 1: expected a JSON object with a "prompt"'):
+    with pytest.raises(CalibrationError, match=r"line 1: .* required field `prompt`\. Expected a JSON object with"):
+        read_prompts(rows)
+    rows.write_text(json.dumps({"prompt": "one"}) + "\n" + "[" * 100_000)
+    with pytest.raises(CalibrationError, match=r"prompts\.jsonl, line 2: lists and objects lie more than 100 deep"):
+        read_prompts(rows)
+    rows.write_text('{"prompt": 3}')
+    with pytest.raises(CalibrationError, match=r"line 1: .* Expected `str`, got `int` - at `\$.prompt`"):
         read_prompts(rows)
     text.write_text("\n")
     with pytest.raises(CalibrationError, match=r"prompts\.txt: no prompt in it"):
         read_prompts(text)
-    with pytest.raises(CalibrationError, match=r"nope\.txt: cannot be read \(No such file or directory\)"):
+    text.write_bytes("one\ncafé\n".encode("latin-1"))
+    with pytest.raises(CalibrationError, match=r"prompts\.txt, line 2: not UTF-8 text \(byte 3"):
+        read_prompts(text)
+    with pytest.raises(CalibrationError, match=r"nope\.txt: no such file"):
         read_prompts(tmp_path / "nope.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(CalibrationError, match=r"pipe\.txt: is a pipe, expected a regular file"):
+        read_prompts(tmp_path / "pipe.txt")
+
+
+def test_prompts_are_what_their_lines_hold(tmp_path: Path) -> None:
+    # A line separator inside a text ends no line of the file, nor does the mark of some editors begin a prompt.
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("\ufeff" + json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert read_prompts(rows) == ["a\u2028b"]
+    text = tmp_path / "prompts.txt"
+    text.write_text("\ufeffone\u2028still one\r\ntwo", encoding="utf-8", newline="")
+    assert read_prompts(text) == ["one\u2028still one", "two"]

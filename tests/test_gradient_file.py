@@ -197,6 +197,13 @@ def test_every_tensor_counts(llama, ids, file, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_gradients_that_were_taken_in_another_way(llama, ids, file, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.gradient_file.REVISION", 2)
+    told = rf"{file.path}: its gradients were taken in another way \(revision 1, expected 2\)\. Remove the file, and"
+    with pytest.raises(CheckpointError, match=told):
+        prune(llama, method=gblm(), calibration=ids, gradient=file.path, output=tmp_path / "out")
+
+
 def test_a_pruned_module_is_another_model(llama, ids, file):
     model = AutoModelForCausalLM.from_pretrained(llama)
     prune(model, method=gblm(), calibration=ids, gradient=file.path)

@@ -444,6 +444,19 @@ def test_resuming_gives_what_an_unbroken_run_gives(tmp_path: Path, method: str) 
     assert result.record["seconds"] > result.record["curve"][3]["seconds"]  # the clock went on, too
 
 
+def test_a_dense_model_that_changed_is_another_run(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    dense = Path(shutil.copytree(base, tmp_path / "teacher"))
+    with pytest.raises(StopHere):
+        tune(base, tmp_path / "out", progress=stopping(3), distill=dense, eval_every=2)
+    file = dense / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"--resume: distill_digest was '\w{64}' when .* was begun, and is"):
+        tune(base, tmp_path / "out", resume=True, distill=dense, eval_every=2)
+
+
 def test_a_run_that_failed_after_its_last_step(tmp_path: Path) -> None:
     # A full disk, say, while the result is written: what was trained is not lost.
     def progress(stage: str, done: int, total: int, note: str) -> None:

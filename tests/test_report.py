@@ -261,10 +261,15 @@ def test_files_of_evaluations(tmp_path):
     assert read({"tasks": answered}) == [("tasks", known[2])]
     with pytest.raises(CheckpointError, match=r"e.json: holds results of elsewhere, none of .*out\. Give a file"):
         read({"dense": "d", "results": [other]})
-    for broken in ("no JSON", "[]", "{}", "3", '{"results": 5}', '{"results": [1]}'):
-        with pytest.raises(CheckpointError, match=r"e.json: not what secateur eval --json or compare --json prints"):
+    for broken in ("no JSON", "[]", "{}", "3", '{"results": 5}', '{"results": [1]}', "[" * 100_000):
+        with pytest.raises(CheckpointError, match=r"e.json: (not|lists and) .*Make it anew: secateur eval"):
             read(broken)
-    with pytest.raises(CheckpointError, match=r"gone.json: no such file\."):
+    for number, name in ((0, "perplexity"), (0, "windows"), (1, "kl_99")):
+        with pytest.raises(CheckpointError, match=rf"e.json: damaged, or not what .* - at `\$.{name}`"):
+            read(known[number] | {name: ["much"]})
+    with pytest.raises(CheckpointError, match=r"e.json: damaged, .* Expected `float \| null`, got `str`"):
+        read({"tasks": {**answered, "results": [known[2] | {"metrics": {"acc": {"value": "high", "error": None}}}]}})
+    with pytest.raises(CheckpointError, match=r"gone.json: no such file"):
         read_evaluations(tmp_path / "gone.json", pruned)
 
 
@@ -570,8 +575,13 @@ def test_a_sweep(sweep):
 
 
 def test_a_damaged_sweep(tmp_path):
-    for content in ("no JSON", "{}", '{"model": "m", "dense": {}, "cells": [{"method": "wanda"}]}'):
+    cell = '{"method": "wanda", "pattern": "50%", "status": "done", "sparsity": 0.5, "seconds": 1, "figures": 3}'
+    for content in (
+        *("no JSON", "{}", "[]", '{"model": "m", "dense": {}, "cells": [{"method": "wanda"}]}'),
+        f'{{"model": "m", "dense": {{}}, "cells": [{cell}]}}',
+        "[" * 100_000,
+    ):
         (tmp_path / "sweep.json").write_text(content)
-        with pytest.raises(CheckpointError, match=r"sweep.json: damaged .* Run the sweep again"):
+        with pytest.raises(CheckpointError, match=r"sweep.json\S*: (damaged|not JSON|lists and).* Run the sweep again"):
             build_sweep(tmp_path)
     assert not (tmp_path / "report").exists()

@@ -90,6 +90,21 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str, what: str) -> None:
         store.of("abc")
 
 
+@pytest.mark.parametrize("part", ["evaluation", "torch", "transformers"])
+def test_what_other_versions_found_is_not_taken_for_ones_own(part: str, tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    store.add("abc", "tasks", {"task": "boolq"}, {"results": []})
+    (file,) = (tmp_path / "abc").iterdir()
+    value = json.loads(file.read_text())
+    value["versions"]["secateur"] = "0.0.1"
+    file.write_text(json.dumps(value))
+    assert store.find("abc", "tasks", {"task": "boolq"}) is not None  # for ours, its revision counts
+    value["versions"][part] = "0"
+    file.write_text(json.dumps(value))
+    assert store.find("abc", "tasks", {"task": "boolq"}) is None
+    assert len(store.of("abc")) == (part != "evaluation")  # still told, but for figures that are made otherwise now
+
+
 def test_the_digest_is_of_what_decides(model: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model, tmp_path / "copy")
     digest = model_digest(model)

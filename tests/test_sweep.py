@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -380,6 +381,81 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def own(power: float, fails: bool = False, factor: float = 1.0) -> secateur.Method:
+    """A method of one's own, whose name does not say with which power it was made."""
+
+    def score(problem: secateur.Problem) -> torch.Tensor:
+        if fails:
+            raise ZeroDivisionError("my own fault")
+        return problem.weight.abs() * problem.statistic(SquaredNorm).norm() ** power * factor
+
+    return secateur.select("own", score, needs=frozenset({SquaredNorm}))
+
+
+def nats(sweep: secateur.Sweep, cell: int = 0) -> list[list[float]]:
+    return [figures["window_nats"] for figures in sweep.cells[cell].figures.values()]
+
+
+def test_a_method_whose_code_changed_is_no_finished_one(run: Run, tmp_path: Path) -> None:
+    first = run(methods=[own(0.5)], patterns=[HALF])
+    before = contents(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"power in \S+score was 0.5, is 0.05. Run them again with --again own, "):
+        run(methods=[own(0.05)], patterns=[HALF])
+    with pytest.raises(CheckpointError, match=r"power in \S+score was 0.5, is 0.05"):
+        run(methods=[own(0.05)], patterns=[MORE], dry_run=True)
+    assert contents(tmp_path / "out") == before
+    # Under a label of its own, and in the place of the old one.
+    found = run(methods={"own": own(0.5), "less": own(0.05)}, patterns=[HALF])
+    assert found.cells[0] == first.cells[0]
+    run(methods={"own": own(0.05)}, patterns=[HALF], again=["own"], dry_run=True)
+    events: list[SweepEvent] = []
+    again = run(methods={"own": own(0.05)}, patterns=[HALF, MORE], again="own", on_event=events.append)
+    assert pruned_cells(events) == ["own 50%", "own 60%"]
+    assert [cell.name for cell in again.cells] == ["own 50%", "less 50%", "own 60%"]
+    assert nats(again, 0) == nats(again, 1) != nats(first)
+    manifest = json.loads((tmp_path / "out" / "cells" / "own-50" / "secateur.json").read_text())
+    (value,) = [value for name, value in manifest["settings"]["fingerprint"].items() if name.startswith("power in")]
+    assert value == "0.05"
+    assert run(methods={"own": own(0.05)}, patterns=[HALF, MORE]) == again  # finished as it is now
+    with pytest.raises(PatternError, match="--again ria: is no method of this call; it has own"):
+        run(methods={"own": own(0.05)}, again=["ria"])
+
+
+def test_a_method_that_failed_may_be_mended(run: Run) -> None:
+    assert [cell.status for cell in run(methods=[own(0.5, fails=True)], patterns=[HALF]).cells] == ["failed"]
+    found = run(methods=[own(0.5)], patterns=[HALF])
+    assert [(cell.status, cell.error) for cell in found.cells] == [("done", None)]
+
+
+def test_a_checkpoint_of_changed_code_is_not_evaluated(run: Run, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def stop(event: SweepEvent) -> None:
+        if event.cell is not None and event.stage.endswith("head"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(methods=[own(0.5)], patterns=[HALF], on_event=stop)
+    assert (tmp_path / "out" / "cells" / "own-50" / "checkpoint").exists()
+    found = run(methods=[own(2.0)], patterns=[HALF])
+    expected = run(methods=[own(2.0)], patterns=[HALF], output=tmp_path / "fresh")
+    assert nats(found) == nats(expected) != nats(run(methods=[own(0.5)], patterns=[HALF], output=tmp_path / "old"))
+
+
+def test_our_own_method_at_another_revision_is_no_finished_one(run: Run, finished: Path) -> None:
+    with pytest.raises(CheckpointError, match="revision of wanda was 1, is 2"):
+        run(methods=[dataclasses.replace(secateur.wanda(), revision=2)], output=finished)
+
+
+def test_a_method_that_nobody_can_name_is_refused(run: Run, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        method = secateur.select("own", lambda problem: problem.weight + file.fileno())
+        with pytest.raises(PatternError, match=r"own: file in \S+ holds a _io.TextIOWrapper"):
+            run(methods=[method])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_other_settings_are_refused(setting: str, run: Run, finished: Path) -> None:
     options, message = SETTINGS[setting]
@@ -548,8 +624,72 @@ def test_folders_of_something_else(run: Run, place: Path, tmp_path: Path) -> Non
 def test_a_damaged_record(run: Run, finished: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     (out / "sweep.json").write_text('{"model": ')
-    with pytest.raises(CheckpointError, match=r"sweep.json: damaged"):
+    with pytest.raises(CheckpointError, match=r"sweep.json: not JSON .* Remove \S+out to start again"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"folder": "../victim"}, 'the folder of wanda 50% is "../victim", expected cells/NAME'),
+        ({"folder": "/victim"}, 'is "/victim", expected'),
+        ({"folder": "cells/../../victim"}, "expected cells/NAME"),
+        ({"folder": "cells/.."}, "expected cells/NAME"),
+        ({"folder": "cells/."}, "expected cells/NAME"),
+        ({"folder": "cells"}, "expected cells/NAME"),
+        ({"folder": "cells/a/b"}, "expected cells/NAME"),
+        ({"folder": 3}, "Expected `str`, got `int` - at `$.cells[0].folder`"),
+        ({"status": "finished"}, "Invalid enum value 'finished'"),
+        ({"figures": {"one": {"perplexity": "low"}}}, "wanda 50%: damaged, or not what its name says: Expected `float"),
+        ({"seconds": None}, "Expected `float`, got `null`"),
+    ],
+)
+@pytest.mark.parametrize("file", ["sweep.json", "cell.json"])
+def test_an_altered_record_is_refused_and_nothing_removed(
+    run: Run, finished: Path, tmp_path: Path, change: dict[str, Any], message: str, file: str
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    for folder in ("victim", "out/cells/a/b"):
+        (tmp_path / folder / "checkpoint").mkdir(parents=True)
+        (tmp_path / folder / "checkpoint" / "weights").touch()
+    path = out / ("sweep.json" if file == "sweep.json" else "cells/wanda-50/cell.json")
+    value = json.loads(path.read_text())
+    (value["cells"][0] if file == "sweep.json" else value).update(change)
+    path.write_text(json.dumps(value))
+    before = contents(tmp_path)
+    message = message if file == "sweep.json" else message.replace("$.cells[0]", "$")
+    with pytest.raises(CheckpointError, match=re.escape(message)) as error:
+        run(methods=[secateur.wanda()], patterns=[HALF, MORE])
+    assert str(path) in str(error.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("link", ["cells", "cells/wanda-50"])
+def test_nothing_is_removed_through_a_link(link: str, run: Run, finished: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    victim = Path(shutil.move(out / link, tmp_path / "victim"))
+    (victim / "wanda-50").mkdir(exist_ok=True)
+    for folder in (victim, victim / "wanda-50"):
+        (folder / "notes.partial-12").touch()
+        (folder / "checkpoint").mkdir()
+        (folder / "checkpoint" / "weights").touch()
+    (out / link).symlink_to(victim)
+    before = contents(victim)
+    with pytest.raises(CheckpointError, match=f"{link}: is a link, and a sweep keeps its cells in its own folder"):
+        run(methods=[secateur.wanda()], patterns=[HALF])
+    assert contents(victim) == before
+
+
+def test_of_links_among_the_leftovers_only_the_link_goes(run: Run, finished: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").touch()
+    for name in ("checkpoint.partial-7", "checkpoint"):
+        (out / "cells" / "wanda-50" / name).symlink_to(victim)
+    run(methods=[secateur.wanda()], patterns=[HALF])
+    assert (victim / "file").exists()
+    assert not [entry for entry in out.rglob("*") if entry.is_symlink()]
 
 
 # Failures

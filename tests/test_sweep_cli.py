@@ -14,7 +14,7 @@ import yaml
 import secateur
 from secateur.cli.parsing import methods_of, patterns_of
 from secateur.errors import PatternError
-from test_cli import CALIBRATION, Call, call, model, terminal  # noqa: F401
+from test_cli import CALIBRATION, Call, call, model, process, terminal  # noqa: F401
 
 EVALUATION = ["--data", "python-docs", "--eval-length", "32", "--windows", "4"]
 
@@ -100,7 +100,52 @@ def test_a_failed_cell_is_one(call: Call, model: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.err
     assert "1 of 2 cells failed: magnitude 3:7: model.layers.0.mlp.down_proj.weight: 3:7 needs" in result.message
     assert re.search(r"^magnitude +\d+\.\d\d +failed$", result.out, re.M)
-    assert call(*command, "-p", "2:4").code == 0  # what was not asked for this time is no failure of this run
+    # It stays in the table, and the exit code says so.
+    earlier = call(*command, "-p", "2:4")
+    assert earlier.code == 1
+    assert "1 of 2 cells failed: magnitude 3:7 (earlier, and not asked for this time): model.layers" in earlier.message
+    assert re.search(r"^magnitude +\d+\.\d\d +failed$", earlier.out, re.M)
+
+
+def test_a_finished_cell_that_is_not_asked_for_stays_finished(call: Call, model: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", tmp_path / "other.txt"
+    text.write_text("Once upon a time there was a little girl who liked to read. " * 40)
+    assert call("sweep", model, "-o", out, "-m", "magnitude,magnitude_too=magnitude", *EVALUATION).code == 0
+    result = call("sweep", model, "-o", out, "-m", "magnitude", *EVALUATION, "--data", text)
+    assert (result.code, "failed" in result.out + result.err) == (0, False), result.err
+    cells = json.loads((out / "sweep.json").read_text())["cells"]
+    assert [(cell["method"], cell["status"], len(cell["figures"])) for cell in cells] == [
+        *(("magnitude", "done", 2), ("magnitude_too", "done", 1)),
+    ]
+
+
+def test_a_method_of_ones_own_that_changed(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own each time, as from a shell."""
+    source = (
+        "import secateur\n"
+        "def powered(power=0.5):\n"
+        "    def score(problem):\n"
+        "        return problem.weight.abs() * problem.statistic(secateur.SquaredNorm).norm() ** power\n"
+        "    return secateur.select('powered', score, needs=frozenset({secateur.SquaredNorm}))\n"
+    )
+    mine = tmp_path / "mine.py"
+    command = ["sweep", model, "-o", "out", "-m", "mine:powered", *CALIBRATION, *EVALUATION]
+
+    def perplexity(text: str, *arguments: str) -> float | str:
+        mine.write_text(text)
+        done = process(*command, *arguments, cwd=tmp_path)
+        found = re.search(r"^mine:powered +(\d+\.\d\d)$", done.stdout, re.M)
+        return float(found[1]) if found else done.stderr
+
+    first = perplexity(source)
+    assert perplexity(source + "\ndef another():\n    return 1\n") == first
+    refused = str(perplexity(source.replace("0.5", "0.05")))
+    assert "power in mine.powered.<locals>.score was 0.5, is 0.05. Run them again with --again mine:powered" in refused
+    again = perplexity(source.replace("0.5", "0.05"), "--again", "mine:powered")
+    assert isinstance(again, float)
+    assert again != first
 
 
 def test_from_a_file(call: Call, model: Path, tmp_path: Path) -> None:

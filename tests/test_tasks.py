@@ -411,6 +411,20 @@ def test_the_same_evaluation_runs_once(ran: Ran, model: Path, data: Path, tmp_pa
     assert ran(["boolq", "arc_easy"], task_data=other) == ["boolq"]
 
 
+def test_files_that_change_places_are_other_data(data: Path, tmp_path: Path) -> None:
+    index = harness.stock_manager().task_index
+    digests = []
+    for number, (train, validation) in enumerate([(3, 14), (14, 3)]):
+        folder = tmp_path / f"data-{number}"
+        folder.mkdir()
+        for name, rows in (("train", train), ("validation", validation)):
+            lines(folder / f"boolq_{name}.jsonl", boolq(random.Random(rows), rows))
+        written = tmp_path / f"written-{number}"
+        written.mkdir()
+        digests.append(LocalData(folder, written, index).configure("boolq", 0))
+    assert digests[0] != digests[1]
+
+
 def test_the_weights_are_not_even_loaded(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,7 +469,7 @@ def test_mistakes(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"boolq: its data cannot be used \(.*\)\. Compare its fields with"):
         tasks(model, ["boolq"], task_data=tmp_path)
     lines(tmp_path / "mmlu_test.jsonl", [{"question": "?", "choices": list("wxyz"), "answer": 0}])
-    with pytest.raises(CalibrationError, match=r'mmlu_test\.jsonl, line 1: expected a JSON object with a "subject"'):
+    with pytest.raises(CalibrationError, match=r'mmlu_test\.jsonl, line 1: .* Expected a JSON object with a "subject"'):
         tasks(model, ["mmlu_anatomy"], task_data=tmp_path)
 
 

@@ -17,6 +17,7 @@ import secateur
 from secateur.block_loop import BlockLoop, Clock, Event, OnEvent
 from secateur.calibration import Windows, check_bos
 from secateur.card import write_card
+from secateur.core.fingerprint import recorded
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.patterns import NM, Pattern, Unstructured, with_group
 from secateur.core.problem import Method
@@ -158,6 +159,7 @@ def prune(
                 "targets": targets,
                 "correction": correction,
                 "options": dict(method.options),
+                "fingerprint": recorded(method),
                 "gradient": None if method.gradient is None else asdict(method.gradient),
             },
             plan=plan.to_json(),

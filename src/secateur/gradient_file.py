@@ -19,6 +19,7 @@ from secateur.models.writer import CheckpointWriter
 from secateur.reading import checked, parse_json
 
 FORMAT = 2
+REVISION = 1  # of how gradients are taken; raise it when the same model and tokens give others
 _KEY = "secateur_gradients"
 _DIGESTS = "secateur_digests"
 _PLACE = "0" * 64  # of a digest that is not known yet
@@ -81,6 +82,11 @@ class GradientFile:
         if held != _digest(found, self._digests) or set(self._digests) != set(self._records):
             raise CheckpointError(f"{self.path}: its header was altered since it was written. {_ANEW}")
         self.provenance: dict[str, Any] = found
+        if found.get("revision") != REVISION:
+            raise CheckpointError(
+                f"{self.path}: its gradients were taken in another way (revision {found.get('revision')}, "
+                f"expected {REVISION}). Remove the file, and take them anew."
+            )
 
     @property
     def matrices(self) -> list[str]:
@@ -170,7 +176,7 @@ class GradientWriter:
     ) -> None:
         self.path = path
         entries = [(f"{norm}:{name}", dtype, shape) for name, shape in shapes.items() for norm in norms]
-        self._provenance = {"format": FORMAT, **provenance}
+        self._provenance = {"format": FORMAT, "revision": REVISION, **provenance}
         metadata = self._metadata({name: _PLACE for name, _, _ in entries})
         self._complete = False
         try:

@@ -71,7 +71,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `secateur.json` into the folder. Raises `CheckpointError` when that is not possible."""
         with writing(folder / FILE_NAME):
-            (folder / FILE_NAME).write_text(_text(self.to_json()))
+            (folder / FILE_NAME).write_text(_text(self.to_json()), encoding="utf-8")
 
     @property
     def digest(self) -> str:

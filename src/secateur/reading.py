@@ -7,12 +7,14 @@ trusted to be files, to be small, to be flat, or to hold what their names promis
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from secateur.errors import CheckpointError, SecateurError
 
 TEXT_BYTES = 256 << 20  # a manifest of a model with 100,000 experts has some 100 MB
+LINE_BYTES = 64 << 20  # a long book has 10 MB
 DEPTH = 100  # lists and objects inside each other; what people write has about ten
 YAML_NODES = 100_000  # with every alias written out
 
@@ -47,9 +49,27 @@ def read_text(file: Path, *, limit: int = TEXT_BYTES, error: Raise = CheckpointE
         try:
             return stream.read(limit + 1).decode("utf-8")
         except UnicodeDecodeError as problem:
-            raise error(f"{file}: not UTF-8 text (byte {problem.start}: {problem.reason}).") from None
+            raise error(f"{file}: not UTF-8 text (byte {problem.start}: {problem.reason}). Convert it.") from None
         except OSError as problem:
             raise error(f"{file}: cannot be read ({problem.strerror}).") from None
+
+
+def read_lines(
+    stream: BinaryIO, where: Any, *, limit: int = LINE_BYTES, error: Raise = CheckpointError
+) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of every line of an open file, with its end; in the memory of one line.
+
+    Raises `error` for a line longer than `limit` bytes, before the rest of it is read.
+    """
+    number = 0
+    while line := stream.readline(limit + 1):
+        number += 1
+        if len(line) > limit:
+            raise error(
+                f"{where}, line {number}: is longer than {limit:,} bytes, and at most so many are read. "
+                "Split it into several lines."
+            )
+        yield number, line
 
 
 def parse_json(

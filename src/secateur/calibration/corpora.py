@@ -1,9 +1,9 @@
 """Text corpora: named ones, data sets of the Hugging Face Hub, and local files, each as documents by position."""
 
+import codecs
 import gzip
 import hashlib
 import importlib
-import json
 import os
 import platform
 import re
@@ -13,14 +13,15 @@ import zlib
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, BinaryIO, Literal, cast, overload
 
 from secateur.errors import CalibrationError
+from secateur.reading import open_regular, parse_json, read_lines, read_text
 
 Role = Literal["calibration", "evaluation"]
 
@@ -40,16 +41,20 @@ PYTHON_DOCS_HELD_OUT_STEP = 10
 DEFAULT_JOINER = "\n\n"
 DEFAULT_FIELD = "text"
 SPOOL_BYTES = 64 * 2**20
+PLAIN_BYTES = 2**30  # of a file that is read whole; those of JSON lines and Parquet may have any size
+PACKED_BYTES, PACKED_SHARE = 2**30, 200  # a gzipped file that unpacks to more than both is no text
+CHAT_FIELDS = ("messages", "conversations", "conversation")
 HUB_PROBE_SECONDS = 5.0
 
 ACCEPTED_FORMS = (
     "c4[:FILE], wikitext2[:FILE], python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a file FILE.txt, FILE.raw, "
-    "FILE.jsonl[:FIELD], FILE.jsonl.gz[:FIELD], FILE.parquet[:FIELD] or FILE.safetensors (token ids), "
+    "FILE.jsonl[:FIELD], FILE.json[:FIELD], FILE.jsonl.gz[:FIELD], FILE.parquet[:FIELD] or FILE.safetensors "
+    "(token ids), "
     "each also as WEIGHT*SPEC in a mixture"
 )
 _TEXT_FILE = re.compile(r"(?P<path>.+\.(?:txt|raw))", re.IGNORECASE)
 _ROWS_FILE = re.compile(
-    r"(?P<path>.+\.(?:(?P<jsonl>jsonl|jsonl\.gz|json\.gz)|parquet))(?::(?P<field>[^:/\\]+))?", re.IGNORECASE
+    r"(?P<path>.+\.(?:(?P<jsonl>jsonl|json|jsonl\.gz|json\.gz)|parquet))(?::(?P<field>[^:/\\]+))?", re.IGNORECASE
 )
 _SEPARATOR_LINE = re.compile(r"(?:\r?\n)?^<\|endoftext\|>\r?(?:\n|\Z)", re.MULTILINE)
 
@@ -89,7 +94,12 @@ def is_token_file(spec: str) -> bool:
 
 
 def existing_file(path: Path) -> Path:
-    """Return `path` if it is a file with content; otherwise CalibrationError, with the nearest names beside it."""
+    """Return `path`, with ~ written out, if it is a file with content.
+
+    Otherwise CalibrationError, with the nearest names beside it.
+    """
+    with suppress(RuntimeError):  # nobody of that name
+        path = path.expanduser()
     if path.is_dir():
         raise CalibrationError(f"{path}: is a folder, expected a file. Pass one file of it.")
     if not path.exists():
@@ -97,6 +107,8 @@ def existing_file(path: Path) -> Path:
         nearest = get_close_matches(path.name, names, n=3)
         hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
         raise CalibrationError(f"{path}: no such file.{hint} Check the path; it is relative to {Path.cwd()}.")
+    if not path.is_file():
+        raise CalibrationError(f"{path}: is a pipe or a device, expected a regular file. Write its text into one.")
     if path.stat().st_size == 0:
         raise CalibrationError(f"{path}: the file is empty, expected text. Was its download cut off?")
     return path
@@ -185,7 +197,15 @@ class _RowDocuments(_LazyDocuments):
         return _as_text(self._read(index), f"{self._where}, row {index}")
 
 
+_CHAT = (
+    "Chats are not read as such: text has to be given as the model is to see it. Write each chat as one text first, "
+    "under a field 'text': tokenizer.apply_chat_template(messages, tokenize=False)."
+)
+
+
 def _as_text(value: Any, where: str) -> str:
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        raise CalibrationError(f"{where}: got a list of messages, expected text. {_CHAT}")
     if not isinstance(value, str):
         raise CalibrationError(
             f"{where}: got {type(value).__name__}, expected text. Choose another field or mend the row."
@@ -203,37 +223,57 @@ def _text_file(spec: str) -> Corpus:
 
 
 def _file_text(path: Path) -> str:
-    try:
-        # Exact: line ends stay as they are, because the tokenizer sees them.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: cannot be read as UTF-8 text: {error}. Convert the file to UTF-8.") from error
+    # Exact: line ends stay as they are, because the tokenizer sees them.
+    return read_text(path, limit=PLAIN_BYTES, error=CalibrationError).removeprefix("\ufeff")
 
 
 def _jsonl_file(spec: str, path: str, field: str) -> Corpus:
     file = existing_file(Path(path))
-    documents = _SpooledDocuments(_jsonl_texts(file, field))
+    texts = _json_texts if file.suffix.lower() == ".json" else _jsonl_texts
+    documents = _SpooledDocuments(texts(file, field))
     return Corpus(spec, documents, DEFAULT_JOINER, {"corpus": spec, "field": field, **file_provenance(file)})
 
 
+def _json_texts(path: Path, field: str) -> Iterator[str]:
+    """The texts of a file that holds a list of objects, or one, or JSON lines."""
+    with open_regular(path, error=CalibrationError) as stream:
+        lines = read_lines(stream, path, error=CalibrationError)
+        first = next(filter(None, (line.removeprefix(codecs.BOM_UTF8).strip() for _, line in lines)), b"")
+    if first.startswith(b"{") and first.endswith(b"}"):
+        yield from _jsonl_texts(path, field)
+        return
+    advice = "Expected a list of objects, or one object per line."
+    text = read_text(path, limit=PLAIN_BYTES, error=CalibrationError).removeprefix("\ufeff")
+    content = parse_json(text, path, error=CalibrationError, advice=advice)
+    for number, row in enumerate(content if isinstance(content, list) else [content], start=1):
+        yield _field_text(row, field, path, f"{path}, entry {number}")
+
+
 def _jsonl_texts(path: Path, field: str) -> Iterator[str]:
-    opener: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        with open_regular(path, error=CalibrationError) as raw, _unpacked(raw, path) as stream:
+            packed, read = os.fstat(raw.fileno()).st_size, 0
+            for number, line in read_lines(stream, path, error=CalibrationError):
+                read += len(line)
+                if read > max(PACKED_BYTES, PACKED_SHARE * packed):
+                    raise CalibrationError(
+                        f"{path}, line {number}: {packed:,} bytes have become more than {read - len(line):,}, which no "
+                        "text does. Is it the right file?"
+                    )
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
-                    yield _json_text(line, field, path, number)
+                    where = f"{path}, line {number}"
+                    row = parse_json(line, where, error=CalibrationError, advice="Expected one JSON object per line.")
+                    yield _field_text(row, field, path, where)
     except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(f"{path}: cannot be read: {error}. Is the file complete, and really gzip?") from error
 
 
-def _json_text(line: bytes, field: str, path: Path, number: int) -> str:
-    where = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise CalibrationError(f"{where}: not JSON ({error}). Expected one JSON object per line.") from error
+def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
+
+
+def _field_text(row: Any, field: str, path: Path, where: str) -> str:
     if not isinstance(row, dict):
         raise CalibrationError(
             f"{where}: got a JSON {type(row).__name__}, expected an object with the field {field!r}."
@@ -251,6 +291,9 @@ def _json_text(line: bytes, field: str, path: Path, number: int) -> str:
 
 
 def _wrong_field(where: str, field: str, fields: Iterable[str], form: str) -> CalibrationError:
+    chat = next((name for name in CHAT_FIELDS if name in fields), None)
+    if chat is not None and field == DEFAULT_FIELD:
+        return CalibrationError(f"{where}: no field {field!r}, but {chat!r}. {_CHAT}")
     known = ", ".join(fields) or "none"
     return CalibrationError(f"{where}: no field {field!r}; fields found: {known}. Name one of them as {form}.")
 
@@ -263,16 +306,28 @@ def _parquet_file(spec: str, path: str, field: str) -> Corpus:
 
 def _parquet_documents(path: Path, field: str) -> Sequence[str]:
     parquet = _optional("pyarrow.parquet", str(path))
+    arrow = importlib.import_module("pyarrow")
     try:
-        names = parquet.read_schema(path).names
-        if field not in names:
-            raise _wrong_field(str(path), field, names, f"{path}:FIELD")
+        schema = parquet.read_schema(path)
+        if field not in schema.names:
+            raise _wrong_field(str(path), field, schema.names, f"{path}:FIELD")
+        _check_column(arrow, schema.field(field).type, f"{path}, field {field!r}")
         column = parquet.read_table(path, columns=[field], memory_map=True).column(field)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, arrow.lib.ArrowException) as error:
         if isinstance(error, CalibrationError):
             raise
         raise CalibrationError(f"{path}: cannot be read as parquet: {error}. Is the file complete?") from error
     return _RowDocuments(lambda index: column[index].as_py(), len(column), f"{path}, field {field!r}")
+
+
+def _check_column(arrow: Any, kind: Any, where: str) -> None:
+    """Raise CalibrationError for a column of something else than text."""
+    inner = kind.value_type if arrow.types.is_dictionary(kind) else kind
+    if str(inner) in ("string", "large_string", "string_view", "null"):
+        return
+    if arrow.types.is_list(inner) and arrow.types.is_struct(inner.value_type):
+        raise CalibrationError(f"{where}: is a column of lists of messages, expected text. {_CHAT}")
+    raise CalibrationError(f"{where}: is a column of {kind}, expected text. Choose another field.")
 
 
 def _optional(module: str, where: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import secateur
+from secateur.cli.streams import guarded_streams
 from secateur.errors import NumericalError, SecateurError
 
 app = typer.Typer(
@@ -92,6 +93,11 @@ def main() -> None:
 
     Exits with 2 for the user's mistake, 1 for a failure, 130 for an interruption, 143 for SIGTERM, 129 for SIGHUP.
     """
+    with guarded_streams():
+        _run()
+
+
+def _run() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     with _Signals() as signals:
         try:

@@ -53,7 +53,7 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     from secateur.models.writer import writing
 
     columns = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | dict))
-    with writing(file), file.open("w", newline="") as stream:
+    with writing(file), file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(columns), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -30,15 +30,14 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
         return None
     import difflib
 
-    import yaml
+    from secateur.errors import CheckpointError
+    from secateur.reading import read_yaml
 
     try:
-        # Values stay the text they are, as on a command line: YAML 1.1 would read `pattern: 2:4` as the number 124.
-        content = yaml.load(value.read_text(), Loader=yaml.BaseLoader) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{value} cannot be read ({getattr(error, 'strerror', 'not text')}).") from None
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"{value} is not YAML: {error}") from None
+        content = read_yaml(value.expanduser())
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error)) from None
+    content = {} if content is None or content == "" else content
     if not isinstance(content, dict):
         kind = "a list" if isinstance(content, list) else "text"
         raise typer.BadParameter(f"{value}: expected keys and values, found {kind}.")
@@ -56,11 +55,23 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
             raise typer.BadParameter(f'{value}: unknown key "{key}".{hint}')
         if item in ("", "null", "~"):
             continue
-        if getattr(known[name], "multiple", False) and not isinstance(item, list):
-            item = [item]
-        defaults[str(known[name].name)] = item
+        parameter = known[name]
+        multiple = getattr(parameter, "multiple", False) or parameter.nargs == -1
+        defaults[str(parameter.name)] = _option(value, key, item, multiple)
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
+
+
+def _option(file: Path, key: str, item: Any, multiple: bool) -> str | list[str]:
+    """What a key of a YAML file gives to an option, with ~ written out as a shell would."""
+    items = item if isinstance(item, list) and multiple else [item]
+    for part in items:
+        if not isinstance(part, str):
+            kind = "a list" if isinstance(part, list) else "keys and values"
+            expected = "text or a list of texts" if multiple else "one text"
+            raise typer.BadParameter(f'{file}: "{key}" holds {kind}, expected {expected}.')
+    texts = [str(Path(part).expanduser()) if part.startswith("~/") else part for part in items]
+    return texts if multiple else texts[0]
 
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, or a GGUF file.", show_default=False)]
@@ -163,8 +174,9 @@ CalibrationOption = Annotated[
     typer.Option(
         "--calibration",
         "-c",
-        help="c4, wikitext2, python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a .txt, .jsonl[:FIELD], .parquet[:FIELD] "
-        "file, or .safetensors with input_ids (and attention_mask). Repeat with weights to mix: 0.7*c4 [default: c4].",
+        help="c4, wikitext2, python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a .txt, .jsonl[:FIELD], .json[:FIELD], "
+        ".parquet[:FIELD] file, or .safetensors with input_ids (and attention_mask). Repeat with weights to mix: "
+        "0.7*c4 [default: c4].",
         rich_help_panel="Calibration",
         show_default=False,
     ),

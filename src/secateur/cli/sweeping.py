@@ -171,6 +171,15 @@ def sweep(
     offload_states: OffloadOption = "auto",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    again: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--again",
+            help="Run the cells of these methods again, whose code or options have changed.",
+            rich_help_panel="How to run",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the cells and the estimate, and change nothing.")
     ] = False,
@@ -181,7 +190,7 @@ def sweep(
 
     Started again with the same folder, it runs only what is missing. A cell that fails does not stop the others.
     """
-    from secateur.cli.parsing import methods_of, patterns_of
+    from secateur.cli.parsing import listed, methods_of, patterns_of
 
     grid = methods_of(methods or ["magnitude", "wanda", "sparsegpt"], option or ())
     patterns = patterns_of(sparsity or (), pattern or (), per)
@@ -228,6 +237,7 @@ def sweep(
                 offload_states=offload_states,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
+                again=listed(again or ()),
                 dry_run=dry_run,
                 command=["secateur", *sys.argv[1:]],
                 on_estimate=on_estimate,
@@ -244,14 +254,14 @@ def sweep(
     else:
         print_tables(sweep_table_groups(result))
     asked = {(label, pattern_text(own)) for label in grid for own in patterns}
-    failed = [cell for cell in result.failed if (cell.method, cell.pattern) in asked]
-    if failed:
-        typer.secho(f"{len(failed)} of {len(asked)} cells failed:", fg=typer.colors.RED, err=True)
-        for cell in failed:
-            typer.secho(f"  {cell.name}: {cell.error}", fg=typer.colors.RED, err=True)
+    if result.failed:
+        typer.secho(f"{len(result.failed)} of {len(result.cells)} cells failed:", fg=typer.colors.RED, err=True)
+        for cell in result.failed:
+            earlier = "" if (cell.method, cell.pattern) in asked else " (earlier, and not asked for this time)"
+            typer.secho(f"  {cell.name}{earlier}: {cell.error}", fg=typer.colors.RED, err=True)
     if len(result.failed) < len(result.cells):
         _report(Path(output))
-    if failed:
+    if result.failed:
         raise typer.Exit(1)
 
 

@@ -76,7 +76,8 @@ class Method:
     `needs` are the statistics of inputs to collect beforehand, and `gradient` the statistic of gradients; with
     neither, the method runs without calibration data. `per` is the comparison group of unstructured patterns that
     leave it open. `products` is about how many products of the weights with a Gram matrix a solve takes the time of,
-    for estimates. `options` are what it was made with, for the record; `with_options` fills them in.
+    for estimates. `options` are what it was made with, for the record; `with_options` fills them in. `revision` is
+    raised when the same options give other results than before, so that kept results are not taken for new ones.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Method:
     gradient: GradientKind | None = None
     products: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    revision: int = 1
 
 
 def select(
@@ -126,6 +128,7 @@ class Refinement:
     needs: frozenset[type[Statistic]] = frozenset()
     products: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    revision: int = 1
 
 
 def chain(method: Method, *refinements: Refinement) -> Method:

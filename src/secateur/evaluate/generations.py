@@ -1,14 +1,17 @@
 """What models write: greedy continuations of the same prompts, to be read side by side."""
 
-import json
+import codecs
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from secateur.errors import CalibrationError
 from secateur.models.whole import WholeModel
+from secateur.reading import open_regular, parse_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,30 @@ def read_prompts(file: Path) -> list[str]:
 
     Raises `CalibrationError` when there is none.
     """
-    try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{file}: cannot be read ({getattr(error, 'strerror', 'not text')}).") from None
+    with suppress(RuntimeError):  # nobody of that name
+        file = file.expanduser()
+    with open_regular(file, error=CalibrationError) as stream:
+        every = [(number, line.rstrip(b"\r\n")) for number, line in read_lines(stream, file, error=CalibrationError)]
+    every = [(number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line) for number, line in every]
+    lines = [(number, line) for number, line in every if line.strip()]
     if not lines:
         raise CalibrationError(f"{file}: no prompt in it. Write one a line.")
-    if file.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError):
-            raise CalibrationError(f'{file}, line {number}: expected a JSON object with a "prompt".') from None
-    return prompts
+    read = _prompt if file.suffix.lower() == ".jsonl" else _text
+    return [read(line, f"{file}, line {number}") for number, line in lines]
+
+
+def _text(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{where}: not UTF-8 text (byte {error.start}: {error.reason}). Convert it.") from None
+
+
+def _prompt(line: bytes, where: str) -> str:
+    advice = 'Expected a JSON object with a "prompt".'
+    prompt: str = parse_json(line, where, _Row, error=CalibrationError, advice=advice)["prompt"]
+    return prompt
+
+
+class _Row(TypedDict):
+    prompt: str

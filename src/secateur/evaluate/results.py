@@ -19,6 +19,7 @@ from secateur.models.checkpoint import Checkpoint, companion_files, file_digest,
 from secateur.names import unique
 from secateur.reading import checked, read_json
 
+REVISION = 1  # of how evaluations are made; raise it when the same key gives other figures
 DECIDING_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")  # beside the weights
 
 Kind = Literal["perplexity", "agreement", "tasks"]
@@ -110,9 +111,13 @@ class Results:
         self.folder = folder
 
     def find(self, model_digest: str, kind: Kind, key: Mapping[str, Any]) -> Record | None:
-        """The evaluation of that kind and key, or None. Raises `CheckpointError` for a damaged file."""
+        """The evaluation of that kind and key, made with the same versions of everything, or None.
+
+        Raises `CheckpointError` for a damaged file.
+        """
         file = self._file(model_digest, kind, key)
-        return _read(file) if file.exists() else None
+        record = _read(file) if file.exists() else None
+        return record if record is not None and _deciding(record.versions) == _deciding(_versions()) else None
 
     def add(
         self,
@@ -130,7 +135,7 @@ class Results:
         record = Record(kind, key, result, datetime.now(UTC).isoformat(timespec="seconds"), _versions())
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(asdict(record)) + "\n")
+            partial.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
             partial.replace(file)
         except OSError as error:
             raise CheckpointError(f"{file}: the evaluation cannot be kept ({error.strerror}).") from None
@@ -139,8 +144,9 @@ class Results:
                 partial.unlink()
 
     def of(self, model_digest: str) -> list[Record]:
-        """All evaluations of a model, oldest first."""
-        records = [_read(file) for file in (self.folder / model_digest).glob("*.json")]
+        """All evaluations of a model that were made as they are now, oldest first."""
+        found = [_read(file) for file in (self.folder / model_digest).glob("*.json")]
+        records = [record for record in found if record.versions.get("evaluation", "1") == str(REVISION)]
         return sorted(records, key=lambda record: (record.created, record.kind, json.dumps(record.key, sort_keys=True)))
 
     def _file(self, model_digest: str, kind: Kind, key: Mapping[str, Any]) -> Path:
@@ -149,7 +155,13 @@ class Results:
 
 
 def _versions() -> dict[str, str]:
-    return {"secateur": secateur.__version__, **{name: version(name) for name in ("torch", "transformers")}}
+    own = {"secateur": secateur.__version__, "evaluation": str(REVISION)}
+    return own | {name: version(name) for name in ("torch", "transformers")}
+
+
+def _deciding(versions: Mapping[str, str]) -> dict[str, str]:
+    """The versions on which figures depend: ours has a number for that."""
+    return {"evaluation": "1", **{name: value for name, value in versions.items() if name != "secateur"}}
 
 
 def _read(file: Path) -> Record:

@@ -5,20 +5,20 @@ set, so that prompts, answers and metrics stay the harness's.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import yaml
 
 from secateur.errors import CalibrationError
 from secateur.models.checkpoint import file_digest
+from secateur.reading import open_regular, parse_json, read_lines
 
 SPLITS = ("train", "validation", "dev", "test")
-SUBJECT = "subject"  # the column of a file that serves several tasks
+SUBJECT: Literal["subject"] = "subject"  # the column of a file that serves several tasks
 
 
 @contextmanager
@@ -35,6 +35,10 @@ def reading_quietly() -> Iterator[None]:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         if bars:
             datasets.enable_progress_bars()
+
+
+class _Row(TypedDict):
+    subject: str | int
 
 
 class LocalData:
@@ -58,12 +62,17 @@ class LocalData:
 
         Raises `CalibrationError` when a task has no file, or none to draw its examples from.
         """
-        used: set[Path] = set()
+        used: set[tuple[str, str, Path]] = set()
         self._configure(name, shots, used)
-        listing = sorted(file_digest(file) for file in used)
+        for _, _, file in sorted(used):
+            with open_regular(file, error=CalibrationError):
+                pass
+        digests = {file: file_digest(file) for _, _, file in used}
+        listing = sorted(f"{task} {split} {digests[file]}" for task, split, file in used)
         return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
-    def _configure(self, name: str, shots: int | None, used: set[Path]) -> None:
+    def _configure(self, name: str, shots: int | None, used: set[tuple[str, str, Path]]) -> None:
+        """As `configure`; which file serves which split of which task goes into `used`."""
         entry = self.index.get(name)
         if entry is None:
             raise CalibrationError(f"{name}: a task that only its group's own file describes takes no local data.")
@@ -77,16 +86,16 @@ class LocalData:
         if kind != "TASK":
             raise CalibrationError(f"{name}: a task with code of its own, which takes no local data. Leave it out.")
         splits, origins = self._splits(name, entry.cfg)
-        used |= set(origins)
+        used |= {(name, split, file) for split, file in origins.items()}
         evaluated = self._evaluated(name, entry.cfg, splits)
         self._check_examples(name, entry.cfg, splits, evaluated, shots)
         self._write(name, self._configuration(entry, splits))
 
-    def _splits(self, name: str, config: Mapping[str, Any]) -> tuple[dict[str, Path], list[Path]]:
-        """(file of each split for a task, the files that the user gave for it): its own, or those of its family."""
+    def _splits(self, name: str, config: Mapping[str, Any]) -> tuple[dict[str, Path], dict[str, Path]]:
+        """(file of each split for a task, the file that the user gave for it): its own, or those of its family."""
         own = self._named(name)
         if own:
-            return own, list(own.values())
+            return own, dict(own)
         subject = str(config.get("dataset_name"))
         words = name.split("_")
         for count in range(len(words) - 1, 0, -1):
@@ -95,7 +104,7 @@ class LocalData:
                 split: parts[subject] for split, file in shared.items() if subject in (parts := self._parts(file))
             }
             if splits:
-                return splits, [shared[split] for split in splits]
+                return splits, {split: shared[split] for split in splits}
         raise CalibrationError(
             f"{name}: no file for it in {self.folder}. Expected {name}_SPLIT*.jsonl, SPLIT being one of "
             f"{', '.join(SPLITS)}; found {self._found()}."
@@ -117,20 +126,19 @@ class LocalData:
     def _parts(self, file: Path) -> dict[str, Path]:
         """The rows of a file by subject, each in a file of its own."""
         if file not in self._by_subject:
-            rows: dict[str, list[str]] = {}
-            for number, line in enumerate(file.read_text().splitlines(), 1):
-                try:
-                    rows.setdefault(str(json.loads(line)[SUBJECT]), []).append(line)
-                except (ValueError, KeyError, TypeError):
-                    raise CalibrationError(
-                        f'{file}, line {number}: expected a JSON object with a "{SUBJECT}", which tells the tasks '
-                        "that the file serves apart."
-                    ) from None
+            rows: dict[str, list[bytes]] = {}
+            advice = f'Expected a JSON object with a "{SUBJECT}", which tells the tasks that the file serves apart.'
+            with open_regular(file, error=CalibrationError) as stream:
+                for number, line in read_lines(stream, file, error=CalibrationError):
+                    where = f"{file}, line {number}"
+                    if line.strip():
+                        row = parse_json(line, where, _Row, error=CalibrationError, advice=advice)
+                        rows.setdefault(str(row[SUBJECT]), []).append(line.rstrip(b"\r\n") + b"\n")
             folder = self.written / f"{file.stem}-by-subject"
             folder.mkdir()
             self._by_subject[file] = {subject: folder / f"{number}.jsonl" for number, subject in enumerate(rows)}
             for subject, part in self._by_subject[file].items():
-                part.write_text("\n".join(rows[subject]) + "\n")
+                part.write_bytes(b"".join(rows[subject]))
         return self._by_subject[file]
 
     def _evaluated(self, name: str, config: Mapping[str, Any], splits: dict[str, Path]) -> str:
@@ -177,7 +185,8 @@ class LocalData:
         return ", ".join(file.name for file in self.files) or "no .jsonl file at all"
 
     def _write(self, name: str, configuration: Mapping[str, Any]) -> None:
-        (self.written / f"{name}.yaml").write_text(yaml.safe_dump(dict(configuration), sort_keys=False))
+        text = yaml.safe_dump(dict(configuration), sort_keys=False)
+        (self.written / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
 def _members(config: Mapping[str, Any]) -> list[str]:

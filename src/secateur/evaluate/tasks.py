@@ -79,6 +79,7 @@ def tasks(
             own = {"tokenizer": tokenizer, "device": device, "dtype": dtype, "revision": revision}
             whole = stack.enter_context(WholeModel(model, **own, trust_remote_code=trust_remote_code))
         settings = {"limit": limit, "shots": shots, "dtype": str(whole.dtype).removeprefix("torch.")}
+        settings |= {"device": whole.device.type}
         versions = {"lm_eval": version("lm_eval")}
         keys = {name: {"task": name, "data": data[name], **settings, **versions} for name in wanted}
         path = None if store is None or tokenizer is not None else whole.path  # a module in memory has none

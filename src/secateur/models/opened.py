@@ -121,7 +121,7 @@ def open_model(
         origin=origin,
         write_companions=lambda target: _copy_companions(folder, target),
         load_tokenizer=lambda: load_tokenizer(folder, trust_remote_code),
-        expected=lambda target: build_skeleton(target, trust_remote_code=trust_remote_code),
+        expected=lambda target: _described(target, trust_remote_code),
     )
 
 
@@ -203,6 +203,13 @@ def _open_plain(model: nn.Module, device: torch.device | None, dtype: str) -> Op
     )
 
 
+def _described(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The model that the configuration in a written folder describes, without weights."""
+    written = Checkpoint(folder)
+    shapes = {name: written.shape(name) for name in written.names}
+    return build_skeleton(folder, shapes, trust_remote_code=trust_remote_code)
+
+
 def _same_class(model: nn.Module, target: Path) -> nn.Module:
     """A model of the same class without weights, as the written configuration has it.
 
@@ -212,7 +219,7 @@ def _same_class(model: nn.Module, target: Path) -> nn.Module:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        return build_skeleton(target)
+        return _described(target)
     config = type(model.config).from_pretrained(target)
     with init_empty_weights(include_buffers=False):
         empty: nn.Module = type(model)(config)
@@ -241,7 +248,7 @@ def _open_gguf(file: Path, device: torch.device, dtype: str) -> OpenedModel:
         },
         write_companions=write,
         load_tokenizer=lambda: gguf_tokenizer(file),
-        expected=build_skeleton,
+        expected=_described,
     )
 
 
@@ -314,7 +321,7 @@ def _clean_configuration(file: Path) -> None:
     config = read_json(file, dict[str, Any])
     plain = _without_packing(config)
     if plain != config:
-        file.write_text(json.dumps(plain, indent=2) + "\n")
+        file.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
 def _without_packing(config: dict[str, Any]) -> dict[str, Any]:

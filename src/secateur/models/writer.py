@@ -39,7 +39,7 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             try:
                 with writing(folder / INDEX_FILE):
-                    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+                    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             except CheckpointError:
                 self.close()
                 raise

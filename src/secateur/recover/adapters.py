@@ -244,9 +244,10 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of an adapter, with a digest over it, and a README beside it."""
     value = {"format": 1, **record}
     with writing(folder / ADAPTER_RECORD):
-        (folder / ADAPTER_RECORD).write_text(json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n")
+        text = json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n"
+        (folder / ADAPTER_RECORD).write_text(text, encoding="utf-8")
     with writing(folder / "README.md"):
-        (folder / "README.md").write_text(_readme(record))
+        (folder / "README.md").write_text(_readme(record), encoding="utf-8")
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

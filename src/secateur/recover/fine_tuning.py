@@ -18,12 +18,13 @@ from secateur.calibration import Windows, check_length, check_predictions, check
 from secateur.card import write_card
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
+from secateur.evaluate.results import model_digest
 from secateur.manifest import read_manifest, verify
 from secateur.models.checkpoint import locate
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.writer import writing
 from secateur.output import Scratch, check_output
-from secateur.reading import read_json
+from secateur.reading import checked, read_json
 from secateur.recover.adapters import require_peft
 from secateur.recover.forecast import Forecast, count_parameters, forecast
 from secateur.recover.settings import Settings, choose, require_one_process, to_json
@@ -31,6 +32,7 @@ from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, 
 from secateur.recover.ways import Adapters, FullWeights, Way
 from secateur.recover.written import versions
 
+REVISION = 1  # of how recovery trains; raise it when a run that goes on would mix two ways
 STATE = "recovery.json"  # in the folder of an unfinished run: what it was started with
 
 # progress(stage, done, in all, note)
@@ -138,7 +140,9 @@ def fine_tune(
             "method": method,
             "settings": to_json(settings, method),
             "dtype": "bfloat16" if half else "float32",
+            "revision": REVISION,
             "distill": None if distill is None else str(distill),
+            "distill_digest": None if distill is None else model_digest(distill),
             "base": {"path": str(base.resolve()), "digest": manifest.digest},
             "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
             "held_out": {**held.provenance, "digest": held.digest},
@@ -314,9 +318,10 @@ def _start(work: Path, asked: Mapping[str, Any], resume: bool) -> Path | None:
             if work.exists():
                 shutil.rmtree(work)
             work.mkdir(parents=True)
-            state.write_text(json.dumps(asked, indent=1) + "\n")
+            state.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
         return None
-    held = read_json(state, State, advice="Start over with --overwrite.")
+    held: dict[str, Any] = read_json(state, dict[str, Any], advice="Start over with --overwrite.")
+    checked(held, state, State, advice="Start over with --overwrite.")
     before, now = _comparable(held), _comparable(json.loads(json.dumps(asked)))
     for key, value in now.items():
         if key != "lr" and value != before.get(key):

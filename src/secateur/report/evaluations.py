@@ -6,7 +6,7 @@ from typing import Any
 
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import RESULTS, Kind, Record
-from secateur.reading import checked, parse_json, read_text
+from secateur.reading import checked, read_json
 from secateur.report.tables import Cell, Table, number, percent, text
 
 Evaluation = Mapping[str, Any]
@@ -18,22 +18,20 @@ def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
     Of a comparison of several models those of this checkpoint. Raises `CheckpointError` for another kind of file, and
     where all results are of other models.
     """
-    text = read_text(file)
+    advice = f"Make it anew: secateur eval {pruned} --json > {file}"
+    content = read_json(file.expanduser(), advice=advice)
     try:
-        found = list(_results(parse_json(text, file)))
-        for _, kind, result in found:
-            checked({"results": [result]} if kind == "tasks" else result, file, RESULTS[kind])
-    except (CheckpointError, TypeError, KeyError, AttributeError):
+        found = list(_results(content))
+    except (ValueError, TypeError, KeyError, AttributeError):
         found = []
     if not found:
-        raise CheckpointError(
-            f"{file}: not what secateur eval --json or compare --json prints. Make it anew: "
-            f"secateur eval {pruned} --json > {file}"
-        )
+        raise CheckpointError(f"{file}: not what secateur eval --json or compare --json prints. {advice}")
     own = [(kind, result) for model, kind, result in found if model is None or _same(model, pruned)]
     if not own:
         others = ", ".join(sorted({str(model) for model, _, _ in found}))
         raise CheckpointError(f"{file}: holds results of {others}, none of {pruned}. Give a file of this checkpoint.")
+    for kind, result in own:
+        checked({"results": [result]} if kind == "tasks" else result, file, RESULTS[kind], advice=advice)
     return [{"kind": kind, "key": file.name, "result": result} for kind, result in own]
 
 

@@ -1,11 +1,10 @@
 """The report of a sweep: perplexity over sparsity for each method, and tables of method by pattern."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from secateur.errors import CheckpointError
+from secateur.reading import checked, read_json
 from secateur.report.charts import Chart, Series, check_installed
 from secateur.report.checkpoint_tables import pairs
 from secateur.report.evaluations import data_name
@@ -14,6 +13,45 @@ from secateur.report.tables import Cell, Table, number, percent, text
 from secateur.report.terminal import seconds_text
 
 SWEEP_FILE = "sweep.json"
+
+
+class _Figure(TypedDict):
+    perplexity: float | None
+    perplexity_error: NotRequired[float | None]
+    difference: NotRequired[float | None]
+    difference_error: NotRequired[float | None]
+
+
+class _Dense(TypedDict):
+    perplexity: float | None
+    perplexity_error: NotRequired[float | None]
+    windows: NotRequired[int]
+    length: NotRequired[int]
+
+
+class _Cell(TypedDict):
+    method: str
+    pattern: str
+    status: str
+    sparsity: NotRequired[float | None]
+    seconds: NotRequired[float | None]
+    figures: NotRequired[dict[str, _Figure] | None]
+
+
+class _Done(TypedDict):
+    """What a cell has besides when it is done."""
+
+    sparsity: float
+    seconds: float
+    figures: dict[str, _Figure]
+
+
+class _Sweep(TypedDict):
+    """What a page needs of a sweep."""
+
+    model: str
+    dense: dict[str, _Dense]
+    cells: list[_Cell]
 
 
 def is_sweep(folder: Path) -> bool:
@@ -42,20 +80,12 @@ def build_sweep(folder: Path, progress: Callable[[str, int, int], None] = lambda
 def read_sweep(folder: Path) -> dict[str, Any]:
     """The contents of `sweep.json`, with the entries that a page needs. Raises `CheckpointError` without them."""
     file = folder / SWEEP_FILE
-    try:
-        sweep: dict[str, Any] = json.loads(file.read_text())
-        for cell in sweep["cells"]:
-            cell["method"], cell["pattern"], cell["status"]
-            if cell["status"] == "done":
-                cell["sparsity"], cell["seconds"]
-                [figure["perplexity"] for figure in cell["figures"].values()]
-        sweep["model"], [figure["perplexity"] for figure in sweep["dense"].values()]
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file}: damaged ({error!r}). Run the sweep again; what is done will not be repeated."
-        ) from None
+    advice = "Run the sweep again; what is done will not be repeated."
+    sweep: dict[str, Any] = read_json(file, dict[str, Any], advice=advice)
+    checked(sweep, file, _Sweep, advice=advice)
+    for cell in sweep["cells"]:
+        if cell["status"] == "done":
+            checked(cell, f"{file}, {cell['method']} {cell['pattern']}", _Done, advice=advice)
     return sweep
 
 
@@ -96,12 +126,12 @@ def _chart(sweep: Mapping[str, Any], data: str, place: int) -> Chart | None:
         title=f"Perplexity on {name} by sparsity",
         summary=f"Perplexity on {name} of {', '.join(one.label for one in series)} over the share of weights removed. "
         f"At {best.x[-1]:g} % the lowest is {best.y[-1]:.4g}, by {best.label}."
-        + (f" The dense model has {dense['perplexity']:.4g}." if dense else ""),
+        + (f" The dense model has {_spoken(dense, '.4g')}." if dense else ""),
         x="weights removed, per cent",
         y="perplexity",
         series=series,
         logarithmic=True,
-        level=("dense", dense["perplexity"]) if dense else None,
+        level=("dense", dense["perplexity"]) if dense and dense["perplexity"] is not None else None,
     )
 
 
@@ -134,7 +164,7 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
             ("Methods", ", ".join(methods)),
             ("Patterns", ", ".join(kinds)),
             *(
-                (f"Perplexity, dense, {data_name({'data': data})}", f"{figure['perplexity']:.3f}")
+                (f"Perplexity, dense, {data_name({'data': data})}", _spoken(figure, ".3f"))
                 for data, figure in sweep["dense"].items()
             ),
             ("Time", seconds_text(seconds)),
@@ -157,13 +187,18 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
     }
 
 
+def _spoken(figure: Mapping[str, Any], digits: str) -> str:
+    """A perplexity in words; one beyond all numbers is recorded as null."""
+    return "no finite value" if figure["perplexity"] is None else format(figure["perplexity"], digits)
+
+
 def _words(dense: Mapping[str, Any] | None) -> str:
     if dense is None:
         return "The dense model was not evaluated on this text."
     error = dense.get("perplexity_error")
     windows = f" on {dense['windows']:,} windows of {dense['length']:,} tokens" if "windows" in dense else ""
     spread = f" ± {error:.3f}" if error is not None else ""
-    return f"The dense model has a perplexity of {dense['perplexity']:.3f}{spread}{windows}."
+    return f"The dense model has a perplexity of {_spoken(dense, '.3f')}{spread}{windows}."
 
 
 def _grid(

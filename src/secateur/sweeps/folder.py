@@ -7,23 +7,26 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
+from secateur.core.fingerprint import difference
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.errors import CheckpointError
 from secateur.manifest import FILE_NAME
 from secateur.models.writer import writing
 from secateur.output import check_apart, check_writable
+from secateur.reading import checked, read_json, read_text
 
 SWEEP_FILE = "sweep.json"
 CELL_FILE = "cell.json"
 CHECKPOINT = "checkpoint"
 LOCK_FILE = "sweep.lock"
+_FOLDER = re.compile(r"cells/(?!\.{1,2}$)[^/\\\0]+")  # of a cell, as it stands in files
 _LEFTOVER = re.compile(r"\.(partial|old)$|\.(partial|states|gradients|old)-\d+")
 
 Figures = Mapping[str, Mapping[str, Any]]
@@ -59,6 +62,40 @@ class Cell:
         return cls(label, pattern_text(pattern), pattern.sparsity, f"cells/{cell_name(label, pattern)}")
 
 
+class _Found(TypedDict):
+    """What is read of a cell's figures on a data set."""
+
+    perplexity: float | None
+    window_nats: list[float | None]
+
+
+class _Dense(_Found):
+    windows: int
+    length: int
+
+
+class _Chosen(TypedDict):
+    name: str
+    options: dict[str, Any]
+    fingerprint: NotRequired[dict[str, str]]
+
+
+class _Settings(TypedDict):
+    """What is read of a sweep's settings."""
+
+    data: list[str]
+    methods: dict[str, _Chosen]
+    digests: dict[str, str]
+    agreement: bool
+
+
+class _Written(TypedDict):
+    model: str
+    dense: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    cells: list[Cell]
+
+
 @dataclass(frozen=True)
 class Sweep:
     """What is known of a grid of prunings: the dense model's figures by data set, the settings, and the cells."""
@@ -86,10 +123,31 @@ class Sweep:
         return result
 
     @classmethod
-    def from_json(cls, folder: Path, value: Mapping[str, Any]) -> "Sweep":
-        """The sweep that `to_json` wrote."""
-        cells = [Cell(**cell) for cell in value["cells"]]
-        return cls(folder, value["model"], value["dense"], value["settings"], cells)
+    def read(cls, file: Path) -> "Sweep":
+        """The sweep that `to_json` wrote into a file. Raises `CheckpointError` for anything else."""
+        advice = f"Remove {file.parent} to start again."
+        value = read_json(file, _Written, advice=advice)
+        checked(value["settings"], file, _Settings, advice=advice)
+        checked(value["dense"], file, dict[str, _Dense], advice=advice)
+        for cell in value["cells"]:
+            _check_cell(cell, file, advice)
+        return cls(file.parent, value["model"], value["dense"], value["settings"], value["cells"])
+
+
+def _check_cell(cell: Cell, file: Path, advice: str) -> None:
+    """Raise `CheckpointError` for figures that are none, and for a folder that is not one of a sweep's cells."""
+    # Files are removed there: it must lie inside of the sweep, whatever a file says.
+    if not _FOLDER.fullmatch(cell.folder):
+        raise CheckpointError(
+            f'{file}: damaged or altered: the folder of {cell.name} is "{cell.folder}", expected cells/NAME. {advice}'
+        )
+    checked(cell.figures, f"{file}, {cell.name}", dict[str, _Found], advice=advice)
+
+
+class _Sources(TypedDict):
+    """What is read of a cell's manifest."""
+
+    source_tensors: dict[str, str]
 
 
 class SweepFolder:
@@ -116,17 +174,24 @@ class SweepFolder:
         file = self.path / SWEEP_FILE
         if not file.exists():
             return None
-        try:
-            sweep = Sweep.from_json(self.path, json.loads(file.read_text()))
-            cells = [self._cell(cell) for cell in sweep.cells]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file}: damaged ({error!r}). Remove {self.path} to start again.") from None
-        return dataclasses.replace(sweep, cells=cells)
+        sweep = Sweep.read(file)
+        return dataclasses.replace(sweep, cells=[self._cell(cell) for cell in sweep.cells])
 
     def _cell(self, cell: Cell) -> Cell:
         # A process that was killed may have finished a cell, and not have told sweep.json.
-        file = self.path / cell.folder / CELL_FILE
-        return Cell(**json.loads(file.read_text())) if file.exists() else cell
+        folder = self.path / cell.folder
+        if folder.is_symlink() or folder.parent.is_symlink():
+            link = folder if folder.is_symlink() else folder.parent
+            raise CheckpointError(f"{link}: is a link, and a sweep keeps its cells in its own folder. Remove the link.")
+        file = folder / CELL_FILE
+        if not file.exists():
+            return cell
+        advice = f"Remove {file.parent} to run this cell again."
+        found: Cell = read_json(file, Cell, advice=advice)
+        _check_cell(found, file, advice)
+        if found.folder != cell.folder:
+            raise CheckpointError(f"{file}: is of {found.folder}, expected {cell.folder}. {advice}")
+        return found
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -155,11 +220,12 @@ class SweepFolder:
             lock.release()
 
     def _clean(self) -> None:
-        for folder in (self.path, *self.path.glob("cells/*/")):
+        cells = [] if (self.path / "cells").is_symlink() else self.path.glob("cells/*/")
+        for folder in (self.path, *(cell for cell in cells if not cell.is_symlink())):
             for entry in list(folder.iterdir()):
                 if not _LEFTOVER.search(entry.name):
                     continue
-                if entry.is_dir():
+                if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry, ignore_errors=True)
                 else:
                     entry.unlink(missing_ok=True)
@@ -170,7 +236,7 @@ class SweepFolder:
         partial = file.with_name(f"{file.name}.partial")
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", newline="") as stream:
+            with partial.open("w", newline="", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -190,29 +256,35 @@ class SweepFolder:
 
     def keep_manifest(self, cell: Cell) -> None:
         """Copy the manifest of a cell's checkpoint beside it, where it stays."""
-        self.write(f"{cell.folder}/{FILE_NAME}", (self.checkpoint(cell) / FILE_NAME).read_text())
+        self.write(f"{cell.folder}/{FILE_NAME}", read_text(self.checkpoint(cell) / FILE_NAME))
 
     def source_tensors(self, cells: Sequence[Cell]) -> dict[str, str]:
         """sha256 of the source's planned tensors as the first of these cells with a manifest saw them."""
         for cell in cells:
             file = self.path / cell.folder / FILE_NAME
             if file.exists():
-                return dict(json.loads(file.read_text())["source_tensors"])
+                found: dict[str, str] = read_json(file, _Sources)["source_tensors"]
+                return found
         return {}
 
     def drop_checkpoint(self, cell: Cell) -> None:
         """Remove the checkpoint of a cell, if it has one."""
         folder = self.checkpoint(cell)
-        if folder.exists():
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
             # Under another name first: what is half removed must not be taken for a checkpoint.
             old = folder.rename(folder.with_name(f"{folder.name}.old"))
             shutil.rmtree(old, ignore_errors=True)
 
 
-def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_settings(
+    folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], finished: Collection[str] | None = None
+) -> None:
     """Raise `CheckpointError` for a setting that differs from the one that the folder's cells were made with.
 
-    Methods, patterns and data sets may be added. An entry that only one side has is no difference.
+    Methods, patterns and data sets may be added, and a method be changed that no cell is `finished` with (None: any
+    may be). An entry that only one side has is no difference.
     """
     own = {
         key: value
@@ -223,13 +295,8 @@ def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
         if key in old and old[key] != value:
             raise _changed(folder, f"--{key.replace('_', '-')}", old[key], value)
     for label, method in new["methods"].items():
-        held = old["methods"].get(label, method)
-        if held["name"] != method["name"]:
-            raise _changed(folder, f"--methods {label} for", held["name"], method["name"], label)
-        for option in sorted({*held["options"], *method["options"]}):
-            before, now = (side["options"].get(option) for side in (held, method))
-            if before != now:
-                raise _changed(folder, f"--option {label}.{option}", before, now, label)
+        if label in old["methods"] and (finished is None or label in finished):
+            _check_method(folder, label, old["methods"][label], method)
     for what, digest in new["digests"].items():
         held = old["digests"].get(what, digest)
         if held != digest:
@@ -239,8 +306,27 @@ def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
             )
 
 
+def _check_method(folder: Path, label: str, held: Mapping[str, Any], method: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` when a label stands for another method, other options or other code than before."""
+    if held["name"] != method["name"]:
+        raise _changed(folder, f"--methods {label} for", held["name"], method["name"], label)
+    for option in sorted({*held["options"], *method["options"]}):
+        before, now = (side["options"].get(option) for side in (held, method))
+        if before != now:
+            raise _changed(folder, f"--option {label}.{option}", before, now, label)
+    changed = difference(held.get("fingerprint", {}), method["fingerprint"])
+    if changed is not None:
+        raise CheckpointError(
+            f"{folder}: {label} is not the method any more that its finished cells were made with: {changed}. Run them "
+            f"again with --again {label}, give the new one a label of its own (--methods NEW={label}), or choose "
+            "another folder."
+        )
+
+
 def _changed(folder: Path, setting: str, old: Any, new: Any, label: str | None = None) -> CheckpointError:
-    label_it = f", or give this variant a label of its own: --methods NAME={label}" if label is not None else ""
+    label_it = ""
+    if label is not None:
+        label_it = f", give this variant a label of its own: --methods NAME={label}, run it again with --again {label}"
     return CheckpointError(
         f"{folder}: this sweep was started with {setting} {_spoken(old)}, got {_spoken(new)}. All cells of a sweep "
         f"have the same settings: go on with the old value{label_it}, or choose another folder."

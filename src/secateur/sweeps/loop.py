@@ -4,7 +4,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class SweepLoop:
     tokenizer: Any
     command: Sequence[str] | None
     on_event: Callable[[SweepEvent], None]
+    again: Collection[str] = ()  # labels whose cells are to be run anew
+    outdated: set[str] = field(default_factory=set)  # folders of cells with a checkpoint of another method
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)  # by folder; also those that were not asked for this time
     texts: dict[str, Windows] = field(default_factory=dict)  # by data set
@@ -86,13 +88,20 @@ class SweepLoop:
     def join(self, known: Sweep | None) -> None:
         """Go on from what is on the disk. Raises `CheckpointError` when that was made with other settings."""
         if known is not None:
-            check_settings(self.folder.path, known.settings, self.settings)
+            finished = {cell.method for cell in known.cells if cell.figures} - set(self.again)
+            check_settings(self.folder.path, known.settings, self.settings, finished)
+            held = known.settings["methods"]
+            changed = {*self.again, *(key for key, own in self.settings["methods"].items() if held.get(key) != own)}
             for key in ("methods", "digests", "bos_choices"):
                 self.settings[key] = {**known.settings.get(key, {}), **self.settings[key]}
             self.settings["data"] = list(dict.fromkeys([*known.data, *self.settings["data"]]))
             self.settings["agreement"] = self.settings["agreement"] or known.settings["agreement"]
             self.dense = {data: dict(figures) for data, figures in known.dense.items()}
             self.cells = {cell.folder: cell for cell in known.cells}
+            for cell in known.cells:
+                if cell.method in changed:
+                    self.outdated.add(cell.folder)
+                    self.cells[cell.folder] = Cell(cell.method, cell.pattern, cell.sparsity, cell.folder)
         for task in self.tasks:
             self.cells.setdefault(task.cell.folder, task.cell)
         self.tasks = [replace(task, cell=self.cells[task.cell.folder]) for task in self.tasks]
@@ -107,7 +116,11 @@ class SweepLoop:
     def pending(self) -> list[Task]:
         """The tasks that are not finished, first those whose checkpoint is there."""
         tasks = [task for task in self.tasks if self.lacking(self.cells[task.cell.folder])]
-        return sorted(tasks, key=lambda task: not self.folder.checkpoint(task.cell).exists())
+        return sorted(tasks, key=lambda task: not self._pruned(task.cell))
+
+    def _pruned(self, cell: Cell) -> bool:
+        """Whether the checkpoint of a cell is there."""
+        return cell.folder not in self.outdated and self.folder.checkpoint(cell).exists()
 
     def cut_texts(self, opened: OpenedModel, *, decide: bool) -> None:
         """Cut the windows of every data set that is needed. Raises what `perplexity` would, before any work.
@@ -174,7 +187,7 @@ class SweepLoop:
             opened,
             self.folder.path,
             pending,
-            pruned=[task.cell for task in pending if self.folder.checkpoint(task.cell).exists()],
+            pruned=[task.cell for task in pending if self._pruned(task.cell)],
             finished=len(self.tasks) - len(pending),
             evaluations={
                 task.cell.folder: passes * sum(tokens[data] for data in self.lacking(task.cell)) for task in pending
@@ -188,6 +201,10 @@ class SweepLoop:
 
     def run(self) -> None:
         """Evaluate the dense model, run every pending cell, and write the tables."""
+        for folder in self.outdated:
+            self.folder.drop_checkpoint(self.cells[folder])
+            self.folder.write_cell(self.cells[folder])
+        self.outdated.clear()
         self._drop_unneeded()
         self.folder.write_sweep(self.sweep)
         for data in self.texts:
@@ -222,7 +239,7 @@ class SweepLoop:
             statistics.close()
 
     def _to_prune(self) -> list[Task]:
-        return [task for task in self.pending if not self.folder.checkpoint(task.cell).exists()]
+        return [task for task in self.pending if not self._pruned(task.cell)]
 
     def _take_gradients(self) -> None:
         """One pass over the dense model for each kind of gradients that cells share; a failure is theirs to record."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secateur.calibration import Windows, calibration_windows, check_bos
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from secateur.core.fingerprint import fingerprint
 from secateur.core.patterns import Pattern, Unstructured
 from secateur.core.problem import Method
 from secateur.engine import chosen_correction
@@ -55,6 +56,7 @@ def sweep(
     tokenizer: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    again: Sequence[str] = (),
     dry_run: bool = False,
     command: Sequence[str] | None = None,
     on_estimate: Callable[[SweepEstimate], None] = lambda estimate: None,
@@ -70,10 +72,13 @@ def sweep(
     calibration, and the sweep goes on with that.
 
     Finished cells are not run again when a sweep is started anew in its folder; methods, patterns and data sets may be
-    added, other settings not be changed. A cell that fails is recorded with its error, and tried again the next time.
+    added, other settings not be changed. A method that changed, its code and what it mentions included, is refused once
+    a cell is finished with it: name it in `again` to run its cells anew. A cell that fails is recorded with its error,
+    and tried again the next time.
     With `dry_run` everything ends behind `on_estimate`, and nothing is written.
 
-    Raises `CheckpointError` for a folder of something else or of other settings, and what `prune` and `perplexity`
+    Raises `CheckpointError` for a folder of something else or of other settings, `PatternError` for a method of which
+    nobody could say later whether it is the same, and what `prune` and `perplexity`
     raise where that concerns every cell.
     """
     if isinstance(model, nn.Module):
@@ -84,7 +89,7 @@ def sweep(
     check_bos(bos, BOS_WORDS)
     if keep not in KEEP:
         raise CheckpointError(f'--keep: got "{keep}", expected none, best or all.')
-    only, skip, data = ([word] if isinstance(word, str) else list(word) for word in (only, skip, data))
+    only, skip, data, again = ([word] if isinstance(word, str) else list(word) for word in (only, skip, data, again))
     if not data:
         raise CalibrationError("--data: got none, expected at least one text to evaluate on.")
     folder = SweepFolder(output, model)
@@ -102,6 +107,10 @@ def sweep(
     with ExitStack() as stack:
         opened = open_model(model, **opening)
         tasks = _grid(methods, patterns)
+        unknown = set(again) - {task.cell.method for task in tasks}
+        if unknown:
+            known = ", ".join(dict.fromkeys(task.cell.method for task in tasks))
+            raise PatternError(f"--again {min(unknown)}: is no method of this call; it has {known}.")
         if isinstance(calibration, Tensor | Windows):
             calibration = calibration_windows(calibration, None, samples=samples, length=length)
         settings = {
@@ -133,6 +142,7 @@ def sweep(
             tokenizer=tokenizer or opened.load_tokenizer(),
             command=command,
             on_event=on_event,
+            again=again,
         )
         loop.join(folder.found())
         loop.cut_texts(opened, decide=not dry_run)
@@ -164,7 +174,8 @@ def _grid(methods: Sequence[Method] | Mapping[str, Method], patterns: Sequence[P
 
 
 def _described(method: Method) -> dict[str, Any]:
-    return {"name": method.name, "options": {key: _json_value(value) for key, value in method.options.items()}}
+    options = {key: _json_value(value) for key, value in method.options.items()}
+    return {"name": method.name, "options": options, "fingerprint": fingerprint(method)}
 
 
 def _json_value(value: Any) -> Any:

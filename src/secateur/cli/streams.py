@@ -1,0 +1,88 @@
+"""Standard streams that are closed, full, broken, or of seven bits: what becomes of a command then."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+BROKEN_PIPE = 141  # what a shell shows for a program that a closed pipe ended
+
+
+class _OutputError(Exception):
+    """Standard output cannot be written. No `OSError`, which libraries on the way would take for theirs."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause.strerror)
+        self.cause = cause
+
+
+class _Guarded:
+    """A text stream whose errors are told apart from those of other files, or, where nobody can read them, dropped."""
+
+    def __init__(self, stream: Any, drop: bool) -> None:
+        self._stream = stream
+        self._drop = drop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # rather no accent than no output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Any, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            if not self._drop:
+                raise _OutputError(error) from error
+
+
+@contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Standard streams that are there. Exits with 1 when standard output is full, and quietly when nobody reads it.
+
+    What is written to a closed stream is dropped, and to a standard error that cannot be written as well.
+    """
+    _open_closed()
+    output, errors = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Guarded(output, drop=False), _Guarded(errors, drop=True)
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except _OutputError as error:
+        _discard_output()
+        if error.cause.errno == errno.EPIPE:
+            sys.exit(BROKEN_PIPE)
+        sys.stderr.write(f"Error: standard output cannot be written ({error}).\n")
+        sys.exit(1)
+    finally:
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = output, errors
+
+
+def _open_closed() -> None:
+    """Put the null device in the place of closed streams, before a checkpoint gets their number and what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+
+
+def _discard_output() -> None:
+    """Let what is still in the buffer go nowhere when the interpreter ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
