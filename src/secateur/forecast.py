@@ -16,13 +16,13 @@ from secateur.core.gradients import GradientKind, Scope
 from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
-from secateur.engine import check_choices, check_dense_targets, chosen_correction, gradient_file, make_plan
 from secateur.gradient_pass import chunk_sizes, gradient_batch_size
 from secateur.models.matrices import numbered_experts
 from secateur.models.opened import OpenedModel, choose_device, open_model
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import default_batch_size
 from secateur.plan import Plan
+from secateur.preparation import check_choices, check_dense_targets, chosen_correction, gradient_file, make_plan
 
 DISK_BYTES_PER_SECOND = 500e6  # a plain SSD; no disk is measured, since that would take writing to it
 LIBRARY_BYTES = 40_000_000  # kernels and buffers that torch loads when it first computes

@@ -9,8 +9,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
+
+PART_BYTES = 16 << 20  # of a tensor that is read a part at a time
 
 # The shards of a checkpoint: file name, and (tensor name, dtype, shape) in the order of the bytes.
 Layout = Sequence[tuple[str, Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]]
@@ -193,6 +195,15 @@ class Checkpoint:
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The named tensors, freshly read into host memory (page-locked with `pin`, for transfers to a GPU)."""
         return {name: read_tensor(self.tensors[name], pin=pin) for name in names}
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """All entries of a tensor in order, as flat tensors of at most 16 MB that are read one after the other."""
+        record = self.tensors[name]
+        size = max(1, PART_BYTES // DTYPES[record.dtype].itemsize) * DTYPES[record.dtype].itemsize
+        for start in range(record.start, record.end, size):
+            end = min(start + size, record.end)
+            entries = ((end - start) // DTYPES[record.dtype].itemsize,)
+            yield read_tensor(replace(record, shape=entries, start=start, end=end))
 
     def layout(self) -> Layout:
         """The shards of an output with the same tensors: (standard file name, [(name, dtype, shape)])."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ModelStructureError
 from secateur.models.skeleton import Skeleton
-from secateur.models.structure import Block
+from secateur.models.structure import Block, embeddings_of
 from secateur.models.writer import reserve, writing
 
 
@@ -188,7 +188,8 @@ class Stream:
     def _output_structures(self) -> dict[type[nn.Module], Callable[[Tensor], Any]]:
         """For each class of blocks, how it hands its hidden states back: learnt by running one of it on two tokens.
 
-        The forward runs to its end, which shows whether every block is called exactly once, in order.
+        The forward runs to its end, or to a head that is not loaded, which shows whether every block is called exactly
+        once, in order.
         """
         wrappers: dict[type[nn.Module], Callable[[Tensor], Any]] = {}
         called: list[int] = []
@@ -216,7 +217,7 @@ class Stream:
             passed.append(states)
             return wrappers[kind](states)
 
-        with _stubbed(self.skeleton, run):
+        with _stubbed(self.skeleton, run), _up_to_the_head(self.skeleton.model):
             self.skeleton.model(input_ids=self.batches[0][:1, :2].to(self.device), use_cache=False)
         if called != list(range(len(self.skeleton.blocks))):
             raise ModelStructureError(
@@ -346,6 +347,25 @@ def _wrapper(output: Any, block: Block) -> Callable[[Tensor], Any]:
 
 def _abridged(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+@contextlib.contextmanager
+def _up_to_the_head(model: nn.Module) -> Iterator[None]:
+    """A forward inside ends before the head, where that is a module whose weights are not loaded."""
+
+    def finish(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Finished
+
+    head = embeddings_of(model, "get_output_embeddings")
+    if head is None or not any(parameter.is_meta for parameter in head.parameters(recurse=False)):
+        yield
+        return
+    handle = head.register_forward_pre_hook(finish)
+    try:
+        with contextlib.suppress(_Finished):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

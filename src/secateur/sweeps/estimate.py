@@ -11,10 +11,10 @@ from secateur.core.gradients import Granularity, Scope
 from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
-from secateur.engine import check_choices, check_dense_targets, make_plan
 from secateur.errors import SecateurError
 from secateur.forecast import Estimate, estimate, forward_seconds
 from secateur.models.opened import OpenedModel
+from secateur.preparation import check_choices, check_dense_targets, make_plan
 from secateur.sweeps.folder import Cell
 
 
