@@ -129,9 +129,7 @@ def prepared(
     try:
         skeleton = opened.skeleton
         plan = make_plan(opened, method, pattern, only=only, skip=skip)
-        planned = [matrix for matrix in skeleton.matrices if matrix.name in plan]
-        if targets == "dense":
-            check_dense_targets(planned)
+        check_targets(skeleton, plan, targets)
         given = gradient_file(gradient, method, skeleton, plan)
         seen = Foreseen(None, 0, 0, ())
         if method.needs or (method.gradient is not None and given is None):
@@ -150,8 +148,6 @@ def prepared(
                 given.check_tokens(seen.windows.digest, seen.samples, seen.length)
         needs = method.needs | ({CrossGram} if targets == "dense" else frozenset())
         batch_size = _batch_size(skeleton, method, needs, given, seen.length, batch_size, shared)
-        if targets == "residual":
-            check_residual_targets(skeleton, planned)
         yield Prepared(
             opened=opened,
             method=method,
@@ -200,6 +196,15 @@ def _batch_size(
     if batch_size not in (None, 1):
         raise CalibrationError(f"--batch-size: got {batch_size}, expected 1: {ordered.__name__} goes by samples.")
     return 1
+
+
+def check_targets(skeleton: Skeleton, plan: Plan, targets: str) -> None:
+    """Raise `PatternError` or `ModelStructureError` where the planned matrices cannot be fitted to these targets."""
+    planned = [matrix for matrix in skeleton.matrices if matrix.name in plan]
+    if targets == "dense":
+        check_dense_targets(planned)
+    if targets == "residual":
+        check_residual_targets(skeleton, planned)
 
 
 def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:

@@ -364,7 +364,8 @@ class Skeleton:
         """As `_set` does, for a group whose tensors are still to be read."""
         name = group.names[0]
         shape, stored = self.source.shape(name), self.source.dtype(name)
-        if group.converter is not None or not stored.is_floating_point:
+        as_it_is = stored == self._computing(group.target) and self.device.type == "cpu"
+        if group.converter is not None or not stored.is_floating_point or as_it_is:
             self._set(group, self.source.read(group.names))
             return
         # Memory: a large table is converted part by part, so that it is never there in both dtypes.
