@@ -22,6 +22,7 @@ from secateur.core.problem import Method
 from secateur.gradient_file import GradientFile
 from secateur.gradient_pass import collect
 from secateur.manifest import Manifest, file_digests
+from secateur.models.memory import return_large
 from secateur.models.opened import OpenedModel
 from secateur.models.writer import CheckpointWriter, writing
 from secateur.output import Scratch
@@ -85,6 +86,7 @@ def prune(
     which says what to do.
     """
     started = time.perf_counter()
+    return_large()
     with ExitStack() as stack:
         ready = stack.enter_context(
             prepared(

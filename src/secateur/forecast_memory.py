@@ -11,12 +11,12 @@ from secateur.core.gram import Gram
 from secateur.gradient_pass import chunk_sizes, gradient_batch_size
 from secateur.models.backward import LOGITS_BYTES
 from secateur.models.matrices import Matrix
+from secateur.models.memory import trim
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import states_folder
 from secateur.preparation import Prepared
 
 LIBRARY_BYTES = 40_000_000  # kernels and buffers that torch loads when it first computes
-MAPPED_BYTES = 32 << 20  # glibc maps allocations from this size on, and gives them back whole
 SELECTING = 16  # bytes for each weight of the matrix at hand while its mask is chosen and checked
 
 
@@ -43,6 +43,12 @@ def source_bytes(skeleton: Skeleton, names: Sequence[str]) -> int:
     """The size of these tensors as they are stored."""
     source = skeleton.source
     return sum(math.prod(source.shape(name)) * source.dtype(name).itemsize for name in names)
+
+
+def resident_bytes() -> int:
+    """What this process has in memory: the interpreter and the libraries, and the model where it was given as one."""
+    trim()
+    return int(psutil.Process().memory_info().rss)
 
 
 def memory_of(ready: Prepared, *, targets: str, offload: str) -> Memory:
@@ -99,7 +105,7 @@ def memory_of(ready: Prepared, *, targets: str, offload: str) -> Memory:
         host, device = both(3 * LOGITS_BYTES, 0, held)
         whole = 0 if skeleton.resident else sum(outside.values())
         stages.append((host + (0 if on_gpu else whole), device + (whole if on_gpu else 0)))
-    base = psutil.Process().memory_info().rss + LIBRARY_BYTES
+    base = resident_bytes() + LIBRARY_BYTES
     return Memory(
         host=base + max(host for host, _ in stages),
         device=max(device for _, device in stages),

@@ -24,6 +24,7 @@ from secateur.manifest import source_digest, tensor_digest
 from secateur.model_windows import model_windows
 from secateur.models.backward import BlockGradients, model_gradients, regional_gradients
 from secateur.models.matrices import Matrix, numbered_experts, tapped
+from secateur.models.memory import return_large
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import default_batch_size
@@ -77,6 +78,7 @@ def gradients(
         )
     if not isinstance(model, nn.Module) and Path(model).expanduser().resolve() in target.resolve().parents:
         raise CheckpointError(f"{output}: lies inside the model, which is never written to. Choose another folder.")
+    return_large()
     opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     try:
         skeleton = opened.skeleton
