@@ -17,13 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
 import tiny
-from secateur import forecast
+from secateur import forecast, forecast_memory, forecast_time
 from secateur.cli.parsing import method_of
 from secateur.errors import CalibrationError, CheckpointError, PatternError
-from secateur.forecast import Estimate, estimate
+from secateur.forecast import Estimate
 from secateur.models.checkpoint import SINGLE_FILE
 from secateur.models.opened import open_model
 from secateur.report.inspect import detect_pattern
+from secateur.trial import Pace, forwards
 
 KINDS = [f"model.layers.*.{leaf}.weight" for leaf in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")] + [
     f"model.layers.*.self_attn.{leaf}_proj.weight" for leaf in "koqv"
@@ -142,6 +143,11 @@ def test_progress_is_by_block(model: Path) -> None:
 # Estimates
 
 
+def estimate(model: Any, **options: Any) -> Estimate:
+    """The estimate where nothing is asked of the text; windows of 64 tokens fit into the tiny models."""
+    return forecast.estimate(model, **{"calibration": None, "length": 64, **options})
+
+
 @pytest.mark.parametrize(
     ("name", "pattern", "options"),
     [
@@ -206,10 +212,12 @@ def test_states_and_tokens(model: Path) -> None:
         assert beside.states_bytes == 3 * result.states_bytes, "before and behind a block of the dense model as well"
     none = estimate(model, method=secateur.magnitude(), samples=10, length=48)
     assert (none.tokens, none.states_bytes) == (0, 0)
-    assert estimate(model, method=secateur.wanda()).tokens == 128 * 2048
+    assert estimate(model, method=secateur.wanda()).tokens == 128 * 64
+    assert estimate(model, method=secateur.wanda(), calibration=tiny.tokens(4, 16), length=None).tokens == 64
 
 
-def test_what_gradients_add(model: Path, tmp_path: Path) -> None:
+def test_what_gradients_add(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast_memory, "resident_bytes", lambda: 0)
     options = {"samples": 10, "length": 48}
     plain = estimate(model, method=secateur.wanda(), **options)
     with_gradients = estimate(model, method=secateur.gblm(), **options)
@@ -239,12 +247,13 @@ def test_gradients_that_do_not_fit_take_several_passes(model: Path) -> None:
     assert passes > 1
 
 
-def test_what_gram_matrices_add(model: Path) -> None:
+def test_what_gram_matrices_add(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast_memory, "resident_bytes", lambda: 0)  # it moves by more than these models take
     options = {"samples": 10, "length": 48}
     plain = estimate(model, method=secateur.wanda(), **options)
     second = estimate(model, method=secateur.sparsegpt(), **options)
     dense = estimate(model, method=secateur.sparsegpt(), targets="dense", **options)
-    assert second.notes[0].startswith("The Gram matrices of a block take at most ")
+    assert second.notes[0].startswith("The Gram matrices of a block take about ")
     assert dense.host_bytes > second.host_bytes > plain.host_bytes
     residual = estimate(model, method=secateur.sparsegpt(), within="site", targets="residual", **options)
     assert residual.host_bytes > second.host_bytes
@@ -257,11 +266,16 @@ def test_what_gram_matrices_add(model: Path) -> None:
 
 
 def test_solving_is_part_of_the_estimated_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_multiplication_rate", lambda skeleton, dtype: 1e6)
+    own = Pace(forwards=[(1e-3, 0.0)] * 3, multiply=1e-6, wide=2e-6, weight=1e-9, move=1e-12, digest=1e-12)
+    monkeypatch.setattr(forecast_time, "pace", lambda *arguments: own)
     options: dict[str, Any] = {"samples": 10, "length": 48}
 
     def seconds(name: str, **more: Any) -> float:
-        return estimate(model, method=method_of(name), **options, **more).seconds
+        with forecast.prepared(
+            model, method=method_of(name), pattern=None, calibration=None, dry=True, **options, **more
+        ) as ready:
+            within, targets = more.get("within", "block"), more.get("targets", "pruned")
+            return forecast_time.run_seconds(ready, within=within, targets=targets, passes=1)
 
     names = ["magnitude", "wanda", "sparsegpt", "sparsegpt+least_squares", "admm", "alps"]
     assert [seconds(name) for name in names] == sorted({seconds(name) for name in names})
@@ -270,23 +284,44 @@ def test_solving_is_part_of_the_estimated_time(model: Path, monkeypatch: pytest.
     assert found == sorted(set(found))
     matrices = open_model(model).skeleton.matrices
     products = sum(matrix.shape[0] * matrix.shape[1] ** 2 for matrix in matrices)
-    assert seconds("sparsegpt+least_squares") - seconds("sparsegpt") == pytest.approx(2 * 25 * products / 1e6)
+    assert seconds("sparsegpt+least_squares") - seconds("sparsegpt") == pytest.approx(25 * products * 2e-6, rel=1e-2)
 
 
-def test_windows_longer_than_the_model_are_noted(model: Path) -> None:
-    (note,) = estimate(model, method=secateur.wanda()).notes
-    assert note == (
-        "Windows of 2048 tokens do not fit in the model's 64 positions, and prune will refuse them. "
-        "Use --length 64 or less."
-    )
+def test_windows_longer_than_the_model_are_refused(model: Path) -> None:
+    message = "^windows of 65 tokens, and the model has 64 positions. Use --length 64 or less.$"
+    with pytest.raises(CalibrationError, match=message):
+        estimate(model, method=secateur.wanda(), length=65)
     assert estimate(model, method=secateur.wanda(), length=64).notes == []
-    assert estimate(model, method=secateur.magnitude()).notes == []
+    assert estimate(model, method=secateur.magnitude(), length=65).notes == []
+
+
+def test_a_trial_reads_nothing_and_leaves_nothing(model: Path) -> None:
+    opened = open_model(model)
+    skeleton = opened.skeleton
+    skeleton.source.tensors.clear()  # type: ignore[attr-defined]  # whoever reads a tensor now fails
+    shapes = {
+        name: parameter.shape for name, parameter in LlamaForCausalLM(tiny.ARCHITECTURES["llama"]()).named_parameters()
+    }
+    skeleton.source.shape = lambda name: tuple(shapes[name])  # type: ignore[method-assign]
+    skeleton.source.dtype = lambda name: torch.float32  # type: ignore[method-assign]
+    found = forwards(skeleton, 16, 2, 1e-30)
+    assert len(found) == 3
+    assert all(token > 1e-20 for token, _ in found), "measured, and not made up from products where that failed"
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma3_text", "qwen3_next", "zamba", "bloom", "mamba"])
+def test_blocks_of_zeros_run_in_many_architectures(name: str, tmp_path: Path) -> None:
+    skeleton = open_model(tiny.save(name, tmp_path)).skeleton
+    assert all(token > 1e-20 for token, _ in forwards(skeleton, 16, 2, 1e-30))
 
 
 def test_states_that_do_not_fit_are_noted(model: Path) -> None:
     result = estimate(model, method=secateur.wanda(), samples=10**12, length=64)
     assert any("memory-mapped file" in note for note in result.notes)
-    assert any("--batch-size 1" in note for note in result.notes)
+    kept = estimate(model, method=secateur.wanda(), samples=10**12, offload_states="never")
+    assert any("--batch-size 1" in note for note in kept.notes)
+    assert kept.host_bytes > 10**15 > result.host_bytes, "pages of mapped files are the system's to drop"
 
 
 def test_a_model_in_memory_is_noted_and_left_as_it_is() -> None:
@@ -364,7 +399,7 @@ ids = torch.randint(256, (samples, 128), generator=torch.Generator().manual_seed
 secateur.prune(folder + "/warm", method=method, calibration=ids[:2], output=out + "-warm")
 process = psutil.Process()
 before = process.memory_info().rss
-forecast = estimate(folder + "/model", method=method, samples=samples, length=128).host_bytes
+forecast = estimate(folder + "/model", method=method, calibration=ids).host_bytes
 peak, stop = [before], threading.Event()
 def watch():
     while not stop.is_set():

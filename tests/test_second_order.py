@@ -33,7 +33,7 @@ from secateur.core.harmonic import HarmonicNorm
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method, Problem, Refinement, Solution, chain, with_options
 from secateur.core.statistics import SquaredNorm
-from secateur.engine import check_choices, chosen_correction, prune
+from secateur.engine import prune
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
 from secateur.manifest import Manifest, cautions, verify
 from secateur.methods import METHODS, REFINEMENTS
@@ -48,6 +48,7 @@ from secateur.models.skeleton import loaded
 from secateur.models.stream import Stream
 from secateur.models.structure import Block
 from secateur.models.tap import InputRecorder
+from secateur.preparation import check_choices, chosen_correction
 from secateur.report import checkpoint_page
 from secateur.report.terminal import manifest_tables
 

@@ -22,7 +22,7 @@ from secateur.core.checks import check_solution, check_weight
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import Statistic
-from secateur.errors import CheckpointError, ModelStructureError, PatternError
+from secateur.errors import CheckpointError
 from secateur.gradient_file import GradientFile
 from secateur.manifest import Manifest, tensor_digest
 from secateur.models.matrices import Matrix
@@ -52,11 +52,6 @@ class Event:
 
 
 OnEvent = Callable[[Event], None]
-
-_NO_WRITERS = (
-    "--targets residual: none of the planned matrices writes to the residual stream. Plan those that do (such as "
-    "o_proj and down_proj), or use --targets pruned."
-)
 
 
 @dataclass
@@ -160,9 +155,6 @@ class BlockLoop:
                 trim()
                 self._tell("write", block)
             written.result()
-        written_to = [record.get("residual_writers") for record in self.manifest.blocks]
-        if self.targets == "residual" and not any(written_to):
-            raise PatternError(_NO_WRITERS)
         if self.writer is not None and self.writer.missing:
             raise CheckpointError(
                 f"{len(self.writer.missing)} tensors were never written, first {self.writer.missing[0]}."
@@ -171,7 +163,7 @@ class BlockLoop:
     def _streams(self, last: int) -> "Streams":
         assert self.windows is not None
         started = time.perf_counter()
-        self.skeleton.load_outside()
+        self.skeleton.load_outside(head=False)
         batches = self.windows.batches(self.manifest.settings["batch_size"])
         if self.reuses:  # what is left to find out, how far each block's output moves, takes the first batch alone
             batches = batches[:1]
@@ -190,6 +182,7 @@ class BlockLoop:
             )
             for own in folders[: 1 + dense]
         ]
+        self.skeleton.unload_outside()
         self.clock.add("record calls", started)
         return Streams(made[0], DenseTwin(made[1], folders[1]) if dense else None, last)
 
@@ -279,23 +272,7 @@ class BlockLoop:
         every = [matrix for matrix in self.skeleton.matrices if matrix.block == block.index]
         writers = residual_writers(block, every, stream)
         self.clock.add("statistics forward", started)
-        first = not any(record["matrices"] for record in self.manifest.blocks)
-        if first:
-            self._check_writers(block, every, writers)
         return {matrix.name: writers[matrix.name] for matrix in matrices if matrix.name in writers}
-
-    def _check_writers(self, block: Block, matrices: list[Matrix], writers: Mapping[str, Writer]) -> None:
-        """Raise before anything is solved where the matrices of one block show that no planned one is a writer."""
-        kinds = {matrix.kind for matrix in matrices}
-        planned = {matrix.kind for matrix in self.skeleton.matrices if matrix.name in self.plan}
-        if not planned <= kinds or planned & {matrix.kind for matrix in matrices if matrix.name in writers}:
-            return
-        if writers:
-            raise PatternError(_NO_WRITERS)
-        raise ModelStructureError(
-            f"--targets residual: no matrix of {block.path} adds what it gives to the residual stream as it is (in "
-            "some architectures a norm comes between). Use --targets pruned for this model."
-        )
 
     def _kinds(self) -> frozenset[type[Statistic]]:
         """The statistics to take on the way: those of this run, or of all that share them."""
@@ -384,16 +361,17 @@ class BlockLoop:
         inside = {name for names in self.skeleton.block_tensors for name in names}
         for name in self.skeleton.source.names:
             if name not in inside:
-                self._write({name: self.skeleton.source.read([name])[name]}, flush=False)
+                started = time.perf_counter()
+                self.writer.write_parts(name, self.skeleton.source.parts(name))
+                self.clock.seconds["write"] = self.clock.seconds.get("write", 0.0) + time.perf_counter() - started
 
-    def _write(self, tensors: Mapping[str, Tensor], flush: bool = True) -> None:
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
         if self.writer is None:
             return
         started = time.perf_counter()
         for name, tensor in tensors.items():
             self.writer.write(name, tensor)
-        if flush:
-            self.writer.flush()
+        self.writer.flush()
         self.clock.seconds["write"] = self.clock.seconds.get("write", 0.0) + time.perf_counter() - started
 
     def _tell(self, stage: str, block: Block, done: int = 0, total: int = 0, matrix: str | None = None) -> None:

@@ -15,29 +15,23 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.block_loop import BlockLoop, Clock, Event, OnEvent
-from secateur.calibration import Windows, check_bos
+from secateur.calibration import Windows
 from secateur.card import write_card
 from secateur.core.fingerprint import recorded
-from secateur.core.gram import CrossGram, Gram
-from secateur.core.patterns import NM, Pattern, Unstructured, with_group
+from secateur.core.patterns import NM, Pattern
 from secateur.core.problem import Method
-from secateur.errors import CalibrationError, PatternError
 from secateur.gradient_file import GradientFile
-from secateur.gradient_pass import collect, gradient_batch_size
-from secateur.manifest import Manifest, file_digests, tensor_digest
-from secateur.model_windows import BOS_WORDS, model_windows
+from secateur.gradient_pass import collect
+from secateur.manifest import Manifest, file_digests
 from secateur.models.loading import check_loads
-from secateur.models.matrices import Matrix
-from secateur.models.opened import OpenedModel, choose_device, open_model
-from secateur.models.skeleton import Skeleton
-from secateur.models.stream import default_batch_size
+from secateur.models.memory import return_large
+from secateur.models.opened import OpenedModel
 from secateur.models.writer import CheckpointWriter, writing
 from secateur.names import unique
 from secateur.output import Scratch, check_output
-from secateur.plan import Plan, uniform
+from secateur.plan import Plan
+from secateur.preparation import prepared
 from secateur.shared_statistics import SharedStatistics
-
-CORRECTION = 0.5  # of what the residual stream lacks of the dense model's
 
 
 def prune(
@@ -97,53 +91,43 @@ def prune(
     which says what to do.
     """
     started = time.perf_counter()
-    only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
-    correction = chosen_correction(targets, correction)
-    check_choices(method, propagate, within, targets)
-    check_bos(bos, BOS_WORDS)
-    if statistics is not None and propagate != "dense":
-        raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
-    kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
-    if batch_size is not None and batch_size < 1:
-        raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
     target = check_output(output, model, overwrite)
+    return_large()
     with ExitStack() as stack:
         scratch = None if target is None else stack.enter_context(Scratch(target, overwrite))
-        opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-        stack.callback(opened.restore)
-        skeleton = opened.skeleton
-        plan = make_plan(opened, method, pattern, only=only, skip=skip)
-        if targets == "dense":
-            check_dense_targets([matrix for matrix in skeleton.matrices if matrix.name in plan])
-        given = gradient_file(gradient, method, skeleton, plan)
-        windows = None
-        if method.needs or (method.gradient is not None and given is None):
-            on_event(Event("calibrate"))
-            windows = model_windows(
-                opened,
-                calibration,
-                tokenizer,
+        ready = stack.enter_context(
+            prepared(
+                model,
+                method=method,
+                pattern=pattern,
+                calibration=calibration,
                 samples=samples,
                 length=length,
                 seed=seed,
                 sampling=sampling,
                 bos=bos,
+                only=only,
+                skip=skip,
+                gradient=gradient,
+                propagate=propagate,
+                within=within,
+                targets=targets,
+                correction=correction,
+                statistics_device=statistics_device,
+                shared=statistics is not None,
+                batch_size=batch_size,
+                device=device,
+                dtype=dtype,
+                output=output,
+                overwrite=overwrite,
+                tokenizer=tokenizer,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
                 progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
             )
-            if given is not None:
-                given.check_tokens(windows.digest, windows.samples, windows.length)
-        needs = method.needs | ({CrossGram} if targets == "dense" else frozenset())
-        regional = method.gradient is not None and method.gradient.scope == "block" and given is None
-        if regional and statistics is not None:
-            raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
-        if regional and windows is not None:
-            assert method.gradient is not None
-            batch_size = gradient_batch_size(skeleton, windows.length, method.gradient.granularity, batch_size)
-        ordered = next((kind for kind in needs if getattr(kind, "one_sample_at_a_time", False)), None)
-        if ordered is not None and batch_size not in (None, 1):
-            raise CalibrationError(f"--batch-size: got {batch_size}, expected 1: {ordered.__name__} goes by samples.")
-        if ordered is not None:
-            batch_size = 1
+        )
+        opened, plan, windows, given = ready.opened, ready.plan, ready.windows, ready.gradients
+        skeleton = opened.skeleton
         manifest = Manifest(
             versions=run_versions(),
             method=method.name,
@@ -152,12 +136,12 @@ def prune(
                 "propagate": propagate,
                 "device": str(skeleton.device),
                 "dtype": str(skeleton.dtype).removeprefix("torch."),
-                "batch_size": batch_size or default_batch_size(windows.length if windows else 1, skeleton.device),
-                "statistics": sorted(kind.__name__ for kind in needs),
-                "statistics_device": None if kept_on is None else str(kept_on),
+                "batch_size": ready.chosen_batch_size,
+                "statistics": sorted(kind.__name__ for kind in ready.needs),
+                "statistics_device": None if ready.statistics_device is None else str(ready.statistics_device),
                 "within": within,
                 "targets": targets,
-                "correction": correction,
+                "correction": ready.correction,
                 "options": dict(method.options),
                 "fingerprint": recorded(method),
                 "gradient": None if method.gradient is None else asdict(method.gradient),
@@ -178,8 +162,9 @@ def prune(
         name = "secateur" if target is None else target.name
         states = place(unique(f"{name}.states"))
         clock = Clock(synchronise=skeleton.device.type == "cuda")
-        if method.gradient is not None and given is None and not regional:
+        if ready.takes_gradients:
             assert windows is not None
+            assert method.gradient is not None
             began = time.perf_counter()
             taken = place(unique(f"{name}.gradients"))
             stack.callback(taken.unlink, missing_ok=True)
@@ -188,20 +173,20 @@ def prune(
                 windows,
                 taken,
                 [method.gradient],
-                [matrix for matrix in skeleton.matrices if matrix.name in plan],
-                batch_size=batch_size,
+                ready.matrices,
+                batch_size=ready.batch_size,
                 offload_states=offload_states,
                 progress=lambda stage, done, total: on_event(Event(f"gradients: {stage}", done=done, total=total)),
             )
             clock.add("gradients", began)
-        shared = statistics if needs else None
+        shared = statistics if ready.needs else None
         if shared is not None:
             assert windows is not None
-            shared.begin(needs, _shareable(manifest, opened, windows, plan))
+            shared.begin(ready.needs, _shareable(manifest, opened, windows, plan))
         BlockLoop(
             skeleton=skeleton,
             method=method,
-            needs=needs,
+            needs=ready.needs,
             plan=plan,
             windows=windows,
             writer=writer,
@@ -214,8 +199,8 @@ def prune(
             gradients=given,
             within=within,
             targets=targets,
-            correction=correction,
-            statistics_device=kept_on,
+            correction=ready.correction,
+            statistics_device=ready.statistics_device,
             shared=shared,
         ).run()
         if shared is not None:
@@ -240,76 +225,6 @@ def complete(scratch: Scratch, opened: OpenedModel, writer: CheckpointWriter, ma
     scratch.commit()
 
 
-def chosen_correction(targets: str, correction: float | None) -> float | None:
-    """The share of what the residual stream lacks that targets make up for; None for targets that do not.
-
-    Raises `PatternError` for one that is no share, or that would not be used.
-    """
-    if targets != "residual":
-        if correction is not None:
-            raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
-        return None
-    if correction is not None and not 0 < correction <= 1:
-        raise PatternError(f"--correction: got {correction:g}, expected a share above 0 and up to 1.")
-    return CORRECTION if correction is None else correction
-
-
-def check_choices(method: Method, propagate: str, within: str, targets: str) -> None:
-    """Raise `PatternError` for a word that is none, or choices that contradict each other."""
-    for option, found, known in (
-        ("propagate", propagate, ("pruned", "dense")),
-        ("within", within, ("block", "site")),
-        ("targets", targets, ("pruned", "dense", "residual")),
-    ):
-        if found not in known:
-            expected = f"{', '.join(known[:-1])} or {known[-1]}"
-            raise PatternError(f'--{option}: got "{found}", expected {expected}.')
-    if propagate == "dense" and (within == "site" or targets != "pruned"):
-        option = "--within site" if within == "site" else f"--targets {targets}"
-        raise PatternError(f"{option} is about what pruning did before; with --propagate dense nothing sees that.")
-    if within == "site" and not method.needs:
-        raise PatternError(f"--within site: {method.name} takes no statistics of inputs, in any order.")
-    if within == "site" and method.gradient is not None and method.gradient.scope == "block":
-        raise PatternError(f"--within site: {method.name} takes gradients of whole blocks; use --within block.")
-    if targets != "dense" and CrossGram in method.needs:
-        raise PatternError(f"--targets {targets}: {method.name} needs the dense model's inputs; use --targets dense.")
-    if targets != "pruned" and not method.needs & {Gram, CrossGram}:
-        raise PatternError(
-            f"--targets {targets}: {method.name} changes no weights, so nothing can be fitted. Use a method that does, "
-            f"or refine it: --method {method.name}+least_squares."
-        )
-    if targets == "residual" and within != "site":
-        raise PatternError(
-            "--targets residual makes up for what pruning did before, also within the block: add --within site."
-        )
-
-
-def check_dense_targets(matrices: Sequence[Matrix]) -> None:
-    """Raise `PatternError` where an expert is to be fitted to the dense model, which may send it other tokens."""
-    routed = next((matrix.name for matrix in matrices if matrix.expert is not None or ".experts." in matrix.name), None)
-    if routed is not None:
-        raise PatternError(
-            f"--targets dense: {routed} is an expert, to which the dense model sends other tokens than the pruned one, "
-            'so that their inputs cannot be paired. Use --targets pruned, or leave experts out: --skip "*expert*".'
-        )
-
-
-def gradient_file(
-    gradient: str | os.PathLike[str] | None, method: Method, skeleton: Skeleton, plan: Plan
-) -> GradientFile | None:
-    """The given file of gradients, checked against the method and the names and shapes of the planned matrices."""
-    if gradient is None:
-        return None
-    if method.gradient is None:
-        raise CalibrationError(f"--gradient {gradient}: the method {method.name} uses no gradients. Leave it out.")
-    file = GradientFile(gradient)
-    file.check_kind(method.gradient)
-    file.check_shapes({matrix.name: matrix.shape for matrix in skeleton.matrices if matrix.name in plan})
-    for name in skeleton.outside_tensors:
-        file.check_tensor(name, tensor_digest(skeleton.source.read([name])[name]))
-    return file
-
-
 def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict[str, Any] | None:
     """Where the tokens came from: the windows, or, for a method that sees gradients only, those of their file."""
     if windows is not None:
@@ -323,26 +238,6 @@ def _shareable(manifest: Manifest, opened: OpenedModel, windows: Windows, plan: 
     """What two runs must have in common to share statistics."""
     settings = {name: manifest.settings[name] for name in ("device", "dtype", "batch_size", "statistics_device")}
     return {"model": opened.origin, "tokens": windows.digest, "matrices": list(plan), **settings}
-
-
-def make_plan(
-    opened: OpenedModel,
-    method: Method,
-    pattern: Pattern | Plan | None,
-    *,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-) -> Plan:
-    """The plan for a model: a given `Plan`, checked, or one pattern for every matrix that the globs leave."""
-    shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
-    if isinstance(pattern, Plan):
-        if only or skip:
-            raise PatternError("a whole plan already says which matrices to prune; leave out only and skip.")
-        if not pattern:
-            raise PatternError("the plan is empty: it names no matrix, so nothing is left to prune.")
-        pattern.check(shapes)
-        return Plan({name: with_group(own, method.per) for name, own in pattern.items()})
-    return uniform(shapes, pattern or Unstructured(0.5), only=only, skip=skip, per=method.per)
 
 
 def count_totals(manifest: Manifest) -> None:

@@ -20,10 +20,11 @@ from secateur.core.checks import check_weight
 from secateur.core.gradients import GradientKind, Granularity, Norm, Scope
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.gradient_file import GradientFile, GradientWriter, model_digest
-from secateur.manifest import tensor_digest
+from secateur.manifest import source_digest, tensor_digest
 from secateur.model_windows import model_windows
 from secateur.models.backward import BlockGradients, model_gradients, regional_gradients
 from secateur.models.matrices import Matrix, numbered_experts, tapped
+from secateur.models.memory import return_large
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import default_batch_size
@@ -72,6 +73,7 @@ def gradients(
         raise CalibrationError("norm: got none, expected l1, l2 or both.")
     kinds = [GradientKind(norm, granularity, scope) for norm in norms]
     target = _check_file(output, model, overwrite)
+    return_large()
     with Scratch(target, overwrite, file=True) as scratch, ExitStack() as stack:
         opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
         stack.callback(opened.restore)
@@ -175,7 +177,6 @@ def collect(
     writer = GradientWriter(target, {matrix.name: matrix.shape for matrix in matrices}, norms, provenance, wide)
     folder: Path | None = None
     try:
-        skeleton.load_outside()
         scratch = target.with_name(unique(f"{states}.states"))
         sizes = chunk_sizes(
             skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first, scratch
@@ -224,11 +225,14 @@ def _digests(skeleton: Skeleton, matrices: Sequence[Matrix]) -> dict[str, str]:
     """sha256 of every tensor that a forward reads, for gradients depend on all; each matrix is checked on the way."""
     by_block = _by_block(matrices)
     result: dict[str, str] = {}
-    for names in (*skeleton.block_tensors, *([name] for name in skeleton.outside_tensors)):
-        tensors = skeleton.source.read(names)
-        result.update({name: tensor_digest(tensor) for name, tensor in tensors.items()})
-        for matrix in (matrix for own in by_block.values() for matrix in own if matrix.tensor in tensors):
-            check_weight(matrix.name, matrix.view(tensors))
+    for index, names in enumerate(skeleton.block_tensors):
+        for name in names:
+            tensors = skeleton.source.read([name])  # Memory: one tensor at a time
+            result[name] = tensor_digest(tensors[name])
+            for matrix in by_block.get(index, []):
+                if matrix.tensor == name:
+                    check_weight(matrix.name, matrix.view(tensors))
+    result.update({name: source_digest(skeleton.source, name) for name in skeleton.outside_tensors})
     return result
 
 
@@ -265,6 +269,12 @@ def check_gradient(name: str, total: Tensor, samples: int) -> None:
             f"{name}: its gradient is zero on all {samples} calibration samples, so nothing is known of its weights. "
             f'Calibrate on more samples (--samples), or leave it dense with --skip "{name}".'
         )
+
+
+def check_loss(scope: Scope, length: int) -> None:
+    """Raise `CalibrationError` for windows in which no next token can be predicted, where the loss is of that."""
+    if length < 2 and scope == "model":
+        raise CalibrationError("--length: got 1, expected at least 2: the loss is that of predicting the next token.")
 
 
 def gradient_batch_size(skeleton: Skeleton, length: int, granularity: Granularity, asked: int | None) -> int:

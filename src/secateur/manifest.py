@@ -221,6 +221,14 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
+def source_digest(source: Source, name: str) -> str:
+    """sha256 of the bytes of a tensor where it lies, a part at a time."""
+    digest = hashlib.sha256()
+    for part in source.parts(name):
+        digest.update(tensor_bytes(part))
+    return digest.hexdigest()
+
+
 def mask_digest(kept: Tensor) -> str:
     """sha256 of a mask: its shape as text, then one byte for every entry, in rows."""
     digest = hashlib.sha256(str(list(kept.shape)).encode())

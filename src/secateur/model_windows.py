@@ -3,8 +3,8 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -21,8 +21,9 @@ from secateur.calibration import (
     evaluation_windows,
 )
 from secateur.calibration.corpora import is_token_file
+from secateur.calibration.quick import quick_windows
 from secateur.calibration.text import Bos
-from secateur.calibration.windows import Progress
+from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES, Progress
 from secateur.models.forward import after_the_last_block
 from secateur.models.opened import OpenedModel
 
@@ -75,6 +76,59 @@ def model_windows(
     windows = _placed(draw, bos, known, "calibration", dense or (lambda: opened), text)
     _say_fewer(windows, "samples", samples)
     return windows
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """Calibration windows that are drawn, or only how many of which length there will be.
+
+    `unchecked` are sentences on what only drawing them shows.
+    """
+
+    windows: Windows | None
+    samples: int
+    length: int
+    unchecked: Sequence[str]
+
+
+def foreseen_windows(
+    opened: OpenedModel,
+    calibration: Any,
+    tokenizer: Any,
+    *,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    sampling: str | None,
+    bos: str = "auto",
+    progress: Progress = lambda done, total: None,
+) -> Foreseen:
+    """What `model_windows` would draw, as far as it is quick to find out; raises the same where that shows an error.
+
+    Without `calibration` only the length is checked.
+    """
+    check_bos(bos, BOS_WORDS)
+    unchecked: Sequence[str] = ()
+    windows = None
+    if calibration is not None:
+        if tokenizer is None and _is_text(calibration):
+            tokenizer = opened.load_tokenizer()
+        windows, unchecked = quick_windows(
+            calibration,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            sampling=sampling,
+            bos="papers" if bos == "auto" else bos,
+        )
+    if windows is None:
+        samples, length = samples or DEFAULT_SAMPLES, length or DEFAULT_LENGTH
+        check_length(Windows(torch.zeros(1, length, dtype=torch.int64), {}), opened.skeleton.positions)
+        return Foreseen(None, samples, length, unchecked)
+    check_vocabulary(windows, opened.skeleton.vocabulary_size)
+    check_length(windows, opened.skeleton.positions)
+    return Foreseen(windows, windows.samples, windows.length, unchecked)
 
 
 def model_evaluation_windows(

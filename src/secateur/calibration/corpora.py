@@ -396,16 +396,50 @@ def _hub_file(name: str, repository: str, file: str, role: Role) -> tuple[Path, 
     """Return the local path of one file of a data set repository, from the cache if it is there, and its origin."""
     import huggingface_hub
 
-    found = huggingface_hub.try_to_load_from_cache(repository, file, repo_type="dataset")
-    if not isinstance(found, str):
-        if trouble := _hub_trouble():
-            raise _unreachable(name, f"{trouble}, and {repository}/{file} is not in the local cache", role)
+    found = _cached(name, repository, file, role)
+    if found is None:
         try:
             found = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
         except Exception as error:  # whatever the transport raises, the user needs the same advice
             raise _unreachable(name, f"{repository}/{file} could not be fetched ({error})", role) from error
     revision = Path(found).parents[file.count("/")].name
     return Path(found), {"corpus": name, "repository": repository, "file": file, "revision": revision}
+
+
+def _cached(name: str, repository: str, file: str, role: Role) -> str | None:
+    """Return a hub file's path in the cache, or None where it can be fetched; CalibrationError where it cannot."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(repository, file, repo_type="dataset")
+    if isinstance(found, str):
+        return found
+    if trouble := _hub_trouble():
+        raise _unreachable(name, f"{trouble}, and {repository}/{file} is not in the local cache", role)
+    return None
+
+
+def quick_to_read(spec: str, most: int) -> str | None:
+    """Return None where `load_corpus` reads this calibration corpus without a download and in at most `most` bytes.
+
+    Otherwise a few words that say why not. Errors: what `load_corpus` would raise, as far as looking for it shows.
+    """
+    name, _, local = spec.partition(":")
+    if name == "hf":
+        there = Path(_hub_parts(spec)[0]).is_dir() or _hub_trouble() is not None
+        return None if there else "it has to be downloaded"
+    if name in ("c4", "wikitext2") and not local:
+        repository = C4_REPOSITORY if name == "c4" else WIKITEXT2_REPOSITORY
+        files = C4_FILES if name == "c4" else WIKITEXT2_FILES
+        found = _cached(name, repository, files["calibration"], "calibration")
+        if found is None:
+            return "it has to be downloaded"
+        path = Path(found)
+    else:
+        rows = _ROWS_FILE.fullmatch(local if name in _NAMED else spec)
+        path = Path(rows["path"] if rows else local if name in _NAMED else spec)
+    if path.is_file() and (size := path.stat().st_size) > most:
+        return f"its {size / 1e6:,.0f} MB take long to read"
+    return None
 
 
 def _hub_trouble() -> str | None:

@@ -187,9 +187,7 @@ def calibration_windows(
     Errors: CalibrationError, also when no document is long enough after about 1000 draws for each window.
     Reference: Wanda and SparseGPT, semantics of `get_c4` (document) and `get_wikitext2` (concat) in their loaders.
     """
-    require_positive(samples=samples, length=length)
-    if sampling not in ("document", "concat", None):
-        raise CalibrationError(f"--sampling: got {sampling!r}, expected document or concat.")
+    _check_drawing(samples, length, sampling)
     if (given := given_windows(source, samples, length)) is not None:
         return _as_given(given, bos)
     shares = _shares(source, DEFAULT_SAMPLES if samples is None else samples)
@@ -203,6 +201,25 @@ def calibration_windows(
         part = _sampled(spec, text, count, length or DEFAULT_LENGTH, seed + position, sampling, report)
         parts.append(replace(part, provenance={"weight": float(weight), **part.provenance}))
     return _mixed(parts, seed, text)
+
+
+def text_corpora(source: Any, tokenizer: Any, samples: int | None, length: int | None, sampling: Any) -> list[str]:
+    """Return the specs of the text that calibration windows are drawn from: none where token ids are given alone.
+
+    Errors: CalibrationError for what `calibration_windows` refuses without looking at the text.
+    """
+    _check_drawing(samples, length, sampling)
+    if given_windows(source, samples, length) is not None:
+        return []
+    specs = [spec for spec, _, _ in _shares(source, DEFAULT_SAMPLES if samples is None else samples)]
+    require_tokenizer(tokenizer, specs)
+    return [spec for spec in specs if not is_token_file(spec)]
+
+
+def _check_drawing(samples: int | None, length: int | None, sampling: Any) -> None:
+    require_positive(samples=samples, length=length)
+    if sampling not in ("document", "concat", None):
+        raise CalibrationError(f"--sampling: got {sampling!r}, expected document or concat.")
 
 
 def evaluation_windows(

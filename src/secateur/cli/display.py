@@ -236,3 +236,10 @@ def gradient_progress() -> Iterator[Callable[[str, int, int], None]]:
             typer.echo(f"{stage}, {time.perf_counter() - started:.1f} s", err=True)
 
     yield plain
+
+
+def since_start() -> float:
+    """Seconds since this process began."""
+    import psutil
+
+    return time.time() - float(psutil.Process().create_time())

@@ -1,12 +1,21 @@
 """`plan`, `prune` and `gradients`."""
 
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from secateur.cli.app import app, epilog
-from secateur.cli.display import gradient_progress, print_json, print_tables, progress, quiet_libraries, status
+from secateur.cli.display import (
+    gradient_progress,
+    print_json,
+    print_tables,
+    progress,
+    quiet_libraries,
+    since_start,
+    status,
+)
 from secateur.cli.options import (
     AlphaOption,
     BatchOption,
@@ -93,12 +102,16 @@ def plan(
     with quiet_libraries(), status("Reading the model"):
         from secateur.forecast import estimate
 
+        started = since_start()  # Python and the libraries take that long for `prune` as well
         result = estimate(
             model,
             method=solver,
             pattern=chosen,
+            calibration=calibration or "c4",
             samples=samples,
             length=length,
+            seed=seed,
+            sampling=sampling,
             bos=bos,
             only=only or (),
             skip=skip or (),
@@ -112,9 +125,12 @@ def plan(
             device=device,
             dtype=dtype,
             offload_states=offload_states,
+            output=output,
+            overwrite=overwrite,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+        result = replace(result, seconds=result.seconds + started)
     if as_json:
         print_json(result.to_json())
     else:

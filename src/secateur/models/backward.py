@@ -228,6 +228,7 @@ def model_gradients(
     """
     blocks = skeleton.blocks
     count = len(blocks)
+    skeleton.load_outside()
     stream = Stream(
         skeleton,
         input_ids,
@@ -247,6 +248,7 @@ def model_gradients(
                 trim()
                 progress("forward", block.index + 1, count)
         outgoing = _head(stream, _within(states_folder, "head"), progress)
+        skeleton.unload_outside()
         stream.states.close()
         for done, (block, tensors) in enumerate(read_ahead(skeleton, blocks[first:][::-1])):
             with loaded(skeleton, block, tensors):
@@ -289,6 +291,7 @@ def regional_gradients(
 
     Source: the regional gradient of Wanda++ (arXiv 2503.04992), section 4.1.
     """
+    skeleton.load_outside(head=False)
     stream = Stream(
         skeleton,
         input_ids,
@@ -296,6 +299,7 @@ def regional_gradients(
         states_folder=states_folder,
         progress=lambda done, total: progress("record", done, total),
     )
+    skeleton.unload_outside()
     try:
         for block, tensors in read_ahead(skeleton, skeleton.blocks):
             with loaded(skeleton, block, tensors):

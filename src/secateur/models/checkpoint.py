@@ -8,8 +8,8 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +52,8 @@ HEADER_BYTES = 100_000_000  # what the format itself allows
 NAME_LENGTH = 200  # of a file; file systems allow for some 250 bytes
 DIMENSIONS = 16  # of a tensor; no model has more than six
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
+
+PART_BYTES = 16 << 20  # of a tensor that is read a part at a time
 
 # The shards of a checkpoint: file name, and (tensor name, dtype, shape) in the order of the bytes.
 Layout = Sequence[tuple[str, Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]]
@@ -220,6 +222,15 @@ class Checkpoint:
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The named tensors, freshly read into host memory (page-locked with `pin`, for transfers to a GPU)."""
         return {name: read_tensor(self.tensors[name], pin=pin) for name in names}
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """All entries of a tensor in order, as flat tensors of at most 16 MB that are read one after the other."""
+        record = self.tensors[name]
+        size = max(1, PART_BYTES // DTYPES[record.dtype].itemsize) * DTYPES[record.dtype].itemsize
+        for start in range(record.start, record.end, size):
+            end = min(start + size, record.end)
+            entries = ((end - start) // DTYPES[record.dtype].itemsize,)
+            yield read_tensor(replace(record, shape=entries, start=start, end=end))
 
     def layout(self) -> Layout:
         """The shards of an output with the same tensors: (standard file name, [(name, dtype, shape)])."""

@@ -1,6 +1,6 @@
 """A module in memory, seen as a checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,10 @@ class LoadedModel:
         parameters = [name for group in self._conversion.of(names) for name in group.parameters]
         tensors = self._revert({name: self._state[name].detach() for name in parameters if name in self._state})
         return {name: tensors[name] for name in names}
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """All entries of a tensor: it is in memory as a whole."""
+        yield self.read([name])[name].reshape(-1)
 
     def layout(self) -> Layout:
         """Shards of at most 5 GB, in the order of the module."""

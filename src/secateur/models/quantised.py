@@ -93,6 +93,13 @@ class DequantisedCheckpoint:
             for name in names
         }
 
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """All entries of a tensor in order, as flat tensors; of a quantised one all at once."""
+        if name in self.packed:
+            yield self._read(self.packed[name], pin=False).view(-1)
+        else:
+            yield from self.checkpoint.parts(name)
+
     def _plain(self, name: str, pin: bool) -> Tensor:
         return self.checkpoint.read([name], pin=pin)[name]
 

@@ -38,6 +38,10 @@ class Source(Protocol):
         """The named tensors, in host memory or where the module keeps them."""
         ...
 
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """All entries of a tensor in order, as flat tensors of which one is in memory at a time where it can be."""
+        ...
+
     def layout(self) -> Layout:
         """The shards of an output with the same tensors."""
         ...
@@ -251,12 +255,16 @@ class Skeleton:
     def _where(self) -> str:
         return str(getattr(self.source, "folder", "the checkpoint"))
 
-    def load_outside(self) -> None:
-        """Load the embeddings, the final norm and the head; needed for any forward."""
+    def load_outside(self, *, head: bool = True) -> None:
+        """Load the embeddings, the final norm and the head; needed for any forward.
+
+        Without `head`, one of its own (not tied to the embeddings) stays away: a forward can then go as far as to it.
+        """
         if self.resident:
             return
         for group in self.conversion.of(self.outside_tensors):
-            self._set(group, self.source.read(group.names))
+            if head or not set(group.parameters) <= self.own_head:
+                self._set_in_parts(group)
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for target, source in tied.items():
@@ -282,6 +290,36 @@ class Skeleton:
         for block, tensors in read_ahead(self, self.blocks):
             self.load(block, tensors)
         return self.model
+
+    def unload_outside(self) -> None:
+        """Drop what `load_outside` loaded, but for what blocks share: nobody reads it once all calls are recorded."""
+        if self.resident:
+            return
+        shared = {id(parameter) for block in self.blocks for parameter in block.module.parameters()}
+        for path, module in self._modules.items():
+            if path == self.path or path.startswith(f"{self.path}."):
+                continue
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta and id(parameter) not in shared:
+                    module._parameters[leaf] = _on_meta(parameter)
+
+    @cached_property
+    def own_head(self) -> set[str]:
+        """Names of the parameters of a head that a module of its own computes, with weights of its own."""
+        head = embeddings_of(self.model, "get_output_embeddings")
+        path = next((path for path, module in self._modules.items() if module is head), None)
+        if head is None or path is None:
+            return set()
+        names = {f"{path}.{leaf}" for leaf in head._parameters}
+        elsewhere = {
+            name
+            for other, module in self._modules.items()
+            if module is not head
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None and any(parameter is own for own in head._parameters.values())
+            for name in (f"{other}.{leaf}", f"{path}.{leaf}")
+        }
+        return set() if elsewhere or any(name in self._tied for name in names) else names
 
     def read(self, block: Block) -> dict[str, Tensor]:
         """The checkpoint tensors that `load` needs for a block."""
@@ -331,13 +369,33 @@ class Skeleton:
         owners = {path.rpartition(".")[0] for path in shared if path.startswith(f"{self.path}.")}
         for module in [*block.module.modules(), *(self._modules[path] for path in owners)]:
             for leaf, parameter in module.named_parameters(recurse=False):
-                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                module._parameters[leaf] = _on_meta(parameter)
+
+    def _set_in_parts(self, group: TensorGroup) -> None:
+        """As `_set` does, for a group whose tensors are still to be read."""
+        name = group.names[0]
+        shape, stored = self.source.shape(name), self.source.dtype(name)
+        as_it_is = stored == self._computing(group.target) and self.device.type == "cpu"
+        if group.converter is not None or not stored.is_floating_point or as_it_is:
+            self._set(group, self.source.read(group.names))
+            return
+        # Memory: a large table is converted part by part, so that it is never there in both dtypes.
+        whole = torch.empty(shape, dtype=self._computing(group.target), device=self.device)
+        flat, done = whole.view(-1), 0
+        for part in self.source.parts(name):
+            flat[done : done + part.numel()].copy_(part)
+            done += part.numel()
+        self._assign(group.target, whole)
+
+    def _computing(self, name: str) -> torch.dtype:
+        """The dtype that a floating-point parameter is computed in."""
+        return torch.float32 if self._float32 and self._float32.search(name) else self.dtype
 
     def _set(self, group: TensorGroup, tensors: Mapping[str, Tensor]) -> None:
         parts = {name: tensors[name].to(self.device, non_blocking=True) for name in group.names}
         for name, value in self.conversion.convert(group, parts).items():
             if value.is_floating_point():
-                value = value.to(torch.float32 if self._float32 and self._float32.search(name) else self.dtype)
+                value = value.to(self._computing(name))
             self._assign(name, value)
 
     def _assign(self, name: str, value: Tensor | None) -> None:
@@ -362,6 +420,11 @@ class Skeleton:
                 if buffer is not None and not buffer.is_meta and buffer.device != self.device:
                     module._buffers[name] = buffer.to(self.device)
             pending += [child for child in module.children() if id(child) not in stack]
+
+
+def _on_meta(parameter: Tensor) -> nn.Parameter:
+    """A parameter of the same shape without values."""
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def _matrices(block: int, placed: Mapping[str, Sequence[Any]], source: Source) -> list[Matrix]:

@@ -21,7 +21,7 @@ from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.models.causality import check_causal
 from secateur.models.configuration import reason
 from secateur.models.skeleton import Skeleton
-from secateur.models.structure import Block
+from secateur.models.structure import Block, embeddings_of
 from secateur.models.writer import reserve, writing
 
 LOGITS_BYTES = 64 << 20  # of float32 logits that are looked at at once
@@ -195,7 +195,8 @@ class Stream:
     def _output_structures(self) -> dict[type[nn.Module], Callable[[Tensor], Any]]:
         """For each class of blocks, how it hands its hidden states back: learnt by running one of it on two tokens.
 
-        The forward runs to its end, which shows whether every block is called exactly once, in order.
+        The forward runs to its end, or to a head that is not loaded, which shows whether every block is called exactly
+        once, in order.
         """
         wrappers: dict[type[nn.Module], Callable[[Tensor], Any]] = {}
         called: list[int] = []
@@ -224,7 +225,7 @@ class Stream:
             passed.append(states)
             return wrappers[kind](states)
 
-        with _stubbed(self.skeleton, run), _own_failures(self.skeleton):
+        with _stubbed(self.skeleton, run), _own_failures(self.skeleton), _up_to_the_head(self.skeleton.model):
             self.skeleton.model(input_ids=self.batches[0][:1, :2].to(self.device), use_cache=False)
         if called != list(range(len(self.skeleton.blocks))):
             raise ModelStructureError(
@@ -399,6 +400,25 @@ def _own_failures(skeleton: Skeleton) -> Iterator[None]:
             f"{type(skeleton.model).__name__}: its own forward fails on two tokens ({reason(error)}). Does its "
             "config.json belong to the weights, and its code to this version of transformers?"
         ) from error
+
+
+@contextlib.contextmanager
+def _up_to_the_head(model: nn.Module) -> Iterator[None]:
+    """A forward inside ends before the head, where that is a module whose weights are not loaded."""
+
+    def finish(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Finished
+
+    head = embeddings_of(model, "get_output_embeddings")
+    if head is None or not any(parameter.is_meta for parameter in head.parameters(recurse=False)):
+        yield
+        return
+    handle = head.register_forward_pre_hook(finish)
+    try:
+        with contextlib.suppress(_Finished):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

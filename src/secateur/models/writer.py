@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +101,25 @@ class CheckpointWriter:
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Write one tensor in its place; returns the sha256 of its bytes."""
+        return self.write_parts(name, [tensor])
+
+    def write_parts(self, name: str, parts: Iterable[Tensor]) -> str:
+        """Write one tensor that comes in parts, in order; returns the sha256 of its bytes."""
         file, start, size = self._place[name]
-        data = tensor_bytes(tensor)
-        if len(data) != size:
-            raise CheckpointError(f"{name}: {len(data)} bytes to write into {file}, expected {size}.")
-        done = 0
-        with writing(self.folder / file):
-            while done < size:
-                done += os.pwrite(self._descriptors[file], data[done:], start + done)
+        digest, done = hashlib.sha256(), 0
+        for part in parts:
+            data = tensor_bytes(part)
+            digest.update(data)
+            if done + len(data) > size:
+                raise CheckpointError(f"{name}: {done + len(data)} bytes to write into {file}, expected {size}.")
+            with writing(self.folder / file):
+                while len(data):
+                    count = os.pwrite(self._descriptors[file], data, start + done)
+                    data, done = data[count:], done + count
+        if done != size:
+            raise CheckpointError(f"{name}: {done} bytes to write into {file}, expected {size}.")
         self._touched.add(file)
-        self.digests[name] = hashlib.sha256(data).hexdigest()
+        self.digests[name] = digest.hexdigest()
         return self.digests[name]
 
     def flush(self) -> None:

@@ -88,7 +88,7 @@ class BlockPass:
 
     def _streams(self, stack: ExitStack) -> "_Streams":
         began = time.perf_counter()
-        self.skeleton.load_outside()
+        self.skeleton.load_outside(head=False)
         each = sum(batch.numel() for batch in self.batches) * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.offload, (3 if self.targets == "dense" else 2) * each, self.scratch)
         made = []
@@ -102,6 +102,7 @@ class BlockPass:
                 )
             )
             stack.callback(made[-1].close)
+        self.skeleton.unload_outside()
         self.clock.add("record calls", began)
         return _Streams(made[0], made[1] if self.targets == "dense" else None, folder)
 

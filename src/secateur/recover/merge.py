@@ -3,7 +3,7 @@
 import datetime
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,13 @@ class MergedCheckpoint:
         return {
             name: self._merge(name) if name in self._groups else self.base.read([name], pin=pin)[name] for name in names
         }
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """All entries of a tensor in order, in flat parts where it is not merged."""
+        if name in self._groups:
+            yield self._merge(name).reshape(-1)
+        else:
+            yield from self.base.parts(name)
 
     def _merge(self, name: str) -> Tensor:
         group = self._groups[name]

@@ -11,10 +11,10 @@ from secateur.core.gradients import Granularity, Scope
 from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
-from secateur.engine import check_choices, check_dense_targets, make_plan
 from secateur.errors import SecateurError
 from secateur.forecast import Estimate, estimate, forward_seconds
 from secateur.models.opened import OpenedModel
+from secateur.preparation import check_choices, check_targets, make_plan
 from secateur.sweeps.folder import Cell
 
 
@@ -82,8 +82,7 @@ def refusal(opened: OpenedModel, task: Task, options: Mapping[str, Any]) -> Seca
     try:
         check_choices(task.method, options["propagate"], options["within"], options["targets"])
         plan = make_plan(opened, task.method, task.pattern, only=options["only"], skip=options["skip"])
-        if options["targets"] == "dense":
-            check_dense_targets([matrix for matrix in opened.skeleton.matrices if matrix.name in plan])
+        check_targets(opened.skeleton, plan, options["targets"])
     except SecateurError as error:
         return error
     return None
@@ -111,6 +110,7 @@ def estimate_sweep(
     errors = [error for error in refusals.values() if error is not None]
     if tasks and len(errors) == len(tasks):
         raise errors[0]
+    options = {**options, "calibration": None}  # a sweep draws its text itself
     token_seconds = forward_seconds(opened, 10**6) / 10**6
     alone: dict[tuple[str, bool], Estimate] = {}  # by label, and whether the statistics are there already
     shared: dict[tuple[Granularity, Scope], tuple[float, int]] = {}
@@ -124,7 +124,9 @@ def estimate_sweep(
             if (label, reused) not in alone:
                 method = replace(task.method, gradient=None) if kind is not None else task.method
                 method = replace(method, needs=frozenset()) if reused else method
-                alone[label, reused] = estimate(opened, method=method, pattern=task.pattern, **options)
+                alone[label, reused] = estimate(
+                    opened, method=method, pattern=task.pattern, calibration=None, **options
+                )
             own = alone[label, reused]
             seconds += own.seconds
             if kind is not None and kind not in shared:

@@ -1,0 +1,77 @@
+"""Calibration windows for a dry run: drawn where that is quick, and otherwise checked as far as it is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from secateur.calibration.corpora import load_corpus, quick_to_read
+from secateur.calibration.windows import (
+    CHARACTERS_PER_TOKEN,
+    DEFAULT_LENGTH,
+    Windows,
+    calibration_windows,
+    text_corpora,
+)
+
+MOST_BYTES = 64 * 2**20  # of a corpus that is read
+MOST_CHARACTERS = 2_000_000  # that are tokenised: a second or so
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: it ends a drawing that takes too long
+    """More text than is tokenised for a dry run."""
+
+
+class _Tokenizer:
+    """A tokenizer that stops after so many characters, and remembers the longest text and tokens that it saw."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._left = MOST_CHARACTERS
+        self.longest_text = 0
+        self.most_tokens = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.longest_text = max(self.longest_text, len(text))
+        self._left -= len(text)
+        if self._left < 0:
+            raise _Enough
+        encoded = self._tokenizer(text, **options)
+        self.most_tokens = max(self.most_tokens, len(encoded["input_ids"]))
+        return encoded
+
+    def saw_more_than(self, tokens: int) -> bool:
+        """Whether some text makes, or surely makes, more tokens than these."""
+        return self.most_tokens > tokens or self.longest_text > CHARACTERS_PER_TOKEN * tokens
+
+
+def quick_windows(
+    source: Any, tokenizer: Any, *, samples: int | None, length: int | None, seed: int, sampling: Any, bos: Any
+) -> tuple[Windows | None, Sequence[str]]:
+    """Return the windows of `calibration_windows` where they are quick to draw, else None; and what was not checked.
+
+    Errors: those of `calibration_windows`, as far as they show.
+    """
+    slow: dict[str, str] = {}
+    specs = text_corpora(source, tokenizer, samples, length, sampling)
+    for spec in specs:
+        reason = quick_to_read(spec, MOST_BYTES)
+        if reason is None and len(specs) > 1:
+            load_corpus(spec, "calibration")
+        elif reason is not None:
+            slow[spec] = reason
+    if slow:
+        return None, [f"{spec}: not read, because {reason}." for spec, reason in slow.items()]
+    limited = None if tokenizer is None else _Tokenizer(tokenizer)
+    try:
+        options = {"samples": samples, "length": length, "seed": seed, "sampling": sampling, "bos": bos}
+        return calibration_windows(source, limited, **options), ()
+    except _Enough:
+        assert limited is not None
+        wanted = length or DEFAULT_LENGTH
+        if limited.saw_more_than(wanted):
+            return None, ()
+        return None, [
+            f"{', '.join(specs)}: not checked to the end; none of the first documents has more than {wanted} tokens."
+        ]
