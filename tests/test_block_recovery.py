@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateur
 import tiny
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
-from secateur.manifest import Manifest, read_manifest, tensor_digest
+from secateur.manifest import Manifest, file_digests, read_manifest, tensor_digest
 from secateur.models.checkpoint import Checkpoint
 from secateur.models.opened import open_model, open_source
 from secateur.recover import block
@@ -582,7 +582,9 @@ def test_a_folder_that_was_not_pruned(llama, tmp_path):
 
 def test_an_output_that_is_the_dense_model(llama, tmp_path):
     dense = shutil.copytree(llama.parent / "dense", tmp_path / "dense")
-    (dense / "secateur.json").write_text("{}")  # as if Secateur had written it, which may be overwritten
+    manifest = read_manifest(llama)
+    manifest.files, manifest.headers = file_digests(dense), {file.name: "" for file in dense.glob("*.safetensors")}
+    manifest.write(dense)  # as if Secateur had written it, which may be overwritten
     with pytest.raises(CheckpointError, match="the output is the source"):
         run(llama, dense, dense=dense, overwrite=True)
 
