@@ -19,6 +19,7 @@ TREE = {
     "ModelStructureError": ValueError,
     "PatternError": ValueError,
     "CalibrationError": ValueError,
+    "MethodError": RuntimeError,
     "NumericalError": ArithmeticError,
     "CheckpointError": OSError,
 }

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern
     from secateur.core.problem import Method, Problem, Refinement, Solution, chain, select, with_options
     from secateur.core.statistics import SquaredNorm, Statistic
-    from secateur.engine import prune
     from secateur.errors import (
         CalibrationError,
         CheckpointError,
+        MethodError,
         ModelStructureError,
         NumericalError,
         PatternError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from secateur.evaluate.task_differences import TaskComparison, task_differences
     from secateur.evaluate.task_results import TaskResult, TaskResults
     from secateur.evaluate.tasks import tasks
-    from secateur.forecast import Estimate, estimate
+    from secateur.forecast import Estimate
     from secateur.gradient_file import GradientFile
     from secateur.gradient_pass import gradients
     from secateur.manifest import Manifest, Verification, verify
@@ -48,13 +48,13 @@ if TYPE_CHECKING:
     from secateur.methods.wanda import wanda, wanda_variant
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plan import Plan, uniform
+    from secateur.public import estimate, prune, sweep
     from secateur.recover.block import reconstruct
     from secateur.recover.callback import SparsityCallback
     from secateur.recover.fine_tuning import Recovery, fine_tune
     from secateur.recover.merge import Merge, merge
     from secateur.report.inspect import inspect
     from secateur.sweeps.folder import Sweep
-    from secateur.sweeps.run import sweep
 
 _HOMES = {
     "Agreement": "evaluate.agreement",
@@ -69,6 +69,7 @@ _HOMES = {
     "Manifest": "manifest",
     "Merge": "recover.merge",
     "Method": "core.problem",
+    "MethodError": "errors",
     "ModelStructureError": "errors",
     "NM": "core.patterns",
     "NumericalError": "errors",
@@ -97,7 +98,7 @@ _HOMES = {
     "alps": "methods.alps",
     "calibration_windows": "calibration",
     "chain": "core.problem",
-    "estimate": "forecast",
+    "estimate": "public",
     "evaluation_windows": "calibration",
     "fine_tune": "recover.fine_tuning",
     "gblm": "methods.gblm",
@@ -113,14 +114,14 @@ _HOMES = {
     "obs_update": "methods.obs_update",
     "parse_pattern": "core.patterns",
     "perplexity": "evaluate.perplexity",
-    "prune": "engine",
+    "prune": "public",
     "pruner_zero": "methods.pruner_zero",
     "reconstruct": "recover.block",
     "ria": "methods.ria",
     "select": "core.problem",
     "sparsegpt": "methods.sparsegpt",
     "swaps": "methods.swaps",
-    "sweep": "sweeps.run",
+    "sweep": "public",
     "task_differences": "evaluate.task_differences",
     "tasks": "evaluate.tasks",
     "uniform": "plan",
@@ -145,6 +146,7 @@ __all__ = [  # noqa: RUF022 - sorted as a test checks, capitals first
     "Manifest",
     "Merge",
     "Method",
+    "MethodError",
     "ModelStructureError",
     "NM",
     "NumericalError",

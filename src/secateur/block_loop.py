@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.block_statistics import Collected, DenseTwin, First, collect_statistics, sites
 from secateur.calibration import Windows
-from secateur.core.checks import check_solution, check_weight
+from secateur.core.checks import check_weight, solved
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import Statistic
@@ -320,8 +320,7 @@ class BlockLoop:
             if drift is not None and self.correction is not None:
                 drift.mul_(self.correction)  # in place: a matrix is solved once
             problem = Problem(matrix.name, weight, self.plan[matrix.name], statistics, gradient, drift)
-            solution = self.method.solve(problem)
-            check_solution(problem, solution, self.method)
+            solution = solved(problem, self.method)
             if matrix.tensor not in changed:
                 original = tensors[matrix.tensor]
                 pin = self.skeleton.device.type == "cuda"

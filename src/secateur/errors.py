@@ -4,6 +4,7 @@ SecateurError
  ├─ ModelStructureError (ValueError)     the model is not shaped as a stack of decoder blocks, or a matrix saw no token
  ├─ PatternError (ValueError)            a pattern cannot hold here: width, range, N > M, a glob that matches nothing
  ├─ CalibrationError (ValueError)        no text, text too short, token ids outside the vocabulary, NaN in a statistic
+ ├─ MethodError (RuntimeError)           somebody's own method raised, or gave what is none of what was expected
  ├─ NumericalError (ArithmeticError)     weights or solutions that are not finite
  └─ CheckpointError (OSError)            a file is missing, damaged, in the way, or cannot be written
 
@@ -25,6 +26,10 @@ class PatternError(SecateurError, ValueError):
 
 class CalibrationError(SecateurError, ValueError):
     """Calibration or evaluation text is missing, too short, or not fit for the model."""
+
+
+class MethodError(SecateurError, RuntimeError):
+    """A method of one's own raised an error, or gave something else than a score or a solution."""
 
 
 class NumericalError(SecateurError, ArithmeticError):

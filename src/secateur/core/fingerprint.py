@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import inspect
 import sys
-import sysconfig
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.core.own_code import installed
 from secateur.core.problem import Method, Refinement
 from secateur.errors import PatternError
 
@@ -189,7 +189,7 @@ class _Walk:
         file = getattr(sys.modules.get(module) or sys.modules.get(top), "__file__", None)
         if file is None:  # an interpreter, or a module made by hand
             return module in sys.modules or top == "__main__"
-        return not any(Path(file).resolve().is_relative_to(folder) for folder in _installed())
+        return not any(Path(file).resolve().is_relative_to(folder) for folder in installed())
 
     def _library(self, module: str, name: str) -> str:
         version = getattr(sys.modules.get(module.partition(".")[0]), "__version__", "")
@@ -290,12 +290,6 @@ class _Walk:
             raise
         except Exception as error:  # which is for the function itself to meet
             self._part(f"import of {name}", type(error).__name__)
-
-
-@functools.cache
-def _installed() -> list[Path]:
-    """Where libraries are installed."""
-    return [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 
 
 def _closed_over(function: types.FunctionType) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.core.gram import Gram
+from secateur.core.own_code import written_at
 from secateur.core.patterns import Group, Pattern, with_group
 from secateur.core.statistics import SquaredNorm, Statistic
-from secateur.errors import NumericalError, PatternError
+from secateur.errors import MethodError, NumericalError, PatternError
 
 S = TypeVar("S", bound=Statistic)
 Parameters = ParamSpec("Parameters")
@@ -105,15 +106,38 @@ def select(
 
     def solve(problem: Problem) -> Solution:
         scores = score(problem)
+        _check_score(name, problem, score, scores)
         if not bool(scores.isfinite().all()):
             raise NumericalError(
                 f"{problem.name}: {int((~scores.isfinite()).sum())} of {scores.numel()} {name} scores are not finite "
-                "although weights and statistics are: their product overflows float32."
+                f"although weights and statistics are: {_overflow(score)}"
             )
         mask = with_group(problem.pattern, per).mask(scores)
         return Solution(torch.where(mask, problem.weight, 0), mask, score=scores)
 
     return Method(name, solve, needs, per, gradient)
+
+
+def _check_score(name: str, problem: Problem, score: object, found: object) -> None:
+    """Raise `MethodError` for scores that are no tensor of numbers, one for each weight, beside the weight."""
+    weight = problem.weight
+    place = written_at(score)
+    end = f" The score is computed in {place}." if place is not None else ""
+    if not isinstance(found, Tensor):
+        raise MethodError(
+            f"{problem.name}: {name} gave a {type(found).__name__} as its scores, expected a tensor of "
+            f"{tuple(weight.shape)}.{end}"
+        )
+    if found.shape != weight.shape or found.is_complex() or found.device != weight.device:
+        raise MethodError(
+            f"{problem.name}: {name} gave {found.dtype} scores of shape {tuple(found.shape)} on {found.device}, "
+            f"expected real ones of {tuple(weight.shape)} on {weight.device}: one for each weight.{end}"
+        )
+
+
+def _overflow(score: object) -> str:
+    place = written_at(score)
+    return "their product overflows float32." if place is None else f"they are computed in {place}."
 
 
 @dataclass(frozen=True)

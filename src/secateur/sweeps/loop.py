@@ -16,7 +16,7 @@ from secateur.core.gradients import Granularity, Norm, Scope
 from secateur.core.problem import Method
 from secateur.core.statistics import Statistic
 from secateur.engine import prune
-from secateur.errors import CheckpointError, SecateurError
+from secateur.errors import CheckpointError, MethodError, SecateurError
 from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
 from secateur.gradient_file import GradientFile
@@ -312,6 +312,8 @@ class SweepLoop:
             raise
         except SecateurError as error:
             cell = replace(cell, status="failed", error=str(error))
+            if isinstance(error, MethodError):
+                self.folder.write(f"{cell.folder}/{details.name}", traceback.format_exc())
         except Exception as error:  # a method may be anybody's, and a night's work must not end with one cell
             cell = replace(cell, status="failed", error=f"{type(error).__name__}: {error}")
             self.folder.write(f"{cell.folder}/{details.name}", traceback.format_exc())
