@@ -373,3 +373,19 @@ def signalled(model: Path, place: Path, number: int, **how: Any) -> "subprocess.
     environment = {**os.environ, "PYTHONPATH": f"{place}:{source}", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "secateur", "prune", str(model), "-o", "out", "--method", "signalling:method"]
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, **how)
+
+
+def test_files_of_others_in_a_report_stay(tmp_path: Path) -> None:
+    from secateur.report.page import GENERATOR, report_folder
+
+    (tmp_path / "report" / "masks").mkdir(parents=True)
+    (tmp_path / "report" / "index.html").write_text(GENERATOR)
+    (tmp_path / "report" / "masks" / "thesis.tex").write_text("precious")
+    before = tree(tmp_path)
+    with pytest.raises(CheckpointError, match=r"masks/thesis\.tex: no part of a report"), report_folder(tmp_path):
+        raise AssertionError
+    assert tree(tmp_path) == before
+    (tmp_path / "report" / "masks" / "thesis.tex").unlink()
+    with report_folder(tmp_path) as folder:
+        (folder / "index.html").write_text("new")
+    assert tree(tmp_path) == {"report": None, "report/index.html": "new"}

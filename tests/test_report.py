@@ -414,9 +414,9 @@ def test_when_no_pruned_matrix_is_left(tmp_path):
 def test_an_earlier_report_is_replaced_and_nothing_else_is(tmp_path):
     pruned = make("llama", tmp_path)
     page = build(pruned)
-    (page.parent / "old.txt").write_text("old")
+    (page.parent / "old.png").write_text("old")
     assert build(pruned) == page
-    assert not (page.parent / "old.txt").exists()
+    assert not (page.parent / "old.png").exists()
     page.write_text("somebody else's page")
     with pytest.raises(
         CheckpointError, match=r"report: exists and is no report of Secateur, so it will not be replaced"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FOLDER, PAGE = "report", "index.html"
+WRITTEN = (".html", ".png", ".svg", ".csv")  # what reports consist of
 GENERATOR = '<meta name="generator" content="Secateur'
 
 
@@ -64,6 +65,11 @@ def report_folder(parent: Path) -> "Iterator[Path]":
     if target.exists() and not is_report(target):
         raise CheckpointError(
             f"{target}: exists and is no report of Secateur, so it will not be replaced. Move it out of the way."
+        )
+    others = [path for path in sorted(target.rglob("*")) if path.suffix not in WRITTEN and not path.is_dir()]
+    if others:
+        raise CheckpointError(
+            f"{others[0]}: no part of a report of Secateur, and writing the report anew would remove it. Move it away."
         )
     with Scratch(target, overwrite=True) as scratch, writing(target):
         yield scratch.folder
