@@ -80,8 +80,8 @@ MethodOption = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help=f"{', '.join(METHOD_NAMES)}, or MODULE:FUNCTION or FILE.py:FUNCTION for a method of your own. With a plus, a refinement: "
-        f"{', '.join(REFINEMENT_NAMES)}.",
+        help=f"{', '.join(METHOD_NAMES)}, or MODULE:FUNCTION or FILE.py:FUNCTION for a method of your own. "
+        f"With a plus, a refinement: {', '.join(REFINEMENT_NAMES)}.",
         rich_help_panel="What to prune",
     ),
 ]
