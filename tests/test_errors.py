@@ -27,6 +27,7 @@ from secateur.engine import prune
 from secateur.errors import (
     CalibrationError,
     CheckpointError,
+    MethodError,
     ModelStructureError,
     NumericalError,
     PatternError,
@@ -1077,7 +1078,7 @@ def test_a_mask_with_too_few_zeros(model: Path, refused: Refused) -> None:
 
 def test_a_method_that_does_not_say_what_it_needs(model: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
-    with pytest.raises(KeyError, match="SquaredNorm was not collected; list it in the needs of the method"):
+    with pytest.raises(MethodError, match="SquaredNorm was not collected; list it in the needs of the method"):
         prune(model, method=method_of(lambda solution: solution, needs=False), output=tmp_path / "out")
     assert snapshot(tmp_path) == before
 
@@ -1089,7 +1090,7 @@ def test_a_method_that_fails_leaves_nothing(model: Path, tmp_path: Path) -> None
         return wanda().solve(problem)
 
     before = snapshot(tmp_path)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(MethodError, match="mine failed with ZeroDivisionError"):
         prune(
             model,
             method=Method("mine", solve, frozenset({SquaredNorm})),

@@ -58,8 +58,9 @@ def sweep(
         typer.Option(
             "--methods",
             "-m",
-            help=f"Separated by commas, or repeated: {', '.join(METHOD_NAMES)}, or MODULE:FUNCTION or FILE.py:"
-            f"FUNCTION; with a plus, a refinement: {', '.join(REFINEMENT_NAMES)}. LABEL=METHOD gives it another name "
+            help=f"Separated by commas, or repeated: {', '.join(METHOD_NAMES)}, or MODULE:FUNCTION or "
+            f"FILE.py:FUNCTION; with a plus, a refinement: {', '.join(REFINEMENT_NAMES)}. LABEL=METHOD gives it "
+            "another name "
             "[default: magnitude,wanda,sparsegpt].",
             rich_help_panel="What to prune",
             show_default=False,
