@@ -76,7 +76,7 @@ OPTIONS = {
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
     "verify": {"--source", "--json"},
 }
-HIDDEN = {"plan": {"--output", "--overwrite"}}  # without effect there
+HIDDEN = {"plan": {"--output", "--overwrite"}}  # checked there, but not written
 
 
 def save_model(folder: Path) -> Path:
@@ -470,7 +470,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_options_win_over_the_file_and_the_file_over_defaults(call: Call, model: Path, config: Config) -> None:
-    file = config("sparsity: 0.25\nsamples: 3\nlength: 16\n")
+    file = config("sparsity: 0.25\nsamples: 3\nlength: 16\ncalibration: python-docs\nsampling: concat\n")
     value = call("plan", model, "--config", file, "--samples", "5", "--json").json
     assert value["tokens"] == 5 * 16
     assert value["plan"][FIRST] == {"sparsity": 0.25, "per": "row"}
@@ -490,13 +490,13 @@ def test_keys_with_hyphens_and_underscores_lists_and_flags(call: Call, model: Pa
     assert {pattern["per"] for pattern in value["plan"].values()} == {"matrix"}
     given = call("plan", model, "--config", file, "--skip", "*.q_proj").json
     assert len(given["plan"]) == 18  # a list that is given replaces the file's
-    one = call("plan", model, "--config", config('only: "*.q_proj"\n'), "--json").json
+    one = call("plan", model, "--config", config('only: "*.q_proj"\nmethod: magnitude\n'), "--json").json
     assert len(one["plan"]) == 3
 
 
 def test_a_pattern_in_the_file_stays_a_pattern(call: Call, model: Path, config: Config) -> None:
     # YAML 1.1 reads 2:4 as a number in base 60.
-    value = call("plan", model, "--config", config("pattern: 2:4\n"), "--json").json
+    value = call("plan", model, "--config", config("pattern: 2:4\nmethod: magnitude\n"), "--json").json
     assert value["plan"][FIRST] == {"n": 2, "m": 4}
 
 
@@ -580,7 +580,8 @@ def test_the_home_folder_in_a_file(
 
 
 def test_an_empty_file(call: Call, model: Path, config: Config) -> None:
-    assert call("plan", model, "--config", config(""), "--json").json["tokens"] == 128 * 2048
+    text = ["--calibration", "python-docs", "--sampling", "concat", "--length", 32]
+    assert call("plan", model, "--config", config(""), *text, "--json").json["tokens"] == 128 * 32
 
 
 # --method module:function

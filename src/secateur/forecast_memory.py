@@ -187,9 +187,10 @@ def _solving(ready: Prepared, targets: str) -> int:
     if Gram not in ready.method.needs:
         return SELECTING * max(math.prod(matrix.shape) for matrix in ready.matrices)
     item = max(4, skeleton.dtype.itemsize)
-    # Memory: measured; iterative methods hold a dozen copies of the weights, the others about five.
+    # Memory: measured. Factorising and inverting takes six of the Gram matrix, buffers of the library included;
+    # iterative methods hold a dozen copies of the weights, the others about five.
     copies = 12 if ready.method.products > 10 else 5
-    solving = max(item * (3 * m.shape[1] ** 2 + copies * math.prod(m.shape)) for m in ready.matrices)
+    solving = max(item * (6 * m.shape[1] ** 2 + copies * math.prod(m.shape)) for m in ready.matrices)
     if targets == "pruned":
         return solving
     return solving + max(_by_block(skeleton.matrices, lambda m: math.prod(m.shape)).values()) * skeleton.dtype.itemsize

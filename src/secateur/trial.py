@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from secateur.core.histogram import histogram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method, Problem, select
 from secateur.core.scores import magnitude
-from secateur.core.statistics import SquaredNorm
 from secateur.errors import SecateurError
 from secateur.models.checkpoint import Layout
 from secateur.models.skeleton import Skeleton, Source, loaded
@@ -37,6 +37,10 @@ class Pace:
     weight: float  # choosing, checking and recording one weight
     move: float  # one byte that is read and written by an operation on large tensors
     digest: float  # one byte of a sha256
+
+
+# What was tried of a model, for the next estimate of it: of a sweep's other methods.
+_tried: WeakKeyDictionary[Skeleton, dict[tuple[int, int], list[tuple[float, float]]]] = WeakKeyDictionary()
 
 
 def pace(skeleton: Skeleton, method: Method, pattern: Pattern, length: int, batch_size: int) -> Pace:
@@ -87,26 +91,20 @@ def digesting() -> float:
 
 
 def choosing(skeleton: Skeleton, method: Method, pattern: Pattern) -> float:
-    """Seconds for each weight of a whole solve of one matrix, apart from products that `Method.products` counts."""
+    """Seconds for each weight to choose a mask by one score, check it and record it; a method itself is never run."""
     shape = max((matrix.shape for matrix in skeleton.matrices), key=lambda own: own[0] * own[1])
     rows = max(1, min(shape[0], WEIGHTS // shape[1]))
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, shape[1], generator=generator).to(skeleton.device)
-    inputs = SquaredNorm(torch.ones(shape[1], dtype=torch.float64, device=skeleton.device), 1, 1)
-    problem = Problem("trial", weight, pattern, {SquaredNorm: inputs})
+    weight = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(0)).to(skeleton.device)
+    problem = Problem("trial", weight, pattern)
     plain = select("trial", magnitude, per=method.per)
 
-    def solve(own: Method) -> None:
-        solution = own.solve(problem)
-        check_solution(problem, solution, own)
-        if solution.score is not None:
-            histogram(solution.score, solution.mask)
+    def solve() -> None:
+        solution = plain.solve(problem)
+        check_solution(problem, solution, plain)
+        assert solution.score is not None
+        histogram(solution.score, solution.mask)
 
-    own = method if method.needs == {SquaredNorm} and method.gradient is None else plain
-    try:
-        return timed(skeleton.device, lambda: solve(own)) / weight.numel()
-    except (SecateurError, KeyError, RuntimeError):
-        return timed(skeleton.device, lambda: solve(plain)) / weight.numel()
+    return timed(skeleton.device, solve) / weight.numel()
 
 
 class ZeroSource:
@@ -142,9 +140,16 @@ class ZeroSource:
         return self._source.layout()
 
 
-@torch.no_grad()
 def forwards(skeleton: Skeleton, length: int, batch_size: int, multiply: float) -> list[tuple[float, float]]:
     """For each block, the seconds of a forward for each token and for each batch; by its products where that fails."""
+    known = _tried.setdefault(skeleton, {})
+    if (length, batch_size) not in known:
+        known[length, batch_size] = _try_forwards(skeleton, length, batch_size, multiply)
+    return known[length, batch_size]
+
+
+@torch.no_grad()
+def _try_forwards(skeleton: Skeleton, length: int, batch_size: int, multiply: float) -> list[tuple[float, float]]:
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for index, names in enumerate(skeleton.block_tensors):
         alike.setdefault(tuple(sorted(skeleton.source.shape(name) for name in names)), []).append(index)

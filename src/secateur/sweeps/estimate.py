@@ -14,7 +14,7 @@ from secateur.core.problem import Method
 from secateur.errors import SecateurError
 from secateur.forecast import Estimate, estimate, forward_seconds
 from secateur.models.opened import OpenedModel
-from secateur.preparation import check_choices, check_targets, make_plan
+from secateur.preparation import prepared
 from secateur.sweeps.folder import Cell
 
 
@@ -79,10 +79,10 @@ def shared_gradient(method: Method, propagate: str) -> tuple[Granularity, Scope]
 
 def refusal(opened: OpenedModel, task: Task, options: Mapping[str, Any]) -> SecateurError | None:
     """The error that `prune` would raise for a task before it starts."""
+    asked = {key: value for key, value in options.items() if key != "offload_states"}
     try:
-        check_choices(task.method, options["propagate"], options["within"], options["targets"])
-        plan = make_plan(opened, task.method, task.pattern, only=options["only"], skip=options["skip"])
-        check_targets(opened.skeleton, plan, options["targets"])
+        with prepared(opened, method=task.method, pattern=task.pattern, dry=True, **asked):
+            pass
     except SecateurError as error:
         return error
     return None
@@ -99,19 +99,20 @@ def estimate_sweep(
     dense_tokens: int,
     checkpoints: int,
     options: Mapping[str, Any],
+    unchecked: Sequence[str] = (),
 ) -> SweepEstimate:
     """The estimate of the `tasks` that are still to be done.
 
     `pruned` are the cells whose checkpoint is there, `evaluations` the tokens to evaluate by cell folder,
     `dense_tokens` those of the dense model, `checkpoints` how many are on disk at once, `options` those of
-    `forecast.estimate`. Raises the error of the first task when none can be run.
+    `forecast.estimate`, and `unchecked` what is not known of the calibration text. Raises the error of the first task
+    when none can be run.
     """
     refusals = {task.cell.folder: None if task.cell in pruned else refusal(opened, task, options) for task in tasks}
     errors = [error for error in refusals.values() if error is not None]
     if tasks and len(errors) == len(tasks):
         raise errors[0]
-    options = {**options, "calibration": None}  # a sweep draws its text itself
-    token_seconds = forward_seconds(opened, 10**6) / 10**6
+    token_seconds = forward_seconds(opened, 10**6) / 10**6 if tasks or dense_tokens else 0.0
     alone: dict[tuple[str, bool], Estimate] = {}  # by label, and whether the statistics are there already
     shared: dict[tuple[Granularity, Scope], tuple[float, int]] = {}
     cells, statistics = [], 0
@@ -124,9 +125,7 @@ def estimate_sweep(
             if (label, reused) not in alone:
                 method = replace(task.method, gradient=None) if kind is not None else task.method
                 method = replace(method, needs=frozenset()) if reused else method
-                alone[label, reused] = estimate(
-                    opened, method=method, pattern=task.pattern, calibration=None, **options
-                )
+                alone[label, reused] = estimate(opened, method=method, pattern=task.pattern, **options)
             own = alone[label, reused]
             seconds += own.seconds
             if kind is not None and kind not in shared:
@@ -142,11 +141,9 @@ def estimate_sweep(
     disk = checkpoints * checkpoint + sum(size for _, size in shared.values()) + statistics
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free
-    notes = [f"{own.cell.name} will fail: {own.refusal}" for own in cells if own.refusal is not None]
+    notes = [*unchecked, *(f"{own.cell.name} will fail: {own.refusal}" for own in cells if own.refusal is not None)]
     if disk > free:
         notes.append("This needs more disk than is free now: use --keep none, or another folder.")
-    if any(Gram in task.method.needs for task in tasks):
-        notes.append("The time to solve with Gram matrices is not part of the estimate.")
     notes += dict.fromkeys(note for own in alone.values() for note in own.notes if "Gram" not in note)
     some = next(iter(alone.values()), None)
     return SweepEstimate(

@@ -21,7 +21,7 @@ from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
 from secateur.gradient_file import GradientFile
 from secateur.gradient_pass import gradient_batch_size, gradients
-from secateur.model_windows import model_evaluation_windows, model_windows
+from secateur.model_windows import foreseen_windows, model_evaluation_windows, model_windows
 from secateur.models.memory import trim
 from secateur.models.opened import OpenedModel, open_model
 from secateur.models.stream import default_batch_size
@@ -149,25 +149,23 @@ class SweepLoop:
 
     def draw_calibration(self, opened: OpenedModel, calibration: str | Sequence[str] | Windows) -> None:
         """Draw the calibration tokens, if a cell that is still to be pruned needs any."""
-        if not any(task.method.needs or task.method.gradient is not None for task in self._to_prune()):
+        if not self._looks_at_tokens():
             return
-        held = self.settings
-        self.calibration = model_windows(
-            opened,
-            calibration,
-            self.tokenizer,
-            samples=held["samples"],
-            length=held["length"],
-            seed=held["seed"],
-            sampling=held["sampling"],
-            bos=held["bos"],
-            known=held["bos_choices"].get("calibration"),
-            progress=lambda done, total: self._stage(None, "calibration", done, total),
-        )
+        known = self.settings["bos_choices"].get("calibration")
+        self.calibration = model_windows(opened, calibration, self.tokenizer, known=known, **self._drawing())
         self._note("calibration", self.calibration)
         for task in (task for task in self.tasks if task.method.needs or task.method.gradient is not None):
             size = _batch_size(opened, task.method, self.calibration.length, self.options["batch_size"])
             self.batch_sizes[task.cell.method] = size
+
+    def _looks_at_tokens(self) -> bool:
+        """Whether a cell that is still to be pruned needs calibration tokens."""
+        return any(task.method.needs or task.method.gradient is not None for task in self._to_prune())
+
+    def _drawing(self) -> dict[str, Any]:
+        """How calibration windows are drawn."""
+        held = {key: self.settings[key] for key in ("samples", "length", "seed", "sampling", "bos")}
+        return {**held, "progress": lambda done, total: self._stage(None, "calibration", done, total)}
 
     def _note(self, what: str, windows: Windows) -> None:
         if "bos" in windows.provenance:
@@ -176,8 +174,16 @@ class SweepLoop:
         check_settings(self.folder.path, self.settings, {"methods": {}, "digests": digests})
         self.settings["digests"].update(digests)
 
-    def estimate(self, opened: OpenedModel) -> SweepEstimate:
-        """What is still to be done, and what it would take."""
+    def estimate(self, opened: OpenedModel, calibration: str | Sequence[str] | Windows) -> SweepEstimate:
+        """What is still to be done, and what it would take. Raises what `draw_calibration` would, where that shows."""
+        text = {"calibration": None, "samples": self.settings["samples"], "length": self.settings["length"]}
+        unchecked: Sequence[str] = ()
+        if self._looks_at_tokens():
+            seen = foreseen_windows(opened, calibration, self.tokenizer, **self._drawing())
+            text, unchecked = (
+                {"calibration": seen.windows, "samples": seen.samples, "length": seen.length},
+                seen.unchecked,
+            )
         tokens = {data: windows.tokens for data, windows in self.texts.items()}
         # Agreement runs the dense model beside the pruned one.
         passes = 3 if self.settings["agreement"] else 1
@@ -194,7 +200,8 @@ class SweepLoop:
             },
             dense_tokens=sum(count for data, count in tokens.items() if data not in self.dense),
             checkpoints=1 + kept[self.settings["keep"]],
-            options={**self.options, "samples": self.settings["samples"], "length": self.settings["length"]},
+            options={**self.options, **text},
+            unchecked=unchecked,
         )
         self.seconds = {own.cell.folder: own.seconds for own in estimate.cells}
         return estimate

@@ -146,7 +146,7 @@ def sweep(
         )
         loop.join(folder.found())
         loop.cut_texts(opened, decide=not dry_run)
-        on_estimate(loop.estimate(opened))
+        on_estimate(loop.estimate(opened, calibration))
         if not dry_run:
             loop.draw_calibration(opened, calibration)
             del opened
