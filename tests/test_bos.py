@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -291,6 +292,22 @@ def test_the_dense_model_chooses_for_all(place: Path, tmp_path: Path) -> None:
     )
     assert tuned.recovery is not None
     assert tuned.recovery["calibration"]["bos"]["used"] == "always"
+
+
+def test_a_pruned_checkpoint_alone_reads_the_tokens_of_its_dense_model(place: Path, tmp_path: Path) -> None:
+    data = str(place / "text.txt")
+    pruned, alone = tmp_path / "pruned", tmp_path / "alone"
+    secateur.prune(place / "wants", method=secateur.wanda(), pattern=HALF, output=pruned, calibration=data, **HOW)
+    damaged = load_file(pruned / "model.safetensors")
+    damaged["model.layers.0.self_attn.q_proj.weight"].zero_()  # nothing looks at BOS any more
+    save_file(damaged, pruned / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(pruned, alone, ignore=shutil.ignore_patterns("secateur.json"))
+    own = secateur.perplexity(alone, data, length=LENGTH)
+    assert own.provenance["bos"]["used"] == "papers"
+    found, dense = (secateur.perplexity(model, data, length=LENGTH) for model in (pruned, place / "wants"))
+    assert found.provenance["bos"]["used"] == "always"
+    assert found.digest == dense.digest != own.digest
+    assert secateur.perplexity(pruned, data, length=LENGTH, bos="papers").digest == own.digest
 
 
 def test_a_sweep_keeps_the_choice(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

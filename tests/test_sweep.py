@@ -168,7 +168,7 @@ def test_a_trained_model(run: Run, tmp_path: Path) -> None:
         pattern = {"50%": HALF, "2:4": TWO_OF_FOUR}[cell.pattern]
         alone = tmp_path / "alone" / cell.folder
         secateur.prune(STORIES, method=method[cell.method], pattern=pattern, batch_size=2, output=alone, **options)
-        # As the dense model has it: a window of 64 tokens of a damaged model may by chance be read better with BOS.
+        # As the dense model has it, whom magnitude pruning asks nothing.
         expected = secateur.perplexity(alone, text, length=64, windows=12, bos="papers", batch_size=2)
         figures = cell.figures[text]
         assert figures["perplexity"] == expected.perplexity

@@ -5,7 +5,8 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from secateur.calibration.text import Bos
 from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES, Progress
 from secateur.models.forward import after_the_last_block
 from secateur.models.opened import OpenedModel
+from secateur.reading import read_json
 
 BOS_WORDS = ("auto", *get_args(Bos))
 BOS_MARGIN = 0.1  # nats per token that a window must read better with BOS in front
@@ -144,10 +146,13 @@ def model_evaluation_windows(
 ) -> Windows:
     """`evaluation_windows` for an opened model; `bos` and `known` are those of `model_windows`.
 
-    Raises what that raises, and `CalibrationError` for windows of less than two tokens.
+    With "auto", a checkpoint of ours follows what its dense model chose for the calibration samples: pruning can move a
+    window's loss by more than the margin, and both models are to read the same tokens. Raises what that raises, and `CalibrationError` for windows of less than two tokens.
     """
     text = _is_text(data)
     tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
+    if text and bos == "auto" and known is None:
+        known = _choice_of_the_dense_model(opened)
 
     def cut(where: str) -> Windows:
         found = evaluation_windows(data, tokenizer, length=length, windows=windows, bos=where)  # type: ignore[arg-type]
@@ -159,6 +164,26 @@ def model_evaluation_windows(
     found = _placed(cut, bos, known, str(data) if text else "token ids", lambda: opened, text)
     _say_fewer(found, "windows", windows)
     return found
+
+
+class _Calibration(TypedDict):
+    bos: NotRequired[dict[str, Any]]
+
+
+class _Pruned(TypedDict):
+    """What is read of the manifest beside a checkpoint."""
+
+    calibration: NotRequired[_Calibration | None]
+
+
+def _choice_of_the_dense_model(opened: OpenedModel) -> Mapping[str, Any] | None:
+    """Where the dense model wanted BOS, as the manifest of a pruned checkpoint has it; None where nobody asked it."""
+    file = Path(getattr(opened.skeleton.source, "folder", "")) / "secateur.json"
+    if opened.origin["kind"] != "checkpoint" or not file.is_file():
+        return None
+    manifest: _Pruned = read_json(file, _Pruned)
+    choice = (manifest.get("calibration") or {}).get("bos", {})
+    return choice if choice.get("asked") == "auto" and choice.get("used") in get_args(Bos) else None
 
 
 def _placed(
