@@ -183,11 +183,11 @@ def test_its_tokenizer_is_used_and_written(model: Path, file: Path, tmp_path: Pa
 
 def test_plan_says_that_the_whole_model_is_in_memory(file: Path) -> None:
     note = "The whole model is in memory: it was given as a module, or dequantised from GGUF."
-    result = estimate(file, method=secateur.wanda(), length=32)
+    result = estimate(file, method=secateur.wanda(), calibration=None, length=32)
     assert result.notes == [note]
     assert (result.blocks, len(result.plan), result.model) == (3, 21, str(file))
     # In a fresh process, because transformers reads the switch of its progress bars when it is imported.
-    done = process("plan", file, "--length", 32)
+    done = process("plan", file, "--length", 32, "--calibration", "python-docs", "--sampling", "concat")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.rstrip().endswith(note)
 

@@ -442,7 +442,7 @@ def test_gradients_alone_need_no_calibration(method, llama, file, tmp_path, monk
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("calibration samples are drawn")
 
-    monkeypatch.setattr("secateur.engine.model_windows", never)
+    monkeypatch.setattr("secateur.preparation.model_windows", never)
     monkeypatch.setattr("secateur.models.stream.Stream.__init__", never)
     manifest = prune(llama, method=method, gradient=file.path, output=tmp_path / "out")
     expected = {**file.provenance["calibration"], "digest": file.provenance["tokens_digest"]}
