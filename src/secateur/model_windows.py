@@ -147,7 +147,9 @@ def model_evaluation_windows(
     """`evaluation_windows` for an opened model; `bos` and `known` are those of `model_windows`.
 
     With "auto", a checkpoint of ours follows what its dense model chose for the calibration samples: pruning can move a
-    window's loss by more than the margin, and both models are to read the same tokens. Raises what that raises, and `CalibrationError` for windows of less than two tokens.
+    window's loss by more than the margin, and both models are to read the same tokens.
+
+    Raises what `evaluation_windows` raises, and `CalibrationError` for windows of less than two tokens.
     """
     text = _is_text(data)
     tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
