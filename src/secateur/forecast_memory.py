@@ -86,7 +86,10 @@ def memory_of(ready: Prepared, *, targets: str, offload: str) -> Memory:
 
     waiting = 0 if skeleton.resident else min(3, 1 + len(blocks))  # the block at hand, the next one, what has changed
     pruning = grams + max(
-        activations + regional, solving + (4 * largest if ready.gradients or ready.takes_gradients else 0)
+        # A graph holds the activations of its batch too; gradients from a file are read matrix by matrix.
+        activations,
+        regional,
+        solving + (4 * largest if ready.gradients or ready.takes_gradients else 0),
     )
     in_memory = 0 if offloaded else states
     stages = [both(pruning, waiting + (1 if skeleton.resident else 0), in_memory + elsewhere)]
