@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+import transformers
+from packaging.version import Version
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -583,6 +585,8 @@ FIRST = {"afmoe": 1, "qwen2_moe": 1}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_matrices_that_write_to_the_residual_stream(name: str, dtype: torch.dtype) -> None:
+    if name == "rwkv" and dtype != torch.float32 and Version(transformers.__version__) < Version("5.16"):
+        pytest.skip("before transformers 5.16 an rwkv cannot be made in half precision")
     skeleton = open_model(tiny.build(name, dtype=dtype)).skeleton
     stream = Stream(skeleton, calibration(), batch_size=3)
     block = skeleton.blocks[FIRST.get(name, 0)]

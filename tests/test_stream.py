@@ -72,7 +72,8 @@ def assert_as_before(skeleton: Skeleton, modules: dict[str, nn.Module]) -> None:
 
 
 def test_nothing_is_left_out_unawares():
-    assert len(STREAMED) + len(NOT_STREAMED) == len(tiny.ARCHITECTURES) >= 90
+    left = [name for name in NOT_STREAMED if name in tiny.ARCHITECTURES]
+    assert len(STREAMED) + len(left) == len(tiny.ARCHITECTURES) >= 90
 
 
 @pytest.mark.parametrize("name", STREAMED)
@@ -239,7 +240,8 @@ def test_equal_masks_of_many_batches_are_kept_once(tmp_path):
             assert all(other[key] is value for key, value in tensors[0].items())
     full, sliding = (stream._calls[0][index].kwargs["attention_mask"] for index in (1, 0))
     assert full is not sliding
-    assert not torch.equal(full, sliding)
+    # Before transformers 5.17 a full causal mask is none at all.
+    assert not torch.equal(full, sliding) if full is not None else sliding is not None
 
 
 def test_a_module_in_memory_streams_as_itself():

@@ -13,8 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 128
@@ -322,8 +325,14 @@ def _config(name: str) -> PreTrainedConfig:
     return kind(**{**{key: value for key, value in COMMON.items() if key in known}, **fields})
 
 
+# What transformers itself gets wrong before these versions: a forward that fails, or one that looks ahead (doge).
+MENDED_IN = {"deepseek_v2": Version("5.13"), "zamba": Version("5.16"), "doge": Version("5.17")}
+
+
 def _known(name: str) -> bool:
-    """Whether this version of transformers has the architecture, with blocks of these types."""
+    """Whether this version of transformers has the architecture, with blocks of these types, and can run it."""
+    if name in MENDED_IN and Version(transformers.__version__) < MENDED_IN[name]:
+        return False
     try:
         _config(name)
     except (KeyError, StrictDataclassError):
@@ -331,7 +340,7 @@ def _known(name: str) -> bool:
     return True
 
 
-# Older versions of transformers lack the latest architectures; a test says that the newest ones have them all.
+# A test says that the newest versions of transformers have them all.
 NOT_HERE = [name for name in TABLE if not _known(name)]
 ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     name: partial(_config, name) for name in TABLE if name not in NOT_HERE
@@ -339,7 +348,12 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The named architecture with random weights, in eval mode. Leaves torch's own random state alone."""
+    """The named architecture with random weights, in eval mode. Leaves torch's own random state alone.
+
+    Skips the test where this version of transformers cannot run it.
+    """
+    if name in NOT_HERE:
+        pytest.skip(f"transformers {transformers.__version__} cannot run {name}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(ARCHITECTURES[name](), dtype=dtype)
