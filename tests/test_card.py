@@ -243,7 +243,9 @@ def test_the_dense_perplexity_where_it_is_known(source, pruned):
     assert "perplexity_dense" not in alone["result"]
 
 
-@pytest.mark.parametrize("origin", [{"kind": "gguf"}, {"kind": "checkpoint", "dequantised": {"fp8": 3}}])
+@pytest.mark.parametrize(
+    "origin", [{"kind": "gguf"}, {"kind": "checkpoint", "dequantised": {"formats": {"FP8": 3}, "dtype": "bfloat16"}}]
+)
 def test_bytes_of_a_dequantised_base_are_not_claimed(pruned, origin):
     manifest = read_manifest(pruned)
     assert "byte for byte" in (pruned / "README.md").read_text()
@@ -251,4 +253,7 @@ def test_bytes_of_a_dequantised_base_are_not_claimed(pruned, origin):
     card.write_card(pruned, manifest, "out")
     text = (pruned / "README.md").read_text()
     assert "byte for byte" not in text
-    assert "is that of the base model, dequantised before it was pruned." in text
+    how = (
+        "dequantised before it was pruned" if origin["kind"] == "gguf" else "with its quantised weights dequantised to"
+    )
+    assert f"is that of the base model, {how}" in text

@@ -637,7 +637,6 @@ def test_the_same_run_twice_differs_in_times_and_paths_alone(kept: Path, dense: 
 ADDED = (
     "chat_template.jinja",
     "additional_chat_templates/rag.jinja",
-    "adapter_config.json",
     "pytorch_model.bin",
     "modeling_own.py",
     "tokenizer.model",
@@ -661,6 +660,12 @@ def test_a_file_that_was_added(name: str, pruned: Path) -> None:
     else:
         problem = f"{name}: not written by the run, and it may change what is loaded; move it away"
         assert verify(pruned).problems == [problem]
+
+
+def test_an_adapter_that_was_added_is_refused_as_every_command_does(pruned: Path) -> None:
+    (pruned / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with pytest.raises(CheckpointError, match=r"adapter_config.json, the adapter of elsewhere .*Move adapter_config"):
+        verify(pruned)
 
 
 def test_links_and_shards_that_were_added(pruned: Path, dense: Path) -> None:

@@ -100,7 +100,10 @@ class CheckpointWriter:
         return [name for name in self._place if name not in self.digests]
 
     def write(self, name: str, tensor: Tensor) -> str:
-        """Write one tensor in its place; returns the sha256 of its bytes."""
+        """Write one tensor in its place; returns the sha256 of its bytes. One of another size changes nothing."""
+        file, _, size = self._place[name]
+        if tensor.nbytes != size:
+            raise CheckpointError(f"{name}: {tensor.nbytes} bytes to write into {file}, expected {size}.")
         return self.write_parts(name, [tensor])
 
     def write_parts(self, name: str, parts: Iterable[Tensor]) -> str:
