@@ -243,17 +243,21 @@ def test_the_dense_perplexity_where_it_is_known(source, pruned):
     assert "perplexity_dense" not in alone["result"]
 
 
+FP8 = {"formats": {"FP8": 3}, "dtype": "bfloat16", "left_out": 0}
+
+
 @pytest.mark.parametrize(
-    "origin", [{"kind": "gguf"}, {"kind": "checkpoint", "dequantised": {"formats": {"FP8": 3}, "dtype": "bfloat16"}}]
+    ("origin", "how"),
+    [
+        ({"kind": "gguf"}, "dequantised before it was pruned"),
+        ({"kind": "checkpoint", "dequantised": FP8}, "with its quantised weights dequantised to bfloat16"),
+    ],
 )
-def test_bytes_of_a_dequantised_base_are_not_claimed(pruned, origin):
+def test_bytes_of_a_dequantised_base_are_not_claimed(pruned, origin, how):
     manifest = read_manifest(pruned)
     assert "byte for byte" in (pruned / "README.md").read_text()
     manifest.source |= origin
     card.write_card(pruned, manifest, "out")
     text = (pruned / "README.md").read_text()
     assert "byte for byte" not in text
-    how = (
-        "dequantised before it was pruned" if origin["kind"] == "gguf" else "with its quantised weights dequantised to"
-    )
-    assert f"is that of the base model, {how}" in text
+    assert f"is that of the base model, {how}." in text

@@ -223,7 +223,8 @@ def test_other_tokens(llama, ids, file, tmp_path):
         assert told == f"{file.path}: its gradients are of other tokens: 4 samples of 12 with digest {digest}"
         assert re.fullmatch(
             rf"{len(tokens)} of {tokens.shape[1]} with [0-9a-f]{{12}}\. "
-            r"Use the same --calibration, --samples, --length, --seed, --sampling and --bos for both, or make another file\.",
+            r"Use the same --calibration, --samples, --length, --seed, --sampling and --bos for both, or make another "
+            r"file\.",
             end,
         )
     assert names(tmp_path) == []

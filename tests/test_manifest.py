@@ -664,7 +664,7 @@ def test_a_file_that_was_added(name: str, pruned: Path) -> None:
 
 def test_an_adapter_that_was_added_is_refused_as_every_command_does(pruned: Path) -> None:
     (pruned / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
-    with pytest.raises(CheckpointError, match=r"adapter_config.json, the adapter of elsewhere .*Move adapter_config"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json, the adapter for elsewhere .*Move adapter_config"):
         verify(pruned)
 
 

@@ -58,7 +58,8 @@ def test_in_a_locale_of_seven_bits(model: Path, tmp_path: Path) -> None:  # noqa
         f"secateur prune {model} -o out --config run.yaml --calibration text.jsonl && secateur inspect out && "
         f"secateur verify out && secateur compare {model} out --prompts prompts.txt --new-tokens 2 && "
         f"secateur compare {model} out --data text.jsonl --length 16 --windows 2 --csv figures.csv && "
-        "secateur report out && secateur plan out --config run.yaml --calibration text.jsonl && secateur --help && secateur prune --help",
+        "secateur report out && secateur plan out --config run.yaml --calibration text.jsonl && secateur --help && "
+        "secateur prune --help",
         env={"LC_ALL": "C", "PYTHONUTF8": "0", "SECATEUR_CACHE": str(tmp_path / "cache")},
         cwd=tmp_path,
     )
