@@ -16,6 +16,7 @@ from secateur.models.stream import LOGITS_BYTES, states_folder
 from secateur.preparation import Prepared
 
 LIBRARY_BYTES = 40_000_000  # kernels and buffers that torch loads when it first computes
+FACTORISING_BYTES = 40_000_000  # buffers of the linear algebra library, once something was factorised
 SELECTING = 16  # bytes for each weight of the matrix at hand while its mask is chosen and checked
 
 
@@ -191,9 +192,10 @@ def _solving(ready: Prepared, targets: str) -> int:
         return SELECTING * max(math.prod(matrix.shape) for matrix in ready.matrices)
     item = max(4, skeleton.dtype.itemsize)
     # Memory: measured. Factorising and inverting takes six of the Gram matrix, buffers of the library included;
-    # iterative methods hold a dozen copies of the weights, the others about five.
-    copies = 12 if ready.method.products > 10 else 5
+    # iterative methods hold eight copies of the weights, the others about five.
+    copies = 8 if ready.method.products > 10 else 5
     solving = max(item * (6 * m.shape[1] ** 2 + copies * math.prod(m.shape)) for m in ready.matrices)
+    solving += FACTORISING_BYTES
     if targets == "pruned":
         return solving
     return solving + max(_by_block(skeleton.matrices, lambda m: math.prod(m.shape)).values()) * skeleton.dtype.itemsize

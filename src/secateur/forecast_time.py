@@ -13,6 +13,7 @@ from secateur.preparation import Prepared
 from secateur.trial import Pace, forwards, moving, multiplying, pace
 
 DISK_BYTES_PER_SECOND = 500e6  # a plain SSD; no disk is measured, since that would take writing to it
+AROUND_SECONDS = 1.0  # manifest, model card, and the libraries that write them
 LENGTH = 512  # of windows where none is known
 
 
@@ -47,7 +48,7 @@ def run_seconds(ready: Prepared, *, within: str, targets: str, passes: int) -> f
     hashing = own.digest * 2 * bytes_
     converting = own.move * 3 * bytes_ * passes
     busy = computing + converting + hashing / max(1, torch.get_num_threads())
-    return max(busy, disk + hashing / 2)
+    return max(busy, disk + hashing / 2) + AROUND_SECONDS
 
 
 def _stored(ready: Prepared) -> int:

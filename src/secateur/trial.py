@@ -24,7 +24,7 @@ from secateur.models.structure import Block
 
 LONG = 0.3  # seconds after which nothing is tried again
 TRIAL_FLOPS = 2e10  # of all forwards that are tried, about
-WEIGHTS = 1 << 20  # of the matrix that is solved
+WEIGHTS = 1 << 24  # of the matrix that is solved
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ def choosing(skeleton: Skeleton, method: Method, pattern: Pattern) -> float:
         check_solution(problem, solution, plain)
         assert solution.score is not None
         histogram(solution.score, solution.mask)
+        # What the loop and the record do beside: checks of the source, the copy that is written, counts.
+        weight.isfinite().all()
+        kept = solution.weight.masked_fill(~solution.mask, 0)
+        (kept.eq(weight) | ~solution.mask).all()
+        kept.count_nonzero()
 
     return timed(skeleton.device, solve) / weight.numel()
 
