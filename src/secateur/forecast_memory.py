@@ -10,7 +10,7 @@ import psutil
 from secateur.core.gram import Gram
 from secateur.gradient_pass import chunk_sizes, gradient_batch_size
 from secateur.models.matrices import Matrix
-from secateur.models.memory import trim
+from secateur.models.memory import LARGE_BYTES, trim
 from secateur.models.skeleton import Skeleton
 from secateur.models.stream import LOGITS_BYTES, states_folder
 from secateur.preparation import Prepared
@@ -175,7 +175,10 @@ def _grams(ready: Prepared, targets: str) -> tuple[int, int]:
     item = max(4, skeleton.dtype.itemsize)
     sums: dict[int, int] = {}
     for matrix, inputs in inputs_of(ready.matrices):
-        sums[matrix.block] = sums.get(matrix.block, 0) + inputs * item * matrix.shape[1] ** 2
+        own = inputs * item * matrix.shape[1] ** 2
+        # Memory: measured. Many buffers that are too small to be given back at once leave holes of their own size.
+        holes = own if matrix.expert is not None and own < LARGE_BYTES else 0
+        sums[matrix.block] = sums.get(matrix.block, 0) + own + holes
     grams = max(sums.values()) * (2 if targets == "dense" else 1)
     if targets == "residual":
         writers = [m for m in ready.matrices if m.shape[0] == skeleton.hidden_size and m.expert is None]
