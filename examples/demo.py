@@ -29,7 +29,7 @@ def model_file() -> str:
 def main() -> None:
     """Evaluate, prune, evaluate again."""
     model = model_file()
-    evaluation = ["--data", "python-docs", "--length", "512", "--windows", "20"]
+    evaluation = ["--data", "python-docs", "--length", "512", "--windows", "16"]
     secateur("plan", model, *SETTINGS)
     secateur("eval", model, *evaluation)
     for method in ("magnitude", "wanda"):
