@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from secateur.models.writer import CheckpointWriter
+from secateur.files.writer import CheckpointWriter
 
 HIDDEN, MIDDLE, VOCABULARY = 2048, 6144, 512
 

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig
 
 import secateur
-from secateur.models.writer import CheckpointWriter
+from secateur.files.writer import CheckpointWriter
 
 
 def make(folder: Path, hidden: int, middle: int, blocks: int, vocabulary: int, device: str) -> int:
@@ -49,7 +49,7 @@ def make(folder: Path, hidden: int, middle: int, blocks: int, vocabulary: int, d
         group |= {f"{path}.mlp.down_proj.weight": (hidden, middle)}
         group |= {f"{path}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
         groups.append(group)
-    from secateur.models.checkpoint import shard_names
+    from secateur.files.checkpoint import shard_names
 
     shards = [groups[start : start + 9] for start in range(0, len(groups), 9)]
     layout = [

@@ -25,7 +25,7 @@ import torch
 
 import secateur
 from cells import perplexities, results
-from secateur.models.opened import open_model
+from secateur.models.opening.opened import open_model
 from secateur.recover.forecast import count_parameters
 
 SCRATCH = Path(tempfile.gettempdir()) / "secateur-benchmarks" / "recovery"

@@ -12,7 +12,7 @@ import secateur
 import tiny
 from secateur.errors import CalibrationError, CheckpointError, NumericalError
 from secateur.evaluate.agreement import agreement
-from secateur.models import stream
+from secateur.models.flow import stream
 
 NAMES = ["llama", "gemma2", "gpt2", "mixtral", "gemma3n_text", "mamba"]
 

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateur
 import tiny
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
-from secateur.manifest import Manifest, file_digests, read_manifest, tensor_digest
-from secateur.models.checkpoint import Checkpoint
-from secateur.models.opened import open_model, open_source
+from secateur.files.checkpoint import Checkpoint
+from secateur.models.opening.opened import open_model, open_source
+from secateur.record.manifest import Manifest, file_digests, read_manifest, tensor_digest
 from secateur.recover import block
 from secateur.recover.block import forwards, reconstruct
 from secateur.recover.block_pass import BlockPass
@@ -97,7 +97,7 @@ def distance(output: Tensor, target: Tensor) -> float:
 def block_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     """What each block gives in an ordinary forward of transformers."""
     outputs: list[Tensor] = []
-    _, blocks = secateur.models.structure.find_blocks(model)
+    _, blocks = secateur.models.shape.structure.find_blocks(model)
     handles = [
         block.module.register_forward_hook(
             lambda module, args, output: outputs.append(output if isinstance(output, Tensor) else output[0])
@@ -408,7 +408,7 @@ def test_float16_is_too_narrow_to_compute_in(llama, tmp_path):
 def test_a_kept_weight_never_rounds_to_zero():
     """It would count as removed: the checkpoint would have more zeros than its plan."""
     weight = torch.tensor([[0.5, 0.0], [-0.25, 1.0]], dtype=torch.float16)
-    matrix = secateur.models.matrices.Matrix("w", (2, 2), 0, "w", None, False, "w", None)
+    matrix = secateur.models.shape.matrices.Matrix("w", (2, 2), 0, "w", None, False, "w", None)
     copy = _Copy("w", nn.Parameter(weight.float()), [matrix], {"w": weight}, False)
     assert torch.equal(copy.rounded()[0], weight)
     with torch.no_grad():

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import secateur
 from secateur.calibration import bos_text, evaluation_windows
+from secateur.collect.gradient_pass import gradients
 from secateur.errors import CalibrationError
-from secateur.gradient_pass import gradients
-from secateur.manifest import read_manifest
-from secateur.models.opened import open_model
+from secateur.models.opening.opened import open_model
+from secateur.record.manifest import read_manifest
 from test_cli import process
 from test_trained import STORIES, STORIES_TEXT
 
@@ -231,7 +231,7 @@ def test_stories260k_keeps_its_published_figure() -> None:
 
 
 def test_no_forward_where_nothing_is_to_be_decided(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secateur import model_windows as module
+    from secateur.collect import model_windows as module
 
     def refuse(*args: Any) -> None:
         raise AssertionError("a forward was run")
@@ -331,7 +331,7 @@ def test_a_sweep_keeps_the_choice(place: Path, tmp_path: Path, monkeypatch: pyte
     assert "BOS before every window" in (tmp_path / "sweep" / "table.md").read_text()
     manifest = json.loads((tmp_path / "sweep" / cell.folder / "secateur.json").read_text())
     assert manifest["calibration"]["bos"]["used"] == "always"
-    from secateur import model_windows as module
+    from secateur.collect import model_windows as module
 
     def refuse(*args: Any) -> None:
         raise AssertionError("asked again")
@@ -410,7 +410,7 @@ def test_the_choice_of_a_model_that_overflows_is_the_published_one(place: Path, 
         model.lm_head.weight[5] = math.inf
     model.save_pretrained(tmp_path / "broken")
     make_tokenizer(adds=True).save_pretrained(tmp_path / "broken")
-    from secateur.model_windows import model_evaluation_windows
+    from secateur.collect.model_windows import model_evaluation_windows
 
     opened = open_model(tmp_path / "broken")
     found = model_evaluation_windows(opened, str(place / "text.txt"), None, length=LENGTH, windows=4)

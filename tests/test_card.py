@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard
 
 import secateur
 import tiny
-from secateur import card
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import Record
-from secateur.manifest import Manifest, read_manifest
 from secateur.methods import METHODS, REFINEMENTS
+from secateur.record import card
+from secateur.record.manifest import Manifest, read_manifest
 from secateur.report.evaluations import with_dense
 
 SOURCE_CARD = """---

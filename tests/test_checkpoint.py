@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import (
+from secateur.files.checkpoint import (
     DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
@@ -35,8 +35,8 @@ from secateur.models.checkpoint import (
     shard_names,
     tensor_bytes,
 )
-from secateur.models.memory import trim
-from secateur.models.writer import CheckpointWriter
+from secateur.files.writer import CheckpointWriter
+from secateur.models.flow.memory import trim
 
 SHAPES = [(), (1,), (7,), (0,), (3, 5), (4, 0, 2), (2, 3, 4), (1, 1, 1, 1)]
 

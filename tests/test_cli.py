@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur import cli
 from secateur.errors import MethodError, NumericalError, PatternError
+from secateur.files.checkpoint import SINGLE_FILE
 from secateur.methods import METHODS, REFINEMENTS
-from secateur.models.checkpoint import SINGLE_FILE
 from test_trained import byte_pair_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ import secateur
 from secateur.errors import CalibrationError
 from secateur.evaluate.generations import generations, read_prompts, shared_start
 from secateur.evaluate.results import Results, model_digest
-from secateur.models.whole import WholeModel
+from secateur.models.opening.whole import WholeModel
 from test_cli import Call, call, save_model  # noqa: F401 - a fixture
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
-from secateur.block_loop import Event
 from secateur.core.patterns import NM, Unstructured
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import SquaredNorm
-from secateur.engine import prune
 from secateur.errors import (
     CalibrationError,
     CheckpointError,
@@ -31,13 +29,15 @@ from secateur.errors import (
     NumericalError,
     PatternError,
 )
-from secateur.manifest import Manifest, read_manifest, verify
+from secateur.files.checkpoint import Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
-from secateur.models.checkpoint import Checkpoint
-from secateur.models.matrices import Matrix
-from secateur.models.opened import open_model
-from secateur.plan import Plan
+from secateur.models.opening.opened import open_model
+from secateur.models.shape.matrices import Matrix
+from secateur.plans.plan import Plan
+from secateur.pruning.block_loop import Event
+from secateur.pruning.engine import prune
+from secateur.record.manifest import Manifest, read_manifest, verify
 
 NOT_STREAMED = {"hrm_text"}  # runs the same blocks several times; see test_stream.py
 STREAMED = [name for name in tiny.ARCHITECTURES if name not in NOT_STREAMED]

@@ -23,7 +23,6 @@ from secateur import errors
 from secateur.core.patterns import NM, Unstructured
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import SquaredNorm
-from secateur.engine import prune
 from secateur.errors import (
     CalibrationError,
     CheckpointError,
@@ -33,12 +32,13 @@ from secateur.errors import (
     PatternError,
     SecateurError,
 )
-from secateur.manifest import FILE_NAME, verify
+from secateur.files.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
-from secateur.models.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from secateur.models.opened import open_model
-from secateur.plan import Plan
+from secateur.models.opening.opened import open_model
+from secateur.plans.plan import Plan
+from secateur.pruning.engine import prune
+from secateur.record.manifest import FILE_NAME, verify
 from test_checkpoint import file_size_limit, small_disk, unprivileged
 
 FIRST = "model.layers.0.mlp.down_proj.weight"  # the first matrix of the plan, and the first to be solved

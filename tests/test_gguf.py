@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import secateur
 from secateur.errors import CheckpointError
-from secateur.forecast import estimate
-from secateur.models.checkpoint import SINGLE_FILE
-from secateur.models.opened import open_source
+from secateur.files.checkpoint import SINGLE_FILE
+from secateur.models.opening.opened import open_source
+from secateur.pruning.forecast import estimate
 from test_cli import process, save_model
 
 gguf: Any = pytest.importorskip("gguf", reason="the gguf package is not installed")

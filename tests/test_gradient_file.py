@@ -19,22 +19,22 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 import tiny
-from secateur.block_loop import Event
+from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.core.patterns import NM, Unstructured
 from secateur.core.problem import Method, Problem, Solution, chain
 from secateur.core.statistics import SquaredNorm
-from secateur.engine import prune
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, SecateurError
-from secateur.gradient_file import GradientFile, GradientWriter, model_digest
-from secateur.manifest import read_manifest, verify
+from secateur.files.checkpoint import read_header
 from secateur.methods import METHODS, REFINEMENTS
 from secateur.methods.gblm import gblm, gradient
 from secateur.methods.magnitude import magnitude
 from secateur.methods.pruner_zero import pruner_zero
 from secateur.methods.wanda import wanda
 from secateur.methods.wanda_plus import wanda_plus
-from secateur.models.checkpoint import read_header
+from secateur.pruning.block_loop import Event
+from secateur.pruning.engine import prune
+from secateur.record.manifest import read_manifest, verify
 
 FIRST = "model.layers.0.mlp.down_proj.weight"
 SAMPLES, LENGTH = 4, 12
@@ -198,7 +198,7 @@ def test_every_tensor_counts(llama, ids, file, tmp_path, name):
 
 
 def test_gradients_that_were_taken_in_another_way(llama, ids, file, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.gradient_file.REVISION", 2)
+    monkeypatch.setattr("secateur.collect.gradient_file.REVISION", 2)
     told = rf"{file.path}: its gradients were taken in another way \(revision 1, expected 2\)\. Remove the file, and"
     with pytest.raises(CheckpointError, match=told):
         prune(llama, method=gblm(), calibration=ids, gradient=file.path, output=tmp_path / "out")
@@ -443,8 +443,8 @@ def test_gradients_alone_need_no_calibration(method, llama, file, tmp_path, monk
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("calibration samples are drawn")
 
-    monkeypatch.setattr("secateur.preparation.model_windows", never)
-    monkeypatch.setattr("secateur.models.stream.Stream.__init__", never)
+    monkeypatch.setattr("secateur.pruning.preparation.model_windows", never)
+    monkeypatch.setattr("secateur.models.flow.stream.Stream.__init__", never)
     manifest = prune(llama, method=method, gradient=file.path, output=tmp_path / "out")
     expected = {**file.provenance["calibration"], "digest": file.provenance["tokens_digest"]}
     assert manifest.calibration == read_manifest(tmp_path / "out").calibration == expected
@@ -454,7 +454,7 @@ def test_gradients_alone_need_no_calibration(method, llama, file, tmp_path, monk
 
 def test_only_planned_matrices_are_taken(llama, ids, tmp_path, monkeypatch):
     seen: list[list[str]] = []
-    collect = secateur.engine.collect
+    collect = secateur.pruning.engine.collect
 
     def watch(opened: Any, windows: Any, target: Path, *rest: Any, **options: Any) -> GradientFile:
         made = collect(opened, windows, target, *rest, **options)
@@ -462,7 +462,7 @@ def test_only_planned_matrices_are_taken(llama, ids, tmp_path, monkeypatch):
         assert target.parent == tmp_path / "out.partial", "beside the output"
         return made
 
-    monkeypatch.setattr("secateur.engine.collect", watch)
+    monkeypatch.setattr("secateur.pruning.engine.collect", watch)
     prune(llama, method=gblm(), calibration=ids, only=["*.1.*", "*.2.self_attn.*"], output=tmp_path / "out")
     assert sorted(seen[0]) == sorted(name for name in shapes_of(llama) if re.search(r"\.1\.|\.2\.self_attn", name))
 

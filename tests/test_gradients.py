@@ -25,22 +25,22 @@ from transformers.pytorch_utils import Conv1D
 import reference
 import secateur
 import tiny
+from secateur.collect.gradient_file import GradientFile
+from secateur.collect.gradient_pass import chunk_sizes
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method, Problem
 from secateur.core.statistics import SquaredNorm
-from secateur.engine import prune
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, NumericalError
-from secateur.gradient_file import GradientFile
-from secateur.gradient_pass import chunk_sizes
 from secateur.methods import METHODS
 from secateur.methods.gblm import gblm, gblm_inverse, gradient
 from secateur.methods.pruner_zero import pruner_zero
 from secateur.methods.wanda import wanda
 from secateur.methods.wanda_plus import wanda_plus
-from secateur.models import backward, stream
-from secateur.models.matrices import tapped
-from secateur.models.opened import open_model
+from secateur.models.flow import backward, stream
+from secateur.models.opening.opened import open_model
+from secateur.models.shape.matrices import tapped
+from secateur.pruning.engine import prune
 from test_cli import CALIBRATION, call, save_model  # noqa: F401 - `call` is a fixture
 from test_engine import NEVER_SEEN, STREAMED, bits
 
@@ -954,7 +954,7 @@ def test_a_full_disk_leaves_nothing(llama, ids, tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("secateur.models.writer.reserve", full)
+    monkeypatch.setattr("secateur.files.writer.reserve", full)
     with pytest.raises(CheckpointError, match=r"cannot reserve [\d,]+ bytes \(No space left on device\)"):
         take(llama, tmp_path / "gradients", ids)
     assert contents(tmp_path) == []

@@ -17,14 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
 import tiny
-from secateur import forecast, forecast_memory, forecast_time
 from secateur.cli.parsing import method_of
 from secateur.errors import CalibrationError, CheckpointError, PatternError
-from secateur.forecast import Estimate
-from secateur.models.checkpoint import SINGLE_FILE
-from secateur.models.opened import open_model
+from secateur.files.checkpoint import SINGLE_FILE
+from secateur.models.opening.opened import open_model
+from secateur.pruning import forecast, forecast_memory, forecast_time
+from secateur.pruning.forecast import Estimate
+from secateur.pruning.trial import Pace, forwards
 from secateur.report.inspect import detect_pattern
-from secateur.trial import Pace, forwards
 
 KINDS = [f"model.layers.*.{leaf}.weight" for leaf in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")] + [
     f"model.layers.*.self_attn.{leaf}_proj.weight" for leaf in "koqv"
@@ -392,7 +392,7 @@ import json, resource, sys, threading, time
 import psutil, torch
 torch.set_num_threads(1)
 import secateur
-from secateur.forecast import estimate
+from secateur.pruning.forecast import estimate
 folder, out, samples = sys.argv[1], sys.argv[2], int(sys.argv[3])
 method = getattr(secateur, sys.argv[4])()
 ids = torch.randint(256, (samples, 128), generator=torch.Generator().manual_seed(0))

@@ -13,10 +13,10 @@ from torch import nn
 import secateur
 import tiny
 from secateur.errors import CheckpointError
+from secateur.files.checkpoint import SINGLE_FILE, companion_files, left_behind
 from secateur.methods.magnitude import magnitude
-from secateur.models.checkpoint import SINGLE_FILE, companion_files, left_behind
-from secateur.models.loading import check_loads
-from secateur.models.opened import open_model
+from secateur.models.opening.loading import check_loads
+from secateur.models.opening.opened import open_model
 
 
 @pytest.fixture

@@ -18,9 +18,14 @@ from transformers import AutoModelForCausalLM
 import tiny
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method, Problem, Solution, chain
-from secateur.engine import prune
 from secateur.errors import CheckpointError
-from secateur.manifest import (
+from secateur.files.checkpoint import CARD_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, tensor_bytes
+from secateur.methods import METHODS, REFINEMENTS
+from secateur.methods.magnitude import magnitude
+from secateur.methods.wanda import wanda
+from secateur.models.opening.opened import open_model
+from secateur.pruning.engine import prune
+from secateur.record.manifest import (
     FILE_NAME,
     Manifest,
     file_digests,
@@ -29,11 +34,6 @@ from secateur.manifest import (
     tensor_digest,
     verify,
 )
-from secateur.methods import METHODS, REFINEMENTS
-from secateur.methods.magnitude import magnitude
-from secateur.methods.wanda import wanda
-from secateur.models.checkpoint import CARD_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, tensor_bytes
-from secateur.models.opened import open_model
 
 PLANNED = "model.layers.1.mlp.up_proj.weight"
 UNPLANNED = "model.layers.1.self_attn.q_proj.weight"

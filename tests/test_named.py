@@ -16,7 +16,7 @@ import torch
 import secateur
 import tiny
 from secateur.errors import MethodError, NumericalError, PatternError, SecateurError
-from secateur.named import as_method, as_pattern
+from secateur.pruning.named import as_method, as_pattern
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 

@@ -29,16 +29,16 @@ from transformers import (
 
 import tiny
 from secateur.core.patterns import Unstructured
-from secateur.engine import prune
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.evaluate.perplexity import perplexity
-from secateur.forecast import estimate
+from secateur.files.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
-from secateur.models.causality import check_causal
-from secateur.models.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from secateur.models.opened import open_model
-from secateur.models.stream import Stream
+from secateur.models.flow.stream import Stream
+from secateur.models.opening.opened import open_model
+from secateur.models.shape.causality import check_causal
+from secateur.pruning.engine import prune
+from secateur.pruning.forecast import estimate
 from secateur.report.inspect import inspect
 
 TINY_ENCODER = {
@@ -112,10 +112,10 @@ def test_attention_in_both_directions_that_says_nothing_of_itself() -> None:
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_a_decoder_does_not_depend_on_what_comes_at_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measure is not just below its limit for decoders: there is no dependence, and a gradient is found."""
-    monkeypatch.setattr("secateur.models.causality.LEAK", 0.0)
+    monkeypatch.setattr("secateur.models.shape.causality.LEAK", 0.0)
     checked = []
     monkeypatch.setattr(
-        "secateur.models.stream.check_causal", lambda *given: (check_causal(*given), checked.append(given[1].path))
+        "secateur.models.flow.stream.check_causal", lambda *given: (check_causal(*given), checked.append(given[1].path))
     )
     opened = open_model(tiny.build(name))
     try:

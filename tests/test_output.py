@@ -16,10 +16,10 @@ import pytest
 
 import secateur
 import tiny
-from secateur import names
 from secateur.errors import CheckpointError
+from secateur.files import names
 from secateur.methods.magnitude import magnitude
-from secateur.output import Scratch, check_output
+from secateur.runs.output import Scratch, check_output
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_a_name_that_is_taken_between_the_look_and_the_exchange(
             (to / "thesis").write_text("precious")
         real(source, to, aside)
 
-    monkeypatch.setattr("secateur.output.exchange", late)
+    monkeypatch.setattr("secateur.runs.output.exchange", late)
     with Scratch(target, True) as scratch:
         write(scratch)
         with pytest.raises(CheckpointError, match="changed what was there"):
@@ -189,7 +189,7 @@ def test_many_runs_at_once_and_one_result(tmp_path: Path) -> None:
     """Names, locks and removals race here; whoever is told of success has written what is there."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom secateur.errors import CheckpointError\n"
-        "from secateur.output import Scratch\n"
+        "from secateur.runs.output import Scratch\n"
         "won = []\n"
         "for turn in range(40):\n"
         "    target = Path(sys.argv[1]) / str(turn)\n"
@@ -217,7 +217,7 @@ def test_many_runs_at_once_and_one_result(tmp_path: Path) -> None:
 def test_what_a_dead_run_left_is_named_and_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     target = tmp_path / "out"
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom secateur.output import Scratch\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom secateur.runs.output import Scratch\n"
         "scratch = Scratch(Path(sys.argv[1]), False).__enter__()\n"
         "(scratch.folder / 'weights').write_bytes(bytes(2_500_000))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

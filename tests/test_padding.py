@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateur
 import tiny
 from secateur.calibration import Windows
+from secateur.collect.gradient_pass import gradients
 from secateur.errors import CalibrationError
-from secateur.gradient_pass import gradients
-from secateur.manifest import read_manifest
-from secateur.models.opened import open_model
+from secateur.models.opening.opened import open_model
+from secateur.record.manifest import read_manifest
 from secateur.recover.training import Rows
 from test_block_recovery import block_outputs, distance, pruned_model
 from test_engine import bits, read_tensors, recording
@@ -260,7 +260,7 @@ def test_gradients_are_those_of_full_autograd_with_a_mask(name: str, tmp_path: P
 def test_parts_of_padded_samples_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny.save("llama", tmp_path / "source")
     whole = gradients(source, tmp_path / "whole.safetensors", calibration=windows(), dtype="float64", batch_size=2)
-    from secateur import gradient_pass
+    from secateur.collect import gradient_pass
 
     sizes = gradient_pass.ChunkSizes(2, 0, None)
     monkeypatch.setattr(gradient_pass, "chunk_sizes", lambda *args: sizes)

@@ -7,7 +7,7 @@ import pytest
 
 from secateur.core.patterns import NM, Unstructured
 from secateur.errors import PatternError
-from secateur.plan import Plan, matches, uniform
+from secateur.plans.plan import Plan, matches, uniform
 
 SHAPES = {
     f"model.layers.{layer}.{leaf}.weight": shape

@@ -91,7 +91,7 @@ def test_importing_secateur_imports_nothing_heavy() -> None:
 
 
 def test_the_mathematics_imports_no_model_library() -> None:
-    loaded = modules_after("import secateur.methods, secateur.plan")
+    loaded = modules_after("import secateur.methods, secateur.plans.plan")
     assert "torch" in loaded
     roots = {name.split(".")[0] for name in loaded}
     assert roots.isdisjoint({"transformers", "safetensors", "huggingface_hub", "tokenizers", "accelerate"})

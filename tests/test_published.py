@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tiny
+from secateur.collect.gradient_pass import gradients as gradients_to
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method
-from secateur.engine import prune
-from secateur.gradient_pass import gradients as gradients_to
 from secateur.methods.gblm import gblm
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda, wanda_variant
+from secateur.pruning.engine import prune
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = next((folder for folder in (ROOT / "shared" / "data", ROOT.parent / "shared" / "data") if folder.is_dir()), None)

@@ -15,21 +15,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from secateur.card import write_card
+from secateur.collect.gradient_pass import gradients
 from secateur.core.patterns import Unstructured
-from secateur.engine import prune
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.results import model_digest
-from secateur.gradient_pass import gradients
-from secateur.manifest import read_manifest, verify
+from secateur.files.checkpoint import SINGLE_FILE, Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
-from secateur.models.checkpoint import SINGLE_FILE, Checkpoint
-from secateur.models.opened import open_model, open_source
-from secateur.models.packing import block_sizes
-from secateur.models.quantised import DequantisedCheckpoint, open_checkpoint
-from secateur.models.whole import WholeModel
+from secateur.models.opening.opened import open_model, open_source
+from secateur.models.opening.whole import WholeModel
+from secateur.models.weights.packing import block_sizes
+from secateur.models.weights.quantised import DequantisedCheckpoint, open_checkpoint
+from secateur.pruning.engine import prune
+from secateur.record.card import write_card
+from secateur.record.manifest import read_manifest, verify
 from secateur.report.inspect import inspect
 
 FP8 = torch.float8_e4m3fn
@@ -302,7 +302,7 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
 
 def test_every_code_of_mxfp4(tmp_path: Path) -> None:
     """All 256 bytes with all exponents but the one that is no number."""
-    from secateur.models.packing import unpacked_mxfp4
+    from secateur.models.weights.packing import unpacked_mxfp4
 
     codes = torch.arange(256, dtype=torch.uint8).repeat(255).view(1, 255, 16, 16)
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).repeat(1, 1, 16)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import CalibrationError, CheckpointError
-from secateur.reading import DEPTH, open_regular, parse_json, read_json, read_text, read_yaml
+from secateur.files.reading import DEPTH, open_regular, parse_json, read_json, read_text, read_yaml
 
 
 @dataclass

@@ -20,8 +20,8 @@ import secateur
 import tiny
 from secateur.calibration import training_windows
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError, SecateurError
-from secateur.manifest import read_manifest
-from secateur.models.opened import open_source
+from secateur.models.opening.opened import open_source
+from secateur.record.manifest import read_manifest
 from secateur.recover.masked_lora import masked
 from secateur.recover.settings import PRESETS, choose
 from secateur.recover.training import Budget, last_checkpoint

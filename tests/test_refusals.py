@@ -15,7 +15,7 @@ import tiny
 from secateur.calibration import quick
 from secateur.cli.parsing import method_of
 from secateur.errors import SecateurError
-from secateur.forecast import estimate
+from secateur.pruning.forecast import estimate
 from test_cli import Call, call, save_model  # noqa: F401 - `call` is a fixture
 
 SITES = ("--within", "site", "--targets", "residual")

@@ -19,10 +19,10 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 import secateur
-import secateur.card
+import secateur.record.card
 import tiny
 from secateur.errors import CheckpointError, SecateurError
-from secateur.manifest import read_manifest
+from secateur.record.manifest import read_manifest
 from secateur.report import charts, masks, pictures
 from secateur.report.checkpoint_page import build
 from secateur.report.evaluations import read_evaluations
@@ -384,7 +384,7 @@ def test_a_recovery(tmp_path):
     assert cells(page, "recovery-numbers") == [["5", "15"], ["10", "10"]]
     assert [row[1] for row in cells(page, "recovered")] == ["20.500", "10.000", "full", "10", "secateur recover out"]
     (pruned / "README.md").unlink()
-    secateur.card.refresh_card(pruned, manifest, [])
+    secateur.record.card.refresh_card(pruned, manifest, [])
     words = (pruned / "README.md").read_text()
     assert "The kept weights were trained; the zeros stayed" in words
     assert "\nsecateur recover out\n" in words

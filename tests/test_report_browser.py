@@ -14,7 +14,7 @@ from PIL import Image
 
 import secateur
 import tiny
-from secateur.manifest import read_manifest
+from secateur.record.manifest import read_manifest
 from secateur.report.checkpoint_page import build
 from secateur.report.sweep_page import build_sweep
 from test_report import stored

@@ -27,30 +27,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import reference_solvers
 import secateur
 import tiny
-from secateur.block_statistics import sites
 from secateur.cli.parsing import method_of
+from secateur.collect.block_statistics import sites
 from secateur.core.gradients import GradientNorm
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.harmonic import HarmonicNorm
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method, Problem, Refinement, Solution, chain, with_options
 from secateur.core.statistics import SquaredNorm
-from secateur.engine import prune
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
-from secateur.manifest import Manifest, cautions, verify
+from secateur.files.checkpoint import Checkpoint
 from secateur.methods import METHODS, REFINEMENTS
 from secateur.methods.least_squares import least_squares
 from secateur.methods.sparsegpt import sparsegpt
 from secateur.methods.wanda import wanda
-from secateur.models.checkpoint import Checkpoint
-from secateur.models.matrices import Matrix
-from secateur.models.opened import open_model
-from secateur.models.residual import residual_writers
-from secateur.models.skeleton import loaded
-from secateur.models.stream import Stream
-from secateur.models.structure import Block
-from secateur.models.tap import InputRecorder
-from secateur.preparation import check_choices, chosen_correction
+from secateur.models.flow.residual import residual_writers
+from secateur.models.flow.stream import Stream
+from secateur.models.flow.tap import InputRecorder
+from secateur.models.opening.opened import open_model
+from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.skeleton import loaded
+from secateur.models.shape.structure import Block
+from secateur.pruning.engine import prune
+from secateur.pruning.preparation import check_choices, chosen_correction
+from secateur.record.manifest import Manifest, cautions, verify
 from secateur.report import checkpoint_page
 from secateur.report.terminal import manifest_tables
 

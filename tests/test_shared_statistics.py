@@ -13,12 +13,12 @@ import torch
 
 import secateur
 import tiny
+from secateur.collect.shared_statistics import SharedStatistics
 from secateur.core.gram import Gram
 from secateur.core.statistics import SquaredNorm
-from secateur.engine import prune
 from secateur.errors import CalibrationError, CheckpointError, PatternError
-from secateur.models.opened import open_model
-from secateur.shared_statistics import SharedStatistics
+from secateur.models.opening.opened import open_model
+from secateur.pruning.engine import prune
 
 KINDS = frozenset({Gram, SquaredNorm})
 HALF = secateur.Unstructured(0.5)

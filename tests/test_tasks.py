@@ -24,8 +24,8 @@ from secateur.evaluate import harness
 from secateur.evaluate.results import Results
 from secateur.evaluate.task_data import LocalData
 from secateur.evaluate.tasks import COMMONSENSE, GROUPS, mean, tasks
-from secateur.models import whole
-from secateur.models.whole import WholeModel
+from secateur.models.opening import whole
+from secateur.models.opening.whole import WholeModel
 from test_cli import save_model
 from test_trained import DATA, STORIES
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import secateur
 from secateur.calibration.corpora import load_corpus
 from secateur.errors import NumericalError
-from secateur.models.opened import open_model
+from secateur.models.opening.opened import open_model
 
 VOCABULARY = 512
 LENGTH = 128

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from secateur.block_loop import Event
     from secateur.calibration import Windows, calibration_windows, evaluation_windows
+    from secateur.collect.gradient_file import GradientFile
+    from secateur.collect.gradient_pass import gradients
     from secateur.core.gradients import GradientKind, GradientNorm
     from secateur.core.gram import Gram
     from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from secateur.evaluate.task_differences import TaskComparison, task_differences
     from secateur.evaluate.task_results import TaskResult, TaskResults
     from secateur.evaluate.tasks import tasks
-    from secateur.forecast import Estimate
-    from secateur.gradient_file import GradientFile
-    from secateur.gradient_pass import gradients
-    from secateur.manifest import Manifest, Verification, verify
     from secateur.methods.admm import admm
     from secateur.methods.alps import alps
     from secateur.methods.gblm import gblm, gblm_inverse, gradient
@@ -47,8 +44,11 @@ if TYPE_CHECKING:
     from secateur.methods.swaps import swaps
     from secateur.methods.wanda import wanda, wanda_variant
     from secateur.methods.wanda_plus import wanda_plus
-    from secateur.plan import Plan, uniform
+    from secateur.plans.plan import Plan, uniform
+    from secateur.pruning.block_loop import Event
+    from secateur.pruning.forecast import Estimate
     from secateur.public import estimate, prune, sweep
+    from secateur.record.manifest import Manifest, Verification, verify
     from secateur.recover.block import reconstruct
     from secateur.recover.callback import SparsityCallback
     from secateur.recover.fine_tuning import Recovery, fine_tune
@@ -60,13 +60,13 @@ _HOMES = {
     "Agreement": "evaluate.agreement",
     "CalibrationError": "errors",
     "CheckpointError": "errors",
-    "Estimate": "forecast",
-    "Event": "block_loop",
-    "GradientFile": "gradient_file",
+    "Estimate": "pruning.forecast",
+    "Event": "pruning.block_loop",
+    "GradientFile": "collect.gradient_file",
     "GradientKind": "core.gradients",
     "GradientNorm": "core.gradients",
     "Gram": "core.gram",
-    "Manifest": "manifest",
+    "Manifest": "record.manifest",
     "Merge": "recover.merge",
     "Method": "core.problem",
     "MethodError": "errors",
@@ -76,7 +76,7 @@ _HOMES = {
     "Pattern": "core.patterns",
     "PatternError": "errors",
     "Perplexity": "evaluate.perplexity",
-    "Plan": "plan",
+    "Plan": "plans.plan",
     "Problem": "core.problem",
     "Recovery": "recover.fine_tuning",
     "Refinement": "core.problem",
@@ -91,7 +91,7 @@ _HOMES = {
     "TaskResult": "evaluate.task_results",
     "TaskResults": "evaluate.task_results",
     "Unstructured": "core.patterns",
-    "Verification": "manifest",
+    "Verification": "record.manifest",
     "Windows": "calibration",
     "admm": "methods.admm",
     "agreement": "evaluate.agreement",
@@ -104,7 +104,7 @@ _HOMES = {
     "gblm": "methods.gblm",
     "gblm_inverse": "methods.gblm",
     "gradient": "methods.gblm",
-    "gradients": "gradient_pass",
+    "gradients": "collect.gradient_pass",
     "inspect": "report.inspect",
     "least_squares": "methods.least_squares",
     "magnitude": "methods.magnitude",
@@ -124,8 +124,8 @@ _HOMES = {
     "sweep": "public",
     "task_differences": "evaluate.task_differences",
     "tasks": "evaluate.tasks",
-    "uniform": "plan",
-    "verify": "manifest",
+    "uniform": "plans.plan",
+    "verify": "record.manifest",
     "wanda": "methods.wanda",
     "wanda_iterative": "methods.obs_update",
     "wanda_plus": "methods.wanda_plus",

@@ -4,13 +4,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from secateur import engine, forecast
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
-from secateur.forecast import Estimate
-from secateur.manifest import Manifest
-from secateur.named import as_method, as_pattern
-from secateur.plan import Plan
+from secateur.plans.plan import Plan
+from secateur.pruning import engine, forecast
+from secateur.pruning.forecast import Estimate
+from secateur.pruning.named import as_method, as_pattern
+from secateur.record.manifest import Manifest
 from secateur.sweeps import run
 from secateur.sweeps.folder import Sweep
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, overload
 
 from secateur.errors import CalibrationError
-from secateur.reading import open_regular, parse_json, read_lines, read_text
+from secateur.files.reading import open_regular, parse_json, read_lines, read_text
 
 Role = Literal["calibration", "evaluation"]
 

@@ -103,7 +103,7 @@ def compare(
             from secateur.evaluate.generations import generations, read_prompts
             from secateur.evaluate.task_differences import task_differences
             from secateur.evaluate.tasks import tasks as run_tasks
-            from secateur.models.whole import WholeModel
+            from secateur.models.opening.whole import WholeModel
 
             texts = read_prompts(prompts) if prompts is not None else []
             answered: list[TaskResults] = []

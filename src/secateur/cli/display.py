@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from secateur.block_loop import Event
+    from secateur.pruning.block_loop import Event
     from secateur.sweeps.loop import SweepEvent
 
 
@@ -50,7 +50,7 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     import csv
 
-    from secateur.models.writer import writing
+    from secateur.files.writer import writing
 
     columns = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | dict))
     with writing(file), file.open("w", newline="", encoding="utf-8") as stream:

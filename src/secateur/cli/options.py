@@ -31,7 +31,7 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
     import difflib
 
     from secateur.errors import CheckpointError
-    from secateur.reading import read_yaml
+    from secateur.files.reading import read_yaml
 
     try:
         content = read_yaml(value.expanduser())

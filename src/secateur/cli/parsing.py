@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from secateur.core.patterns import Pattern, Unstructured, parse_pattern
 from secateur.core.problem import Method
 from secateur.errors import PatternError
-from secateur.named import method_of
+from secateur.pruning.named import method_of
 
 __all__ = ["listed", "method_of", "methods_of", "pattern_of", "patterns_of"]
 

@@ -100,7 +100,7 @@ def plan(
     chosen = pattern_of(sparsity, pattern, per)
     solver = method_of(method, option or (), norm=norm, alpha=alpha)
     with quiet_libraries(), status("Reading the model"):
-        from secateur.forecast import estimate
+        from secateur.pruning.forecast import estimate
 
         started = since_start()  # Python and the libraries take that long for `prune` as well
         result = estimate(
@@ -192,7 +192,7 @@ def prune(
     chosen = pattern_of(sparsity, pattern, per)
     solver = method_of(method, option or (), norm=norm, alpha=alpha)
     with quiet_libraries(), progress() as on_event:
-        from secateur.engine import prune as run
+        from secateur.pruning.engine import prune as run
 
         manifest = run(
             model,
@@ -271,7 +271,7 @@ def gradients(
     file, prune takes the gradients that it needs itself.
     """
     with quiet_libraries(), gradient_progress() as show:
-        from secateur.gradient_pass import gradients as take
+        from secateur.collect.gradient_pass import gradients as take
 
         file = take(
             model,

@@ -288,8 +288,8 @@ def _train(
                 progress=show,
             )
     except KeyboardInterrupt:
-        from secateur.output import resolved
         from secateur.recover.training import last_checkpoint
+        from secateur.runs.output import resolved
 
         last = last_checkpoint(Path(f"{resolved(output)}.training"))
         if last is None:

@@ -11,7 +11,7 @@ from secateur.cli.store import evaluation_store
 
 if TYPE_CHECKING:
     from secateur.evaluate.results import Record
-    from secateur.manifest import Manifest
+    from secateur.record.manifest import Manifest
 
 
 @app.command(
@@ -52,9 +52,9 @@ def report(
                 raise typer.BadParameter(f"{output} is a sweep; its sweep.json has the figures of every run.")
             page = build_sweep(output, show)
         else:
-            from secateur.card import refresh_card
             from secateur.evaluate.results import model_digest
-            from secateur.manifest import read_manifest
+            from secateur.record.card import refresh_card
+            from secateur.record.manifest import read_manifest
             from secateur.report.checkpoint_page import build
             from secateur.report.evaluations import kept_evaluations, read_evaluations, with_dense
 
@@ -80,8 +80,8 @@ def _kept_of_dense(manifest: "Manifest") -> "list[Record]":
     """What the store keeps of the dense model, if that is still where the manifest says, and still the same."""
     from secateur.errors import SecateurError
     from secateur.evaluate.results import model_digest
-    from secateur.manifest import tensor_digest
-    from secateur.models.checkpoint import Checkpoint
+    from secateur.files.checkpoint import Checkpoint
+    from secateur.record.manifest import tensor_digest
 
     path = Path(str(manifest.source.get("path") or ""))
     try:

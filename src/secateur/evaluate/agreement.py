@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration import Windows
+from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CheckpointError, NumericalError
 from secateur.evaluate.forward import after_the_last_block
 from secateur.evaluate.perplexity import paired_difference
-from secateur.model_windows import model_evaluation_windows
-from secateur.models.opened import OpenedModel, open_model
-from secateur.models.stream import Stream
+from secateur.models.flow.stream import Stream
+from secateur.models.opening.opened import OpenedModel, open_model
 
 
 @dataclass(frozen=True)

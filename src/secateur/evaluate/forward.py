@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from secateur.calibration import Windows
-from secateur.models import forward
-from secateur.models.opened import OpenedModel
-from secateur.models.stream import Stream, default_batch_size, states_folder
-from secateur.names import unique
+from secateur.files.names import unique
+from secateur.models.flow import forward
+from secateur.models.flow.stream import Stream, default_batch_size, states_folder
+from secateur.models.opening.opened import OpenedModel
 
 Progress = Callable[[str, int, int], None]
 

@@ -10,8 +10,8 @@ from typing import TypedDict
 import torch
 
 from secateur.errors import CalibrationError
-from secateur.models.whole import WholeModel
-from secateur.reading import open_regular, parse_json, read_lines
+from secateur.files.reading import open_regular, parse_json, read_lines
+from secateur.models.opening.whole import WholeModel
 
 
 @dataclass(frozen=True)

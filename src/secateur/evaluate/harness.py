@@ -22,7 +22,7 @@ from tqdm import tqdm
 from secateur.errors import CalibrationError, NumericalError
 from secateur.evaluate.task_data import reading_quietly
 from secateur.evaluate.task_results import Metric, TaskResult
-from secateur.models.whole import WholeModel
+from secateur.models.opening.whole import WholeModel
 
 CPU_BATCH = 8
 

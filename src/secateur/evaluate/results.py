@@ -15,9 +15,9 @@ from msgspec import Meta
 
 import secateur
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import Checkpoint, companion_files, file_digest, locate
-from secateur.names import unique
-from secateur.reading import checked, read_json
+from secateur.files.checkpoint import Checkpoint, companion_files, file_digest, locate
+from secateur.files.names import unique
+from secateur.files.reading import checked, read_json
 
 REVISION = 1  # of how evaluations are made; raise it when the same key gives other figures
 DECIDING_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")  # beside the weights

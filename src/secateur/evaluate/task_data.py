@@ -14,8 +14,8 @@ from typing import Any, Literal, TypedDict
 import yaml
 
 from secateur.errors import CalibrationError
-from secateur.models.checkpoint import file_digest
-from secateur.reading import open_regular, parse_json, read_lines
+from secateur.files.checkpoint import file_digest
+from secateur.files.reading import open_regular, parse_json, read_lines
 
 SPLITS = ("train", "validation", "dev", "test")
 SUBJECT: Literal["subject"] = "subject"  # the column of a file that serves several tasks

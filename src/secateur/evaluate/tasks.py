@@ -20,7 +20,7 @@ from secateur.evaluate.harness import run_task, stock_manager, wrapped
 from secateur.evaluate.results import Results, model_digest
 from secateur.evaluate.task_data import LocalData
 from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
-from secateur.models.whole import WholeModel
+from secateur.models.opening.whole import WholeModel
 
 COMMONSENSE = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 # The means that papers report: Wanda's over seven tasks, GBLM-Pruner's without ARC-Challenge.

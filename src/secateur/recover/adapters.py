@@ -14,13 +14,13 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, PatternError
-from secateur.manifest import Manifest
-from secateur.models.matrices import matrix_kind
-from secateur.models.writer import writing
-from secateur.output import ADAPTER_RECORD
-from secateur.plan import matches
-from secateur.reading import checked, read_json
+from secateur.files.reading import checked, read_json
+from secateur.files.writer import writing
+from secateur.models.shape.matrices import matrix_kind
+from secateur.plans.plan import matches
+from secateur.record.manifest import Manifest
 from secateur.recover.masks import matrix_parameters
+from secateur.runs.output import ADAPTER_RECORD
 
 CONFIGURATION = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -18,25 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.block_loop import Clock, Event, OnEvent
 from secateur.calibration import Windows
-from secateur.engine import complete, run_versions
+from secateur.collect.model_windows import model_windows
 from secateur.errors import CalibrationError
-from secateur.manifest import Manifest, read_manifest
-from secateur.model_windows import model_windows
-from secateur.models.checkpoint import locate
-from secateur.models.matrices import Matrix
-from secateur.models.opened import OpenedModel, open_model
-from secateur.models.skeleton import Skeleton
-from secateur.models.stream import default_batch_size
-from secateur.models.writer import CheckpointWriter, writing
-from secateur.names import unique
-from secateur.output import Scratch, check_output
-from secateur.plan import Plan, matching
+from secateur.files.checkpoint import locate
+from secateur.files.names import unique
+from secateur.files.writer import CheckpointWriter, writing
+from secateur.models.flow.stream import default_batch_size
+from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.skeleton import Skeleton
+from secateur.plans.plan import Plan, matching
+from secateur.pruning.block_loop import Clock, Event, OnEvent
+from secateur.pruning.engine import complete, run_versions
+from secateur.record.manifest import Manifest, read_manifest
 from secateur.recover.block_pass import BlockPass, OnBlock
 from secateur.recover.block_tuning import Tuning
 from secateur.recover.dense_source import DenseSource
 from secateur.recover.settings import require_one_process
+from secateur.runs.output import Scratch, check_output
 
 
 def reconstruct(

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.block_loop import Clock, Event, OnEvent
 from secateur.core.checks import check_weight
 from secateur.errors import CalibrationError, CheckpointError, NumericalError
-from secateur.manifest import Manifest, mask_digest, tensor_digest
-from secateur.models.matrices import Matrix
-from secateur.models.memory import trim
-from secateur.models.skeleton import Skeleton, loaded
-from secateur.models.stream import HiddenStates, Stream, states_folder
-from secateur.models.structure import Block
-from secateur.models.writer import CheckpointWriter
+from secateur.files.writer import CheckpointWriter
+from secateur.models.flow.memory import trim
+from secateur.models.flow.stream import HiddenStates, Stream, states_folder
+from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.skeleton import Skeleton, loaded
+from secateur.models.shape.structure import Block
+from secateur.pruning.block_loop import Clock, Event, OnEvent
+from secateur.record.manifest import Manifest, mask_digest, tensor_digest
 from secateur.recover.block_tuning import Targets, Tuning, tune
 from secateur.recover.dense_source import DenseSource
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ModelStructureError, NumericalError
-from secateur.models.matrices import Matrix, tapped
-from secateur.models.stream import HiddenStates, Stream
-from secateur.models.structure import Block
+from secateur.models.flow.stream import HiddenStates, Stream
+from secateur.models.shape.matrices import Matrix, tapped
+from secateur.models.shape.structure import Block
 from secateur.recover.masks import keep_from_zero
 
 BETAS = (0.9, 0.95)  # of Adam: a few hundred steps are too few for an average over a thousand

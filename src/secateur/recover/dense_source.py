@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.manifest import Manifest, tensor_digest
-from secateur.models.opened import open_model, open_source
-from secateur.models.skeleton import Skeleton, Source
+from secateur.models.opening.opened import open_model, open_source
+from secateur.models.shape.skeleton import Skeleton, Source
+from secateur.record.manifest import Manifest, tensor_digest
 
 ADVICE = "Give the dense model that was pruned (--dense)."
 

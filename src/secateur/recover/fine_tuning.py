@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from secateur.calibration import Windows, check_length, check_predictions, check_vocabulary, training_windows
-from secateur.card import write_card
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.evaluate.results import model_digest
-from secateur.manifest import read_manifest, verify
-from secateur.models.checkpoint import locate
-from secateur.models.opened import OpenedModel, choose_device, open_model
-from secateur.models.writer import writing
-from secateur.output import Scratch, check_output
-from secateur.reading import checked, read_json
+from secateur.files.checkpoint import locate
+from secateur.files.reading import checked, read_json
+from secateur.files.writer import writing
+from secateur.models.opening.opened import OpenedModel, choose_device, open_model
+from secateur.record.card import write_card
+from secateur.record.manifest import read_manifest, verify
 from secateur.recover.adapters import require_peft
 from secateur.recover.forecast import Forecast, count_parameters, forecast
 from secateur.recover.settings import Settings, choose, require_one_process, to_json
 from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, last_checkpoint, perplexity_of
 from secateur.recover.ways import Adapters, FullWeights, Way
 from secateur.recover.written import versions
+from secateur.runs.output import Scratch, check_output
 
 REVISION = 1  # of how recovery trains; raise it when a run that goes on would mix two ways
 STATE = "recovery.json"  # in the folder of an unfinished run: what it was started with

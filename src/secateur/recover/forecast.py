@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from secateur.calibration import Windows
-from secateur.forecast import forward_seconds
-from secateur.models.opened import OpenedModel, open_source
+from secateur.models.opening.opened import OpenedModel, open_source
+from secateur.pruning.forecast import forward_seconds
 from secateur.recover.settings import Settings
 from secateur.recover.ways import Way
 

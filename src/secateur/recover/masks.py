@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import PatternError
-from secateur.manifest import Manifest, read_manifest
-from secateur.models.checkpoint import Checkpoint
-from secateur.models.matrices import numbered_experts, prunable_parameters
-from secateur.models.skeleton import Skeleton
-from secateur.models.structure import find_blocks
+from secateur.files.checkpoint import Checkpoint
+from secateur.models.shape.matrices import numbered_experts, prunable_parameters
+from secateur.models.shape.skeleton import Skeleton
+from secateur.models.shape.structure import find_blocks
+from secateur.record.manifest import Manifest, read_manifest
 
 
 def matrix_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:

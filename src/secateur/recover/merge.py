@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from secateur.calibration import Windows, training_windows
-from secateur.card import write_card
+from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
-from secateur.manifest import read_manifest, verify
-from secateur.model_windows import model_evaluation_windows
-from secateur.models.checkpoint import Layout
-from secateur.models.conversion import TensorGroup
-from secateur.models.inverse import Inverse
-from secateur.models.opened import OpenedModel, open_model
-from secateur.output import Scratch, check_output
+from secateur.files.checkpoint import Layout
+from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.models.weights.conversion import TensorGroup
+from secateur.models.weights.inverse import Inverse
+from secateur.record.card import write_card
+from secateur.record.manifest import read_manifest, verify
 from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.written import versions, write_trained
+from secateur.runs.output import Scratch, check_output
 
 Progress = Callable[[str, int, int], None]
 

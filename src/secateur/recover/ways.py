@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import PatternError
-from secateur.manifest import Manifest
-from secateur.models.checkpoint import Checkpoint
-from secateur.models.conversion import TensorGroup
-from secateur.models.inverse import Inverse
-from secateur.models.opened import OpenedModel
-from secateur.plan import matching
+from secateur.files.checkpoint import Checkpoint
+from secateur.models.opening.opened import OpenedModel
+from secateur.models.weights.conversion import TensorGroup
+from secateur.models.weights.inverse import Inverse
+from secateur.plans.plan import matching
+from secateur.record.manifest import Manifest
 from secateur.recover.adapters import find_targets, read_adapter, with_adapters, write_record
 from secateur.recover.callback import SparsityCallback
 from secateur.recover.merge import MergedCheckpoint

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.engine import count_totals, run_versions
 from secateur.errors import CheckpointError, NumericalError
-from secateur.manifest import Manifest, file_digests, mask_digest, tensor_digest, view_of
-from secateur.models.loading import check_loads
-from secateur.models.opened import OpenedModel
-from secateur.models.writer import CheckpointWriter, writing
+from secateur.files.writer import CheckpointWriter, writing
+from secateur.models.opening.loading import check_loads
+from secateur.models.opening.opened import OpenedModel
+from secateur.pruning.engine import count_totals, run_versions
+from secateur.record.manifest import Manifest, file_digests, mask_digest, tensor_digest, view_of
 from secateur.recover.masks import masked_weight
 
 

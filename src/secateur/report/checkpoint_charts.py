@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from secateur.manifest import Manifest
+from secateur.record.manifest import Manifest
 from secateur.report.charts import Chart, Series
 from secateur.report.masks import Group, MaskReport, groups
 from secateur.report.tables import share

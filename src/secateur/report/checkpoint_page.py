@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.card import papers, patterns, source_name
-from secateur.manifest import Manifest, cautions, read_manifest
-from secateur.models.checkpoint import Checkpoint
+from secateur.files.checkpoint import Checkpoint
+from secateur.record.card import papers, patterns, source_name
+from secateur.record.manifest import Manifest, cautions, read_manifest
 from secateur.report import checkpoint_tables
 from secateur.report.charts import check_installed
 from secateur.report.checkpoint_charts import depth_charts

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.core.patterns import pattern_from_json
-from secateur.forecast import bytes_text
-from secateur.manifest import Manifest
+from secateur.pruning.forecast import bytes_text
+from secateur.record.manifest import Manifest
 from secateur.report.masks import Group, MaskReport
 from secateur.report.structure import Structure
 from secateur.report.tables import Cell, Table, number, percent, share, text

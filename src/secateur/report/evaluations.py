@@ -6,7 +6,7 @@ from typing import Any
 
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import RESULTS, Kind, Record
-from secateur.reading import checked, read_json
+from secateur.files.reading import checked, read_json
 from secateur.report.tables import Cell, Table, number, percent, text
 
 Evaluation = Mapping[str, Any]

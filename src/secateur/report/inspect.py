@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.models.matrices import Matrix
-from secateur.models.opened import OpenedModel, open_model
+from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.models.shape.matrices import Matrix
 
 # Patterns worth a name, the strictest first.
 KNOWN_PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from secateur.core.histogram import histogram
 from secateur.errors import CheckpointError
-from secateur.manifest import Manifest
-from secateur.models.checkpoint import Checkpoint
+from secateur.files.checkpoint import Checkpoint
+from secateur.record.manifest import Manifest
 from secateur.report.pictures import Picture, draw_within
 from secateur.report.structure import Structure, columns, pooled, rows
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import secateur
 from secateur.errors import CheckpointError
-from secateur.models.writer import writing
-from secateur.output import Scratch
+from secateur.files.writer import writing
 from secateur.report.charts import Chart
+from secateur.runs.output import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

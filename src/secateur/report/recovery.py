@@ -6,11 +6,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from secateur.evaluate.perplexity import Perplexity
-from secateur.forecast import bytes_text
+from secateur.pruning.forecast import bytes_text
 from secateur.report.terminal import _table, seconds_text
 
 if TYPE_CHECKING:
-    from secateur.manifest import Manifest
+    from secateur.record.manifest import Manifest
     from secateur.recover.fine_tuning import Recovery
     from secateur.recover.forecast import Forecast
     from secateur.recover.merge import Merge

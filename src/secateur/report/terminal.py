@@ -9,16 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.calibration import bos_text
+from secateur.collect.gradient_file import GradientFile
 from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.perplexity import Perplexity
 from secateur.evaluate.task_differences import TaskComparison
 from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
-from secateur.forecast import Estimate, bytes_text
-from secateur.gradient_file import GradientFile
-from secateur.manifest import Manifest, Verification, cautions
-from secateur.models.matrices import matrix_kind
+from secateur.models.shape.matrices import matrix_kind
+from secateur.pruning.forecast import Estimate, bytes_text
+from secateur.record.manifest import Manifest, Verification, cautions
 from secateur.report.inspect import Inspection, MatrixSparsity
 from secateur.sweeps.estimate import SweepEstimate
 from secateur.sweeps.folder import Sweep

@@ -12,9 +12,9 @@ from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
 from secateur.errors import SecateurError
-from secateur.forecast import Estimate, estimate, forward_seconds
-from secateur.models.opened import OpenedModel
-from secateur.preparation import prepared
+from secateur.models.opening.opened import OpenedModel
+from secateur.pruning.forecast import Estimate, estimate, forward_seconds
+from secateur.pruning.preparation import prepared
 from secateur.sweeps.folder import Cell
 
 

@@ -17,10 +17,10 @@ from typing import Any, Literal, NotRequired, TypedDict
 from secateur.core.fingerprint import difference
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.errors import CheckpointError
-from secateur.manifest import FILE_NAME
-from secateur.models.writer import writing
-from secateur.output import check_apart, check_writable
-from secateur.reading import checked, read_json, read_text
+from secateur.files.reading import checked, read_json, read_text
+from secateur.files.writer import writing
+from secateur.record.manifest import FILE_NAME
+from secateur.runs.output import check_apart, check_writable
 
 SWEEP_FILE = "sweep.json"
 CELL_FILE = "cell.json"

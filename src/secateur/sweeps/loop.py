@@ -9,23 +9,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.block_loop import Event
 from secateur.calibration import Windows
 from secateur.calibration.corpora import is_token_file
+from secateur.collect.gradient_file import GradientFile
+from secateur.collect.gradient_pass import gradient_batch_size, gradients
+from secateur.collect.model_windows import foreseen_windows, model_evaluation_windows, model_windows
+from secateur.collect.shared_statistics import SharedStatistics
 from secateur.core.gradients import Granularity, Norm, Scope
 from secateur.core.problem import Method
 from secateur.core.statistics import Statistic
-from secateur.engine import prune
 from secateur.errors import CheckpointError, MethodError, SecateurError
 from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
-from secateur.gradient_file import GradientFile
-from secateur.gradient_pass import gradient_batch_size, gradients
-from secateur.model_windows import foreseen_windows, model_evaluation_windows, model_windows
-from secateur.models.memory import trim
-from secateur.models.opened import OpenedModel, open_model
-from secateur.models.stream import default_batch_size
-from secateur.shared_statistics import SharedStatistics
+from secateur.models.flow.memory import trim
+from secateur.models.flow.stream import default_batch_size
+from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.pruning.block_loop import Event
+from secateur.pruning.engine import prune
 from secateur.sweeps.estimate import SweepEstimate, Task, estimate_sweep, shared_gradient
 from secateur.sweeps.folder import Cell, Sweep, SweepFolder, check_settings, plain
 from secateur.sweeps.table import markdown, table_csv

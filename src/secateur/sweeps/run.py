@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from secateur.calibration import Windows, calibration_windows, check_bos
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from secateur.collect.model_windows import BOS_WORDS
 from secateur.core.fingerprint import fingerprint
 from secateur.core.patterns import Pattern, Unstructured
 from secateur.core.problem import Method
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
-from secateur.model_windows import BOS_WORDS
-from secateur.models.memory import trim
-from secateur.models.opened import open_model
-from secateur.preparation import chosen_correction
+from secateur.models.flow.memory import trim
+from secateur.models.opening.opened import open_model
+from secateur.pruning.preparation import chosen_correction
 from secateur.sweeps.estimate import SweepEstimate, Task
 from secateur.sweeps.folder import Cell, Sweep, SweepFolder
 from secateur.sweeps.loop import SweepEvent, SweepLoop

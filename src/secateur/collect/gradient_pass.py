@@ -1,0 +1,343 @@
+"""`gradients`: the norms of every weight's gradient over calibration samples, in the memory of one block, as a file."""
+
+import datetime
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+import secateur
+from secateur.calibration import Windows, check_predictions
+from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
+from secateur.collect.model_windows import model_windows
+from secateur.core.checks import check_weight
+from secateur.core.gradients import GradientKind, Granularity, Norm, Scope
+from secateur.errors import CalibrationError, CheckpointError
+from secateur.files.names import unique
+from secateur.models.flow.backward import BlockGradients, model_gradients, regional_gradients
+from secateur.models.flow.memory import return_large
+from secateur.models.flow.stream import default_batch_size
+from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.models.shape.matrices import Matrix, numbered_experts, tapped
+from secateur.models.shape.skeleton import Skeleton
+from secateur.plans.plan import matching
+from secateur.record.manifest import source_digest, tensor_digest
+from secateur.runs.output import Scratch, check_writable, resolved
+
+Progress = Callable[[str, int, int], None]
+
+
+def gradients(
+    model: str | os.PathLike[str] | nn.Module,
+    output: str | os.PathLike[str],
+    *,
+    norms: Sequence[Norm] = ("l1",),
+    granularity: Granularity = "sample",
+    scope: Scope = "model",
+    calibration: str | Sequence[str] | Tensor | Windows = "c4",
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    sampling: str | None = None,
+    bos: str = "auto",
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload_states: str = "auto",
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> GradientFile:
+    """The file of gradient norms that is written to `output`, for methods that take one (`prune(gradient=...)`).
+
+    `norms` are "l1" and "l2" (one pass makes both), `granularity` is "sample" or "token", `scope` "model" or "block";
+    see `GradientKind`. The calibration options are those of `prune`: gradients and pruning have to see the same tokens.
+
+    Raises what `prune` raises.
+    """
+    only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
+    norms = [norms] if isinstance(norms, str) else norms  # type: ignore[list-item]  # checked in GradientKind
+    if not norms:
+        raise CalibrationError("norm: got none, expected l1, l2 or both.")
+    kinds = [GradientKind(norm, granularity, scope) for norm in norms]
+    target = _check_file(output, model, overwrite)
+    return_large()
+    with Scratch(target, overwrite, file=True) as scratch, ExitStack() as stack:
+        opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        stack.callback(opened.restore)
+        skeleton = opened.skeleton
+        names = set(matching({matrix.name: matrix.shape for matrix in skeleton.matrices}, only=only, skip=skip))
+        matrices = [matrix for matrix in skeleton.matrices if matrix.name in names]
+        windows = model_windows(
+            opened,
+            calibration,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            sampling=sampling,
+            bos=bos,
+            progress=lambda done, total: progress("calibrate", done, total),
+        )
+        collect(
+            opened,
+            windows,
+            scratch.folder,
+            kinds,
+            matrices,
+            batch_size=batch_size,
+            offload_states=offload_states,
+            progress=progress,
+            states=target.name,
+        )
+        scratch.commit()
+    return GradientFile(target)
+
+
+def _check_file(output: str | os.PathLike[str], model: str | os.PathLike[str] | nn.Module, overwrite: bool) -> Path:
+    """The absolute path of the file to write, behind all links. Raises `CheckpointError` when it is not safe to write.
+
+    What is overwritten must be a file of gradients.
+    """
+    target = resolved(output)
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{output}: exists already. Choose another name, or pass --overwrite.")
+    if target.is_dir():
+        raise CheckpointError(
+            f"{output}: is a folder; gradients are one file. Choose a name such as gradients.safetensors."
+        )
+    if not isinstance(model, nn.Module) and Path(model).expanduser().resolve() in target.parents:
+        raise CheckpointError(f"{output}: lies inside the model, which is never written to. Choose another folder.")
+    if target.exists():
+        try:
+            GradientFile(target)
+        except CheckpointError:
+            raise CheckpointError(
+                f"{output}: exists and holds no gradients, so Secateur did not write it and will not overwrite it. "
+                "Choose another name, or remove it yourself."
+            ) from None
+    check_writable(output)
+    return target
+
+
+def collect(
+    opened: OpenedModel,
+    windows: Windows,
+    target: Path,
+    kinds: Sequence[GradientKind],
+    matrices: Sequence[Matrix],
+    *,
+    batch_size: int | None = None,
+    offload_states: str = "auto",
+    progress: Progress = lambda stage, done, total: None,
+    states: str = "gradients",
+) -> GradientFile:
+    """The file `target` with gradient norms of these matrices of an opened model.
+
+    `kinds` differ in their norms only. `states` begins the name of the folder for hidden states on disk. Raises
+    `CalibrationError` for a matrix whose gradient is zero throughout.
+    """
+    skeleton = opened.skeleton
+    granularity, scope = kinds[0].granularity, kinds[0].scope
+    norms: list[Norm] = list(dict.fromkeys(kind.norm for kind in kinds))
+    if {(kind.granularity, kind.scope) for kind in kinds} != {(granularity, scope)}:
+        raise CalibrationError("one pass takes gradients of one granularity and one scope.")
+    if scope == "model":
+        check_predictions(windows)
+    batch_size = gradient_batch_size(skeleton, windows.length, granularity, batch_size)
+    first = min(matrix.block for matrix in matrices)
+    source_tensors = _digests(skeleton, matrices)
+    provenance = {
+        "norms": norms,
+        "granularity": granularity,
+        "scope": scope,
+        **windows.shape,
+        "tokens_digest": windows.digest,
+        "calibration": dict(windows.provenance),
+        "model": opened.origin,
+        "model_digest": model_digest(source_tensors),
+        "source_tensors": source_tensors,
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "versions": {"secateur": secateur.__version__, "torch": torch.__version__},
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    wide = torch.float64 if skeleton.dtype == torch.float64 else torch.float32
+    writer = GradientWriter(target, {matrix.name: matrix.shape for matrix in matrices}, norms, provenance, wide)
+    folder: Path | None = None
+    try:
+        scratch = target.with_name(unique(f"{states}.states"))
+        sizes = chunk_sizes(
+            skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first, scratch
+        )
+        folder = sizes.folder
+        parts = _parts(windows.batches(batch_size), sizes.samples)
+        sweep = model_gradients if scope == "model" else regional_gradients
+        by_block = _by_block(matrices)
+        for number, part in enumerate(parts):
+            swept = sweep(
+                skeleton,
+                part,
+                lambda block: tapped(block, by_block.get(block.index, []))[0],
+                norms=norms,
+                granularity=granularity,
+                first=first,
+                states_folder=folder,
+                progress=_in_part(progress, number, len(parts)),
+            )
+            with closing(swept):
+                for found in swept:
+                    own = by_block.get(found.block.index, [])
+                    _add(writer, found, own, norms)
+                    if number + 1 == len(parts):
+                        _check(writer, own, norms, windows.samples)
+        progress("write", 1, 1)
+        writer.close()
+    finally:
+        writer.abandon()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    return GradientFile(target)
+
+
+def _parts(batches: Sequence[Tensor], samples: int) -> list[list[Tensor]]:
+    """Consecutive batches of at most so many samples together."""
+    parts: list[list[Tensor]] = [[]]
+    for batch in batches:
+        if parts[-1] and sum(map(len, parts[-1])) + len(batch) > samples:
+            parts.append([])
+        parts[-1].append(batch)
+    return parts
+
+
+def _digests(skeleton: Skeleton, matrices: Sequence[Matrix]) -> dict[str, str]:
+    """sha256 of every tensor that a forward reads, for gradients depend on all; each matrix is checked on the way."""
+    by_block = _by_block(matrices)
+    result: dict[str, str] = {}
+    for index, names in enumerate(skeleton.block_tensors):
+        for name in names:
+            tensors = skeleton.source.read([name])  # Memory: one tensor at a time
+            result[name] = tensor_digest(tensors[name])
+            for matrix in by_block.get(index, []):
+                if matrix.tensor == name:
+                    check_weight(matrix.name, matrix.view(tensors))
+    result.update({name: source_digest(skeleton.source, name) for name in skeleton.outside_tensors})
+    return result
+
+
+def _by_block(matrices: Sequence[Matrix]) -> dict[int, list[Matrix]]:
+    result: dict[int, list[Matrix]] = {}
+    for matrix in matrices:
+        result.setdefault(matrix.block, []).append(matrix)
+    return result
+
+
+def _add(writer: GradientWriter, found: BlockGradients, matrices: Sequence[Matrix], norms: Sequence[Norm]) -> None:
+    _, layout = tapped(found.block, matrices)
+    for matrix in matrices:
+        for norm in norms:
+            total = found.totals[matrix.parameter, norm]
+            writer.add(matrix.name, norm, matrix.of_parameter(total, layout[matrix.parameter]))
+
+
+def _check(writer: GradientWriter, matrices: Sequence[Matrix], norms: Sequence[Norm], samples: int) -> None:
+    for matrix in matrices:
+        for norm in norms:
+            check_gradient(matrix.name, writer.read(matrix.name, norm), samples)
+
+
+def check_gradient(name: str, total: Tensor, samples: int) -> None:
+    """Raise `CalibrationError` for gradients that are zero throughout, or not finite."""
+    if not bool(total.isfinite().all()):
+        raise CalibrationError(
+            f"{name}: its gradients on the {samples} calibration samples contain NaN or infinity. "
+            "Is the model itself sound? Try --dtype float32, and check the dense model with secateur eval."
+        )
+    if not bool(total.any()):
+        raise CalibrationError(
+            f"{name}: its gradient is zero on all {samples} calibration samples, so nothing is known of its weights. "
+            f'Calibrate on more samples (--samples), or leave it dense with --skip "{name}".'
+        )
+
+
+def check_loss(scope: Scope, length: int) -> None:
+    """Raise `CalibrationError` for windows in which no next token can be predicted, where the loss is of that."""
+    if length < 2 and scope == "model":
+        raise CalibrationError("--length: got 1, expected at least 2: the loss is that of predicting the next token.")
+
+
+def gradient_batch_size(skeleton: Skeleton, length: int, granularity: Granularity, asked: int | None) -> int:
+    """Samples that go through a block at once: one in models that route tokens to experts, where samples mix.
+
+    Raises `CalibrationError` when more are asked for there.
+    """
+    if asked is not None and asked < 1:
+        raise CalibrationError(f"--batch-size: got {asked}, expected at least 1.")
+    experts = numbered_experts(getattr(skeleton.model, "config", None))
+    routes = any(matrix.expert is not None for matrix in skeleton.matrices) or (
+        experts is not None and "router" in skeleton.left_out.values()
+    )
+    if not routes or granularity == "token":
+        return asked or default_batch_size(length, skeleton.device)
+    if asked is not None and asked > 1:
+        raise CalibrationError(
+            f"--batch-size: got {asked}, expected 1: this model routes tokens to experts, which sees the tokens of all "
+            "samples of a batch as one, and gradients are taken sample by sample. Leave --batch-size out, or use "
+            "--granularity token."
+        )
+    return 1
+
+
+@dataclass(frozen=True)
+class ChunkSizes:
+    """How the saved inputs of all blocks are held: so many samples at once, in memory or in files of a folder."""
+
+    samples: int
+    bytes: int
+    folder: Path | None
+
+
+def chunk_sizes(
+    skeleton: Skeleton,
+    samples: int,
+    length: int,
+    batch_size: int,
+    scope: Scope,
+    offload: str,
+    first: int,
+    scratch: Path,
+) -> ChunkSizes:
+    """As many samples at once as fit: inputs of every block, and one set of gradients, for each of them.
+
+    Memory: half of what is free now may be used, of the host's memory or, with a folder, of its disk. What does not
+    fit is done in several passes over the weights, whose sums are added up. Never less than one batch at once.
+    """
+    saved = 2 if scope == "block" else len(skeleton.blocks) - first + 3
+    each = saved * length * skeleton.hidden_size * skeleton.dtype.itemsize
+    folder = None if offload in ("auto", "never") else Path(offload).expanduser() / scratch.name
+    if folder is None:
+        free = psutil.virtual_memory().available
+    else:
+        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+        free = shutil.disk_usage(existing).free
+    batches = math.ceil(samples / batch_size)
+    fitting = max(1, free // 2 // (each * batch_size))
+    at_once = min(samples, batch_size * math.ceil(batches / math.ceil(batches / fitting)))  # parts of equal size
+    return ChunkSizes(at_once, at_once * each, folder)
+
+
+def _in_part(progress: Progress, number: int, parts: int) -> Progress:
+    if parts == 1:
+        return progress
+    return lambda stage, done, total: progress(f"{stage} {number + 1}/{parts}", done, total)

@@ -1,0 +1,254 @@
+"""Windows for a certain model: drawn or cut, with BOS where the model wants it, and checked to be what it can read."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, get_args
+
+import torch
+from torch import Tensor
+
+from secateur.calibration import (
+    Windows,
+    bos_text,
+    calibration_windows,
+    check_bos,
+    check_length,
+    check_predictions,
+    check_vocabulary,
+    evaluation_windows,
+)
+from secateur.calibration.corpora import is_token_file
+from secateur.calibration.quick import quick_windows
+from secateur.calibration.text import Bos
+from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES, Progress
+from secateur.files.reading import read_json
+from secateur.models.flow.forward import after_the_last_block
+from secateur.models.opening.opened import OpenedModel
+
+BOS_WORDS = ("auto", *get_args(Bos))
+BOS_MARGIN = 0.1  # nats per token that a window must read better with BOS in front
+
+_log = logging.getLogger("secateur")
+
+
+def model_windows(
+    opened: OpenedModel,
+    calibration: Any,
+    tokenizer: Any,
+    *,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    sampling: str | None,
+    progress: Progress,
+    bos: str = "auto",
+    known: Mapping[str, Any] | None = None,
+    dense: Callable[[], OpenedModel] | None = None,
+) -> Windows:
+    """`calibration_windows` for an opened model, with its own tokenizer where there is text and none is given.
+
+    `bos` is a word for `calibration_windows`, or "auto": "papers", unless the first window reads more than 0.1 nats
+    better with BOS in front, which means "always". The model itself decides, or the one that `dense` opens; `known` is
+    what was decided and recorded before. That, and fewer samples than asked for, are said in a line each.
+
+    Raises `CalibrationError` for token ids outside its vocabulary, and for windows longer than its positions.
+    """
+    text = _is_text(calibration)
+    tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
+
+    def draw(where: str) -> Windows:
+        windows = calibration_windows(
+            calibration,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            sampling=sampling,  # type: ignore[arg-type]  # checked there
+            bos=where,  # type: ignore[arg-type]
+            progress=progress,
+        )
+        check_vocabulary(windows, opened.skeleton.vocabulary_size)
+        check_length(windows, opened.skeleton.positions)
+        return windows
+
+    windows = _placed(draw, bos, known, "calibration", dense or (lambda: opened), text)
+    _say_fewer(windows, "samples", samples)
+    return windows
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """Calibration windows that are drawn, or only how many of which length there will be.
+
+    `unchecked` are sentences on what only drawing them shows.
+    """
+
+    windows: Windows | None
+    samples: int
+    length: int
+    unchecked: Sequence[str]
+
+
+def foreseen_windows(
+    opened: OpenedModel,
+    calibration: Any,
+    tokenizer: Any,
+    *,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    sampling: str | None,
+    bos: str = "auto",
+    progress: Progress = lambda done, total: None,
+) -> Foreseen:
+    """What `model_windows` would draw, as far as it is quick to find out; raises the same where that shows an error.
+
+    Without `calibration` only the length is checked.
+    """
+    check_bos(bos, BOS_WORDS)
+    unchecked: Sequence[str] = ()
+    windows = None
+    if calibration is not None:
+        if tokenizer is None and _is_text(calibration):
+            tokenizer = opened.load_tokenizer()
+        windows, unchecked = quick_windows(
+            calibration,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            sampling=sampling,
+            bos="papers" if bos == "auto" else bos,
+        )
+    if windows is None:
+        samples, length = samples or DEFAULT_SAMPLES, length or DEFAULT_LENGTH
+        check_length(Windows(torch.zeros(1, length, dtype=torch.int64), {}), opened.skeleton.positions)
+        return Foreseen(None, samples, length, unchecked)
+    check_vocabulary(windows, opened.skeleton.vocabulary_size)
+    check_length(windows, opened.skeleton.positions)
+    return Foreseen(windows, windows.samples, windows.length, unchecked)
+
+
+def model_evaluation_windows(
+    opened: OpenedModel,
+    data: str | os.PathLike[str] | Tensor | Windows,
+    tokenizer: Any,
+    *,
+    length: int | None = None,
+    windows: int | None = None,
+    bos: str = "auto",
+    known: Mapping[str, Any] | None = None,
+    option: str = "--length",
+) -> Windows:
+    """`evaluation_windows` for an opened model; `bos` and `known` are those of `model_windows`.
+
+    With "auto", a checkpoint of ours follows what its dense model chose for the calibration samples: pruning can move a
+    window's loss by more than the margin, and both models are to read the same tokens.
+
+    Raises what `evaluation_windows` raises, and `CalibrationError` for windows of less than two tokens.
+    """
+    text = _is_text(data)
+    tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
+    if text and bos == "auto" and known is None:
+        known = _choice_of_the_dense_model(opened)
+
+    def cut(where: str) -> Windows:
+        found = evaluation_windows(data, tokenizer, length=length, windows=windows, bos=where)  # type: ignore[arg-type]
+        check_vocabulary(found, opened.skeleton.vocabulary_size)
+        check_length(found, opened.skeleton.positions, option)
+        check_predictions(found, option)
+        return found
+
+    found = _placed(cut, bos, known, str(data) if text else "token ids", lambda: opened, text)
+    _say_fewer(found, "windows", windows)
+    return found
+
+
+class _Calibration(TypedDict):
+    bos: NotRequired[dict[str, Any]]
+
+
+class _Pruned(TypedDict):
+    """What is read of the manifest beside a checkpoint."""
+
+    calibration: NotRequired[_Calibration | None]
+
+
+def _choice_of_the_dense_model(opened: OpenedModel) -> Mapping[str, Any] | None:
+    """Where the dense model wanted BOS, as the manifest of a pruned checkpoint has it; None where nobody asked it."""
+    file = Path(getattr(opened.skeleton.source, "folder", "")) / "secateur.json"
+    if opened.origin["kind"] != "checkpoint" or not file.is_file():
+        return None
+    manifest: _Pruned = read_json(file, _Pruned)
+    choice = (manifest.get("calibration") or {}).get("bos", {})
+    return choice if choice.get("asked") == "auto" and choice.get("used") in get_args(Bos) else None
+
+
+def _placed(
+    cut: Callable[[str], Windows],
+    bos: str,
+    known: Mapping[str, Any] | None,
+    name: str,
+    model: Callable[[], OpenedModel],
+    text: bool,
+) -> Windows:
+    """Windows with BOS where that word wants it, or where the model reads them better; recorded as `bos`."""
+    check_bos(bos, BOS_WORDS)
+    if not text:
+        return cut("papers" if bos == "auto" else bos)
+    if known is not None:
+        windows = cut(known["used"])
+        return replace(windows, provenance={**windows.provenance, "bos": dict(known)})
+    windows, nats = cut("papers" if bos == "auto" else bos), None
+    if bos == "auto":
+        nats = bos_nats(model(), windows)
+    if nats is not None and nats[1] - nats[0] > BOS_MARGIN:
+        windows = cut("always")
+    figures = {} if nats is None else dict(zip(("nats_with", "nats_without"), map(_finite, nats), strict=True))
+    record = {"asked": bos, **windows.provenance["bos"], **figures}
+    windows = replace(windows, provenance={**windows.provenance, "bos": record})
+    if nats is not None and record["used"] == "always":
+        _log.warning("%s: %s. --bos papers is the published way.", name, bos_text(windows.provenance))
+    return windows
+
+
+def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | None:
+    """The loss of the first window of text with BOS in front and without, in nats for each of the same tokens.
+
+    These are the window's tokens behind the first; BOS takes the place of its own first token, or of its last. None
+    where the tokenizer has no BOS, where every window begins with it anyway, or where nothing is left to compare. Takes
+    one pass over the weights.
+    """
+    bos = windows.provenance["bos"]["token"]
+    skeleton = opened.skeleton
+    if bos is None or bos >= skeleton.vocabulary_size or bool((windows.input_ids[:, 0] == bos).all()):
+        return None
+    row = next(batch[0] for batch in windows.batches(1))
+    own = row[1:] if int(row[0]) == bos else row[:-1]
+    if len(own) < 2:
+        return None
+    batches = [torch.cat([torch.tensor([bos]), own]).unsqueeze(0), own.unsqueeze(0)]
+    with torch.no_grad(), after_the_last_block(skeleton, batches) as stream:
+        losses = [torch.cat(list(stream.losses(batch)), dim=1)[0].double() for batch in range(2)]
+    return float(losses[0][1:].mean()), float(losses[1].mean())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _say_fewer(windows: Windows, what: str, asked: int | None) -> None:
+    if asked is not None and windows.samples < asked:
+        _log.warning("%s of the %s %s asked for: there are no more.", f"{windows.samples:,}", f"{asked:,}", what)
+
+
+def _is_text(source: Any) -> bool:
+    """Whether some of it has to be tokenised."""
+    if isinstance(source, Tensor | Windows):
+        return False
+    specs = [source] if isinstance(source, str | os.PathLike) else source
+    return not all(isinstance(spec, str | os.PathLike) and is_token_file(os.fspath(spec)) for spec in specs)

@@ -1,0 +1,462 @@
+"""Checkpoints on disk: tensors read one by one from safetensors shards, local or from the hub's cache.
+
+Reading works on the bytes of the format itself (an 8-byte length, a JSON header, then the tensors): `pread` keeps no
+file mapped, so that the memory of a run is that of the tensors it holds.
+"""
+
+import hashlib
+import math
+import os
+import struct
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.files.reading import checked, open_regular, parse_json, read_json
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+MODELOPT_FILE = "hf_quant_config.json"  # how weights are packed; dense weights are not
+CARD_FILE = "README.md"
+OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "report")  # of other formats and tools
+HEADER_BYTES = 100_000_000  # what the format itself allows
+NAME_LENGTH = 200  # of a file; file systems allow for some 250 bytes
+DIMENSIONS = 16  # of a tensor; no model has more than six
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
+
+PART_BYTES = 16 << 20  # of a tensor that is read a part at a time
+
+# The shards of a checkpoint: file name, and (tensor name, dtype, shape) in the order of the bytes.
+Layout = Sequence[tuple[str, Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]]
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where one tensor lies: its file, its dtype as the format spells it, its shape, and its byte range."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor's data."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """The head of one safetensors file: its tensors, its `__metadata__`, and the sha256 of the raw header bytes."""
+
+    tensors: dict[str, TensorRecord]
+    metadata: dict[str, str]
+    digest: str
+
+
+_Size = Annotated[int, Meta(ge=0, lt=1 << 60)]
+
+
+@dataclass
+class _Entry:
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: Annotated[list[_Size], Meta(max_length=DIMENSIONS)]
+    data_offsets: tuple[_Size, _Size]
+
+
+@dataclass
+class _Index:
+    """What an index file says."""
+
+    weight_map: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """The checked header of a safetensors file. Raises `CheckpointError` for a file that is damaged or cut short."""
+    prefix, raw, size = _raw_header(file)
+    where = f"{file}: the safetensors header"
+    entries = parse_json(raw, where, dict[str, Any], advice="Download it again.", unique=True)
+    metadata = checked(entries.pop("__metadata__", {}), f"{where}, __metadata__", dict[str, str])
+    described = checked(entries, where, dict[str, _Entry], advice="Download it again.")
+    base = len(prefix) + len(raw)
+    tensors = {
+        name: TensorRecord(file, entry.dtype, tuple(entry.shape), *(base + offset for offset in entry.data_offsets))
+        for name, entry in described.items()
+    }
+    position = base
+    for name, record in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        expected = _size(record, name)
+        if record.start != position or record.bytes != expected:
+            raise CheckpointError(
+                f"{file}: tensor {name} lies at bytes {record.start} to {record.end}, expected {position} to "
+                f"{position + expected}. The file is damaged; download it again."
+            )
+        position = record.end
+    if position != size:
+        raise CheckpointError(
+            f"{file}: truncated or damaged: the header describes {position} bytes, the file has {size}. "
+            "Download or copy it again."
+        )
+    return Header(tensors, metadata, hashlib.sha256(prefix + raw).hexdigest())
+
+
+def _raw_header(file: Path) -> tuple[bytes, bytes, int]:
+    """The first eight bytes of a file, the header whose length they give, and the size of the file."""
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        try:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(
+                    f"{file}: cut short: the file has {size} bytes, and the length of a safetensors header alone takes "
+                    "8. Download or copy it again."
+                )
+            length = struct.unpack("<Q", prefix)[0]
+            if not 2 <= length <= size - 8:
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or cut short: the header claims {length} bytes, the file has "
+                    f"{size}. Download or copy it again."
+                )
+            if length > HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: not a safetensors file: its header claims {length:,} bytes, and the format allows for "
+                    f"{HEADER_BYTES:,}. Download or copy it again."
+                )
+            return prefix, stream.read(length), size
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
+
+
+def _size(record: TensorRecord, name: str) -> int:
+    if record.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{record.file}: tensor {name} has the unknown dtype {record.dtype}; known are {', '.join(DTYPES)}."
+        )
+    if math.prod(max(1, side) for side in record.shape) >= 1 << 60:
+        raise CheckpointError(f"{record.file}: tensor {name} has more numbers than there can be, {record.shape}.")
+    return math.prod(record.shape) * DTYPES[record.dtype].itemsize
+
+
+class Checkpoint:
+    """A folder with safetensors weights, read lazily. Nothing is ever written to it.
+
+    `tensors` maps every tensor name to where it lies, in the order of the files and, within one, of the bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _weight_files(folder)
+        self.headers = {file: read_header(file) for file in self.files}
+        self.tensors: dict[str, TensorRecord] = {}
+        for file, header in self.headers.items():
+            for name, record in sorted(header.tensors.items(), key=lambda item: item[1].start):
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"{folder}: tensor {name} is in {self.tensors[name].file.name} and {file.name}."
+                    )
+                self.tensors[name] = record
+        self._check_index()
+
+    def _check_index(self) -> None:
+        index = self.folder / INDEX_FILE
+        if not index.exists() or (self.folder / SINGLE_FILE) in self.files:
+            return
+        for name, file in _weight_map(index).items():
+            if name not in self.headers[self.folder / file].tensors:
+                raise CheckpointError(
+                    f"{index}: lists the tensor {name} in {file}, which does not hold it. "
+                    "Index and shards do not belong together; download the checkpoint again."
+                )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, from the header."""
+        return DTYPES[self.tensors[name].dtype]
+
+    def bytes(self, names: Iterable[str]) -> int:
+        """Size in bytes of the named tensors together."""
+        return sum(self.tensors[name].bytes for name in names)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self.tensors)
+
+    def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
+        """The named tensors, freshly read into host memory (page-locked with `pin`, for transfers to a GPU)."""
+        return {name: read_tensor(self.tensors[name], pin=pin) for name in names}
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """All entries of a tensor in order, as flat tensors of at most 16 MB that are read one after the other."""
+        record = self.tensors[name]
+        size = max(1, PART_BYTES // DTYPES[record.dtype].itemsize) * DTYPES[record.dtype].itemsize
+        for start in range(record.start, record.end, size):
+            end = min(start + size, record.end)
+            entries = ((end - start) // DTYPES[record.dtype].itemsize,)
+            yield read_tensor(replace(record, shape=entries, start=start, end=end))
+
+    def layout(self) -> Layout:
+        """The shards of an output with the same tensors: (standard file name, [(name, dtype, shape)])."""
+        shards = [header for header in self.headers.values() if header.tensors]
+        names = shard_names(len(shards))
+        return [
+            (
+                name,
+                [
+                    (tensor, DTYPES[record.dtype], record.shape)
+                    for tensor, record in sorted(shard.tensors.items(), key=lambda item: item[1].start)
+                ],
+            )
+            for name, shard in zip(names, shards, strict=True)
+        ]
+
+
+def read_tensor(record: TensorRecord, *, pin: bool = False) -> Tensor:
+    """The tensor of a record, freshly read into host memory."""
+    # Memory: pread copies into this buffer alone; a memory map would count every page it touched.
+    buffer = torch.empty(record.bytes, dtype=torch.uint8, pin_memory=pin)
+    read_bytes(record, buffer)
+    return buffer.view(DTYPES[record.dtype]).view(record.shape)
+
+
+def read_bytes(record: TensorRecord, buffer: Tensor) -> None:
+    """Fill a uint8 tensor with the bytes of a record. Raises `CheckpointError` when the file ends early."""
+    view = _bytes_of(buffer)
+    try:
+        descriptor = os.open(record.file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < record.bytes:
+                got = os.preadv(descriptor, [view[done:]], record.start + done)
+                if got == 0:
+                    raise CheckpointError(f"{record.file}: ended at byte {record.start + done}, expected {record.end}.")
+                done += got
+        finally:
+            os.close(descriptor)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{record.file}: cannot be read ({error.strerror}).") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of every tensor. Raises `CheckpointError` for an index that is none, or names files elsewhere."""
+    weight_map: dict[str, str] = read_json(index, _Index, advice="Download it again.").weight_map
+    for name, file in weight_map.items():
+        if file in ("", ".", "..") or len(file) > NAME_LENGTH or any(mark in file for mark in ("/", "\\", "\0")):
+            raise CheckpointError(
+                f'{index}: has the tensor {name} in "{file[:NAME_LENGTH]}", and a shard lies beside its index, in the '
+                "same folder. Download the checkpoint again, from whom you trust."
+            )
+    return weight_map
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, as transformers would choose them: the single file before the index."""
+    index, adapter = folder / INDEX_FILE, folder / ADAPTER_FILE
+    is_model = (folder / SINGLE_FILE).exists() or index.exists()
+    if adapter.exists():
+        raise CheckpointError(_of_an_adapter(folder, beside_weights=is_model))
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if index.exists():
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        for file in files:
+            if not os.path.exists(file):  # which answers for names that no file system takes, too
+                raise CheckpointError(
+                    f"{file}: the shard is missing, and {INDEX_FILE} lists it ({len(files)} shards expected). "
+                    "Download the checkpoint again."
+                )
+        return files
+    if any(folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder}: holds PyTorch .bin weights only, and Secateur reads safetensors. Convert it once with\n"
+            '  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors'); "
+            f"T.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf:
+        raise CheckpointError(f"{folder}: holds GGUF weights; give the file itself, such as {gguf[0]}.")
+    raise CheckpointError(
+        f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} in it. Give a folder that save_pretrained wrote, a hub id, "
+        "or a GGUF file."
+    )
+
+
+def _of_an_adapter(folder: Path, *, beside_weights: bool) -> str:
+    """Why a folder with the configuration of an adapter is no model, and what to do."""
+    base = read_json(folder / ADAPTER_FILE, dict[str, Any]).get("base_model_name_or_path")
+    named = f" for {base}" if isinstance(base, str) and base else ""
+    if beside_weights:
+        return (
+            f"{folder}: holds the weights of a model and {ADAPTER_FILE}, the adapter{named} that transformers would "
+            f"load with them. Move {ADAPTER_FILE} elsewhere, or merge the adapter into its base: secateur merge."
+        )
+    return (
+        f"{folder}: an adapter{named}, not a model. Give its base, or merge the two into one checkpoint first: "
+        f"secateur merge {folder} --base BASE --output FOLDER"
+    )
+
+
+def shard_names(count: int) -> list[str]:
+    """The standard file names of `count` shards."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw little-endian bytes of a tensor, as a view where it is contiguous in host memory."""
+    return _bytes_of(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8))
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    """A writable view of the memory of a uint8 tensor."""
+    array: Any = flat.numpy()
+    return memoryview(array) if flat.numel() else memoryview(b"")
+
+
+def locate(source: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: the folder itself, or the hub's snapshot in huggingface_hub's cache.
+
+    Raises `CheckpointError` when it is neither, or when the hub cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: give the folder of the checkpoint, not one of its files.")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=[
+                    "*.safetensors",
+                    "*.json",
+                    "*.model",
+                    "*.txt",
+                    "*.jinja",
+                    "*.tiktoken",
+                    "*.spm",
+                    "*.vocab",
+                    "*.bpe",
+                    "*.yaml",
+                    "*.yml",
+                    "*.py",
+                    "*LICENSE*",
+                    "*LICENCE*",
+                    "NOTICE*",
+                    "USE_POLICY*",
+                    CARD_FILE,
+                ],
+                ignore_patterns=["original/*", "onnx/*", "consolidated*"],
+            )
+        )
+    except HFValidationError:
+        raise CheckpointError(f"{source}: no such folder, and not a hub id (owner/name) either.") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{source}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and has no copy in "
+            "the cache. Give a local folder, or download it first: hf download " + source
+        ) from None
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{source}: no such folder, and the hub says: {error}") from None
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint beside its weights, also in subfolders such as additional_chat_templates.
+
+    Configuration, tokenizer, templates, licence, code; not its model card, and no subfolder with weights of its own.
+    """
+    return _companions(folder)[0]
+
+
+def left_behind(folder: Path, read: Collection[Path]) -> list[str]:
+    """What a folder holds that is neither a companion file nor one of the weight files that are `read`, by name.
+
+    Weights in other formats, whole subfolders (with a slash behind), links to folders. What tools leave there for
+    themselves (git, caches) is no part of a model, and a model card is written anew.
+    """
+    return [name for name in _companions(folder)[1] if folder / name not in read]
+
+
+def _companions(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files to copy, and the names of what is left."""
+    copied: list[Path] = []
+    left: list[str] = []
+    for entry in sorted(folder.iterdir()):
+        name = entry.name
+        if name.startswith((".git", ".cache", ".DS_Store", ".ipynb_checkpoints")) or name == "__pycache__":
+            continue
+        if name in (CARD_FILE, "secateur.json", INDEX_FILE, MODELOPT_FILE):
+            continue
+        if not entry.is_dir():
+            if _is_companion(entry):
+                copied.append(entry)
+            else:
+                left.append(name)
+            continue
+        inside = [path for path in sorted(entry.rglob("*")) if path.is_symlink() or not path.is_dir()]
+        inside = [path for path in inside if "__pycache__" not in path.parts]
+        if entry.is_symlink() or name in OTHER_FOLDERS or not all(map(_is_companion, inside)):
+            left.append(f"{name}/")
+        else:
+            copied += inside
+    return copied, left
+
+
+def _is_companion(file: Path) -> bool:
+    return (
+        file.is_file()
+        and not file.name.startswith(".")
+        and not file.name.endswith(WEIGHT_SUFFIXES)
+        and file.stat().st_size < 1 << 28
+    )
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,168 @@
+"""Checkpoints written tensor by tensor, in any order, into shards whose headers are known beforehand."""
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.files.checkpoint import DTYPE_NAMES, INDEX_FILE, Layout, tensor_bytes
+
+
+class CheckpointWriter:
+    """Shards of known layout, filled tensor by tensor in any order, with the sha256 of every tensor.
+
+    All space is reserved when the writer is made, so that a full disk is found out before the work, not after it.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+        self.folder = folder
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self.digests: dict[str, str] = {}
+        self.header_digests: dict[str, str] = {}
+        self._place: dict[str, tuple[str, int, int]] = {}
+        self._descriptors: dict[str, int] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._touched: set[str] = set()
+        self.total_bytes = 0
+        for file, tensors in layout:
+            self._create(file, tensors)
+        if len(layout) > 1:
+            weight_map = {name: place[0] for name, place in sorted(self._place.items())}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            try:
+                with writing(folder / INDEX_FILE):
+                    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            except CheckpointError:
+                self.close()
+                raise
+
+    def _create(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        entries: dict[str, Any] = {}
+        places, position = {}, 0
+        for name, dtype, shape in tensors:
+            size = dtype.itemsize * int(torch.Size(shape).numel())
+            entries[name] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [position, position + size],
+            }
+            places[name] = (position, size)
+            position += size
+        self._entries[file] = entries
+        head = self._head(file)
+        path = self.folder / file
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._descriptors[file] = descriptor
+            if len(head) + position:
+                reserve(descriptor, len(head) + position)
+            os.pwrite(descriptor, head, 0)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(
+                f"{path}: cannot reserve {len(head) + position:,} bytes ({error.strerror}). "
+                "Free some space or choose another output folder."
+            ) from None
+        self.header_digests[file] = hashlib.sha256(head).hexdigest()
+        self.total_bytes += position
+        for name, (start, size) in places.items():
+            self._place[name] = (file, len(head) + start, size)
+
+    def _head(self, file: str) -> bytes:
+        raw = json.dumps({"__metadata__": self._metadata, **self._entries[file]}, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        return struct.pack("<Q", len(raw)) + raw
+
+    def change_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Put other metadata into the headers, which must take as many bytes as the old: digests for placeholders."""
+        before = {file: len(self._head(file)) for file in self._entries}
+        self._metadata |= metadata
+        for file, length in before.items():
+            head = self._head(file)
+            if len(head) != length:
+                raise ValueError(f"{file}: a header of {len(head)} bytes in the place of {length}")
+            with writing(self.folder / file):
+                os.pwrite(self._descriptors[file], head, 0)
+            self._touched.add(file)
+            self.header_digests[file] = hashlib.sha256(head).hexdigest()
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the tensors that nobody has written yet."""
+        return [name for name in self._place if name not in self.digests]
+
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Write one tensor in its place; returns the sha256 of its bytes. One of another size changes nothing."""
+        file, _, size = self._place[name]
+        if tensor.nbytes != size:
+            raise CheckpointError(f"{name}: {tensor.nbytes} bytes to write into {file}, expected {size}.")
+        return self.write_parts(name, [tensor])
+
+    def write_parts(self, name: str, parts: Iterable[Tensor]) -> str:
+        """Write one tensor that comes in parts, in order; returns the sha256 of its bytes."""
+        file, start, size = self._place[name]
+        digest, done = hashlib.sha256(), 0
+        for part in parts:
+            data = tensor_bytes(part)
+            digest.update(data)
+            if done + len(data) > size:
+                raise CheckpointError(f"{name}: {done + len(data)} bytes to write into {file}, expected {size}.")
+            with writing(self.folder / file):
+                while len(data):
+                    count = os.pwrite(self._descriptors[file], data, start + done)
+                    data, done = data[count:], done + count
+        if done != size:
+            raise CheckpointError(f"{name}: {done} bytes to write into {file}, expected {size}.")
+        self._touched.add(file)
+        self.digests[name] = digest.hexdigest()
+        return self.digests[name]
+
+    def flush(self) -> None:
+        """Force what was written to the disk, so that a finished block survives a crash."""
+        for file in self._touched:
+            with writing(self.folder / file):
+                getattr(os, "fdatasync", os.fsync)(self._descriptors[file])  # macOS has fsync only
+        self._touched.clear()
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        try:
+            self.flush()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close all files without waiting for the disk; harmless after `close`."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Where the output is written to: whatever the system says goes on as a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or file}: cannot be written ({error.strerror or error}). "
+            "Free some space or choose another output folder."
+        ) from None
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give an open file its size and its place on the disk. Raises `OSError` when there is not enough room."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS has no posix_fallocate; a full disk then shows at the first write
+        os.ftruncate(descriptor, size)

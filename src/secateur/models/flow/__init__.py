@@ -1,0 +1,1 @@
+"""Hidden states on their way through the blocks, forwards and backwards, and what is seen on the way."""

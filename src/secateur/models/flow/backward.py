@@ -1,0 +1,478 @@
+"""Gradient statistics of every matrix in the memory of one block: the forward, and then the way back through it.
+
+A sweep forward saves what goes into each block; the model's own head gives the gradient of the loss with respect to
+the last hidden states; a sweep backward runs each block once more with autograd on, takes the gradient of each
+weight from its input and the gradient of its output, and passes the gradient of its input on. Parameters never
+require a gradient and never get one.
+
+The work is that of four forwards: two of them, one for the gradients of states and one for those of weights.
+"""
+
+import math
+from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from secateur.core.gradients import Granularity, Norm, add_gradient
+from secateur.core.gram import float32_products, full_precision
+from secateur.errors import ModelStructureError, NumericalError
+from secateur.models.flow.memory import trim
+from secateur.models.flow.stream import Call, HiddenStates, Stream
+from secateur.models.flow.tap import Product, ProductTap
+from secateur.models.shape.skeleton import Skeleton, loaded, read_ahead
+from secateur.models.shape.structure import Block
+
+HALF_TARGET = 16.0  # what the largest gradient of a batch is scaled to where the computing dtype is float16
+
+
+class GradientTap(ProductTap):
+    """Adds up the norms of the gradients of parameters over samples, from the products that they take part in.
+
+    `totals` holds one tensor for each parameter and norm, laid out like the parameter, float32 (float64 for float64).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, tuple[nn.Parameter, bool]],  # name -> (parameter, stored (in, out))
+        norms: Collection[Norm],
+        granularity: Granularity = "sample",
+    ) -> None:
+        super().__init__(parameters)
+        self._norms = sorted(norms, reverse=True)  # l1 overwrites the gradient with its absolute value, so it is last
+        self._granularity = granularity
+        self.totals: dict[tuple[str, Norm], Tensor] = {}
+        for name, (parameter, _) in parameters.items():
+            for norm in self._norms:
+                total = torch.empty_strided(
+                    parameter.shape, parameter.stride(), dtype=_wide(parameter.dtype), device=parameter.device
+                )
+                self.totals[name, norm] = total.zero_()
+        self._samples, self._length, self._scale = 1, 1, 1.0
+        self._calls: dict[tuple[Any, ...], int] = {}
+        self._pending: dict[tuple[Any, ...], tuple[Product, list[Tensor]]] = {}
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    def begin(self, samples: int, length: int, scale: float = 1.0) -> None:
+        """Tell that the next forward and backward are over `samples` of `length` tokens, gradients times `scale`."""
+        self._samples, self._length, self._scale = samples, length, scale
+        self._calls.clear()
+
+    def end(self) -> None:
+        """Add what is left after a backward: weights that multiplied several times."""
+        for product, parts in self._pending.values():
+            for part in parts:
+                self._add(product, part)
+        self._pending.clear()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        product = self.product(getattr(func, "__name__", ""), args, kwargs)
+        result = func(*args, **kwargs)
+        return result if product is None else self._watch(product, result, float(kwargs.get("alpha", 1)))
+
+    def _watch(self, product: Product, result: Tensor, factor: float) -> Tensor:
+        if not result.requires_grad:
+            # Exact: a product that does not depend on the hidden states has a gradient all the same.
+            result = result.detach().requires_grad_().clone()
+        key = _region(product)
+        self._calls[key] = self._calls.get(key, 0) + 1
+        x = product.x.detach()
+        result.register_hook(partial(self._receive, product, x, x._version, factor))  # type: ignore[no-untyped-call]
+        return result
+
+    @torch.no_grad()
+    def _receive(self, product: Product, x: Tensor, version: int, factor: float, gradient: Tensor) -> None:
+        if x._version != version:
+            raise ModelStructureError(
+                f"{product.name}: its input is overwritten after the multiplication, so that its gradient cannot be "
+                "taken. Skip it with --skip, or use a method without gradients."
+            )
+        if product.is_left:
+            gradient = gradient.transpose(-1, -2)
+        wide = _wide(x.dtype)
+        x, gradient = x.to(wide), gradient.to(wide) * factor if factor != 1 else gradient.to(wide)
+        if self._granularity == "token":
+            with full_precision():
+                self._add_tokens(product, x, gradient)
+            return
+        # Exact: bfloat16 and float16 numbers are TF32 numbers, and their products are added up in float32 either way.
+        with float32_products(tf32=product.x.dtype.itemsize == 2):
+            parts = self._by_sample(product, x, gradient)
+            key = _region(product)
+            if self._calls[key] == 1:
+                for own_x, own_gradient in parts:
+                    self._add(product, self._multiply(product, own_x, own_gradient, reuse=True))
+                return
+            # Exact: the absolute value is that of the sum over all products with the weight.
+            made = [self._multiply(product, own_x, own_gradient, reuse=False) for own_x, own_gradient in parts]
+            if key not in self._pending:
+                self._pending[key] = (product, made)
+                return
+            earlier = self._pending[key][1]
+            for total, part in zip(earlier, made, strict=True):
+                total += part
+
+    def _by_sample(self, product: Product, x: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The rows of (input, gradient of the output) that belong to each sample."""
+        samples = self._samples
+        if samples == 1:
+            return [(x, gradient)]
+        rows = math.prod(x.shape[:-1])
+        by_batch = x.dim() >= 3 and x.shape[0] == samples
+        flat = x.dim() == 2 and rows == samples * self._length
+        if product.weight.dim() == 2 and (by_batch or flat) and gradient.shape[:-1] == x.shape[:-1]:
+            x, gradient = x.reshape(samples, -1, x.shape[-1]), gradient.reshape(samples, -1, gradient.shape[-1])
+            return list(zip(x, gradient, strict=True))
+        raise ModelStructureError(
+            f"{product.name}: multiplies an input of shape {tuple(x.shape)}, in which the {samples} samples of "
+            f"{self._length} tokens cannot be told apart. Use --batch-size 1."
+        )
+
+    def _multiply(self, product: Product, x: Tensor, gradient: Tensor, *, reuse: bool) -> Tensor:
+        """The gradient of the weight, laid out like the weight as it was multiplied."""
+        if product.weight.dim() == 2:
+            x, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        left, right = (gradient, x) if product.contracted == product.weight.dim() - 1 else (x, gradient)
+        if not reuse or product.weight.dim() != 2:
+            return left.transpose(-1, -2) @ right
+        # Memory: one buffer for each shape, not a fresh matrix for each sample.
+        key = (left.shape[-1], right.shape[-1], left.dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(key[:2], dtype=left.dtype, device=left.device)
+        return torch.mm(left.t(), right, out=self._buffers[key])
+
+    def _add_tokens(self, product: Product, x: Tensor, gradient: Tensor) -> None:
+        # Exact: the gradient of one token is an outer product, so that norms over tokens factor into one product.
+        for norm in self._norms:
+            own_x, own = (x.square(), gradient.square()) if norm == "l2" else (x.abs(), gradient.abs())
+            scale = self._scale**2 if norm == "l2" else self._scale
+            part = self._multiply(product, own_x, own, reuse=True)
+            self._part(product, norm).add_(part, alpha=1 / scale)
+
+    def _add(self, product: Product, gradient: Tensor) -> None:
+        for norm in self._norms:
+            add_gradient(self._part(product, norm), norm, gradient, self._scale)
+
+    def _part(self, product: Product, norm: Norm) -> Tensor:
+        """The part of the total that belongs to the weight as it was multiplied."""
+        weight = product.weight
+        offset = int(weight.storage_offset() - product.parameter.storage_offset())
+        return self.totals[product.name, norm].as_strided(weight.shape, weight.stride(), offset)
+
+
+def _region(product: Product) -> tuple[Any, ...]:
+    weight = product.weight
+    return product.name, weight.storage_offset(), tuple(weight.shape)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class BlockGradients:
+    """The gradients of one block: `totals[parameter, norm]`, laid out like the parameter."""
+
+    block: Block
+    totals: Mapping[tuple[str, Norm], Tensor]
+
+
+@dataclass
+class _Saved:
+    """What is needed to run a block again: its inputs, and what earlier blocks had left for it, by batch."""
+
+    states: HiddenStates
+    shared: list[list[dict[Any, Any]]]
+
+
+@dataclass
+class _Outgoing:
+    """The gradient of the loss with respect to the hidden states between two blocks, by batch, times its scale.
+
+    `shared` are the gradients of what blocks leave for later ones: (batch, mapping, key) -> one for each tensor.
+    """
+
+    states: HiddenStates
+    scales: list[float]
+    shared: dict[tuple[int, int, Any], list[Tensor | None]] = field(default_factory=dict)
+
+
+def model_gradients(
+    skeleton: Skeleton,
+    input_ids: Tensor | Sequence[Tensor],
+    parameters: Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]],
+    *,
+    norms: Collection[Norm],
+    granularity: Granularity = "sample",
+    batch_size: int | None = None,
+    first: int = 0,
+    states_folder: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Generator[BlockGradients]:
+    """Gradient norms of the language-model loss, block by block from the last to `first`.
+
+    The loss of a sample is the mean cross-entropy of its next-token predictions. `input_ids` and `batch_size` are
+    those of `Stream`, `parameters(block)` the parameters of interest of a loaded block. Equal to full autograd up to
+    rounding.
+
+    Raises `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
+    """
+    blocks = skeleton.blocks
+    count = len(blocks)
+    skeleton.load_outside()
+    stream = Stream(
+        skeleton,
+        input_ids,
+        batch_size=batch_size,
+        states_folder=_within(states_folder, "0"),
+        progress=lambda done, total: progress("record", done, total),
+    )
+    saved: dict[int, _Saved] = {}
+    outgoing: _Outgoing | None = None
+    try:
+        with torch.no_grad():
+            for block, tensors in read_ahead(skeleton, blocks):
+                with loaded(skeleton, block, tensors):
+                    saved[block.index] = _forward(stream, block, _within(states_folder, str(block.index + 1)))
+                if block.index < first:
+                    saved.pop(block.index).states.close()
+                trim()
+                progress("forward", block.index + 1, count)
+        outgoing = _head(stream, _within(states_folder, "head"), progress)
+        skeleton.unload_outside()
+        stream.states.close()
+        for done, (block, tensors) in enumerate(read_ahead(skeleton, blocks[first:][::-1])):
+            with loaded(skeleton, block, tensors):
+                tap = GradientTap(parameters(block), norms, granularity)
+                own = saved.pop(block.index)
+                try:
+                    for batch in range(len(stream.batches)):
+                        _backward(stream, block, batch, own, outgoing, tap)
+                finally:
+                    own.states.close()
+                stream.release(block)
+                yield BlockGradients(block, tap.totals)
+                del tap
+            trim()
+            progress("backward", done + 1, count - first)
+    finally:
+        for rest in saved.values():
+            rest.states.close()
+        if outgoing is not None:
+            outgoing.states.close()
+        stream.close()
+
+
+def regional_gradients(
+    skeleton: Skeleton,
+    input_ids: Tensor | Sequence[Tensor],
+    parameters: Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]],
+    *,
+    norms: Collection[Norm],
+    granularity: Granularity = "sample",
+    batch_size: int | None = None,
+    first: int = 0,
+    states_folder: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Generator[BlockGradients]:
+    """Gradient norms of each block's own output norm, block by block from `first` to the last.
+
+    The loss of a sample is the Euclidean norm of the block's output for it; blocks see the outputs of the dense
+    blocks before them. One sweep: nothing is saved. Parameters and errors are those of `model_gradients`.
+
+    Source: the regional gradient of Wanda++ (arXiv 2503.04992), section 4.1.
+    """
+    skeleton.load_outside(head=False)
+    stream = Stream(
+        skeleton,
+        input_ids,
+        batch_size=batch_size,
+        states_folder=states_folder,
+        progress=lambda done, total: progress("record", done, total),
+    )
+    skeleton.unload_outside()
+    try:
+        for block, tensors in read_ahead(skeleton, skeleton.blocks):
+            with loaded(skeleton, block, tensors):
+                tap = GradientTap(parameters(block), norms, granularity) if block.index >= first else None
+                for batch in range(len(stream.batches)):
+                    stream.states.put(batch, regional_gradient(stream, block, batch, tap))
+                stream.release(block)
+                if tap is not None:
+                    yield BlockGradients(block, tap.totals)
+                del tap
+            trim()
+            progress("forward and backward", block.index + 1, len(skeleton.blocks))
+    finally:
+        stream.close()
+
+
+def _within(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
+
+
+def _forward(stream: Stream, block: Block, folder: Path | None) -> _Saved:
+    """Run all batches through a block; the stream has moved on, and what went in is kept."""
+    before = stream.states
+    after = HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda")
+    shared = []
+    for batch in range(len(stream.batches)):
+        shared.append([dict(mapping) for mapping in _mappings(stream.call(block, batch))])
+        after.put(batch, stream.run(block, batch))
+    stream.states = after
+    return _Saved(before, shared)
+
+
+def _head(stream: Stream, folder: Path | None, progress: Callable[[str, int, int], None]) -> _Outgoing:
+    """The gradient of the loss with respect to the last hidden states, through the model's own head."""
+    outgoing = _Outgoing(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"), [])
+    for batch, ids in enumerate(stream.batches):
+        predictions = ids.shape[1] - 1
+        # Exact: in half precision a mean over the tokens would push the logits' gradients below what float16 holds.
+        scale = 256.0 * predictions if stream.skeleton.dtype == torch.float16 else 1.0
+        targets = ids[:, 1:].to(stream.device)
+        parts, position = [], 0
+        for leaf, logits in stream.head(batch, stream.chunk(batch)):
+            own = targets[:, position : position + logits.shape[1]]
+            wide = _wide(logits.dtype)
+            # Exact: samples are added up, not averaged, so that each one's gradient is that of its own mean loss.
+            loss = nn.functional.cross_entropy(
+                logits[:, : own.shape[1]].to(wide).flatten(0, 1), own.flatten(), reduction="sum"
+            )
+            (loss * (scale / predictions)).backward()  # type: ignore[no-untyped-call]
+            parts.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+            position += logits.shape[1]
+        _put(outgoing, batch, torch.cat(parts, dim=-2), scale, "the head", stream.skeleton.dtype)
+        progress("head", batch + 1, len(stream.batches))
+    return outgoing
+
+
+def _put(outgoing: _Outgoing, batch: int, gradient: Tensor, scale: float, where: str, dtype: torch.dtype) -> None:
+    """Keep the gradient of a batch, scaled by a power of two where float16 would lose its small entries."""
+    if not bool(gradient.isfinite().all()):
+        raise NumericalError(
+            f"{where}: the gradient of the loss with respect to the hidden states is not finite. "
+            + ("Compute in --dtype bfloat16 or float32." if dtype == torch.float16 else "Is the model itself sound?")
+        )
+    if dtype == torch.float16:
+        largest = float(gradient.abs().amax())
+        factor = 2.0 ** math.floor(math.log2(HALF_TARGET / largest)) if largest > 0 else 1.0
+        others = [key for key in outgoing.shared if key[0] == batch]
+        for key in others:
+            outgoing.shared[key] = [None if part is None else part * factor for part in outgoing.shared[key]]
+        gradient, scale = gradient * factor, scale * factor
+    outgoing.states.put(batch, gradient)
+    if batch == len(outgoing.scales):
+        outgoing.scales.append(scale)
+    outgoing.scales[batch] = scale
+
+
+@torch.enable_grad()
+def _backward(stream: Stream, block: Block, batch: int, saved: _Saved, outgoing: _Outgoing, tap: GradientTap) -> None:
+    """Take one batch back through a loaded block: from the gradient of its outputs to that of its inputs."""
+    ids = stream.batches[batch]
+    call = stream.call(block, batch)
+    mappings = _mappings(call)
+    leaves = [{key: pytree.tree_map(_leaf, value) for key, value in kept.items()} for kept in saved.shared[batch]]
+    fresh = [_filled(mapping, kept) for mapping, kept in zip(mappings, leaves, strict=True)]
+    states = saved.states.get(batch, stream.device).detach().requires_grad_()
+    tap.begin(len(ids), ids.shape[1], outgoing.scales[batch])
+    with tap:
+        # Exact: a copy, since a block may write into its input.
+        output = stream.replay(block, _exchanged(call, mappings, fresh), states.clone())
+    roots, gradients = [output], [outgoing.states.get(batch, stream.device)]
+    for mapping, kept, now in zip(mappings, leaves, fresh, strict=True):
+        for key, value in now.items():
+            if key in kept and value is kept[key]:
+                continue
+            expected = outgoing.shared.pop((batch, id(mapping), key), [])
+            for tensor, gradient in zip(_tensors(value), expected, strict=bool(expected)):
+                if gradient is not None and tensor.requires_grad:
+                    roots.append(tensor)
+                    gradients.append(gradient)
+    torch.autograd.backward(roots, gradients)
+    tap.end()
+    for mapping, kept in zip(mappings, leaves, strict=True):
+        for key, value in kept.items():
+            own = [tensor.grad for tensor in _tensors(value)]
+            if any(gradient is not None for gradient in own):
+                place = (batch, id(mapping), key)
+                outgoing.shared[place] = [
+                    _sum(*pair) for pair in zip(own, outgoing.shared.get(place, [None] * len(own)), strict=True)
+                ]
+    if states.grad is None:
+        raise ModelStructureError(f"{block.path}: its output does not depend on its input.")
+    _put(outgoing, batch, states.grad, outgoing.scales[batch], block.path, stream.skeleton.dtype)
+
+
+@torch.enable_grad()
+def regional_gradient(stream: Stream, block: Block, batch: int, tap: GradientTap | None) -> Tensor:
+    """The output of a loaded block for a batch, while `tap` takes gradients of its Euclidean norm for each sample.
+
+    Nothing flows back into the block before: that is what makes the gradient regional. Without a tap it is a forward.
+    """
+    if tap is None:
+        with torch.no_grad():
+            return stream.run(block, batch)
+    ids = stream.batches[batch]
+    states = stream.states.get(batch, stream.device).detach().requires_grad_()
+    scale = 256.0 if stream.skeleton.dtype == torch.float16 else 1.0
+    tap.begin(len(ids), ids.shape[1], scale)
+    with tap:
+        output = stream.run(block, batch, states=states.clone())
+    # The last three dimensions are (samples, tokens, hidden); some models have more before them.
+    by_sample = output.to(_wide(output.dtype)).movedim(-3, 0).flatten(1)
+    (by_sample.norm(dim=1).sum() * scale).backward()
+    tap.end()
+    for mapping in _mappings(stream.call(block, batch)):
+        for key, value in mapping.items():
+            mapping[key] = pytree.tree_map(lambda item: item.detach() if isinstance(item, Tensor) else item, value)
+    return output.detach()
+
+
+def _mappings(call: Call) -> list[MutableMapping[Any, Any]]:
+    """What a block may leave something in for later blocks: the mappings among its arguments."""
+    return [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, MutableMapping)]
+
+
+def _filled(mapping: MutableMapping[Any, Any], content: Mapping[Any, Any]) -> MutableMapping[Any, Any]:
+    fresh = copy(mapping)
+    fresh.clear()
+    fresh.update(content)
+    return fresh
+
+
+def _exchanged(
+    call: Call, before: Sequence[MutableMapping[Any, Any]], after: Sequence[MutableMapping[Any, Any]]
+) -> Call:
+    replacement = {id(old): new for old, new in zip(before, after, strict=True)}
+    return Call(
+        tuple(replacement.get(id(value), value) for value in call.args),
+        {key: replacement.get(id(value), value) for key, value in call.kwargs.items()},
+        call.keyword,
+    )
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_()
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [item for item in pytree.tree_leaves(value) if isinstance(item, Tensor)]
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right

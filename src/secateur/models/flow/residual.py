@@ -1,0 +1,137 @@
+"""Which matrices write to the residual stream, and where: found from derivatives, in any architecture.
+
+Names of modules say nothing that holds everywhere. What is added to the stream, however, has the same constant
+derivative in every entry of it, and behind a norm, a gate or a router it has not. The stream itself is what the block's
+input reaches without passing through a product.
+
+For targets that make up for damage done before. Arai and Ichikawa, "Quantization Error Propagation" (arXiv 2504.09629),
+correct in part as well, but towards each matrix's own outputs in the dense model.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.models.flow.stream import Stream
+from secateur.models.flow.tap import MULTIPLICATIONS, Enough, ProductTap
+from secateur.models.shape.matrices import Matrix, tapped
+from secateur.models.shape.structure import Block
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A matrix whose outputs, times `factor`, are added to the residual stream.
+
+    The sum is what goes into the block's submodule `at`, or what comes out of the block where that is None.
+    """
+
+    at: str | None
+    factor: float
+
+
+class ResidualRecorder:
+    """Keeps what goes into some submodules of a block for the first time in a forward, while it is active."""
+
+    def __init__(self, block: nn.Module, paths: Iterable[str], *, stop: bool = False) -> None:
+        """With `stop`, the forward ends with `Enough` when all of them were reached."""
+        self.seen: dict[str | None, Tensor] = {}
+        self._modules = {path: block.get_submodule(path) for path in paths}
+        self._stop = stop
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "ResidualRecorder":
+        for path, module in self._modules.items():
+            handle = module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if found is not None and path not in self.seen:
+                self.seen[path] = found.clone()  # Exact: a block may add to it in place later.
+            if self._stop and len(self.seen) == len(self._modules):
+                raise Enough
+
+        return hook
+
+
+class _Cut(ProductTap):
+    """Cuts the graph of a forward at every product; what some parameters give begins it anew."""
+
+    def __init__(
+        self, parameters: dict[str, tuple[nn.Parameter, bool]], others: Iterable[nn.Parameter], wanted: set[str]
+    ) -> None:
+        super().__init__(parameters)
+        self._others = {parameter.untyped_storage().data_ptr() for parameter in others}
+        self._wanted = wanted
+        self.given: dict[str, list[Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        product = self.product(name, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        if product is None:
+            tensors = [value for value in args if isinstance(value, Tensor)] if name in MULTIPLICATIONS else []
+            routed = any(tensor.untyped_storage().data_ptr() in self._others for tensor in tensors)
+            return result.detach() if routed else result
+        result = result.detach()
+        if product.name in self._wanted:
+            self.given.setdefault(product.name, []).append(result.requires_grad_())
+            result = result.clone()  # a block may add to it in place
+        return result
+
+
+def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Writer]:
+    """Those of all matrices of a loaded block that write to the residual stream, by name; experts never do.
+
+    Found by one forward of the first batch. Between a matrix and the sum may lie dropout, reshaping and multiplication
+    with a constant, but no norm, gate or router.
+    """
+    parameters, _ = tapped(block, matrices)
+    weights = {f"{block.path}.{name}": value for name, value in block.module.named_parameters()}
+    others = [value for name, value in weights.items() if value.dim() > 1 and name not in parameters]
+    states = stream.states.get(0, stream.device).detach().requires_grad_()
+    width = states.shape[-1]
+    candidates = {m.name: m.parameter for m in matrices if m.expert is None and m.rows is None and m.shape[0] == width}
+    cut = _Cut(parameters, others, set(candidates.values()))
+    recorder = ResidualRecorder(block.module, (path for path, _ in block.module.named_modules() if path))
+    with torch.enable_grad(), cut, recorder:
+        output = stream.run(block, 0, states=states.clone(), aside=True)
+    found: dict[str, Writer] = {}
+    leaving: set[str] = set()
+    single = {name: cut.given[path][0] for name, path in candidates.items() if len(cut.given.get(path, ())) == 1}
+    for at, value in {**recorder.seen, None: output}.items():
+        if not value.requires_grad or value.numel() != states.numel() or value.shape[-1] != width:
+            continue
+        signs = torch.randint(2, value.shape, generator=torch.Generator().manual_seed(0)).to(value) * 2 - 1
+        whole, *parts = torch.autograd.grad(
+            value, [states, *single.values()], signs, retain_graph=True, allow_unused=True
+        )
+        in_stream = whole is not None and bool(whole.any())
+        for name, part in zip(single, parts, strict=True):
+            factor = _constant(part, signs)
+            if in_stream and factor and name not in found:
+                found[name] = Writer(at, factor)
+            if at is None and part is not None and bool(part.any()):
+                leaving.add(name)
+    # A sum that only some module inside reads is not the stream that leaves the block.
+    return {name: writer for name, writer in found.items() if name in leaving}
+
+
+def _constant(derivative: Tensor | None, signs: Tensor) -> float:
+    """The factor between a derivative and the signs it was taken with; 0 where it is not the same everywhere."""
+    if derivative is None or derivative.numel() != signs.numel():
+        return 0.0
+    ratio = derivative.reshape(signs.shape).float() * signs.float()
+    factor = float(ratio.mean())
+    return factor if abs(factor) > 1e-6 and float((ratio - factor).abs().max()) <= 1e-3 * abs(factor) else 0.0

@@ -1,0 +1,434 @@
+"""Hidden states on their way through the blocks.
+
+The model runs once per batch with every block replaced by a stub that records the block's own call and hands the
+hidden states on unchanged. Replaying each real block with its own recorded call, on the hidden states of the block
+before it, is then exactly the model's forward, one block at a time, for any architecture.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import CheckpointError, ModelStructureError, SecateurError
+from secateur.files.writer import reserve, writing
+from secateur.models.opening.configuration import reason
+from secateur.models.shape.causality import check_causal
+from secateur.models.shape.skeleton import Skeleton
+from secateur.models.shape.structure import Block, embeddings_of
+
+LOGITS_BYTES = 64 << 20  # of float32 logits that are looked at at once
+
+
+@dataclass
+class Call:
+    """How one block was called for one batch, without its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None  # the name under which the hidden states go in; None when they are the first argument
+
+
+class _Finished(Exception):  # noqa: N818 - not an error: it ends a forward after the last block
+    """The last block has been reached; the head is not needed."""
+
+
+class _Stub(nn.Module):
+    """Stands in for a block: whatever else the model asks of the block, the block itself answers."""
+
+    def __init__(self, block: nn.Module, run: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block
+        self.__dict__["_run"] = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_run"](args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+
+class HiddenStates:
+    """The hidden states of every batch between two blocks, in host memory or in a memory-mapped file."""
+
+    def __init__(self, batches: int, folder: Path | None, *, pin: bool = False) -> None:
+        self._batches: list[Tensor | None] = [None] * batches
+        self._folder = folder
+        self._pin = pin
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"{folder}: cannot hold hidden states ({error.strerror}).") from None
+
+    def put(self, batch: int, states: Tensor) -> None:
+        """Keep the states of a batch, in place of earlier ones."""
+        kept = self._batches[batch]
+        if self._folder is None and not self._pin:
+            self._batches[batch] = states.to("cpu")
+            return
+        if kept is None or kept.shape != states.shape:
+            kept = self._batches[batch] = self._empty(batch, states)
+        # Exact: only page-locked memory takes part in the order of the GPU's work; other copies have to wait.
+        kept.copy_(states, non_blocking=kept.is_pinned())
+
+    def _empty(self, batch: int, like: Tensor) -> Tensor:
+        if self._folder is None:
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        # Memory: the pages of a mapped file are the system's to write out and drop.
+        file = self._folder / f"states-{batch}.bin"
+        size = like.numel() * like.dtype.itemsize
+        with writing(file), file.open("wb") as stream:
+            # A mapped file without room on the disk would end the process with a bus error, not with an exception.
+            reserve(stream.fileno(), size)
+        flat = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)
+        return flat.view(like.shape)
+
+    def get(self, batch: int, device: torch.device) -> Tensor:
+        """The states of a batch, on the device."""
+        states = self._batches[batch]
+        if states is None:
+            raise RuntimeError(f"batch {batch} has no hidden states yet")
+        return states.to(device, non_blocking=self._pin)
+
+    def close(self) -> None:
+        """Forget the states and delete their files."""
+        for batch in range(len(self._batches)):
+            self._batches[batch] = None
+            if self._folder is not None:
+                (self._folder / f"states-{batch}.bin").unlink(missing_ok=True)
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
+
+
+def states_folder(offload: str, bytes_needed: int, scratch: Path) -> Path | None:
+    """Where hidden states go: None for host memory, else a folder for memory-mapped files.
+
+    "auto" maps a file in `scratch` when the states would take more than half of the memory that is available now,
+    "never" stays in memory, anything else names a folder.
+    """
+    if offload == "never":
+        return None
+    if offload == "auto":
+        return scratch if bytes_needed > psutil.virtual_memory().available // 2 else None
+    return Path(offload).expanduser() / scratch.name
+
+
+def default_batch_size(length: int, device: torch.device) -> int:
+    """Samples that run through a block at once: about 2,048 tokens on a CPU, 16,384 on a GPU."""
+    return max(1, (16384 if device.type == "cuda" else 2048) // length)
+
+
+class Stream:
+    """Calibration samples at one block of the model, moved on block by block.
+
+    `input_ids` is (samples, length), which `batch_size` splits into `batches`, or a sequence of such batches, whose
+    samples may differ in length from batch to batch. `states` holds what goes into the next block.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        input_ids: Tensor | Sequence[Tensor],
+        *,
+        batch_size: int | None = None,
+        states_folder: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.skeleton = skeleton
+        self.device = skeleton.device
+        self.batches: Sequence[Tensor] = (
+            torch.split(input_ids, batch_size or len(input_ids)) if isinstance(input_ids, Tensor) else input_ids
+        )
+        self.states = HiddenStates(len(self.batches), states_folder, pin=skeleton.device.type == "cuda")
+        self._calls: list[list[Call]] = []
+        self._intern: dict[tuple[Any, ...], list[Tensor]] = {}
+        try:
+            self._record(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.no_grad()
+    def _record(self, progress: Callable[[int, int], None] | None) -> None:
+        self._structures = self._output_structures()
+        for number, batch in enumerate(self.batches):
+            calls: list[Call] = []
+            self._calls.append(calls)
+            interned: dict[int, tuple[Tensor, Tensor]] = {}
+
+            def run(
+                index: int,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                *,
+                calls: list[Call] = calls,
+                number: int = number,
+                interned: dict[int, tuple[Tensor, Tensor]] = interned,
+            ) -> Any:
+                states, rest, keyword = _hidden_states(args, kwargs)
+                kept = {key: self._interned(value, interned) for key, value in kwargs.items() if key != keyword}
+                calls.append(Call(self._interned(rest, interned), kept, keyword))
+                if index == 0:
+                    self.states.put(number, states)
+                if index == len(self.skeleton.blocks) - 1:
+                    raise _Finished
+                return self._structures[type(self.skeleton.blocks[index].module)](states)
+
+            with _stubbed(self.skeleton, run), contextlib.suppress(_Finished):
+                self.skeleton.model(input_ids=batch.to(self.device), use_cache=False)
+            if progress is not None:
+                progress(number + 1, len(self.batches))
+        self._intern.clear()
+
+    def _output_structures(self) -> dict[type[nn.Module], Callable[[Tensor], Any]]:
+        """For each class of blocks, how it hands its hidden states back: learnt by running one of it on two tokens.
+
+        The forward runs to its end, or to a head that is not loaded, which shows whether every block is called exactly
+        once, in order.
+        """
+        wrappers: dict[type[nn.Module], Callable[[Tensor], Any]] = {}
+        called: list[int] = []
+        passed: list[Tensor] = []
+
+        def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            called.append(index)
+            block = self.skeleton.blocks[index]
+            kind = type(block.module)
+            if kind not in wrappers:
+                tensors = self.skeleton.read(block)
+                self.skeleton.load(block, tensors)
+                try:
+                    self._check_causal(block, args, kwargs)
+                    wrappers[kind] = _wrapper(block.module(*args, **kwargs), block)
+                finally:
+                    self.skeleton.unload(block)
+            states = _hidden_states(args, kwargs)[0]
+            previous = passed.pop() if passed else states
+            in_order = called == list(range(index + 1))
+            if in_order and states is not previous and not torch.equal(states, previous):
+                raise ModelStructureError(
+                    f"{self.skeleton.path}: the model changes the hidden states between block {index - 1} and block "
+                    f"{index}, outside of any block. Such a model cannot be streamed block by block."
+                )
+            passed.append(states)
+            return wrappers[kind](states)
+
+        with _stubbed(self.skeleton, run), _own_failures(self.skeleton), _up_to_the_head(self.skeleton.model):
+            self.skeleton.model(input_ids=self.batches[0][:1, :2].to(self.device), use_cache=False)
+        if called != list(range(len(self.skeleton.blocks))):
+            raise ModelStructureError(
+                f"{self.skeleton.path}: a forward calls the blocks in the order {_abridged(called)}, expected each of "
+                f"the {len(self.skeleton.blocks)} once, in order. Such a model cannot be streamed block by block."
+            )
+        return wrappers
+
+    def _check_causal(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `ModelStructureError` when a token of this call depends on the one behind it."""
+        states, rest, keyword = _hidden_states(args, kwargs)
+        if states.shape[-2] < 2:
+            return
+        others = {key: value for key, value in kwargs.items() if key != keyword}
+
+        def run(inputs: Tensor) -> Tensor:
+            # What blocks leave for later ones is left in copies.
+            call = Call(tuple(map(_copied, rest)), {key: _copied(value) for key, value in others.items()}, keyword)
+            return self.replay(block, call, inputs)
+
+        check_causal(self.skeleton.model, block, states, run)
+
+    def _interned(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
+        """The same value, with tensors that equal those of an earlier batch or block replaced by those.
+
+        Memory: masks and position embeddings are the same for every batch; this keeps one copy of each. Objects
+        that blocks may write to (a dictionary of shared keys and values) stay the same object for all blocks.
+        """
+        if isinstance(value, Tensor):
+            if id(value) not in seen:
+                known = self._intern.setdefault((value.shape, value.dtype), [])
+                match = next((other for other in known if torch.equal(other, value)), None)
+                if match is None:
+                    match = value
+                    if len(known) < 8:
+                        known.append(value)
+                seen[id(value)] = (value, match)
+            return seen[id(value)][1]
+        if type(value) is tuple:
+            return tuple(self._interned(item, seen) for item in value)
+        if type(value) is list:
+            return [self._interned(item, seen) for item in value]
+        if type(value) is dict and all(isinstance(item, Tensor | tuple) for item in value.values()) and value:
+            return {key: self._interned(item, seen) for key, item in value.items()}
+        return value
+
+    def run(self, block: Block, batch: int, *, states: Tensor | None = None, aside: bool = False) -> Tensor:
+        """The hidden states that a loaded block makes of a batch; what goes into it stays as it is.
+
+        `states` are other inputs than those of the batch. With `aside`, what the block leaves for later blocks (shared
+        keys and values) is forgotten.
+        """
+        call = self.call(block, batch)
+        if aside:
+            kwargs = {key: _copied(value) for key, value in call.kwargs.items()}
+            call = Call(tuple(_copied(value) for value in call.args), kwargs, call.keyword)
+        return self.replay(block, call, self.states.get(batch, self.device) if states is None else states)
+
+    def call(self, block: Block, batch: int) -> Call:
+        """How the model called a block for a batch."""
+        return self._calls[batch][block.index]
+
+    @staticmethod
+    def replay(block: Block, call: Call, states: Tensor) -> Tensor:
+        """The hidden states that a loaded block makes of others, called in the given way."""
+        if call.keyword is None:
+            output = block.module(states, *call.args, **call.kwargs)
+        else:
+            output = block.module(*call.args, **{call.keyword: states, **call.kwargs})
+        return output if isinstance(output, Tensor) else output[0]
+
+    def release(self, block: Block) -> None:
+        """Forget how a block was called; it will not run again."""
+        for calls in self._calls:
+            calls[block.index] = Call((), {}, None)
+
+    def chunk(self, batch: int) -> int:
+        """How many tokens of each sample of a batch the head may see at once: `LOGITS_BYTES` of logits, 16 at least."""
+        return max(16, LOGITS_BYTES // (4 * len(self.batches[batch]) * self.skeleton.vocabulary_size))
+
+    @torch.no_grad()
+    def logits(self, batch: int, chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
+        """(token ids, logits) of a batch after the last block, a few tokens at a time, by the model's own head.
+
+        Ids are (samples, tokens); logits are (samples, tokens, vocabulary) for those positions.
+        """
+        for states, ids in self._parts(batch, chunk):
+            yield ids, self._logits(states, ids)
+
+    def losses(self, batch: int) -> Iterator[Tensor]:
+        """The cross-entropy of each next token of a batch, in nats: float32 (samples, tokens), a few at a time."""
+        targets = self.batches[batch][:, 1:].to(self.device)
+        position = 0
+        for part, logits in self.logits(batch, min(512, self.chunk(batch))):
+            own = targets[:, position : position + part.shape[1]]
+            # Paper: the published code takes the loss in the logits' dtype, which newer transformers leave in half.
+            loss = nn.functional.cross_entropy(
+                logits[:, : own.shape[1]].float().flatten(0, 1), own.flatten(), reduction="none"
+            )
+            yield loss.view(own.shape)
+            position += part.shape[1]
+
+    def head(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(hidden states, logits) of a batch, a few tokens at a time, with the logits' graph back to these states."""
+        for part, ids in self._parts(batch, chunk):
+            states = part.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._logits(states, ids)
+            yield states, logits
+
+    def _parts(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # Memory: logits of a whole batch can be larger than the model; what follows the blocks is per token.
+        states, ids = self.states.get(batch, self.device), self.batches[batch].to(self.device)
+        yield from zip(torch.split(states, chunk, dim=-2), torch.split(ids, chunk, dim=1), strict=True)
+
+    def _logits(self, states: Tensor, ids: Tensor) -> Tensor:
+        last = len(self.skeleton.blocks) - 1
+
+        def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            own = states if index == last else _hidden_states(args, kwargs)[0]
+            return self._structures[type(self.skeleton.blocks[index].module)](own)
+
+        with _stubbed(self.skeleton, run):
+            logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def close(self) -> None:
+        """Drop the hidden states and their files."""
+        self.states.close()
+
+
+def _copied(value: Any) -> Any:
+    """A shallow copy of what a block may write to, and anything else as it is."""
+    return copy(value) if isinstance(value, MutableMapping) else value
+
+
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], str | None]:
+    """(hidden states, the other positional arguments, keyword of the hidden states) of a block's call."""
+    if args and isinstance(args[0], Tensor):
+        return args[0], args[1:], None
+    for keyword in ("hidden_states", "x", "hidden_state", "input"):
+        if isinstance(kwargs.get(keyword), Tensor):
+            return kwargs[keyword], args, keyword
+    raise ModelStructureError(
+        f"a block was called without hidden states: positional {[type(arg).__name__ for arg in args]}, "
+        f"keywords {sorted(kwargs)}."
+    )
+
+
+def _wrapper(output: Any, block: Block) -> Callable[[Tensor], Any]:
+    if isinstance(output, Tensor):
+        return lambda states: states
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        kind, rest = type(output), tuple(None if isinstance(item, Tensor) else item for item in output[1:])
+        return lambda states: kind((states, *rest))
+    raise ModelStructureError(f"{block.path}: returns {type(output).__name__}, expected hidden states or a tuple.")
+
+
+def _abridged(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+@contextlib.contextmanager
+def _own_failures(skeleton: Skeleton) -> Iterator[None]:
+    """Where the model's own code runs for the first time: what it raises is said to be its own."""
+    try:
+        yield
+    except (SecateurError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelStructureError(
+            f"{type(skeleton.model).__name__}: its own forward fails on two tokens ({reason(error)}). Does its "
+            "config.json belong to the weights, and its code to this version of transformers?"
+        ) from error
+
+
+@contextlib.contextmanager
+def _up_to_the_head(model: nn.Module) -> Iterator[None]:
+    """A forward inside ends before the head, where that is a module whose weights are not loaded."""
+
+    def finish(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Finished
+
+    head = embeddings_of(model, "get_output_embeddings")
+    if head is None or not any(parameter.is_meta for parameter in head.parameters(recurse=False)):
+        yield
+        return
+    handle = head.register_forward_pre_hook(finish)
+    try:
+        with contextlib.suppress(_Finished):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _stubbed(skeleton: Skeleton, run: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """The model with every block replaced by a stub that calls `run(index, args, kwargs)`."""
+    stack = skeleton.model.get_submodule(skeleton.path)
+    try:
+        for block in skeleton.blocks:
+            stack._modules[str(block.index)] = _Stub(block.module, partial(run, block.index))
+        yield
+    finally:
+        for block in skeleton.blocks:
+            stack._modules[str(block.index)] = block.module

@@ -1,0 +1,1 @@
+"""Folder, hub id, GGUF file or module, opened the same way."""

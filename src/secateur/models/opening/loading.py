@@ -1,0 +1,62 @@
+"""What was written, held against what transformers expects: would every parameter get a tensor, of the right shape?"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import CheckpointError
+from secateur.files.checkpoint import Checkpoint
+from secateur.models.opening.opened import OpenedModel
+from secateur.models.shape.skeleton import Skeleton
+
+CPU = torch.device("cpu")
+
+
+def check_loads(opened: OpenedModel, folder: Path) -> None:
+    """Raise `CheckpointError` that names parameters and tensors which do not belong together in a written checkpoint.
+
+    Reads configuration and headers, no weights. Tensors that the source has as well without use are no mistake (some
+    files hold parts that transformers leaves alone), nor are buffers that the source lacks as well.
+    """
+    model = opened.expected(folder)
+    written = Checkpoint(folder)
+    try:
+        skeleton = Skeleton(model, written, device=CPU, dtype=torch.float32)
+    except (RuntimeError, IndexError) as error:  # shapes that transformers' own conversion cannot join
+        raise CheckpointError(f"What was written would not load as {type(model).__name__}: {error}") from None
+    unused = sorted(set(skeleton.conversion.unused) - set(opened.skeleton.conversion.unused))
+    missing = skeleton.missing + sorted(_buffers_without(skeleton) - _buffers_without(opened.skeleton))
+    if missing or unused:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in (("parameters would get no tensor", missing), ("tensors have no parameter", unused))
+            if names
+        ]
+        raise CheckpointError(
+            f"What was written would not load as {type(model).__name__}: {'; '.join(parts)}. Is the model wrapped, or "
+            "its configuration that of another model? Give the plain model, or its folder."
+        )
+    skeleton.check_complete()
+    for group in skeleton.conversion.groups.values():
+        if group.converter is not None:
+            meta = {name: torch.empty(written.shape(name), device="meta") for name in group.names}
+            _check_shapes(model, skeleton.conversion.convert(group, meta))
+
+
+def _check_shapes(model: nn.Module, made: Mapping[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in made.items():
+        if name in parameters and parameters[name].shape != value.shape:
+            raise CheckpointError(
+                f"{name}: the tensors that were written make shape {tuple(value.shape)}, and config.json asks for "
+                f"{tuple(parameters[name].shape)}."
+            )
+
+
+def _buffers_without(skeleton: Skeleton) -> set[str]:
+    """Names of buffers that a checkpoint should hold and that no tensor of this one makes."""
+    persistent = set(skeleton.model.state_dict()) - {name for name, _ in skeleton.model.named_parameters()}
+    buffers = {name for name, _ in skeleton.model.named_buffers()} & persistent
+    return {name for name in buffers if not skeleton.conversion.making([name])}

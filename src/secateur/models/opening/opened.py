@@ -1,0 +1,346 @@
+"""Anything that names a model, opened for streaming: a folder, a hub id, a GGUF file, or a module in memory."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import CheckpointError, ModelStructureError, SecateurError
+from secateur.files.checkpoint import CARD_FILE, Checkpoint, companion_files, file_digest, left_behind, locate
+from secateur.files.reading import open_regular, read_json, read_text
+from secateur.files.writer import writing
+from secateur.models.opening.configuration import PACKING_ENTRIES, reason
+from secateur.models.opening.wrapped import plain_module
+from secateur.models.shape.causality import check_declared
+from secateur.models.shape.skeleton import Skeleton, Source
+from secateur.models.shape.structure import build_skeleton, prepare
+from secateur.models.weights.loaded import LoadedModel
+from secateur.models.weights.quantised import DequantisedCheckpoint, check_dtypes, open_checkpoint
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to be streamed.
+
+    `origin` is the provenance for the manifest; `write_companions(folder)` writes configuration, tokenizer and
+    licence beside new weights; `expected(folder)` gives the model, without weights, that is to load from what was
+    written there; `load_tokenizer()` gives the tokenizer, or None when there is none; `restore()` sets a
+    module in memory back into the mode in which it was given.
+    """
+
+    skeleton: Skeleton
+    origin: dict[str, Any]
+    write_companions: Callable[[Path], None]
+    load_tokenizer: Callable[[], Any]
+    expected: Callable[[Path], nn.Module]
+    restore: Callable[[], None] = lambda: None
+
+    def reading(self, source: Source) -> "OpenedModel":
+        """The same model with its weights from elsewhere, under the same names and in the same shapes."""
+        held = self.skeleton
+        return replace(self, skeleton=Skeleton(held.model, source, device=held.device, dtype=held.dtype))
+
+
+def choose_device(name: str, option: str = "--device") -> torch.device:
+    """The device that a name asks for; "auto" is the first GPU, else the CPU.
+
+    Raises `CheckpointError` that names the option where it cannot be used.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f'device "{name}" cannot be used here ({reason}). Use {option} cpu or auto.') from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype to compute in; "auto" is the checkpoint's on a GPU, and float32 for half precision on a CPU."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" and stored.itemsize < 4 else stored
+    if name not in names:
+        raise CheckpointError(f'dtype must be auto, {", ".join(names)}; got "{name}".')
+    return names[name]
+
+
+def open_model(
+    model: str | os.PathLike[str] | nn.Module | OpenedModel,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """The model opened; one that is open already stays as it is.
+
+    Raises `CheckpointError` or `ModelStructureError` for anything that is not a model.
+    """
+    if isinstance(model, OpenedModel):
+        return model
+    chosen = choose_device(device)
+    if isinstance(model, nn.Module):
+        return _open_module(model, chosen if device != "auto" else None, dtype)
+    name = os.fspath(model)
+    if name.endswith(".gguf"):
+        return _open_gguf(Path(name).expanduser(), chosen, dtype)
+    folder = locate(name, revision)
+    source = open_checkpoint(folder)
+    shapes = {tensor: source.shape(tensor) for tensor in source.names}
+    empty = build_skeleton(folder, shapes, trust_remote_code=trust_remote_code)
+    stored = main_dtype(source)
+    skeleton = Skeleton(empty, source, device=chosen, dtype=choose_dtype(dtype, chosen, stored))
+    check_declared(empty, skeleton.blocks)
+    check_dtypes(skeleton)
+    skeleton.check_complete()
+    checkpoint = source if isinstance(source, Checkpoint) else source.checkpoint
+    origin: dict[str, Any] = {
+        "kind": "checkpoint",
+        "path": name if not Path(name).expanduser().is_dir() else str(folder.resolve()),
+        "revision": revision or (folder.name if folder.parent.name == "snapshots" else None),
+        "architecture": type(empty).__name__,
+        "headers": {file.name: header.digest for file, header in checkpoint.headers.items()},
+        "card": _card_facts(folder),
+    }
+    if left := left_behind(folder, checkpoint.files):
+        origin["not_copied"] = left
+    if isinstance(source, DequantisedCheckpoint):
+        origin["dequantised"] = source.origin
+    return OpenedModel(
+        skeleton=skeleton,
+        origin=origin,
+        write_companions=lambda target: _copy_companions(folder, target),
+        load_tokenizer=lambda: load_tokenizer(folder, trust_remote_code),
+        expected=lambda target: _described(target, trust_remote_code),
+    )
+
+
+def open_source(model: str, revision: str | None = None) -> Source:
+    """The weights alone, under the names of the checkpoint; a GGUF file has to be dequantised for them."""
+    if model.endswith(".gguf"):
+        return open_model(model, device="cpu").skeleton.source
+    return open_checkpoint(locate(model, revision))
+
+
+def main_dtype(source: Source) -> torch.dtype:
+    """The dtype that most of the floating-point weights have, counted in bytes."""
+    sizes: dict[torch.dtype, int] = {}
+    for name in source.names:
+        dtype = source.dtype(name)
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + dtype.itemsize * math.prod(source.shape(name))
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+
+def _open_module(given: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
+    model, wrap = plain_module(given)
+    try:
+        opened = _open_plain(model, device, dtype)
+    except BaseException:
+        wrap()
+        raise
+
+    def restore() -> None:
+        opened.restore()
+        wrap()
+
+    return replace(opened, restore=restore)
+
+
+def _open_plain(model: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
+    if hasattr(model, "peft_config"):
+        raise ModelStructureError(
+            f"{type(model).__name__}: a model with adapters; merge them first with model = model.merge_and_unload()."
+        )
+    parameters = list(model.parameters())
+    if not parameters:
+        raise ModelStructureError(f"{type(model).__name__}: has no parameters.")
+    if dtype != "auto" and choose_dtype(dtype, parameters[0].device, parameters[0].dtype) != parameters[0].dtype:
+        raise ModelStructureError(
+            f"{type(model).__name__}: in memory as {parameters[0].dtype}; a module is used as it is. "
+            f"Convert it first, or leave dtype at auto (got {dtype})."
+        )
+    if device is not None:
+        model.to(device)
+    restore = prepare(model)
+    try:
+        source = LoadedModel(model)
+        skeleton = Skeleton(model, source, device=parameters[0].device, dtype=parameters[0].dtype, resident=True)
+        check_declared(model, skeleton.blocks)
+        check_dtypes(skeleton)
+    except BaseException:
+        restore()
+        raise
+
+    def write(target: Path) -> None:
+        if not hasattr(model, "config"):
+            raise ModelStructureError(
+                f"{type(model).__name__}: has no config, so it cannot be written as a checkpoint."
+            )
+        _write_configuration(model, target)
+
+    return OpenedModel(
+        skeleton=skeleton,
+        origin={
+            "kind": "module",
+            "path": getattr(model, "name_or_path", "") or None,
+            "architecture": type(model).__name__,
+        },
+        write_companions=write,
+        load_tokenizer=lambda: None,
+        expected=lambda target: _same_class(model, target),
+        restore=restore,
+    )
+
+
+def _described(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The model that the configuration in a written folder describes, without weights."""
+    written = Checkpoint(folder)
+    shapes = {name: written.shape(name) for name in written.names}
+    return build_skeleton(folder, shapes, trust_remote_code=trust_remote_code)
+
+
+def _same_class(model: nn.Module, target: Path) -> nn.Module:
+    """A model of the same class without weights, as the written configuration has it.
+
+    Of a module that is none of transformers' models, what its configuration says.
+    """
+    from accelerate import init_empty_weights
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return _described(target)
+    config = type(model.config).from_pretrained(target)
+    with init_empty_weights(include_buffers=False):
+        empty: nn.Module = type(model)(config)
+    prepare(empty)
+    return empty
+
+
+def _open_gguf(file: Path, device: torch.device, dtype: str) -> OpenedModel:
+    chosen = choose_dtype(dtype, device, torch.float32)
+    model = load_gguf(file, chosen)
+    model.to(device)
+    prepare(model)
+
+    def write(target: Path) -> None:
+        _write_configuration(model, target)
+        gguf_tokenizer(file).save_pretrained(target)
+
+    return OpenedModel(
+        skeleton=Skeleton(model, LoadedModel(model), device=device, dtype=chosen, resident=True),
+        origin={
+            "kind": "gguf",
+            "path": str(file.resolve()),
+            "revision": None,
+            "architecture": type(model).__name__,
+            "sha256": file_digest(file),
+        },
+        write_companions=write,
+        load_tokenizer=lambda: gguf_tokenizer(file),
+        expected=_described,
+    )
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a GGUF file, dequantised in host memory. Raises `CheckpointError` when that is not possible."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file.")
+    try:
+        import gguf  # noqa: F401 - transformers asks for it in the middle of loading
+    except ImportError:
+        raise CheckpointError(f'{file}: reading GGUF needs the gguf package: pip install "secateur[gguf]"') from None
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
+    except Exception as error:  # the reader of the format raises whatever a damaged file leads it to
+        raise CheckpointError(f"{file}: transformers cannot dequantise it: {reason(error)}") from None
+
+
+def gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer of a GGUF file. Raises `CheckpointError` when transformers cannot convert it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except Exception as error:  # the converters raise whatever their tokenizer library does
+        raise CheckpointError(f"{file}: transformers cannot convert its tokenizer: {error}") from None
+
+
+def _write_configuration(model: Any, target: Path) -> None:
+    model.config.save_pretrained(target)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(target)
+    _clean_configuration(target / "config.json")
+
+
+def _copy_companions(folder: Path, target: Path) -> None:
+    for file in companion_files(folder):
+        place = target / file.relative_to(folder)
+        with open_regular(file) as original, writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("wb") as copy:
+                shutil.copyfileobj(original, copy)
+    _clean_configuration(target / "config.json")
+
+
+def _card_facts(folder: Path) -> dict[str, Any]:
+    """What the model card of a checkpoint says of its licence and languages; nothing where there is none to read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        text = read_text(folder / CARD_FILE, limit=1 << 20)
+        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+    except (SecateurError, ValueError, TypeError, RecursionError, YAMLError):
+        return {}
+    return {key: found[key] for key in _CARD_FACTS if _is_text(found.get(key))}
+
+
+_CARD_FACTS = ("license", "license_name", "license_link", "language")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _clean_configuration(file: Path) -> None:
+    """Drop packing entries from a copied config.json; without any, the file stays byte for byte as it was."""
+    config = read_json(file, dict[str, Any])
+    plain = _without_packing(config)
+    if plain != config:
+        file.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_packing(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without packing entries, also in those inside it."""
+    return {
+        key: _without_packing(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in PACKING_ENTRIES
+    }
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of a checkpoint, or None when it has none. Raises `CheckpointError` for one that is damaged."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((folder / name).exists() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the tokenizer's own library, or code beside the weights raises
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {reason(error)}") from None

@@ -1,0 +1,190 @@
+"""A model loaded by transformers as a whole, for what cannot be streamed: generation, and other people's harnesses."""
+
+import gc
+import math
+import os
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from secateur.errors import CheckpointError, ModelStructureError
+from secateur.files.checkpoint import Checkpoint, locate
+from secateur.models.flow.memory import trim
+from secateur.models.opening.configuration import reason
+from secateur.models.opening.opened import (
+    choose_device,
+    choose_dtype,
+    gguf_tokenizer,
+    load_gguf,
+    load_tokenizer,
+    main_dtype,
+    open_model,
+)
+from secateur.models.shape.skeleton import Source
+from secateur.models.weights.quantised import DequantisedCheckpoint, open_checkpoint
+
+WORKING_SHARE = 1.2  # of the weights' size must be free for a model to be loaded onto one device
+
+
+class WholeModel:
+    """A model and its tokenizer, loaded when they are first asked for, and let go of by `close`.
+
+    `name` is what it was called, `path` its folder or GGUF file (None for a module in memory), `device` and `dtype`
+    where and in what it computes. A checkpoint that does not fit into the device's free memory is spread by accelerate
+    over what there is: other GPUs, host memory, and at last the disk. Use it in a `with` block.
+    """
+
+    def __init__(
+        self,
+        model: "str | os.PathLike[str] | nn.Module",
+        *,
+        tokenizer: Any = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._device_name, self._trust = device, trust_remote_code
+        self._given_tokenizer = tokenizer
+        self._offloaded: tempfile.TemporaryDirectory[str] | None = None
+        self.device = choose_device(device)
+        self.path: Path | None = None
+        self._module = model if isinstance(model, nn.Module) else None
+        if self._module is not None:
+            self._use_as_it_is(self._module, dtype)
+            return
+        self.name = os.fspath(model)  # type: ignore[arg-type]  # a module was dealt with
+        self._checkpoint: Checkpoint | DequantisedCheckpoint | None = None
+        if self.name.endswith(".gguf"):
+            self.path = Path(self.name).expanduser()
+            self.dtype = choose_dtype(dtype, self.device, torch.float32)
+        else:
+            self.path = locate(self.name, revision)
+            self._checkpoint = open_checkpoint(self.path)
+            self.dtype = choose_dtype(dtype, self.device, main_dtype(self._checkpoint))
+
+    def _use_as_it_is(self, module: nn.Module, dtype: str) -> None:
+        self.name = getattr(module, "name_or_path", "") or type(module).__name__
+        first = next(module.parameters(), None)
+        if first is None:
+            raise ModelStructureError(f"{type(module).__name__}: has no parameters.")
+        self.dtype = first.dtype
+        if dtype != "auto" and choose_dtype(dtype, first.device, first.dtype) != first.dtype:
+            raise ModelStructureError(
+                f"{type(module).__name__}: in memory as {first.dtype}; a module is used as it is. "
+                f"Convert it first, or leave dtype at auto (got {dtype})."
+            )
+        self._training = {name: part.training for name, part in module.named_modules()}
+        if self._device_name == "auto":
+            self.device = first.device
+        else:
+            module.to(self.device)
+
+    @cached_property
+    def module(self) -> Any:
+        """The model, in eval mode. Raises `CheckpointError` when transformers cannot load it."""
+        if self._module is None:
+            self._module = self._load()
+        return self._module.eval()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer. Raises `CheckpointError` when it has none."""
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer
+        if self.path is None:
+            raise CheckpointError(f"{self.name}: a module in memory has no tokenizer; pass one with tokenizer=.")
+        found = gguf_tokenizer(self.path) if self._checkpoint is None else load_tokenizer(self.path, self._trust)
+        if found is None:
+            raise CheckpointError(f"{self.path}: no tokenizer in it. Copy the tokenizer of the dense model there.")
+        return found
+
+    def _load(self) -> nn.Module:
+        assert self.path is not None
+        if self._checkpoint is None:
+            return load_gguf(self.path, self.dtype).to(self.device)
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+        placement = self._placement(self._checkpoint)
+        if isinstance(self._checkpoint, DequantisedCheckpoint):
+            return self._dequantised(self._checkpoint, fits=not placement)
+        failure: Exception | None = None
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            try:
+                module: nn.Module = auto.from_pretrained(
+                    self.path, dtype=self.dtype, trust_remote_code=self._trust, **placement
+                )
+                return module if placement else module.to(self.device)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever transformers, or code beside the weights raises
+                failure = failure or error
+        assert failure is not None
+        raise CheckpointError(f"{self.path}: transformers cannot load it: {reason(failure)}") from None
+
+    def _dequantised(self, source: DequantisedCheckpoint, *, fits: bool) -> nn.Module:
+        """The model with the weights as they are dequantised here, which transformers does for some formats only."""
+        if not fits:
+            raise CheckpointError(
+                f"{source.folder}: dequantised it does not fit into the free memory of {self.device}, and only plain "
+                "checkpoints are spread over devices. Choose another device, or fewer other programs."
+            )
+        from transformers import GenerationConfig
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        opened = open_model(source.folder, device=str(self.device), dtype=dtype, trust_remote_code=self._trust)
+        module: Any = opened.skeleton.load_all()
+        if (source.folder / "generation_config.json").exists():
+            try:
+                module.generation_config = GenerationConfig.from_pretrained(source.folder)
+            except Exception as error:
+                raise CheckpointError(f"{source.folder}/generation_config.json: {reason(error)}") from None
+        return module  # type: ignore[no-any-return]
+
+    def _placement(self, source: Source) -> dict[str, Any]:
+        """Nothing for a model that fits onto its device, else how accelerate is to spread it."""
+        weights = sum(self.dtype.itemsize * math.prod(source.shape(name)) for name in source.names)
+        free = free_bytes(self.device)
+        if weights * WORKING_SHARE <= free:
+            return {}
+        self._offloaded = tempfile.TemporaryDirectory(prefix="secateur-")
+        placement: dict[str, Any] = {"device_map": "auto", "offload_folder": self._offloaded.name}
+        if self.device.type == "cpu":
+            placement["max_memory"] = {"cpu": int(free / WORKING_SHARE)}
+        elif self._device_name != "auto":
+            host = int(free_bytes(torch.device("cpu")) / WORKING_SHARE)
+            placement["max_memory"] = {self.device.index or 0: int(free / WORKING_SHARE), "cpu": host}
+        return placement
+
+    def close(self) -> None:
+        """Let go of the model and give its memory back; a module that was given stays its owner's, in its own mode."""
+        if self.path is None and self._module is not None:
+            for name, part in self._module.named_modules():
+                part.training = self._training.get(name, part.training)
+        self.__dict__.pop("module", None)
+        self.__dict__.pop("tokenizer", None)
+        self._module = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        trim()
+        if self._offloaded is not None:
+            self._offloaded.cleanup()
+
+    def __enter__(self) -> "WholeModel":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

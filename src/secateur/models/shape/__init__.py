@@ -1,0 +1,1 @@
+"""The shape of a model: stacks, blocks, matrices; the model without weights."""

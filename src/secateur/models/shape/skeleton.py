@@ -1,0 +1,483 @@
+"""A model without weights, and the tensors of a checkpoint put into it block by block."""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import CheckpointError, ModelStructureError
+from secateur.files.checkpoint import Layout
+from secateur.models.shape.matrices import Matrix, numbered_experts, prunable_parameters
+from secateur.models.shape.structure import Block, decoder_of, embeddings_of, find_blocks
+from secateur.models.weights.conversion import Conversion, TensorGroup
+
+
+class Source(Protocol):
+    """Where weights come from: a checkpoint on disk, or a module in memory seen as one."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Tensor names, as a checkpoint has them."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        ...
+
+    def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
+        """The named tensors, in host memory or where the module keeps them."""
+        ...
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """All entries of a tensor in order, as flat tensors of which one is in memory at a time where it can be."""
+        ...
+
+    def layout(self) -> Layout:
+        """The shards of an output with the same tensors."""
+        ...
+
+
+class Skeleton:
+    """A model and the source of its weights; blocks are loaded and dropped one at a time.
+
+    `resident` says that the weights are in the module already (a model in memory): then nothing is loaded or dropped,
+    and `update` writes into the parameters in place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        resident: bool = False,
+    ) -> None:
+        self.model = model
+        self.source = source
+        self.device = device
+        self.dtype = dtype
+        self.resident = resident
+        self.path, self.blocks = find_blocks(model)
+        self.conversion = Conversion(model, {name: source.shape(name) for name in source.names})
+        self._float32 = _float32_pattern(model, dtype)
+        # The modules by path, once and for all: while a stream records, stubs stand in the place of the blocks.
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self._tied = {**{source: target for target, source in tied.items()}, **tied}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids that the input embeddings know."""
+        embeddings = embeddings_of(self.model, "get_input_embeddings")
+        if embeddings is None or not hasattr(embeddings, "weight"):
+            raise ModelStructureError(f"{type(self.model).__name__}: has no input embeddings.")
+        weight: Any = embeddings.weight
+        return int(weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """The longest window that the configuration allows for, or None when it names no limit."""
+        value = getattr(self.text_config, "max_position_embeddings", None)
+        return value if isinstance(value, int) and value > 0 else None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states between blocks."""
+        return int(getattr(self.text_config, "hidden_size", 1024))
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model, also inside a multimodal one; None for a module without any."""
+        config: Any = getattr(self.model, "config", None)
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @cached_property
+    def block_tensors(self) -> list[list[str]]:
+        """For each block, the names of the checkpoint tensors that make its own parameters and persistent buffers."""
+        by_path = {block.path: block.index for block in self.blocks}
+        names: list[list[str]] = [[] for _ in self.blocks]
+        for group in self.conversion.groups.values():
+            index = by_path.get(".".join(group.target.split(".")[: self.path.count(".") + 2]))
+            if index is not None:
+                names[index].extend(group.names)
+        return names
+
+    @cached_property
+    def shared_tensors(self) -> list[list[str]]:
+        """For each block, the names of further tensors that it shares with an earlier block (Zamba does this)."""
+        result = []
+        for block, own in zip(self.blocks, self.block_tensors, strict=True):
+            sources = (self._tied.get(f"{block.path}.{name}", "") for name, _ in block.module.named_parameters())
+            groups = self.conversion.making(source for source in sources if source.startswith(f"{self.path}."))
+            result.append([name for group in groups for name in group.names if name not in own])
+        return result
+
+    @cached_property
+    def outside_tensors(self) -> list[str]:
+        """Names of the tensors outside the blocks that a forward over text needs: not those of other stacks."""
+        decoder = decoder_of(self.model)
+        inside = {id(module) for module in decoder.modules()}
+        other = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and id(module) not in inside
+        ]
+        return [
+            name
+            for group in self.conversion.groups.values()
+            if not group.target.startswith((*(f"{path}." for path in other), f"{self.path}."))
+            for name in group.names
+        ]
+
+    @cached_property
+    def matrices(self) -> list[Matrix]:
+        """Every prunable matrix, block by block, in the order of the checkpoint's names."""
+        return [matrix for block in self.blocks for matrix in self._inventory[block.index][0]]
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """Why each other tensor of two and more dimensions is not prunable: {tensor name: reason}."""
+        reasons: dict[str, str] = {}
+        for block in self.blocks:
+            reasons.update(self._inventory[block.index][1])
+        inside = {name for names in self.block_tensors for name in names}
+        embeddings = {
+            id(module.weight)
+            for module in (
+                embeddings_of(self.model, "get_input_embeddings"),
+                embeddings_of(self.model, "get_output_embeddings"),
+            )
+            if module is not None and hasattr(module, "weight")
+        }
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in self.source.names:
+            if name in inside:
+                continue
+            groups = self.conversion.of([name])
+            parameter = parameters.get(groups[0].target) if groups else None
+            if not groups:
+                reasons[name] = "not read by the language model"
+            elif parameter is not None and id(parameter) in embeddings:
+                reasons[name] = "embedding or lm_head"
+            elif len(self.source.shape(name)) < 2:
+                reasons[name] = "bias or norm"
+            else:
+                reasons[name] = "outside the decoder blocks"
+        return reasons
+
+    def left_out_by_reason(self) -> list[dict[str, Any]]:
+        """One row for each reason: reason, number of tensors and of weights, and an example; most weights first."""
+        rows: dict[str, dict[str, Any]] = {}
+        for name, reason in self.left_out.items():
+            row = rows.setdefault(reason, {"reason": reason, "tensors": 0, "weights": 0, "example": name})
+            row["tensors"] += 1
+            row["weights"] += math.prod(self.source.shape(name))
+        return sorted(rows.values(), key=lambda row: -row["weights"])
+
+    @cached_property
+    def _inventory(self) -> list[tuple[list[Matrix], dict[str, str]]]:
+        experts = numbered_experts(getattr(self.model, "config", None))
+        shapes = {name: self.source.shape(name) for name in self.source.names}
+        owners: dict[int, int] = {}
+        for block in self.blocks:
+            for parameter in block.module.parameters():
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        result = []
+        for block in self.blocks:
+            planned, reasons = prunable_parameters(block.module, experts)
+            for name, parameter in block.module.named_parameters():
+                twin = self._tied.get(f"{block.path}.{name}", "")
+                shared = twin.startswith(f"{self.path}.") and not twin.startswith(f"{block.path}.")
+                if (owners[id(parameter)] > 1 or shared) and name in planned:
+                    del planned[name]
+                    reasons[name] = "shared between blocks"
+            transposed = {f"{block.path}.{name}": value for name, value in planned.items()}
+            reasons = {f"{block.path}.{name}": reason for name, reason in reasons.items()}
+            matrices: list[Matrix] = []
+            left_out: dict[str, str] = {}
+            for group in self.conversion.of(self.block_tensors[block.index]):
+                placed = self.conversion.placements(group, shapes, transposed)
+                for name in group.names:
+                    if name not in placed:
+                        vector = "bias or norm" if len(shapes[name]) < 2 else "not a linear matrix"
+                        left_out[name] = reasons.get(group.target, vector)
+                matrices += _matrices(block.index, placed, self.source)
+            result.append((matrices, left_out))
+        return result
+
+    @property
+    def missing(self) -> list[str]:
+        """Parameters without weights that no tensor makes, themselves or through what they are tied to."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        pairs = [*tied.items(), *((source, target) for target, source in tied.items())]
+        by_tie = {name for name, other in pairs if self.conversion.making([other])}
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta and name not in by_tie and not self.conversion.making([name])
+        ]
+
+    def check_complete(self) -> None:
+        """Raise `CheckpointError` for parameters without a tensor, or with one of another shape, before the work."""
+        parameters = dict(self.model.named_parameters())
+        if missing := self.missing:
+            raise self._missing(missing)
+        for group in self.conversion.groups.values():
+            found, parameter = self.source.shape(group.names[0]), parameters.get(group.target)
+            if group.converter is None and parameter is not None and found != parameter.shape:
+                raise self._misfit(group.names[0], found, tuple(parameter.shape))
+
+    def _missing(self, names: Sequence[str]) -> CheckpointError:
+        return CheckpointError(
+            f"{self._where}: no tensor for the parameter {names[0]}"
+            + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+            + f" of {type(self.model).__name__}. Is the checkpoint complete, and does its config.json belong to it?"
+        )
+
+    def _misfit(self, name: str, found: Sequence[int], expected: Sequence[int]) -> CheckpointError:
+        return CheckpointError(
+            f"{self._where}: {name} is of shape {tuple(found)}, and config.json asks for {tuple(expected)}. "
+            "The two do not belong together; download the checkpoint again."
+        )
+
+    @property
+    def _where(self) -> str:
+        return str(getattr(self.source, "folder", "the checkpoint"))
+
+    def load_outside(self, *, head: bool = True) -> None:
+        """Load the embeddings, the final norm and the head; needed for any forward.
+
+        Without `head`, one of its own (not tied to the embeddings) stays away: a forward can then go as far as to it.
+        """
+        if self.resident:
+            return
+        for group in self.conversion.of(self.outside_tensors):
+            if head or not set(group.parameters) <= self.own_head:
+                self._set_in_parts(group)
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for target, source in tied.items():
+            for absent, present in ((target, source), (source, target)):
+                if absent not in parameters or parameters[present].is_meta:
+                    continue
+                # Without a tensor of its own it is tied anew, in case the model was filled from another source before.
+                if parameters[absent].is_meta or not self.conversion.making([absent]):
+                    self._assign(absent, parameters[present])
+        self._buffers_to_device(self.model)
+        needed = set(self.conversion.groups) & set(parameters)
+        missing = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta and name not in needed and not name.startswith(f"{self.path}.")
+        ]
+        if missing:
+            raise self._missing(missing)
+
+    def load_all(self) -> nn.Module:
+        """The model with all of its weights in it, on the device, in the computing dtype."""
+        self.load_outside()
+        for block, tensors in read_ahead(self, self.blocks):
+            self.load(block, tensors)
+        return self.model
+
+    def unload_outside(self) -> None:
+        """Drop what `load_outside` loaded, but for what blocks share: nobody reads it once all calls are recorded."""
+        if self.resident:
+            return
+        shared = {id(parameter) for block in self.blocks for parameter in block.module.parameters()}
+        for path, module in self._modules.items():
+            if path == self.path or path.startswith(f"{self.path}."):
+                continue
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta and id(parameter) not in shared:
+                    module._parameters[leaf] = _on_meta(parameter)
+
+    @cached_property
+    def own_head(self) -> set[str]:
+        """Names of the parameters of a head that a module of its own computes, with weights of its own."""
+        head = embeddings_of(self.model, "get_output_embeddings")
+        path = next((path for path, module in self._modules.items() if module is head), None)
+        if head is None or path is None:
+            return set()
+        names = {f"{path}.{leaf}" for leaf in head._parameters}
+        elsewhere = {
+            name
+            for other, module in self._modules.items()
+            if module is not head
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None and any(parameter is own for own in head._parameters.values())
+            for name in (f"{other}.{leaf}", f"{path}.{leaf}")
+        }
+        return set() if elsewhere or any(name in self._tied for name in names) else names
+
+    def read(self, block: Block) -> dict[str, Tensor]:
+        """The checkpoint tensors that `load` needs for a block."""
+        names = self.block_tensors[block.index] + self.shared_tensors[block.index]
+        return self.source.read(names, pin=self.device.type == "cuda" and not self.resident)
+
+    def load(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        """Put the checkpoint tensors of a block into its module, on the device, in the computing dtype.
+
+        `tensors` are those that `read` gave for it. Raises `CheckpointError` when a parameter has no tensor.
+        """
+        if self.resident:
+            return
+        for group in self.conversion.of(tensors):
+            self._set(group, tensors)
+        self._buffers_to_device(block.module)
+        for name, parameter in block.module.named_parameters():
+            source = self._tied.get(f"{block.path}.{name}", "")
+            if parameter.is_meta and source.startswith(f"{self.path}."):
+                path, _, leaf = source.rpartition(".")
+                self._assign(f"{block.path}.{name}", self._modules[path]._parameters[leaf])
+        missing = [f"{block.path}.{name}" for name, value in block.module.named_parameters() if value.is_meta]
+        if missing:
+            raise self._missing(missing)
+
+    def update(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put changed checkpoint tensors into a loaded block, together with the others of their groups.
+
+        `tensors` must hold every tensor of each group that it touches.
+        """
+        if not self.resident:
+            for group in self.conversion.of(tensors):
+                self._set(group, tensors)
+            return
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for group in self.conversion.of(tensors):
+            for name, value in self.conversion.convert(group, tensors).items():
+                if parameters[name].data_ptr() != value.data_ptr():
+                    with torch.no_grad():
+                        parameters[name].copy_(value)
+
+    def unload(self, block: Block) -> None:
+        """Drop a block's weights, and those of earlier blocks that it shared."""
+        if self.resident:
+            return
+        shared = [self._tied.get(f"{block.path}.{name}", "") for name, _ in block.module.named_parameters()]
+        owners = {path.rpartition(".")[0] for path in shared if path.startswith(f"{self.path}.")}
+        for module in [*block.module.modules(), *(self._modules[path] for path in owners)]:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                module._parameters[leaf] = _on_meta(parameter)
+
+    def _set_in_parts(self, group: TensorGroup) -> None:
+        """As `_set` does, for a group whose tensors are still to be read."""
+        name = group.names[0]
+        shape, stored = self.source.shape(name), self.source.dtype(name)
+        as_it_is = stored == self._computing(group.target) and self.device.type == "cpu"
+        if group.converter is not None or not stored.is_floating_point or as_it_is:
+            self._set(group, self.source.read(group.names))
+            return
+        # Memory: a large table is converted part by part, so that it is never there in both dtypes.
+        whole = torch.empty(shape, dtype=self._computing(group.target), device=self.device)
+        flat, done = whole.view(-1), 0
+        for part in self.source.parts(name):
+            flat[done : done + part.numel()].copy_(part)
+            done += part.numel()
+        self._assign(group.target, whole)
+
+    def _computing(self, name: str) -> torch.dtype:
+        """The dtype that a floating-point parameter is computed in."""
+        return torch.float32 if self._float32 and self._float32.search(name) else self.dtype
+
+    def _set(self, group: TensorGroup, tensors: Mapping[str, Tensor]) -> None:
+        parts = {name: tensors[name].to(self.device, non_blocking=True) for name in group.names}
+        for name, value in self.conversion.convert(group, parts).items():
+            if value.is_floating_point():
+                value = value.to(self._computing(name))
+            self._assign(name, value)
+
+    def _assign(self, name: str, value: Tensor | None) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self._modules[path]
+        if value is None or leaf in module._buffers:
+            module._buffers[leaf] = value
+            return
+        expected = module._parameters[leaf]
+        if expected is not None and expected.shape != value.shape:
+            raise self._misfit(name, value.shape, expected.shape)
+        module._parameters[leaf] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
+        )
+
+    def _buffers_to_device(self, root: nn.Module) -> None:
+        stack = {id(block.module) for block in self.blocks} if root is self.model else set()
+        pending = [root]
+        while pending:
+            module = pending.pop()
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta and buffer.device != self.device:
+                    module._buffers[name] = buffer.to(self.device)
+            pending += [child for child in module.children() if id(child) not in stack]
+
+
+def _on_meta(parameter: Tensor) -> nn.Parameter:
+    """A parameter of the same shape without values."""
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _matrices(block: int, placed: Mapping[str, Sequence[Any]], source: Source) -> list[Matrix]:
+    result = []
+    for name, places in placed.items():
+        shape = source.shape(name)
+        fused = len(shape) == 3
+        for index, place in enumerate(places):
+            rows, columns = (shape[-1], shape[-2]) if place.transposed else (shape[-2], shape[-1])
+            result.append(
+                Matrix(
+                    name=f"{name}.{index}" if fused else name,
+                    shape=(rows, columns),
+                    block=block,
+                    tensor=name,
+                    index=index if fused else None,
+                    transposed=place.transposed,
+                    parameter=place.parameter,
+                    expert=place.expert,
+                    columns=place.columns,
+                    rows=place.rows,
+                )
+            )
+    return result
+
+
+def _float32_pattern(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Parameters that transformers keeps in float32 when the rest is in half precision."""
+    names: set[str] = set()
+    if dtype == torch.float16:
+        names.update(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        names.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return re.compile("|".join(rf"(^|\.){name.replace('*', '.*')}($|\.)" for name in sorted(names))) if names else None
+
+
+@contextlib.contextmanager
+def loaded(skeleton: Skeleton, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """The block's module with its weights in it, dropped again at the end."""
+    skeleton.load(block, tensors)
+    try:
+        yield block.module
+    finally:
+        skeleton.unload(block)
+
+
+def read_ahead(skeleton: Skeleton, blocks: Sequence[Block]) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+    """Each block in turn and the checkpoint tensors that it needs; those of the next one are read meanwhile."""
+    with ThreadPoolExecutor(1, "read") as reader:
+        coming = reader.submit(skeleton.read, blocks[0]) if blocks else None
+        for position, block in enumerate(blocks):
+            assert coming is not None
+            tensors = coming.result()
+            if position + 1 < len(blocks):
+                coming = reader.submit(skeleton.read, blocks[position + 1])
+            yield block, tensors

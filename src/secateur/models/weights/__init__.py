@@ -1,0 +1,1 @@
+"""From the tensors of a checkpoint to the parameters of a module, and back."""

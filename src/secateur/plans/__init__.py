@@ -1,0 +1,1 @@
+"""What to prune and how, decided before anything changes."""

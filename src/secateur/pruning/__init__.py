@@ -1,0 +1,1 @@
+"""One run of pruning: its dry run, its preparation, the loop over blocks."""

@@ -1,0 +1,402 @@
+"""The one loop over the blocks: read, take statistics, solve, write, move on.
+
+For each block: read it, run the calibration samples through it while statistics of the matrices' inputs are taken,
+solve every matrix, write the block, and run the samples through the pruned block to make the next block's inputs.
+The next block is read and the last one written while this one is computed.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration import Windows
+from secateur.collect.block_statistics import Collected, DenseTwin, First, collect_statistics, sites
+from secateur.collect.gradient_file import GradientFile
+from secateur.collect.shared_statistics import SharedStatistics
+from secateur.core.checks import check_weight, solved
+from secateur.core.histogram import histogram
+from secateur.core.problem import Method, Problem, Solution
+from secateur.core.statistics import Statistic
+from secateur.errors import CheckpointError
+from secateur.files.writer import CheckpointWriter
+from secateur.models.flow.memory import trim
+from secateur.models.flow.residual import Writer, residual_writers
+from secateur.models.flow.stream import Stream, states_folder
+from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.skeleton import Skeleton, loaded
+from secateur.models.shape.structure import Block
+from secateur.plans.plan import Plan
+from secateur.record.manifest import Manifest, tensor_digest
+
+
+@dataclass(frozen=True)
+class Event:
+    """Where a run is: a stage (calibrate, record, read, statistics, solve, forward, write, done) of a block.
+
+    Gradients that are taken first have stages of their own, such as "gradients: backward", without a block.
+    """
+
+    stage: str
+    block: int = 0
+    blocks: int = 0
+    done: int = 0
+    total: int = 0
+    matrix: str | None = None
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass
+class Clock:
+    """Seconds by part. Parts that run in the background are counted there and overlap the others."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    synchronise: bool = False
+
+    def add(self, part: str, started: float) -> float:
+        """Add the time since `started` to a part; returns it."""
+        if self.synchronise:
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+        self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+        return elapsed
+
+
+@dataclass
+class Streams:
+    """The calibration samples on their way behind the pruned blocks, and, where targets need it, the dense ones."""
+
+    pruned: Stream
+    twin: DenseTwin | None
+    last: int  # the last block with a planned matrix
+
+    def close(self) -> None:
+        """Drop all hidden states."""
+        self.pruned.close()
+        if self.twin is not None:
+            self.twin.close()
+
+
+@dataclass
+class BlockLoop:
+    """One pass over the blocks."""
+
+    skeleton: Skeleton
+    method: Method
+    needs: frozenset[type[Statistic]]  # the method's, and those that its targets take
+    plan: Plan
+    windows: Windows | None
+    writer: CheckpointWriter | None
+    manifest: Manifest
+    propagate: str
+    offload: str
+    scratch: Path
+    clock: Clock
+    on_event: OnEvent
+    gradients: GradientFile | None
+    within: str
+    targets: str
+    correction: float | None  # of the residual stream; None for other targets
+    statistics_device: torch.device | None
+    shared: SharedStatistics | None
+
+    @property
+    def regional(self) -> bool:
+        """Whether gradients are taken block by block on the way, rather than read from a file."""
+        return self.method.gradient is not None and self.gradients is None
+
+    @property
+    def reuses(self) -> bool:
+        """Whether an earlier run has left the statistics of all blocks."""
+        return self.shared is not None and self.shared.complete
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Prune block by block, and write everything. Raises what the method and the checks raise."""
+        skeleton, blocks = self.skeleton, self.skeleton.blocks
+        planned: list[list[Matrix]] = [[] for _ in blocks]
+        for matrix in skeleton.matrices:
+            if matrix.name in self.plan:
+                planned[matrix.block].append(matrix)
+        last = max(index for index, matrices in enumerate(planned) if matrices)
+        streams = self._streams(last) if self.needs or self.regional else None
+        with (
+            ThreadPoolExecutor(1, "read") as reader,
+            ThreadPoolExecutor(1, "write") as background,
+            ExitStack() as stack,
+        ):
+            if streams is not None:
+                stack.callback(streams.close)
+            written: Future[None] = background.submit(self._write_outside)
+            coming = reader.submit(self._read, blocks[0], planned[0])
+            for block in blocks:
+                started = time.perf_counter()
+                self._tell("read", block)
+                tensors = coming.result()
+                self.clock.add("wait for read", started)
+                if block.index + 1 < len(blocks):
+                    coming = reader.submit(self._read, blocks[block.index + 1], planned[block.index + 1])
+                matrices = planned[block.index]
+                own = {name: tensors[name] for name in skeleton.block_tensors[block.index]}
+                changed = self._prune_block(block, tensors, matrices, streams) if block.index <= last else {}
+                started = time.perf_counter()
+                written.result()  # Memory: at most one finished block waits to be written
+                self.clock.add("wait for write", started)
+                written = background.submit(self._write, own | changed)
+                del tensors, own, changed
+                trim()
+                self._tell("write", block)
+            written.result()
+        if self.writer is not None and self.writer.missing:
+            raise CheckpointError(
+                f"{len(self.writer.missing)} tensors were never written, first {self.writer.missing[0]}."
+            )
+
+    def _streams(self, last: int) -> "Streams":
+        assert self.windows is not None
+        started = time.perf_counter()
+        self.skeleton.load_outside(head=False)
+        batches = self.windows.batches(self.manifest.settings["batch_size"])
+        if self.reuses:  # what is left to find out, how far each block's output moves, takes the first batch alone
+            batches = batches[:1]
+        # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.
+        dense = self.targets != "pruned"
+        tokens = sum(batch.numel() for batch in batches)
+        needed = (3 if dense else 1) * tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        folder = states_folder(self.offload, needed, self.scratch)
+        folders = [None if folder is None else folder.with_name(f"{folder.name}{end}") for end in ("", "-dense")]
+        made = [
+            Stream(
+                self.skeleton,
+                batches,
+                states_folder=own,
+                progress=lambda done, total: self.on_event(Event("record", 0, last + 1, done, total)),
+            )
+            for own in folders[: 1 + dense]
+        ]
+        self.skeleton.unload_outside()
+        self.clock.add("record calls", started)
+        return Streams(made[0], DenseTwin(made[1], folders[1]) if dense else None, last)
+
+    def _read(self, block: Block, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
+        """In the background: a block's checkpoint tensors, their planned matrices checked and digested."""
+        started = time.perf_counter()
+        tensors = self.skeleton.read(block)
+        for matrix in matrices:
+            check_weight(matrix.name, matrix.view(tensors))
+        if self.writer is not None or self.gradients is not None:
+            for name in dict.fromkeys(matrix.tensor for matrix in matrices):
+                self.manifest.source_tensors[name] = tensor_digest(tensors[name])
+        if self.gradients is not None:
+            for name in self.skeleton.block_tensors[block.index]:
+                digest = self.manifest.source_tensors.get(name) or tensor_digest(tensors[name])
+                self.gradients.check_tensor(name, digest)
+        self.clock.seconds["read"] = self.clock.seconds.get("read", 0.0) + time.perf_counter() - started
+        return tensors
+
+    def _prune_block(
+        self, block: Block, tensors: dict[str, Tensor], matrices: list[Matrix], streams: "Streams | None"
+    ) -> dict[str, Tensor]:
+        """The checkpoint tensors of the block that changed; the streams have moved on behind the pruned block."""
+        record: dict[str, Any] = {"index": block.index, "path": block.path, "matrices": len(matrices)}
+        changed: dict[str, Tensor] = {}
+        if streams is None:
+            self._solve(block, matrices, tensors, None, changed)
+            if self.skeleton.resident:
+                self._update(matrices, changed, tensors)
+        else:
+            with loaded(self.skeleton, block, tensors):
+                record |= self._prune_loaded(block, tensors, matrices, streams, changed)
+        self.manifest.blocks.append(record)
+        return changed
+
+    def _prune_loaded(
+        self,
+        block: Block,
+        tensors: dict[str, Tensor],
+        matrices: list[Matrix],
+        streams: "Streams",
+        changed: dict[str, Tensor],
+    ) -> dict[str, Any]:
+        """Statistics, solutions and the way behind the block, once or site by site; what the record says of it."""
+        pruned, twin = streams.pruned, streams.twin
+        if twin is not None:
+            twin.enter(block)
+        groups = sites(block, matrices, pruned) if self.within == "site" and matrices else [matrices]
+        first: First | None = None
+        writers = self._residual_writers(block, matrices, pruned)
+        for group in groups:
+            started = time.perf_counter()
+            collected = collect_statistics(
+                block,
+                group,
+                pruned,
+                needs=self._kinds(),
+                gradient=self.method.gradient if self.regional else None,
+                twin=twin,
+                writers=writers,
+                device=self.statistics_device,
+                keep_outputs=self._single_pass(matrices),
+                progress=lambda done, total: self._tell("statistics", block, done, total),
+            )
+            first = first or collected.first
+            if self.shared is not None:
+                collected = self._exchange(self.shared, block, collected)
+            self.clock.add("statistics forward", started)
+            self._solve(block, group, tensors, collected, changed)
+            del collected  # Memory: Gram matrices are gone before the next forward
+            self._update(group, changed, tensors)
+        if twin is not None:
+            twin.leave(block)
+        assert first is not None
+        record: dict[str, Any] = {"output_change": self._move_on(block, matrices, pruned, first, streams.last)}
+        if self.within == "site":
+            record["sites"] = [[matrix.name for matrix in group] for group in groups]
+        if self.targets == "residual":
+            record["residual_writers"] = {name: vars(writer) for name, writer in writers.items()}
+        return record
+
+    def _residual_writers(self, block: Block, matrices: list[Matrix], stream: Stream) -> dict[str, Writer]:
+        """Which of the matrices write to the residual stream, where targets ask for it."""
+        if self.targets != "residual" or not matrices:
+            return {}
+        started = time.perf_counter()
+        every = [matrix for matrix in self.skeleton.matrices if matrix.block == block.index]
+        writers = residual_writers(block, every, stream)
+        self.clock.add("statistics forward", started)
+        return {matrix.name: writers[matrix.name] for matrix in matrices if matrix.name in writers}
+
+    def _kinds(self) -> frozenset[type[Statistic]]:
+        """The statistics to take on the way: those of this run, or of all that share them."""
+        if self.shared is None:
+            return self.needs
+        return frozenset() if self.shared.complete else self.shared.kinds
+
+    def _exchange(self, shared: SharedStatistics, block: Block, collected: Collected) -> Collected:
+        """What was collected, given to the runs that share it or completed with what an earlier one has left."""
+        if shared.complete:
+            return replace(collected, inputs=shared.get(block.index, self.needs))
+        shared.put(block.index, collected.inputs)
+        # Exact: a method must not see what it did not ask for; the diagonal of a Gram matrix is no SquaredNorm.
+        return replace(collected, inputs=collected.inputs.only(self.needs))
+
+    def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Put some matrices' changed tensors, and what makes one parameter with them, into the block's module."""
+        groups = self.skeleton.conversion.of(matrix.tensor for matrix in matrices)
+        names = [name for group in groups for name in group.names]
+        self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
+
+    def _single_pass(self, matrices: list[Matrix]) -> bool:
+        """Whether the outputs of the dense block are the next block's inputs, so that no second pass is needed."""
+        return self.propagate == "dense" or not matrices
+
+    def _solve(
+        self,
+        block: Block,
+        matrices: list[Matrix],
+        tensors: Mapping[str, Tensor],
+        collected: Collected | None,
+        changed: dict[str, Tensor],
+    ) -> None:
+        """Solve the matrices one by one; their pruned tensors go into `changed`."""
+        for number, matrix in enumerate(matrices):
+            started = time.perf_counter()
+            self._tell("solve", block, number, len(matrices), matrix.name)
+            statistics = collected.of(matrix) if collected is not None else {}
+            weight = matrix.view(tensors).to(self.skeleton.device)
+            gradient = collected.gradients.get(matrix.name) if collected is not None else None
+            if self.gradients is not None:
+                assert self.method.gradient is not None
+                gradient = self.gradients.read(matrix.name, self.method.gradient, weight.device)
+            drift = collected.drifts.get(matrix.name) if collected is not None else None
+            if drift is not None and self.correction is not None:
+                drift.mul_(self.correction)  # in place: a matrix is solved once
+            problem = Problem(matrix.name, weight, self.plan[matrix.name], statistics, gradient, drift)
+            solution = solved(problem, self.method)
+            if matrix.tensor not in changed:
+                original = tensors[matrix.tensor]
+                pin = self.skeleton.device.type == "cuda"
+                changed[matrix.tensor] = torch.empty(original.shape, dtype=original.dtype, pin_memory=pin)
+                if matrix.index is not None:
+                    changed[matrix.tensor].copy_(original)
+            # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
+            matrix.view(changed).copy_(solution.weight.masked_fill(~solution.mask, 0))
+            tokens = max((statistic.tokens for statistic in statistics.values()), default=None)
+            self.manifest.matrices[matrix.name] = _record(matrix, problem, solution) | {
+                "tokens": tokens,
+                "seconds": round(self.clock.add("solve", started), 6),
+            }
+
+    def _move_on(self, block: Block, matrices: list[Matrix], stream: Stream, first: First, last: int) -> float | None:
+        """Make the next block's inputs; returns how far the first batch's output moved, relative to its norm."""
+        started = time.perf_counter()
+        single = self._single_pass(matrices)
+        change: float | None = None
+        if matrices:
+            pruned = stream.run(block, 0, states=first.input, aside=single)
+            change = relative_change(first.output, pruned)
+            if not single and block.index < last:
+                stream.states.put(0, pruned)
+                self._tell("forward", block, 1, len(stream.batches))
+        if not single and block.index < last:
+            for batch in range(1, len(stream.batches)):
+                stream.states.put(batch, stream.run(block, batch))
+                self._tell("forward", block, batch + 1, len(stream.batches))
+        stream.release(block)
+        self.clock.add("propagation forward", started)
+        return change
+
+    def _write_outside(self) -> None:
+        if self.writer is None:
+            return
+        inside = {name for names in self.skeleton.block_tensors for name in names}
+        for name in self.skeleton.source.names:
+            if name not in inside:
+                started = time.perf_counter()
+                self.writer.write_parts(name, self.skeleton.source.parts(name))
+                self.clock.seconds["write"] = self.clock.seconds.get("write", 0.0) + time.perf_counter() - started
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.writer is None:
+            return
+        started = time.perf_counter()
+        for name, tensor in tensors.items():
+            self.writer.write(name, tensor)
+        self.writer.flush()
+        self.clock.seconds["write"] = self.clock.seconds.get("write", 0.0) + time.perf_counter() - started
+
+    def _tell(self, stage: str, block: Block, done: int = 0, total: int = 0, matrix: str | None = None) -> None:
+        self.on_event(Event(stage, block.index, len(self.skeleton.blocks), done, total, matrix))
+
+
+def _record(matrix: Matrix, problem: Problem, solution: Solution) -> dict[str, Any]:
+    """The manifest's record of a solved matrix."""
+    zeros = solution.weight.numel() - int(solution.weight.count_nonzero())
+    return {
+        "block": matrix.block,
+        "kind": matrix.kind,
+        "shape": list(matrix.shape),
+        "tensor": matrix.tensor,
+        "index": matrix.index,
+        "transposed": matrix.transposed,
+        "pattern": problem.pattern.to_json(),
+        "sparsity": zeros / solution.weight.numel(),
+        "zeros": zeros,
+        "kept_identical": bool((solution.weight.eq(problem.weight) | ~solution.mask).all()),
+        "notes": dict(solution.notes),
+        "scores": None if solution.score is None else histogram(solution.score, solution.mask),
+    }
+
+
+def relative_change(dense: Tensor, pruned: Tensor) -> float:
+    """``||pruned - dense|| / ||dense||`` in float32: 0 when nothing changed."""
+    dense, pruned = dense.float(), pruned.float()
+    return float((pruned - dense).norm() / dense.norm().clamp(min=torch.finfo(torch.float32).tiny))

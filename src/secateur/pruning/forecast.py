@@ -1,0 +1,248 @@
+"""What a run would prune and cost, before it starts: memory, disk and time, from headers and a short measurement."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+from torch import Tensor, nn
+
+from secateur.calibration import Windows
+from secateur.core.gram import Gram
+from secateur.core.patterns import Pattern
+from secateur.core.problem import Method
+from secateur.models.opening.opened import OpenedModel
+from secateur.models.shape.skeleton import Skeleton
+from secateur.plans.plan import Plan
+from secateur.pruning.forecast_memory import Memory, memory_of, source_bytes
+from secateur.pruning.forecast_time import model_forward_seconds, run_seconds
+from secateur.pruning.preparation import Prepared, prepared
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """All matrices of one kind: `model.layers.*.mlp.up_proj.weight`."""
+
+    kind: str
+    pattern: str | None  # None where nothing of the kind is planned
+    matrices: int
+    planned: int
+    shape: tuple[int, int]
+    weights: int
+
+
+@dataclass(frozen=True)
+class LeftOutRow:
+    """Tensors that are not pruned, for one reason."""
+
+    reason: str
+    tensors: int
+    weights: int
+    example: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The dry run. Bytes are totals at the peak; seconds are those of the run, from what the machine was tried at."""
+
+    model: str
+    architecture: str
+    blocks: int
+    method: str
+    kinds: list[KindRow]
+    left_out: list[LeftOutRow]
+    plan: Plan
+    planned_weights: int
+    zeros: int
+    all_weights: int
+    tokens: int
+    device: str
+    dtype: str
+    block_bytes: int
+    states_bytes: int
+    host_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    seconds: float
+    available_host_bytes: int
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; the plan as one object per matrix."""
+        return {**asdict(self), "plan": self.plan.to_json()}
+
+
+def estimate(
+    model: str | os.PathLike[str] | nn.Module | OpenedModel,
+    *,
+    method: Method,
+    pattern: Pattern | Plan | None = None,
+    calibration: str | Sequence[str] | Tensor | Windows | None = "c4",
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    sampling: str | None = None,
+    bos: str = "auto",
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    gradient: str | os.PathLike[str] | None = None,
+    propagate: str = "pruned",
+    within: str = "block",
+    targets: str = "pruned",
+    correction: float | None = None,
+    statistics_device: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload_states: str = "auto",
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Estimate:
+    """What `prune` with the same options would do and take, without its work (a GGUF file has to be read).
+
+    Raises the errors that `prune` raises before its work starts. With ``calibration=None`` nothing is asked of the
+    text, and `samples` (128) and `length` (2048) say how many tokens there will be.
+    """
+    began = time.perf_counter()
+    with prepared(
+        model,
+        method=method,
+        pattern=pattern,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        sampling=sampling,
+        bos=bos,
+        only=only,
+        skip=skip,
+        gradient=gradient,
+        propagate=propagate,
+        within=within,
+        targets=targets,
+        correction=correction,
+        statistics_device=statistics_device,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        output=output,
+        overwrite=overwrite,
+        tokenizer=tokenizer,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dry=True,
+    ) as ready:
+        opening = time.perf_counter() - began
+        return _estimate(ready, within=within, targets=targets, offload=offload_states, opening=opening)
+
+
+def _estimate(ready: Prepared, *, within: str, targets: str, offload: str, opening: float) -> Estimate:
+    skeleton, plan, method = ready.opened.skeleton, ready.plan, ready.method
+    memory = memory_of(ready, targets=targets, offload=offload)
+    free = psutil.virtual_memory().available
+    total = source_bytes(skeleton, skeleton.source.names)
+    disk = total + memory.gradient_file
+    notes = [*ready.unchecked, *_memory_notes(ready, memory)]
+    if memory.host > free:
+        notes.append("This needs more host memory than is free now: use fewer or shorter samples, or --batch-size 1.")
+    if ready.target is not None:
+        above = next(folder for folder in ready.target.parents if folder.exists())
+        room = shutil.disk_usage(above).free
+        if room < disk:
+            notes.append(f"This needs more disk than the {bytes_text(room)} that are free in {above}.")
+    left_out = [LeftOutRow(**row) for row in skeleton.left_out_by_reason()]
+    all_weights = sum(math.prod(skeleton.source.shape(name)) for name in skeleton.source.names)
+    for row in left_out:
+        if row.reason.startswith("not a linear matrix") and row.weights > all_weights / 100:
+            notes.append(
+                f"{row.weights / all_weights:.0%} of all weights stay dense because Secateur does not know how they "
+                f"are multiplied: {row.reason}, such as {row.example}."
+            )
+    sizes = {matrix.name: math.prod(matrix.shape) for matrix in skeleton.matrices}
+    return Estimate(
+        model=str(ready.opened.origin.get("path")),
+        architecture=str(ready.opened.origin["architecture"]),
+        blocks=len(skeleton.blocks),
+        method=method.name,
+        kinds=_kinds(skeleton, plan),
+        left_out=left_out,
+        plan=plan,
+        planned_weights=sum(sizes[name] for name in plan),
+        zeros=round(sum(sizes[name] * pattern.sparsity for name, pattern in plan.items())),
+        all_weights=all_weights,
+        tokens=ready.samples * ready.length,
+        device=str(skeleton.device),
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        block_bytes=memory.block_stored,
+        states_bytes=memory.states,
+        host_bytes=memory.host,
+        device_bytes=memory.device,
+        disk_bytes=disk,
+        seconds=opening + run_seconds(ready, within=within, targets=targets, passes=memory.passes),
+        available_host_bytes=free,
+        notes=notes,
+    )
+
+
+def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
+    """What is worth saying of where memory goes."""
+    notes = []
+    if ready.takes_gradients:
+        place = "in memory" if memory.gradient_folder is None else f"in {memory.gradient_folder.parent}"
+        parts = (
+            f", for {memory.samples_at_once} samples at a time in {memory.passes} passes over the weights"
+            if memory.passes > 1
+            else ""
+        )
+        notes.append(
+            f"Gradients first: the inputs of all blocks take {bytes_text(memory.saved)} {place}{parts}, and their "
+            f"norms {bytes_text(memory.gradient_file)} in a temporary file beside the output."
+        )
+    if Gram in ready.method.needs:
+        elsewhere = f" on {ready.statistics_device}" if memory.grams_elsewhere else ""
+        notes.append(
+            f"The Gram matrices of a block take about {bytes_text(memory.grams + memory.grams_elsewhere)}{elsewhere}, "
+            f"and solving the largest matrix {bytes_text(memory.solving)}."
+        )
+    if ready.opened.skeleton.resident:
+        notes.append("The whole model is in memory: it was given as a module, or dequantised from GGUF.")
+    if memory.offloaded:
+        notes.append("The hidden states would not fit in half of the free memory; they go to a memory-mapped file.")
+    return notes
+
+
+def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
+    rows: dict[str, KindRow] = {}
+    for matrix in skeleton.matrices:
+        known = rows.get(matrix.kind)
+        pattern = str(plan[matrix.name]) if matrix.name in plan else None
+        rows[matrix.kind] = KindRow(
+            matrix.kind,
+            (known.pattern if known and known.pattern else pattern),
+            (known.matrices if known else 0) + 1,
+            (known.planned if known else 0) + (pattern is not None),
+            matrix.shape,
+            (known.weights if known else 0) + matrix.shape[0] * matrix.shape[1],
+        )
+    return list(rows.values())
+
+
+def forward_seconds(opened: OpenedModel, tokens: int) -> float:
+    """About how long one forward of a whole opened model takes, its head included."""
+    return model_forward_seconds(opened.skeleton, tokens)
+
+
+def bytes_text(count: float) -> str:
+    """A size with a decimal unit: 1.4 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

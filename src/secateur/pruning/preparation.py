@@ -1,0 +1,338 @@
+"""What a run is made of before the work starts: everything checked, the same for `prune` and for its dry run."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.calibration import Windows, check_bos
+from secateur.calibration.windows import Progress
+from secateur.collect.gradient_file import GradientFile
+from secateur.collect.gradient_pass import check_loss, gradient_batch_size
+from secateur.collect.model_windows import BOS_WORDS, Foreseen, foreseen_windows, model_windows
+from secateur.core.gram import CrossGram, Gram
+from secateur.core.patterns import Pattern, Unstructured, with_group
+from secateur.core.problem import Method
+from secateur.core.statistics import Statistic
+from secateur.errors import CalibrationError, ModelStructureError, PatternError
+from secateur.models.flow.residual import residual_writers
+from secateur.models.flow.stream import Stream, default_batch_size
+from secateur.models.opening.opened import OpenedModel, choose_device, open_model
+from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.skeleton import Skeleton, loaded
+from secateur.plans.plan import Plan, uniform
+from secateur.record.manifest import source_digest
+from secateur.runs.output import check_output
+
+CORRECTION = 0.5  # of what the residual stream lacks of the dense model's
+TRIAL_TOKENS = 8  # that residual targets look for writers with
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that nothing speaks against.
+
+    `needs` are the statistics to take, `gradients` the file that was given, `samples` and `length` the size of the
+    calibration windows (0 where no token is looked at), and `batch_size` what was asked for, or what it has to be.
+    `windows` are None where the method looks at no token, and where a dry run has not drawn them; `unchecked` says
+    what it left open.
+    """
+
+    opened: OpenedModel
+    method: Method
+    plan: Plan
+    needs: frozenset[type[Statistic]]
+    gradients: GradientFile | None
+    windows: Windows | None
+    samples: int
+    length: int
+    batch_size: int | None
+    statistics_device: torch.device | None
+    correction: float | None
+    target: Path | None
+    unchecked: Sequence[str]
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether gradients of the model's loss have to be taken before the blocks are pruned."""
+        return self.method.gradient is not None and self.gradients is None and not self.regional
+
+    @property
+    def regional(self) -> bool:
+        """Whether gradients of each block's outputs are taken on the way."""
+        return self.method.gradient is not None and self.gradients is None and self.method.gradient.scope == "block"
+
+    @property
+    def chosen_batch_size(self) -> int:
+        """Samples that go through a block at once while it is pruned."""
+        return self.batch_size or default_batch_size(max(self.length, 1), self.opened.skeleton.device)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """The planned ones."""
+        return [matrix for matrix in self.opened.skeleton.matrices if matrix.name in self.plan]
+
+
+@contextmanager
+def prepared(
+    model: str | os.PathLike[str] | nn.Module | OpenedModel,
+    *,
+    method: Method,
+    pattern: Pattern | Plan | None,
+    calibration: Any,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    sampling: str | None = None,
+    bos: str = "auto",
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    gradient: str | os.PathLike[str] | None = None,
+    propagate: str = "pruned",
+    within: str = "block",
+    targets: str = "pruned",
+    correction: float | None = None,
+    statistics_device: str | None = None,
+    shared: bool = False,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dry: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Iterator[Prepared]:
+    """The run that these options of `prune` ask for; a module in memory is put back at the end as it was.
+
+    `shared` says that statistics are shared with other runs. A `dry` run needs no output, reads no weights but the few
+    that a check asks for, and draws its windows only where that is quick; without `calibration` it takes their size
+    from `samples` and `length`. Raises everything that `prune` raises before its work starts.
+    """
+    only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
+    correction = chosen_correction(targets, correction)
+    check_choices(method, propagate, within, targets)
+    check_bos(bos, BOS_WORDS)
+    if shared and propagate != "dense":
+        raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
+    kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
+    if batch_size is not None and batch_size < 1:
+        raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
+    source = str(model.origin.get("path")) if isinstance(model, OpenedModel) else model
+    target = None if dry and output is None else check_output(output, source, overwrite)
+    opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        skeleton = opened.skeleton
+        plan = make_plan(opened, method, pattern, only=only, skip=skip)
+        check_targets(skeleton, plan, targets)
+        given = gradient_file(gradient, method, skeleton, plan)
+        seen = Foreseen(None, 0, 0, ())
+        if method.needs or (method.gradient is not None and given is None):
+            draw = foreseen_windows if dry else _drawn
+            seen = draw(
+                opened,
+                calibration,
+                tokenizer,
+                samples=samples,
+                length=length,
+                seed=seed,
+                sampling=sampling,
+                bos=bos,
+                progress=progress,
+            )
+            if given is not None and seen.windows is not None:
+                given.check_tokens(seen.windows.digest, seen.samples, seen.length)
+        needs = method.needs | ({CrossGram} if targets == "dense" else frozenset())
+        batch_size = _batch_size(skeleton, method, needs, given, seen.length, batch_size, shared)
+        yield Prepared(
+            opened=opened,
+            method=method,
+            plan=plan,
+            needs=needs,
+            gradients=given,
+            windows=seen.windows,
+            samples=seen.samples,
+            length=seen.length,
+            batch_size=batch_size,
+            statistics_device=kept_on,
+            correction=correction,
+            target=target,
+            unchecked=seen.unchecked,
+        )
+    finally:
+        opened.restore()
+
+
+def _drawn(opened: OpenedModel, calibration: Any, tokenizer: Any, **options: Any) -> Foreseen:
+    options["progress"](0, 0)
+    windows = model_windows(opened, calibration, tokenizer, **options)
+    return Foreseen(windows, windows.samples, windows.length, ())
+
+
+def _batch_size(
+    skeleton: Skeleton,
+    method: Method,
+    needs: frozenset[type[Statistic]],
+    given: GradientFile | None,
+    length: int,
+    asked: int | None,
+    shared: bool,
+) -> int | None:
+    """The samples that go through a block at once, or None for the default; raises for what cannot be."""
+    batch_size = asked
+    if method.gradient is not None and given is None:
+        if method.gradient.scope == "block" and shared:
+            raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
+        check_loss(method.gradient.scope, length)
+        for_gradients = gradient_batch_size(skeleton, length, method.gradient.granularity, asked)
+        batch_size = for_gradients if method.gradient.scope == "block" else asked
+    ordered = next((kind for kind in needs if getattr(kind, "one_sample_at_a_time", False)), None)
+    if ordered is None:
+        return batch_size
+    if batch_size not in (None, 1):
+        raise CalibrationError(f"--batch-size: got {batch_size}, expected 1: {ordered.__name__} goes by samples.")
+    return 1
+
+
+def check_targets(skeleton: Skeleton, plan: Plan, targets: str) -> None:
+    """Raise `PatternError` or `ModelStructureError` where the planned matrices cannot be fitted to these targets."""
+    planned = [matrix for matrix in skeleton.matrices if matrix.name in plan]
+    if targets == "dense":
+        check_dense_targets(planned)
+    if targets == "residual":
+        check_residual_targets(skeleton, planned)
+
+
+def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:
+    """Raise where no planned matrix writes to the residual stream, as far as a block of each make-up shows.
+
+    A few tokens show it: derivatives do not depend on them.
+    """
+    kinds: dict[int, set[str]] = {}
+    for matrix in planned:
+        kinds.setdefault(matrix.block, set()).add(matrix.kind)
+    alike = {frozenset(found): skeleton.blocks[index] for index, found in reversed(kinds.items())}
+    ids = (torch.arange(TRIAL_TOKENS) + 3).unsqueeze(0) % skeleton.vocabulary_size
+    skeleton.load_outside(head=False)
+    stream = Stream(skeleton, [ids])
+    some = False
+    try:
+        for block in alike.values():
+            every = [matrix for matrix in skeleton.matrices if matrix.block == block.index]
+            with loaded(skeleton, block, skeleton.read(block)):
+                writers = residual_writers(block, every, stream)
+            some = some or bool(writers)
+            if any(matrix.name in writers for matrix in planned):
+                return
+    finally:
+        stream.close()
+        skeleton.unload_outside()
+    if some:
+        raise PatternError(
+            "--targets residual: none of the planned matrices writes to the residual stream. Plan those that do (such "
+            "as o_proj and down_proj), or use --targets pruned."
+        )
+    raise ModelStructureError(
+        f"--targets residual: no matrix of {next(iter(alike.values())).path} adds what it gives to the residual stream "
+        "as it is (in some architectures a norm comes between). Use --targets pruned for this model."
+    )
+
+
+def chosen_correction(targets: str, correction: float | None) -> float | None:
+    """The share of what the residual stream lacks that targets make up for; None for targets that do not.
+
+    Raises `PatternError` for one that is no share, or that would not be used.
+    """
+    if targets != "residual":
+        if correction is not None:
+            raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
+        return None
+    if correction is not None and not 0 < correction <= 1:
+        raise PatternError(f"--correction: got {correction:g}, expected a share above 0 and up to 1.")
+    return CORRECTION if correction is None else correction
+
+
+def check_choices(method: Method, propagate: str, within: str, targets: str) -> None:
+    """Raise `PatternError` for a word that is none, or choices that contradict each other."""
+    for option, found, known in (
+        ("propagate", propagate, ("pruned", "dense")),
+        ("within", within, ("block", "site")),
+        ("targets", targets, ("pruned", "dense", "residual")),
+    ):
+        if found not in known:
+            expected = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise PatternError(f'--{option}: got "{found}", expected {expected}.')
+    if propagate == "dense" and (within == "site" or targets != "pruned"):
+        option = "--within site" if within == "site" else f"--targets {targets}"
+        raise PatternError(f"{option} is about what pruning did before; with --propagate dense nothing sees that.")
+    if within == "site" and not method.needs:
+        raise PatternError(f"--within site: {method.name} takes no statistics of inputs, in any order.")
+    if within == "site" and method.gradient is not None and method.gradient.scope == "block":
+        raise PatternError(f"--within site: {method.name} takes gradients of whole blocks; use --within block.")
+    if targets != "dense" and CrossGram in method.needs:
+        raise PatternError(f"--targets {targets}: {method.name} needs the dense model's inputs; use --targets dense.")
+    if targets != "pruned" and not method.needs & {Gram, CrossGram}:
+        raise PatternError(
+            f"--targets {targets}: {method.name} changes no weights, so nothing can be fitted. Use a method that does, "
+            f"or refine it: --method {method.name}+least_squares."
+        )
+    if targets == "residual" and within != "site":
+        raise PatternError(
+            "--targets residual makes up for what pruning did before, also within the block: add --within site."
+        )
+
+
+def check_dense_targets(matrices: Sequence[Matrix]) -> None:
+    """Raise `PatternError` where an expert is to be fitted to the dense model, which may send it other tokens."""
+    routed = next((matrix.name for matrix in matrices if matrix.expert is not None or ".experts." in matrix.name), None)
+    if routed is not None:
+        raise PatternError(
+            f"--targets dense: {routed} is an expert, to which the dense model sends other tokens than the pruned one, "
+            'so that their inputs cannot be paired. Use --targets pruned, or leave experts out: --skip "*expert*".'
+        )
+
+
+def gradient_file(
+    gradient: str | os.PathLike[str] | None, method: Method, skeleton: Skeleton, plan: Plan
+) -> GradientFile | None:
+    """The given file of gradients, checked against the method and the model: the names and shapes of the planned
+    matrices, what lies outside the blocks, and one block.
+    """
+    if gradient is None:
+        return None
+    if method.gradient is None:
+        raise CalibrationError(f"--gradient {gradient}: the method {method.name} uses no gradients. Leave it out.")
+    file = GradientFile(gradient)
+    file.check_kind(method.gradient)
+    file.check_shapes({matrix.name: matrix.shape for matrix in skeleton.matrices if matrix.name in plan})
+    first = min(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
+    for name in (*skeleton.outside_tensors, *skeleton.block_tensors[first]):
+        file.check_tensor(name, source_digest(skeleton.source, name))
+    return file
+
+
+def make_plan(
+    opened: OpenedModel,
+    method: Method,
+    pattern: Pattern | Plan | None,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Plan:
+    """The plan for a model: a given `Plan`, checked, or one pattern for every matrix that the globs leave."""
+    shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
+    if isinstance(pattern, Plan):
+        if only or skip:
+            raise PatternError("a whole plan already says which matrices to prune; leave out only and skip.")
+        if not pattern:
+            raise PatternError("the plan is empty: it names no matrix, so nothing is left to prune.")
+        pattern.check(shapes)
+        return Plan({name: with_group(own, method.per) for name, own in pattern.items()})
+    return uniform(shapes, pattern or Unstructured(0.5), only=only, skip=skip, per=method.per)

@@ -1,0 +1,1 @@
+"""What is written down of a result: its manifest, the check of it, its model card."""

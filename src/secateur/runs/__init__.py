@@ -1,0 +1,1 @@
+"""What every long run has: an output whose name it owns."""
