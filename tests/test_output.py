@@ -19,7 +19,8 @@ import tiny
 from secateur.errors import CheckpointError
 from secateur.files import names
 from secateur.methods.magnitude import magnitude
-from secateur.runs.output import Scratch, check_output
+from secateur.runs.output import check_output
+from secateur.runs.transaction import Transaction
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-def write(scratch: Scratch, text: str = "result") -> None:
+def write(scratch: Transaction, text: str = "result") -> None:
     if scratch.file:
         scratch.folder.write_text(text)
     else:
@@ -55,7 +56,7 @@ def tree(folder: Path) -> dict[str, str | None]:
 def test_an_output_takes_its_name(tmp_path: Path, system: str) -> None:
     for file in (False, True):
         target = tmp_path / "new" / f"out-{file}"
-        with Scratch(target, False, file=file) as scratch:
+        with Transaction(target, False, file=file) as scratch:
             write(scratch)
             scratch.place("states").mkdir()
             assert not target.exists()
@@ -73,7 +74,7 @@ def test_an_output_takes_its_name(tmp_path: Path, system: str) -> None:
 @pytest.mark.parametrize("file", [False, True])
 def test_what_appears_during_the_run_stays(tmp_path: Path, system: str, stranger: str, file: bool) -> None:
     target = tmp_path / "out"
-    with Scratch(target, overwrite=True, file=file) as scratch:
+    with Transaction(target, overwrite=True, file=file) as scratch:
         write(scratch)
         if stranger == "file":
             target.write_text("precious")
@@ -102,7 +103,7 @@ def test_what_is_to_be_overwritten_may_not_change_meanwhile(tmp_path: Path, syst
     target.mkdir()
     (target / "old").write_text("old")
     (tmp_path / "out.finished").mkdir()
-    with Scratch(target, True) as scratch:
+    with Transaction(target, True) as scratch:
         write(scratch)
         if change == "added":
             (target / "thesis").write_text("precious")
@@ -121,7 +122,7 @@ def test_what_is_to_be_overwritten_may_not_change_meanwhile(tmp_path: Path, syst
 def test_an_output_is_replaced(tmp_path: Path, system: str) -> None:
     target = tmp_path / "out"
     for number in range(3):
-        with Scratch(target, overwrite=True) as scratch:
+        with Transaction(target, overwrite=True) as scratch:
             write(scratch, str(number))
             if number == 2:
                 (target / "file").unlink()  # gone on its own: nothing is in the way
@@ -142,8 +143,8 @@ def test_a_name_that_is_taken_between_the_look_and_the_exchange(
             (to / "thesis").write_text("precious")
         real(source, to, aside)
 
-    monkeypatch.setattr("secateur.runs.output.exchange", late)
-    with Scratch(target, True) as scratch:
+    monkeypatch.setattr("secateur.runs.transaction.exchange", late)
+    with Transaction(target, True) as scratch:
         write(scratch)
         with pytest.raises(CheckpointError, match="changed what was there"):
             scratch.commit()
@@ -173,13 +174,13 @@ def test_a_rename_to_a_new_name_replaces_nothing(tmp_path: Path, system: str) ->
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with Scratch(target, False) as first:
+    with Transaction(target, False) as first:
         write(first)
         message = (
             f"{target}: another run is writing it now (it holds {target}.partial/lock). Wait for it, or choose another "
             "output."
         )
-        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"), Scratch(target, True):
+        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"), Transaction(target, True):
             raise AssertionError
         first.commit()
     assert tree(tmp_path) == {"out": None, "out/file": "result"}
@@ -189,12 +190,12 @@ def test_many_runs_at_once_and_one_result(tmp_path: Path) -> None:
     """Names, locks and removals race here; whoever is told of success has written what is there."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom secateur.errors import CheckpointError\n"
-        "from secateur.runs.output import Scratch\n"
+        "from secateur.runs.transaction import Transaction\n"
         "won = []\n"
         "for turn in range(40):\n"
         "    target = Path(sys.argv[1]) / str(turn)\n"
         "    try:\n"
-        "        with Scratch(target, False) as scratch:\n"
+        "        with Transaction(target, False) as scratch:\n"
         "            (scratch.folder / 'who').write_text(sys.argv[2])\n"
         "            scratch.commit()\n"
         "        won.append(turn)\n"
@@ -217,14 +218,14 @@ def test_many_runs_at_once_and_one_result(tmp_path: Path) -> None:
 def test_what_a_dead_run_left_is_named_and_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     target = tmp_path / "out"
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom secateur.runs.output import Scratch\n"
-        "scratch = Scratch(Path(sys.argv[1]), False).__enter__()\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom secateur.runs.transaction import Transaction\n"
+        "scratch = Transaction(Path(sys.argv[1]), False).__enter__()\n"
         "(scratch.folder / 'weights').write_bytes(bytes(2_500_000))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == -signal.SIGKILL
     assert (tmp_path / "out.partial" / "result" / "weights").exists()
-    with caplog.at_level(logging.WARNING), Scratch(target, False) as scratch:
+    with caplog.at_level(logging.WARNING), Transaction(target, False) as scratch:
         assert list(scratch.folder.iterdir()) == []
         write(scratch)
         scratch.commit()
@@ -244,7 +245,7 @@ def test_somebody_elses_partial_folder_stays(tmp_path: Path, kind: str) -> None:
         (tmp_path / "elsewhere").mkdir()
         partial.symlink_to(tmp_path / "elsewhere")
     before = tree(tmp_path)
-    with pytest.raises(CheckpointError, match=r"out\.partial: is in the way"), Scratch(target, True):
+    with pytest.raises(CheckpointError, match=r"out\.partial: is in the way"), Transaction(target, True):
         raise AssertionError
     assert tree(tmp_path) == before
 
@@ -254,7 +255,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.raises(CheckpointError, match="this file system has no locks"), Scratch(tmp_path / "out", False):
+    with pytest.raises(CheckpointError, match="this file system has no locks"), Transaction(tmp_path / "out", False):
         raise AssertionError
 
 

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from secateur.methods.wanda import wanda, wanda_variant
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plans.plan import Plan, uniform
-    from secateur.pruning.block_loop import Event
     from secateur.pruning.forecast import Estimate
     from secateur.public import estimate, prune, sweep
     from secateur.record.manifest import Manifest, Verification, verify
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from secateur.recover.fine_tuning import Recovery, fine_tune
     from secateur.recover.merge import Merge, merge
     from secateur.report.inspect import inspect
+    from secateur.runs.events import Event
     from secateur.sweeps.folder import Sweep
 
 _HOMES = {
@@ -61,7 +61,7 @@ _HOMES = {
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "Estimate": "pruning.forecast",
-    "Event": "pruning.block_loop",
+    "Event": "runs.events",
     "GradientFile": "collect.gradient_file",
     "GradientKind": "core.gradients",
     "GradientNorm": "core.gradients",

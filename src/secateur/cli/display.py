@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from secateur.pruning.block_loop import Event
+    from secateur.runs.events import Event
     from secateur.sweeps.loop import SweepEvent
 
 

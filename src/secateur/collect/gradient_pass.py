@@ -30,7 +30,8 @@ from secateur.models.shape.matrices import Matrix, numbered_experts, tapped
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest, tensor_digest
-from secateur.runs.output import Scratch, check_writable, resolved
+from secateur.runs.output import check_writable, resolved
+from secateur.runs.transaction import Transaction
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,7 +75,7 @@ def gradients(
     kinds = [GradientKind(norm, granularity, scope) for norm in norms]
     target = _check_file(output, model, overwrite)
     return_large()
-    with Scratch(target, overwrite, file=True) as scratch, ExitStack() as stack:
+    with Transaction(target, overwrite, file=True) as transaction, ExitStack() as stack:
         opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
         stack.callback(opened.restore)
         skeleton = opened.skeleton
@@ -94,7 +95,7 @@ def gradients(
         collect(
             opened,
             windows,
-            scratch.folder,
+            transaction.folder,
             kinds,
             matrices,
             batch_size=batch_size,
@@ -102,7 +103,7 @@ def gradients(
             progress=progress,
             states=target.name,
         )
-        scratch.commit()
+        transaction.commit()
     return GradientFile(target)
 
 
@@ -177,9 +178,15 @@ def collect(
     writer = GradientWriter(target, {matrix.name: matrix.shape for matrix in matrices}, norms, provenance, wide)
     folder: Path | None = None
     try:
-        scratch = target.with_name(unique(f"{states}.states"))
         sizes = chunk_sizes(
-            skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first, scratch
+            skeleton,
+            windows.samples,
+            windows.length,
+            batch_size,
+            scope,
+            offload_states,
+            first,
+            target.with_name(unique(f"{states}.states")),
         )
         folder = sizes.folder
         parts = _parts(windows.batches(batch_size), sizes.samples)
@@ -316,7 +323,7 @@ def chunk_sizes(
     scope: Scope,
     offload: str,
     first: int,
-    scratch: Path,
+    place: Path,
 ) -> ChunkSizes:
     """As many samples at once as fit: inputs of every block, and one set of gradients, for each of them.
 
@@ -325,7 +332,7 @@ def chunk_sizes(
     """
     saved = 2 if scope == "block" else len(skeleton.blocks) - first + 3
     each = saved * length * skeleton.hidden_size * skeleton.dtype.itemsize
-    folder = None if offload in ("auto", "never") else Path(offload).expanduser() / scratch.name
+    folder = None if offload in ("auto", "never") else Path(offload).expanduser() / place.name
     if folder is None:
         free = psutil.virtual_memory().available
     else:

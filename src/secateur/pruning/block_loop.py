@@ -5,11 +5,10 @@ solve every matrix, write the block, and run the samples through the pruned bloc
 The next block is read and the last one written while this one is computed.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,6 @@ from secateur.core.checks import check_weight, solved
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution
 from secateur.core.statistics import Statistic
-from secateur.errors import CheckpointError
-from secateur.files.writer import CheckpointWriter
-from secateur.models.flow.memory import trim
 from secateur.models.flow.residual import Writer, residual_writers
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.shape.matrices import Matrix
@@ -34,40 +30,8 @@ from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import Plan
 from secateur.record.manifest import Manifest, tensor_digest
-
-
-@dataclass(frozen=True)
-class Event:
-    """Where a run is: a stage (calibrate, record, read, statistics, solve, forward, write, done) of a block.
-
-    Gradients that are taken first have stages of their own, such as "gradients: backward", without a block.
-    """
-
-    stage: str
-    block: int = 0
-    blocks: int = 0
-    done: int = 0
-    total: int = 0
-    matrix: str | None = None
-
-
-OnEvent = Callable[[Event], None]
-
-
-@dataclass
-class Clock:
-    """Seconds by part. Parts that run in the background are counted there and overlap the others."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    synchronise: bool = False
-
-    def add(self, part: str, started: float) -> float:
-        """Add the time since `started` to a part; returns it."""
-        if self.synchronise:
-            torch.cuda.synchronize()
-        elapsed = time.perf_counter() - started
-        self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
-        return elapsed
+from secateur.runs.conveyor import Conveyor
+from secateur.runs.events import Clock, Event
 
 
 @dataclass
@@ -89,24 +53,31 @@ class Streams:
 class BlockLoop:
     """One pass over the blocks."""
 
-    skeleton: Skeleton
+    conveyor: Conveyor
     method: Method
     needs: frozenset[type[Statistic]]  # the method's, and those that its targets take
     plan: Plan
     windows: Windows | None
-    writer: CheckpointWriter | None
     manifest: Manifest
     propagate: str
     offload: str
     scratch: Path
-    clock: Clock
-    on_event: OnEvent
     gradients: GradientFile | None
     within: str
     targets: str
     correction: float | None  # of the residual stream; None for other targets
     statistics_device: torch.device | None
     shared: SharedStatistics | None
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The model."""
+        return self.conveyor.skeleton
+
+    @property
+    def clock(self) -> Clock:
+        """The run's."""
+        return self.conveyor.clock
 
     @property
     def regional(self) -> bool:
@@ -128,36 +99,11 @@ class BlockLoop:
                 planned[matrix.block].append(matrix)
         last = max(index for index, matrices in enumerate(planned) if matrices)
         streams = self._streams(last) if self.needs or self.regional else None
-        with (
-            ThreadPoolExecutor(1, "read") as reader,
-            ThreadPoolExecutor(1, "write") as background,
-            ExitStack() as stack,
-        ):
-            if streams is not None:
-                stack.callback(streams.close)
-            written: Future[None] = background.submit(self._write_outside)
-            coming = reader.submit(self._read, blocks[0], planned[0])
-            for block in blocks:
-                started = time.perf_counter()
-                self._tell("read", block)
-                tensors = coming.result()
-                self.clock.add("wait for read", started)
-                if block.index + 1 < len(blocks):
-                    coming = reader.submit(self._read, blocks[block.index + 1], planned[block.index + 1])
-                matrices = planned[block.index]
-                own = {name: tensors[name] for name in skeleton.block_tensors[block.index]}
-                changed = self._prune_block(block, tensors, matrices, streams) if block.index <= last else {}
-                started = time.perf_counter()
-                written.result()  # Memory: at most one finished block waits to be written
-                self.clock.add("wait for write", started)
-                written = background.submit(self._write, own | changed)
-                del tensors, own, changed
-                trim()
-                self._tell("write", block)
-            written.result()
-        if self.writer is not None and self.writer.missing:
-            raise CheckpointError(
-                f"{len(self.writer.missing)} tensors were never written, first {self.writer.missing[0]}."
+        with contextlib.closing(streams) if streams is not None else contextlib.nullcontext():
+            self.conveyor.carry(
+                lambda block, tensors: self._prune_block(block, tensors, planned[block.index], streams, last),
+                read=lambda block: self._read(block, planned[block.index]),
+                before=self.conveyor.output.copy_outside if self.conveyor.output is not None else None,
             )
 
     def _streams(self, last: int) -> "Streams":
@@ -178,7 +124,7 @@ class BlockLoop:
                 self.skeleton,
                 batches,
                 states_folder=own,
-                progress=lambda done, total: self.on_event(Event("record", 0, last + 1, done, total)),
+                progress=lambda done, total: self.conveyor.on_event(Event("record", 0, last + 1, done, total)),
             )
             for own in folders[: 1 + dense]
         ]
@@ -188,24 +134,30 @@ class BlockLoop:
 
     def _read(self, block: Block, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
         """In the background: a block's checkpoint tensors, their planned matrices checked and digested."""
-        started = time.perf_counter()
         tensors = self.skeleton.read(block)
         for matrix in matrices:
             check_weight(matrix.name, matrix.view(tensors))
-        if self.writer is not None or self.gradients is not None:
+        if self.conveyor.output is not None or self.gradients is not None:
             for name in dict.fromkeys(matrix.tensor for matrix in matrices):
                 self.manifest.source_tensors[name] = tensor_digest(tensors[name])
         if self.gradients is not None:
             for name in self.skeleton.block_tensors[block.index]:
                 digest = self.manifest.source_tensors.get(name) or tensor_digest(tensors[name])
                 self.gradients.check_tensor(name, digest)
-        self.clock.seconds["read"] = self.clock.seconds.get("read", 0.0) + time.perf_counter() - started
         return tensors
 
     def _prune_block(
-        self, block: Block, tensors: dict[str, Tensor], matrices: list[Matrix], streams: "Streams | None"
+        self,
+        block: Block,
+        tensors: dict[str, Tensor],
+        matrices: list[Matrix],
+        streams: "Streams | None",
+        last: int,
     ) -> dict[str, Tensor]:
-        """The checkpoint tensors of the block that changed; the streams have moved on behind the pruned block."""
+        """The checkpoint tensors of the finished block; the streams have moved on behind it."""
+        own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
+        if block.index > last:
+            return own
         record: dict[str, Any] = {"index": block.index, "path": block.path, "matrices": len(matrices)}
         changed: dict[str, Tensor] = {}
         if streams is None:
@@ -216,7 +168,7 @@ class BlockLoop:
             with loaded(self.skeleton, block, tensors):
                 record |= self._prune_loaded(block, tensors, matrices, streams, changed)
         self.manifest.blocks.append(record)
-        return changed
+        return own | changed
 
     def _prune_loaded(
         self,
@@ -245,7 +197,7 @@ class BlockLoop:
                 writers=writers,
                 device=self.statistics_device,
                 keep_outputs=self._single_pass(matrices),
-                progress=lambda done, total: self._tell("statistics", block, done, total),
+                progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
             )
             first = first or collected.first
             if self.shared is not None:
@@ -309,7 +261,7 @@ class BlockLoop:
         """Solve the matrices one by one; their pruned tensors go into `changed`."""
         for number, matrix in enumerate(matrices):
             started = time.perf_counter()
-            self._tell("solve", block, number, len(matrices), matrix.name)
+            self.conveyor.tell("solve", block, number, len(matrices), matrix.name)
             statistics = collected.of(matrix) if collected is not None else {}
             weight = matrix.view(tensors).to(self.skeleton.device)
             gradient = collected.gradients.get(matrix.name) if collected is not None else None
@@ -345,36 +297,14 @@ class BlockLoop:
             change = relative_change(first.output, pruned)
             if not single and block.index < last:
                 stream.states.put(0, pruned)
-                self._tell("forward", block, 1, len(stream.batches))
+                self.conveyor.tell("forward", block, 1, len(stream.batches))
         if not single and block.index < last:
             for batch in range(1, len(stream.batches)):
                 stream.states.put(batch, stream.run(block, batch))
-                self._tell("forward", block, batch + 1, len(stream.batches))
+                self.conveyor.tell("forward", block, batch + 1, len(stream.batches))
         stream.release(block)
         self.clock.add("propagation forward", started)
         return change
-
-    def _write_outside(self) -> None:
-        if self.writer is None:
-            return
-        inside = {name for names in self.skeleton.block_tensors for name in names}
-        for name in self.skeleton.source.names:
-            if name not in inside:
-                started = time.perf_counter()
-                self.writer.write_parts(name, self.skeleton.source.parts(name))
-                self.clock.seconds["write"] = self.clock.seconds.get("write", 0.0) + time.perf_counter() - started
-
-    def _write(self, tensors: Mapping[str, Tensor]) -> None:
-        if self.writer is None:
-            return
-        started = time.perf_counter()
-        for name, tensor in tensors.items():
-            self.writer.write(name, tensor)
-        self.writer.flush()
-        self.clock.seconds["write"] = self.clock.seconds.get("write", 0.0) + time.perf_counter() - started
-
-    def _tell(self, stage: str, block: Block, done: int = 0, total: int = 0, matrix: str | None = None) -> None:
-        self.on_event(Event(stage, block.index, len(self.skeleton.blocks), done, total, matrix))
 
 
 def _record(matrix: Matrix, problem: Problem, solution: Solution) -> dict[str, Any]:

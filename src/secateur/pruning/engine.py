@@ -2,36 +2,35 @@
 
 import datetime
 import os
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-import secateur
 from secateur.calibration import Windows
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import collect
 from secateur.collect.shared_statistics import SharedStatistics
 from secateur.core.fingerprint import recorded
-from secateur.core.patterns import NM, Pattern
+from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
 from secateur.files.names import unique
-from secateur.files.writer import CheckpointWriter, writing
 from secateur.models.flow.memory import return_large
-from secateur.models.opening.loading import check_loads
 from secateur.models.opening.opened import OpenedModel
 from secateur.plans.plan import Plan
-from secateur.pruning.block_loop import BlockLoop, Clock, Event, OnEvent
+from secateur.pruning.block_loop import BlockLoop
 from secateur.pruning.preparation import prepared
-from secateur.record.card import write_card
-from secateur.record.manifest import Manifest, file_digests
-from secateur.runs.output import Scratch, check_output
+from secateur.record.manifest import Manifest
+from secateur.record.versions import run_versions
+from secateur.runs.checkpoint import checkpoint_output
+from secateur.runs.conveyor import Conveyor
+from secateur.runs.events import Clock, Event, OnEvent
+from secateur.runs.output import check_output
+from secateur.runs.transaction import Transaction
 
 
 def prune(
@@ -94,7 +93,7 @@ def prune(
     target = check_output(output, model, overwrite)
     return_large()
     with ExitStack() as stack:
-        scratch = None if target is None else stack.enter_context(Scratch(target, overwrite))
+        transaction = None if target is None else stack.enter_context(Transaction(target, overwrite))
         ready = stack.enter_context(
             prepared(
                 model,
@@ -152,13 +151,8 @@ def prune(
             calibration=_calibration(windows, given),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        writer = None
-        if scratch is not None:
-            writer = CheckpointWriter(scratch.folder, skeleton.source.layout())
-            stack.callback(writer.abandon)
-            with writing(scratch.folder):
-                opened.write_companions(scratch.folder)
-        place = Path.cwd().joinpath if scratch is None else scratch.place
+        written = None if transaction is None else stack.enter_context(checkpoint_output(transaction, opened))
+        place = Path.cwd().joinpath if transaction is None else transaction.place
         name = "secateur" if target is None else target.name
         states = place(unique(f"{name}.states"))
         clock = Clock(synchronise=skeleton.device.type == "cuda")
@@ -184,18 +178,15 @@ def prune(
             assert windows is not None
             shared.begin(ready.needs, _shareable(manifest, opened, windows, plan))
         BlockLoop(
-            skeleton=skeleton,
+            conveyor=Conveyor(skeleton, written, clock, on_event),
             method=method,
             needs=ready.needs,
             plan=plan,
             windows=windows,
-            writer=writer,
             manifest=manifest,
             propagate=propagate,
             offload=offload_states,
             scratch=states,
-            clock=clock,
-            on_event=on_event,
             gradients=given,
             within=within,
             targets=targets,
@@ -206,23 +197,12 @@ def prune(
         if shared is not None:
             shared.complete = True
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
-        count_totals(manifest)
-        if writer is not None:
-            assert scratch is not None
-            complete(scratch, opened, writer, manifest)
+        manifest.count_totals()
+        if written is not None:
+            written.seal(manifest)
+            written.publish(manifest)
     on_event(Event("done"))
     return manifest
-
-
-def complete(scratch: Scratch, opened: OpenedModel, writer: CheckpointWriter, manifest: Manifest) -> None:
-    """End a run that wrote a checkpoint: whether it loads, digests, manifest, card, and its name."""
-    writer.close()
-    check_loads(opened, scratch.folder)
-    manifest.tensors, manifest.headers = writer.digests, writer.header_digests
-    manifest.files = file_digests(scratch.folder)
-    manifest.write(scratch.folder)
-    write_card(scratch.folder, manifest, scratch.target.name)
-    scratch.commit()
 
 
 def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict[str, Any] | None:
@@ -238,38 +218,3 @@ def _shareable(manifest: Manifest, opened: OpenedModel, windows: Windows, plan: 
     """What two runs must have in common to share statistics."""
     settings = {name: manifest.settings[name] for name in ("device", "dtype", "batch_size", "statistics_device")}
     return {"model": opened.origin, "tokens": windows.digest, "matrices": list(plan), **settings}
-
-
-def count_totals(manifest: Manifest) -> None:
-    """Count the planned weights and zeros of all matrices again."""
-    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest.matrices.values())
-    zeros = sum(entry["zeros"] for entry in manifest.matrices.values())
-    manifest.totals = {
-        "matrices": len(manifest.matrices),
-        "weights": weights,
-        "zeros": zeros,
-        "sparsity": zeros / max(weights, 1),
-        "asked": sum(
-            _asked(manifest.plan[name]) * entry["shape"][0] * entry["shape"][1]
-            for name, entry in manifest.matrices.items()
-        )
-        / max(weights, 1),
-    }
-
-
-def _asked(pattern: Mapping[str, Any]) -> float:
-    return NM(**pattern).sparsity if "n" in pattern else float(pattern["sparsity"])
-
-
-def run_versions() -> dict[str, str]:
-    """The versions of everything that a result depends on."""
-    import accelerate
-    import transformers
-
-    return {
-        "secateur": secateur.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-    }

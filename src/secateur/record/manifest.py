@@ -73,6 +73,19 @@ class Manifest:
         with writing(folder / FILE_NAME):
             (folder / FILE_NAME).write_text(_text(self.to_json()), encoding="utf-8")
 
+    def count_totals(self) -> None:
+        """Count the planned weights and zeros of all matrices again."""
+        sizes = {name: entry["shape"][0] * entry["shape"][1] for name, entry in self.matrices.items()}
+        weights, zeros = sum(sizes.values()), sum(entry["zeros"] for entry in self.matrices.values())
+        asked = sum(pattern_from_json(self.plan[name]).sparsity * size for name, size in sizes.items())
+        self.totals = {
+            "matrices": len(sizes),
+            "weights": weights,
+            "zeros": zeros,
+            "sparsity": zeros / max(weights, 1),
+            "asked": asked / max(weights, 1),
+        }
+
     @property
     def digest(self) -> str:
         """The digest that `to_json` adds: it stands for every byte of the checkpoint."""

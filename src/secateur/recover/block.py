@@ -23,20 +23,22 @@ from secateur.collect.model_windows import model_windows
 from secateur.errors import CalibrationError
 from secateur.files.checkpoint import locate
 from secateur.files.names import unique
-from secateur.files.writer import CheckpointWriter, writing
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan, matching
-from secateur.pruning.block_loop import Clock, Event, OnEvent
-from secateur.pruning.engine import complete, run_versions
 from secateur.record.manifest import Manifest, read_manifest
+from secateur.record.versions import run_versions
 from secateur.recover.block_pass import BlockPass, OnBlock
 from secateur.recover.block_tuning import Tuning
 from secateur.recover.dense_source import DenseSource
 from secateur.recover.settings import require_one_process
-from secateur.runs.output import Scratch, check_output
+from secateur.runs.checkpoint import checkpoint_output
+from secateur.runs.conveyor import Conveyor
+from secateur.runs.events import Clock, Event, OnEvent
+from secateur.runs.output import check_output
+from secateur.runs.transaction import Transaction
 
 
 def reconstruct(
@@ -96,7 +98,7 @@ def reconstruct(
     base = read_manifest(folder)
     target = check_output(output, folder, overwrite)
     assert target is not None
-    with Scratch(target, overwrite) as scratch, ExitStack() as stack:
+    with Transaction(target, overwrite) as transaction, ExitStack() as stack:
         opened = _open(folder, device, dtype, trust_remote_code)
         skeleton = opened.skeleton
         original = DenseSource(folder, base, dense)
@@ -157,12 +159,9 @@ def reconstruct(
             "earlier": base.recovery,
         }
         manifest.recovery = recovery
-        writer = CheckpointWriter(scratch.folder, skeleton.source.layout())
-        stack.callback(writer.abandon)
-        with writing(scratch.folder):
-            opened.write_companions(scratch.folder)
+        written = stack.enter_context(checkpoint_output(transaction, opened))
         BlockPass(
-            skeleton=skeleton,
+            conveyor=Conveyor(skeleton, written, clock, on_event),
             original=original,
             matrices=matrices,
             batches=split.batches,
@@ -171,16 +170,14 @@ def reconstruct(
             minutes=minutes,
             targets=targets,
             offload=offload_states,
-            scratch=scratch.place(unique(f"{target.name}.states")),
-            writer=writer,
+            scratch=transaction.place(unique(f"{target.name}.states")),
             manifest=manifest,
-            clock=clock,
-            on_event=on_event,
             on_block=on_block,
         ).run()
         recovery["forwards"] = _forwards(recovery["blocks"], split, windows.samples)
         recovery["seconds"] = clock.seconds | {"total": time.perf_counter() - started}
-        complete(scratch, opened, writer, manifest)
+        written.seal(manifest)
+        written.publish(manifest)
     on_event(Event("done"))
     return manifest
 

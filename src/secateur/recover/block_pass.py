@@ -6,7 +6,6 @@ The next block is read and the last one written while this one is tuned.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,15 @@ from torch import Tensor
 
 from secateur.core.checks import check_weight
 from secateur.errors import CalibrationError, CheckpointError, NumericalError
-from secateur.files.writer import CheckpointWriter
-from secateur.models.flow.memory import trim
 from secateur.models.flow.stream import HiddenStates, Stream, states_folder
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
-from secateur.pruning.block_loop import Clock, Event, OnEvent
 from secateur.record.manifest import Manifest, mask_digest, tensor_digest
 from secateur.recover.block_tuning import Targets, Tuning, tune
 from secateur.recover.dense_source import DenseSource
+from secateur.runs.conveyor import Conveyor
+from secateur.runs.events import Clock, Event
 
 OnBlock = Callable[[Mapping[str, Any]], None]
 
@@ -35,7 +33,7 @@ OnBlock = Callable[[Mapping[str, Any]], None]
 class BlockPass:
     """One pass over the blocks."""
 
-    skeleton: Skeleton  # of the pruned checkpoint; dense blocks are loaded into it too
+    conveyor: Conveyor  # through the pruned checkpoint; dense blocks are loaded into its skeleton too
     original: DenseSource
     matrices: Mapping[int, Sequence[Matrix]]  # what is tuned, by block
     batches: Sequence[Tensor]  # of token ids
@@ -45,46 +43,34 @@ class BlockPass:
     targets: str
     offload: str
     scratch: Path
-    writer: CheckpointWriter
     manifest: Manifest
-    clock: Clock
-    on_event: OnEvent
     on_block: OnBlock
     first_tuned: tuple[int, float] | None = None  # its index, and when
     tuning_seconds: float = 0.0  # of all blocks, as far as they were given
 
+    @property
+    def skeleton(self) -> Skeleton:
+        """The model."""
+        return self.conveyor.skeleton
+
+    @property
+    def clock(self) -> Clock:
+        """The run's."""
+        return self.conveyor.clock
+
     @torch.no_grad()
     def run(self) -> None:
         """Tune block by block, and write everything."""
-        blocks, last = self.skeleton.blocks, max(self.matrices)
-        with (
-            ThreadPoolExecutor(1, "read") as reader,
-            ThreadPoolExecutor(1, "write") as background,
-            ExitStack() as stack,
-        ):
+        last = max(self.matrices)
+        assert self.conveyor.output is not None
+        copy_outside = self.conveyor.output.copy_outside
+        with ExitStack() as stack:
             streams = self._streams(stack)
-            written: Future[None] = background.submit(self._write_outside)
-            coming = reader.submit(self._read, blocks[0], last)
-            for block in blocks:
-                began = time.perf_counter()
-                self._tell("read", block)
-                tensors, original = coming.result()
-                self.clock.add("wait for read", began)
-                if block.index + 1 < len(blocks):
-                    coming = reader.submit(self._read, blocks[block.index + 1], last)
-                own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
-                if block.index <= last:
-                    own |= self._block(block, tensors, original, streams, block.index < last)
-                began = time.perf_counter()
-                written.result()  # Memory: at most one finished block waits to be written
-                self.clock.add("wait for write", began)
-                written = background.submit(self._write, own)
-                del tensors, original, own
-                trim()
-                self._tell("write", block)
-            written.result()
-        if self.writer.missing:
-            raise CheckpointError(f"{len(self.writer.missing)} tensors were never written, {self.writer.missing[0]}.")
+            self.conveyor.carry(
+                lambda block, found: self._block(block, *found, streams, last),
+                read=lambda block: self._read(block, last),
+                before=lambda: copy_outside(self._check),
+            )
 
     def _streams(self, stack: ExitStack) -> "_Streams":
         began = time.perf_counter()
@@ -98,7 +84,7 @@ class BlockPass:
                     self.skeleton,
                     self.batches,
                     states_folder=None if folder is None else folder.with_name(f"{folder.name}-{name}"),
-                    progress=lambda done, total: self.on_event(Event("record", 0, 0, done, total)),
+                    progress=lambda done, total: self.conveyor.on_event(Event("record", 0, 0, done, total)),
                 )
             )
             stack.callback(made[-1].close)
@@ -112,9 +98,12 @@ class BlockPass:
         tensors: dict[str, Tensor],
         original: dict[str, Tensor],
         streams: "_Streams",
-        move_on: bool,
+        last: int,
     ) -> dict[str, Tensor]:
-        """The checkpoint tensors of the block that changed; the streams have moved on behind it."""
+        """The checkpoint tensors of the finished block; the streams have moved on behind it."""
+        own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
+        if block.index > last:
+            return own
         matrices = self.matrices.get(block.index, ())
         pruned, changed = streams.pruned, dict[str, Tensor]()
         with ExitStack() as stack:
@@ -128,9 +117,9 @@ class BlockPass:
                     seconds = self._seconds(block, targets.seconds)
                     changed = self._tune(block, matrices, tensors, pruned, targets, seconds)
                 began = time.perf_counter()
-                for batch in range(len(pruned.batches) if move_on else 0):
+                for batch in range(len(pruned.batches) if block.index < last else 0):
                     pruned.states.put(batch, pruned.run(block, batch))
-                    self._tell("forward", block, batch + 1, len(pruned.batches))
+                    self.conveyor.tell("forward", block, batch + 1, len(pruned.batches))
                 self.clock.add("propagation forward", began)
             pruned.release(block)
             if streams.dense is not None:
@@ -139,7 +128,7 @@ class BlockPass:
                 streams.dense.states.close()
                 streams.dense.states = targets.states
                 streams.dense.release(block)
-        return changed
+        return own | changed
 
     def _targets(self, block: Block, original: dict[str, Tensor], streams: "_Streams") -> Targets:
         """What the dense block gives: behind the dense blocks, or on the inputs of the pruned one."""
@@ -152,7 +141,7 @@ class BlockPass:
                 running = time.perf_counter()
                 for batch in range(len(stream.batches)):
                     targets.add(stream.run(block, batch, aside=streams.dense is None))
-                    self._tell("dense", block, batch + 1, len(stream.batches))
+                    self.conveyor.tell("dense", block, batch + 1, len(stream.batches))
                 targets.seconds = time.perf_counter() - running
             if not math.isfinite(sum(targets.squares)):
                 raise NumericalError(
@@ -206,7 +195,7 @@ class BlockPass:
             targets,
             self.tuning,
             seconds,
-            progress=lambda done, total: self._tell("tune", block, done, total),
+            progress=lambda done, total: self.conveyor.tell("tune", block, done, total),
         )
         self.tuning_seconds += min(time.perf_counter() - began, seconds or 0.0)
         names = [name for group in self.skeleton.conversion.of(tuned.changed) for name in group.names]
@@ -236,40 +225,20 @@ class BlockPass:
 
     def _read(self, block: Block, last: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """In the background: the block's tensors, pruned and dense (up to the last tuned block), both checked."""
-        began = time.perf_counter()
         tensors = self.skeleton.read(block)
         for name in self.skeleton.block_tensors[block.index]:
-            self._check(name, tensors[name])
+            self._check(name, tensor_digest(tensors[name]))
         for matrix in self.matrices.get(block.index, ()):
             check_weight(matrix.name, matrix.view(tensors))
         wanted = list(tensors) if block.index <= last else []
         original = self.original.read(wanted, pin=self.skeleton.device.type == "cuda") if wanted else {}
-        self.clock.seconds["read"] = self.clock.seconds.get("read", 0.0) + time.perf_counter() - began
         return tensors, original
 
-    def _check(self, name: str, tensor: Tensor) -> None:
-        if tensor_digest(tensor) != self.manifest.tensors.get(name):
+    def _check(self, name: str, digest: str) -> None:
+        if digest != self.manifest.tensors.get(name):
             raise CheckpointError(
                 f"{self.original.folder}: {name} was altered after pruning; see secateur verify. Prune again."
             )
-
-    def _write_outside(self) -> None:
-        inside = {name for names in self.skeleton.block_tensors for name in names}
-        for name in self.skeleton.source.names:
-            if name not in inside:
-                tensor = self.skeleton.source.read([name])[name]
-                self._check(name, tensor)
-                self.writer.write(name, tensor)
-
-    def _write(self, tensors: Mapping[str, Tensor]) -> None:
-        began = time.perf_counter()
-        for name, tensor in tensors.items():
-            self.writer.write(name, tensor)
-        self.writer.flush()
-        self.clock.seconds["write"] = self.clock.seconds.get("write", 0.0) + time.perf_counter() - began
-
-    def _tell(self, stage: str, block: Block, done: int = 0, total: int = 0) -> None:
-        self.on_event(Event(stage, block.index, len(self.skeleton.blocks), done, total))
 
 
 @dataclass

@@ -30,7 +30,8 @@ from secateur.recover.settings import Settings, choose, require_one_process, to_
 from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, last_checkpoint, perplexity_of
 from secateur.recover.ways import Adapters, FullWeights, Way
 from secateur.recover.written import versions
-from secateur.runs.output import Scratch, check_output
+from secateur.runs.output import check_output
+from secateur.runs.transaction import Transaction
 
 REVISION = 1  # of how recovery trains; raise it when a run that goes on would mix two ways
 STATE = "recovery.json"  # in the folder of an unfinished run: what it was started with
@@ -109,7 +110,7 @@ def fine_tune(
     assert target is not None
     work = target.with_name(f"{target.name}.training")
     _check_work(work, resume, overwrite)
-    with Scratch(target, overwrite) as scratch:
+    with Transaction(target, overwrite) as transaction:
         chosen = choose_device(device)
         half = _half(dtype, chosen)
         made = arguments(settings, work, chosen, half)
@@ -163,7 +164,7 @@ def fine_tune(
             device=chosen,
             progress=progress,
         )
-        result = way.write(trained.model, scratch.folder)
+        result = way.write(trained.model, transaction)
         # Memory: the model was written; a whole one less while the result is measured.
         trained = replace(trained, model=None)
         del dense
@@ -190,13 +191,13 @@ def fine_tune(
             "command": None if command is None else list(command),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        zeros = way.finish(scratch.folder, record)
+        zeros = way.finish(transaction.folder, record)
         if method == "full":
-            checked = verify(scratch.folder, progress=lambda done, total: progress("verifying", done, total, ""))
+            checked = verify(transaction.folder, progress=lambda done, total: progress("verifying", done, total, ""))
             if not checked.ok:
                 raise CheckpointError(f"{output}: not what it should be after training: {checked.problems[0]}")
-            write_card(scratch.folder, read_manifest(scratch.folder), target.name)
-        scratch.commit()
+            write_card(transaction.folder, read_manifest(transaction.folder), target.name)
+        transaction.commit()
     shutil.rmtree(work, ignore_errors=True)
     if after.nats >= before.nats:
         way.notes.append("The held-out perplexity did not fall. Try a lower --lr, more steps, or other data.")

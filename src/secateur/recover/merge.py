@@ -23,7 +23,8 @@ from secateur.record.card import write_card
 from secateur.record.manifest import read_manifest, verify
 from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.written import versions, write_trained
-from secateur.runs.output import Scratch, check_output
+from secateur.runs.output import check_output
+from secateur.runs.transaction import Transaction
 
 Progress = Callable[[str, int, int], None]
 
@@ -180,12 +181,12 @@ def merge(
     target = check_output(output, folder, overwrite)
     assert target is not None
     how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    with Scratch(target, overwrite) as scratch:
+    with Transaction(target, overwrite) as transaction:
         opened = open_model(folder, **how)
         source = MergedCheckpoint(opened, found, keep=mask == "keep")
         text = _windows(data, found, opened, length, windows) if evaluate else None
         written = write_trained(
-            scratch.folder,
+            transaction,
             opened,
             manifest,
             source.merged,
@@ -206,7 +207,7 @@ def merge(
             },
             progress=lambda done, total: progress("merge", done, total),
         )
-        checked = verify(scratch.folder, progress=lambda done, total: progress("verify", done, total))
+        checked = verify(transaction.folder, progress=lambda done, total: progress("verify", done, total))
         if not checked.ok:
             raise CheckpointError(f"{output}: not what it should be after merging: {checked.problems[0]}")
         results: dict[str, Perplexity] = {}
@@ -215,7 +216,7 @@ def merge(
             for key, model in (
                 ("base", opened),
                 ("unmerged", opened.reading(whole)),
-                ("merged", open_model(scratch.folder, **how)),
+                ("merged", open_model(transaction.folder, **how)),
             ):
                 results[key] = perplexity(
                     model, text, batch_size=batch_size, progress=_named(progress, f"perplexity, {key}")
@@ -223,9 +224,9 @@ def merge(
             assert written.manifest.recovery is not None
             written.manifest.recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
             written.manifest.recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
-            written.manifest.write(scratch.folder)
-        write_card(scratch.folder, written.manifest, target.name)
-        scratch.commit()
+            written.manifest.write(transaction.folder)
+        write_card(transaction.folder, written.manifest, target.name)
+        transaction.commit()
     return Merge(
         output=str(output),
         mask=mask,

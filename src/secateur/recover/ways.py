@@ -19,6 +19,7 @@ from secateur.recover.callback import SparsityCallback
 from secateur.recover.merge import MergedCheckpoint
 from secateur.recover.settings import Settings
 from secateur.recover.written import Written, write_trained
+from secateur.runs.transaction import Transaction
 
 
 class Way(Protocol):
@@ -38,8 +39,8 @@ class Way(Protocol):
         """The model as it is trained, and callbacks for its Trainer."""
         ...
 
-    def write(self, model: nn.Module, folder: Path) -> OpenedModel:
-        """Write what was trained into a folder; returns the model that it amounts to, ready to be evaluated."""
+    def write(self, model: nn.Module, transaction: Transaction) -> OpenedModel:
+        """Write what was trained into a transaction's folder; returns the model that it amounts to, to be evaluated."""
         ...
 
     def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
@@ -95,12 +96,12 @@ class Adapters:
             config = masked(config)
         return with_adapters(model, config), []
 
-    def write(self, model: nn.Module, folder: Path) -> OpenedModel:
+    def write(self, model: nn.Module, transaction: Transaction) -> OpenedModel:
         """An adapter as peft saves it."""
         trained: Any = model
         trained.peft_config["default"].base_model_name_or_path = str(self.base.resolve())
-        trained.save_pretrained(folder)
-        return self.opened.reading(MergedCheckpoint(self.opened, read_adapter(folder), keep=self.masked))
+        trained.save_pretrained(transaction.folder)
+        return self.opened.reading(MergedCheckpoint(self.opened, read_adapter(transaction.folder), keep=self.masked))
 
     def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
         """The record and the README beside the adapter; the base has the zeros that it had."""
@@ -170,7 +171,7 @@ class FullWeights:
         callback.attach(model)
         return model, [callback]
 
-    def write(self, model: nn.Module, folder: Path) -> OpenedModel:
+    def write(self, model: nn.Module, transaction: Transaction) -> OpenedModel:
         """A checkpoint with the base's tensors and files, and new values in those that were trained."""
         parameters = {name: value.detach().cpu() for name, value in model.named_parameters(remove_duplicate=False)}
         groups = {name: group for group in self.groups for name in group.names}
@@ -178,13 +179,13 @@ class FullWeights:
         def value(name: str) -> Tensor:
             return self._inverse.tensors(groups[name], parameters)[name]
 
-        self._written = write_trained(folder, self.opened, self.manifest, self.targets, value, section={})
+        self._written = write_trained(transaction, self.opened, self.manifest, self.targets, value, section={})
         if self._written.nudged:
             self.notes.append(
                 f"{self._written.nudged} kept weights were too small for the checkpoint's dtype; they were written as "
                 "its smallest number rather than as zero."
             )
-        return self.opened.reading(Checkpoint(folder))
+        return self.opened.reading(Checkpoint(transaction.folder))
 
     def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
         """The record, in the manifest."""

@@ -3,18 +3,17 @@
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericalError
-from secateur.files.writer import CheckpointWriter, writing
-from secateur.models.opening.loading import check_loads
 from secateur.models.opening.opened import OpenedModel
-from secateur.pruning.engine import count_totals, run_versions
-from secateur.record.manifest import Manifest, file_digests, mask_digest, tensor_digest, view_of
+from secateur.record.manifest import Manifest, mask_digest, tensor_digest, view_of
+from secateur.record.versions import run_versions
 from secateur.recover.masks import masked_weight
+from secateur.runs.checkpoint import checkpoint_output
+from secateur.runs.transaction import Transaction
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Written:
 
 
 def write_trained(
-    folder: Path,
+    transaction: Transaction,
     opened: OpenedModel,
     manifest: Manifest,
     trained: Collection[str],
@@ -39,7 +38,7 @@ def write_trained(
     keep: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Written:
-    """What a pruned checkpoint became, written into a folder with its manifest.
+    """What a pruned checkpoint became, written into a transaction's folder with its manifest.
 
     `value(name)` gives the new value of each `trained` tensor, in any dtype; every other tensor is copied byte for
     byte. With `keep`, zeros of planned matrices stay zero and nothing else becomes zero, so that each mask is what it
@@ -59,10 +58,7 @@ def write_trained(
     masks: dict[str, str] = {}
     unmasked: dict[str, dict[str, int]] = {}
     nudged = 0
-    writer = CheckpointWriter(folder, source.layout())
-    try:
-        with writing(folder):
-            opened.write_companions(folder)
+    with checkpoint_output(transaction, opened) as output:
         for number, name in enumerate(source.names):
             original = source.read([name])[name]
             digest = tensor_digest(original)
@@ -89,28 +85,23 @@ def write_trained(
                         unmasked[matrix] = {"zeros_before": entry["zeros"], "zeros": zeros, "weights": kept.numel()}
                     entry |= {"zeros": zeros, "sparsity": zeros / kept.numel(), "kept_identical": False}
                 original = tensor
-            writer.write(name, original)
+            output.write({name: original})
             progress(number + 1, len(source.names))
-        writer.close()
-        check_loads(opened, folder)
-    finally:
-        writer.abandon()
-    after = sum(entry["zeros"] for entry in new.matrices.values())
-    for matrix in unmasked:
-        del new.matrices[matrix], new.plan[matrix]
-    count_totals(new)
-    new.tensors, new.headers, new.files = writer.digests, writer.header_digests, file_digests(folder)
-    new.recovery = {
-        **section,
-        "zeros_before": before,
-        "zeros": after,
-        "nudged": nudged,
-        "trained": digests,
-        "masks": masks,
-        "unmasked": unmasked,
-        "earlier": manifest.recovery,
-    }
-    new.write(folder)
+        after = sum(entry["zeros"] for entry in new.matrices.values())
+        for matrix in unmasked:
+            del new.matrices[matrix], new.plan[matrix]
+        new.count_totals()
+        new.recovery = {
+            **section,
+            "zeros_before": before,
+            "zeros": after,
+            "nudged": nudged,
+            "trained": digests,
+            "masks": masks,
+            "unmasked": unmasked,
+            "earlier": manifest.recovery,
+        }
+        output.seal(new)
     return Written(new, weights, before, after, nudged)
 
 

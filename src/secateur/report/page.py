@@ -13,7 +13,7 @@ import secateur
 from secateur.errors import CheckpointError
 from secateur.files.writer import writing
 from secateur.report.charts import Chart
-from secateur.runs.output import Scratch
+from secateur.runs.transaction import Transaction
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,9 +71,9 @@ def report_folder(parent: Path) -> "Iterator[Path]":
         raise CheckpointError(
             f"{others[0]}: no part of a report of Secateur, and writing the report anew would remove it. Move it away."
         )
-    with Scratch(target, overwrite=True) as scratch, writing(target):
-        yield scratch.folder
-        scratch.commit()
+    with Transaction(target, overwrite=True) as transaction, writing(target):
+        yield transaction.folder
+        transaction.commit()
 
 
 def is_report(folder: Path) -> bool:

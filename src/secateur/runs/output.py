@@ -1,34 +1,17 @@
-"""Where a result goes: checked and locked beforehand, made in a folder of its own, and named when it is complete.
+"""Whose an output's name is: what must hold of it before a run starts."""
 
-While OUT is being made there is `OUT.partial` beside it, which holds the result, whatever else the run keeps on the
-disk, and a lock. Who holds the lock owns the name OUT. A folder `OUT.partial` whose lock is free is what a dead run
-left. No process id decides anything: the same one may live in two containers that share a volume.
-"""
-
-import errno
-import fcntl
-import logging
 import os
-import shutil
-import stat
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
 
-from secateur.errors import CheckpointError, SecateurError
+from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE
-from secateur.files.names import exchange, rename_new, unique
-from secateur.files.writer import writing
 from secateur.record.manifest import FILE_NAME, read_manifest, unlisted_files
 
 ADAPTER_RECORD = "secateur_adapter.json"  # what an adapter has in the place of a manifest
 REPORT_FOLDER = "report"
 _ADAPTER_FILES = {ADAPTER_RECORD, CARD_FILE, "adapter_config.json", "adapter_model.safetensors"}
-_LOCK, _RESULT = "lock", "result"
-
-logger = logging.getLogger(__name__)
 
 
 def check_output(
@@ -88,7 +71,7 @@ def _check_own(output: str | os.PathLike[str], target: Path) -> None:
             ) from None
         others = [name for name in others if not name.startswith(f"{REPORT_FOLDER}/")]
     else:
-        others = [file.relative_to(target).as_posix() for file in _entries(target) if not file.is_dir()]
+        others = [file.relative_to(target).as_posix() for file in target.rglob("*") if not file.is_dir()]
         others = [name for name in others if name not in _ADAPTER_FILES]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -114,220 +97,3 @@ def check_writable(output: str | os.PathLike[str]) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK, effective_ids=effective):
         reason = "no permission to write there" if above.is_dir() else "it is not a folder"
         raise CheckpointError(f"{output}: cannot be made in {above} ({reason}). Choose another output folder.")
-
-
-class Scratch:
-    """The folder `OUT.partial`, in which an output is made, and the right to give the output its name.
-
-    `folder` is what becomes the output: a folder that is made here, or with `file=True` a file that the run makes.
-    `place(name)` is for what the run needs on the disk meanwhile. All of it vanishes at the end, come what may; only a
-    finished result whose name was taken meanwhile is kept, under a name that the error says.
-    """
-
-    def __init__(self, target: Path, overwrite: bool, *, file: bool = False) -> None:
-        self.target = target
-        self.overwrite = overwrite
-        self.file = file
-        self.partial = target.with_name(f"{target.name}.partial")
-        self.folder = self.partial / _RESULT
-        self._lock = self.partial / _LOCK
-        self._descriptor: int | None = None
-        self._made: list[Path] = []  # parents that did not exist, innermost first
-        self._found: object = None
-
-    def place(self, name: str) -> Path:
-        """Where something lies that goes with the run; not made yet."""
-        return self.partial / name
-
-    def __enter__(self) -> "Scratch":
-        self._made = [folder for folder in self.target.parents if not folder.exists()]
-        try:
-            self._claim()
-            self._remove_leftovers()
-            self._found = _listing(self.target)
-            if self._found is not None and not self.overwrite:  # since it was checked
-                raise CheckpointError(f"{self.target}: exists already. Choose another folder, or pass --overwrite.")
-            if not self.file:
-                self.folder.mkdir()
-        except SecateurError:
-            self._remove()
-            raise
-        except OSError as error:
-            self._remove()
-            raise CheckpointError(
-                f"{self.target}: no folder can be made beside it ({error.strerror}). Choose another output folder."
-            ) from None
-        except BaseException:
-            self._remove()
-            raise
-        return self
-
-    def _claim(self) -> None:
-        """Make the folder and hold its lock. Raises `CheckpointError` while another process does."""
-        for _ in range(100):
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                self.partial.mkdir()
-            self._check_partial()
-            try:
-                descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-            except FileNotFoundError:  # its owner has just finished
-                continue
-            try:
-                self._take(descriptor)
-                held, there = os.fstat(descriptor), os.stat(self._lock)
-            except FileNotFoundError:  # as above
-                os.close(descriptor)
-                continue
-            except BaseException:
-                os.close(descriptor)
-                raise
-            if os.path.samestat(held, there):
-                self._descriptor = descriptor
-                return
-            os.close(descriptor)
-        raise CheckpointError(f"{self.partial}: comes and goes; another process works on {self.target}. Wait for it.")
-
-    def _check_partial(self) -> None:
-        """Raise `CheckpointError` for something else under the name of the folder."""
-        with suppress(FileNotFoundError):
-            mode = self.partial.lstat().st_mode
-            names = set(os.listdir(self.partial)) if stat.S_ISDIR(mode) else {""}
-            if names and _LOCK not in names:
-                raise CheckpointError(
-                    f"{self.partial}: is in the way: {self.target} is made under that name, and Secateur did not write "
-                    "what is there. Move it away, or choose another output."
-                )
-
-    def _take(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{self.target}: another run is writing it now (it holds {self._lock}). Wait for it, or choose another "
-                "output."
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            raise CheckpointError(
-                f"{self._lock}: this file system has no locks ({error.strerror}), so two runs could write the same "
-                "output. Choose an output on another file system."
-            ) from None
-
-    def _remove_leftovers(self) -> None:
-        left = [entry for entry in self.partial.iterdir() if entry.name != _LOCK]
-        if not left:
-            return
-        size = sum(file.lstat().st_size for file in _entries(self.partial))
-        for entry in left:
-            _delete(entry)
-        logger.warning(
-            "%s: left by a run that ended before it was complete (%s); removed.", self.partial, _size_text(size)
-        )
-
-    def commit(self) -> None:
-        """Give the finished result its name; what is overwritten goes only then.
-
-        Raises `CheckpointError` when something has taken the name, or changed what is there, since the start: the
-        result is then kept under another name, which the error says.
-        """
-        with writing(self.target):
-            found = _listing(self.target)
-            if found is not None and found != self._found:
-                raise self._keep()
-            try:
-                if found is None:
-                    rename_new(self.folder, self.target)
-                else:
-                    self._replace()
-            except FileExistsError:
-                raise self._keep() from None
-            with suppress(OSError):
-                descriptor = os.open(self.target.parent, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-
-    def _replace(self) -> None:
-        """Put the result in the place of what was there at the start, which then lies in the scratch folder."""
-        aside = self.target.with_name(unique(f"{self.target.name}.replaced"))
-        exchange(self.folder, self.target, aside)
-        if _listing(self.folder) != self._found:  # changed between the look and the exchange
-            exchange(self.folder, self.target, aside)
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.target))
-
-    def _keep(self) -> CheckpointError:
-        number = 1
-        while True:
-            kept = self.target.with_name(f"{self.target.name}.finished" + (f"-{number}" if number > 1 else ""))
-            try:
-                rename_new(self.folder, kept)
-                break
-            except FileExistsError:
-                number += 1
-        what = "has appeared there" if self._found is None else "has changed what was there"
-        return CheckpointError(
-            f"{self.target}: something {what} while the run was working, so it was left as it is. The finished result "
-            f"is {kept}; move it where you want it."
-        )
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        vanished = not self._lock.exists()
-        self._remove()
-        ours = isinstance(error, SecateurError) and not isinstance(error, CheckpointError)
-        if vanished and isinstance(error, Exception) and not ours:
-            raise CheckpointError(
-                f"{self.partial}: vanished while {self.target} was being made in it, so there is no result. Nobody may "
-                "remove it before the run is complete."
-            ) from error
-
-    def _remove(self) -> None:
-        """Remove the folder, if it is ours, and the parents that were made for it."""
-        if self._descriptor is not None:
-            with suppress(OSError):
-                for entry in list(self.partial.iterdir()):
-                    if entry.name != _LOCK:
-                        _delete(entry)
-                self._lock.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
-        with suppress(OSError):
-            self.partial.rmdir()
-        with suppress(OSError):
-            for folder in self._made:
-                folder.rmdir()
-
-
-def _delete(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            entry.unlink()
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    """Everything below a folder; symbolic links are not followed."""
-    for above, folders, files in os.walk(folder):
-        yield from (Path(above) / name for name in (*folders, *files))
-
-
-def _listing(target: Path) -> dict[str, tuple[int, int, int]] | None:
-    """What is under a name, and in it, by facts that change when somebody writes there; None where nothing is."""
-    if not os.path.lexists(target):
-        return None
-    inside = {file.relative_to(target).as_posix(): file for file in _entries(target)}
-    listing = {}
-    for name, file in {".": target, **inside}.items():
-        with suppress(FileNotFoundError):
-            facts = file.lstat()
-            # A folder's own time changes with the names in it, which are listed, and with a rename of itself.
-            listing[name] = (facts.st_ino, *((0, 0) if file.is_dir() else (facts.st_size, facts.st_mtime_ns)))
-    return listing
-
-
-def _size_text(size: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

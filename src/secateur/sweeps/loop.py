@@ -24,8 +24,8 @@ from secateur.evaluate.perplexity import paired_difference, perplexity
 from secateur.models.flow.memory import trim
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
-from secateur.pruning.block_loop import Event
 from secateur.pruning.engine import prune
+from secateur.runs.events import Event
 from secateur.sweeps.estimate import SweepEstimate, Task, estimate_sweep, shared_gradient
 from secateur.sweeps.folder import Cell, Sweep, SweepFolder, check_settings, plain
 from secateur.sweeps.table import markdown, table_csv

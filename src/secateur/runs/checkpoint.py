@@ -1,0 +1,69 @@
+"""A checkpoint in the making: it takes tensors in any order, and ends in digests, manifest, card and the name."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.files.writer import CheckpointWriter, writing
+from secateur.models.opening.loading import check_loads
+from secateur.models.opening.opened import OpenedModel
+from secateur.record.card import write_card
+from secateur.record.manifest import Manifest, file_digests
+from secateur.runs.transaction import Transaction
+
+
+class CheckpointOutput:
+    """The checkpoint that a transaction's folder becomes, with the tensors, names and companion files of a model."""
+
+    def __init__(self, transaction: Transaction, opened: OpenedModel) -> None:
+        self._transaction, self._opened = transaction, opened
+        self._writer = CheckpointWriter(transaction.folder, opened.skeleton.source.layout())
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write finished tensors."""
+        for name, tensor in tensors.items():
+            self._writer.write(name, tensor)
+
+    def flush(self) -> None:
+        """Force what was written to the disk, so that a finished block survives a crash."""
+        self._writer.flush()
+
+    def copy_outside(self, check: Callable[[str, str], None] = lambda name, digest: None) -> None:
+        """Write the source's tensors outside the blocks; `check(name, sha256)` may raise for one that is not right."""
+        skeleton = self._opened.skeleton
+        inside = {name for names in skeleton.block_tensors for name in names}
+        for name in skeleton.source.names:
+            if name not in inside:
+                check(name, self._writer.write_parts(name, skeleton.source.parts(name)))
+
+    def check_complete(self) -> None:
+        """Raise `CheckpointError` for tensors that nobody has written."""
+        if missing := self._writer.missing:
+            raise CheckpointError(f"{len(missing)} tensors were never written, first {missing[0]}.")
+
+    def seal(self, manifest: Manifest) -> None:
+        """Close the files, check that they load, and write the manifest with their digests."""
+        self._writer.close()
+        check_loads(self._opened, self._transaction.folder)
+        manifest.tensors, manifest.headers = self._writer.digests, self._writer.header_digests
+        manifest.files = file_digests(self._transaction.folder)
+        manifest.write(self._transaction.folder)
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write the model card of a sealed checkpoint, and give it its name."""
+        write_card(self._transaction.folder, manifest, self._transaction.target.name)
+        self._transaction.commit()
+
+
+@contextmanager
+def checkpoint_output(transaction: Transaction, opened: OpenedModel) -> Iterator[CheckpointOutput]:
+    """The checkpoint in the making, with the model's companion files in place; its files are closed at the end."""
+    output = CheckpointOutput(transaction, opened)
+    try:
+        with writing(transaction.folder):
+            opened.write_companions(transaction.folder)
+        yield output
+    finally:
+        output._writer.abandon()

@@ -1,0 +1,82 @@
+"""The one way through the blocks: the next block is read, and the last one written, while one is worked on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor
+
+from secateur.models.flow.memory import trim
+from secateur.models.shape.skeleton import Skeleton
+from secateur.models.shape.structure import Block
+from secateur.runs.checkpoint import CheckpointOutput
+from secateur.runs.events import Clock, Event, OnEvent
+
+Read = TypeVar("Read")
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass
+class Conveyor:
+    """Brings the blocks of a model one by one, and takes away what was made of them.
+
+    `output` takes the finished tensors, where there is one. `clock` counts the waiting, reading and writing, and
+    `on_event` is told of every block.
+    """
+
+    skeleton: Skeleton
+    output: CheckpointOutput | None = None
+    clock: Clock = field(default_factory=Clock)
+    on_event: OnEvent = lambda event: None
+
+    def carry(
+        self,
+        work: Callable[[Block, Read], Tensors | None],
+        *,
+        read: Callable[[Block], Read],
+        blocks: Sequence[Block] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Call `work(block, read(block))` for each block in turn, and write the tensors that it returns.
+
+        One thread reads the next block, another writes: first what `before` writes, then what `work` returned of the
+        block before. An exception from any of the three ends the pass.
+        """
+        blocks = self.skeleton.blocks if blocks is None else blocks
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+            written: Future[None] | None = writer.submit(before) if before is not None else None
+            coming = reader.submit(self._read, read, blocks[0])
+            for position, block in enumerate(blocks):
+                self.tell("read", block)
+                with self.clock.timed("wait for read"):
+                    found = coming.result()
+                if position + 1 < len(blocks):
+                    coming = reader.submit(self._read, read, blocks[position + 1])
+                finished = work(block, found)
+                if self.output is not None:
+                    with self.clock.timed("wait for write"):
+                        if written is not None:
+                            written.result()  # Memory: at most one finished block waits to be written
+                    written = writer.submit(self._write, finished or {})
+                del found, finished
+                trim()
+                self.tell("write", block)
+            if written is not None:
+                written.result()
+        if self.output is not None:
+            self.output.check_complete()
+
+    def tell(self, stage: str, block: Block, done: int = 0, total: int = 0, matrix: str | None = None) -> None:
+        """Say where in a block the run is."""
+        self.on_event(Event(stage, block.index, len(self.skeleton.blocks), done, total, matrix))
+
+    def _read(self, read: Callable[[Block], Read], block: Block) -> Read:
+        with self.clock.timed("read", background=True):
+            return read(block)
+
+    def _write(self, tensors: Tensors) -> None:
+        assert self.output is not None
+        with self.clock.timed("write", background=True):
+            self.output.write(tensors)
+            self.output.flush()

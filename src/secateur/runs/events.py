@@ -1,0 +1,49 @@
+"""Where a run is and how long its parts take: one kind of event, one clock."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Event:
+    """Where a run is: a stage (calibrate, record, read, statistics, solve, forward, write, done) of a block.
+
+    Gradients that are taken first have stages of their own, such as "gradients: backward", without a block.
+    """
+
+    stage: str
+    block: int = 0
+    blocks: int = 0
+    done: int = 0
+    total: int = 0
+    matrix: str | None = None
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass
+class Clock:
+    """Seconds by part. Parts that run in the background are counted there and overlap the others."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    synchronise: bool = False
+
+    def add(self, part: str, started: float, *, background: bool = False) -> float:
+        """Add the time since `started` (by `time.perf_counter`) to a part; returns it."""
+        if self.synchronise and not background:
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+        self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+        return elapsed
+
+    @contextmanager
+    def timed(self, part: str, *, background: bool = False) -> Iterator[None]:
+        """Add the time that the block takes to a part, unless it raises; a `background` does not wait for the GPU."""
+        started = time.perf_counter()
+        yield
+        self.add(part, started, background=background)
