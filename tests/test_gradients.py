@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 import reference
 import secateur
 import tiny
+from secateur.collect.block_gradients import model_gradients, regional_gradients
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import chunk_sizes
 from secateur.core.gradients import GradientKind, GradientNorm
@@ -783,24 +784,23 @@ def test_parameters_never_have_a_gradient(ids, tmp_path):
     """Looked at while each block of a folder is loaded."""
     skeleton = open_model(tiny.save("mixtral", tmp_path / "source"), dtype="float64").skeleton
     skeleton.load_outside()
-    count = 0
-    for sweep in (backward.model_gradients, backward.regional_gradients):
-        found = sweep(
-            skeleton,
-            ids,
-            lambda block: tapped(block, [m for m in skeleton.matrices if m.block == block.index])[0],
-            norms=NORMS,
-            batch_size=1,
-        )
-        for gradients in found:
-            for parameter in skeleton.model.parameters():
-                assert parameter.grad is None
-                assert not parameter.requires_grad
-            for total in gradients.totals.values():
-                assert total.grad_fn is None
-                assert not total.requires_grad
-            count += 1
-    assert count == 2 * tiny.BLOCKS
+    seen = []
+
+    def look(gradients: backward.BlockGradients) -> None:
+        for parameter in skeleton.model.parameters():
+            assert parameter.grad is None
+            assert not parameter.requires_grad
+        for total in gradients.totals.values():
+            assert total.grad_fn is None
+            assert not total.requires_grad
+        seen.append(gradients.block)
+
+    def parameters(block):
+        return tapped(block, [m for m in skeleton.matrices if m.block == block.index])[0]
+
+    for gradients_of in (model_gradients, regional_gradients):
+        gradients_of(skeleton, ids.split(1), parameters, look, norms=NORMS)
+    assert len(seen) == 2 * tiny.BLOCKS
 
 
 # Memory and disk

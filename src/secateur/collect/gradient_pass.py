@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.calibration import Windows, check_predictions
+from secateur.collect.block_gradients import model_gradients, regional_gradients
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.collect.model_windows import model_windows
 from secateur.core.checks import check_weight
 from secateur.core.gradients import GradientKind, Granularity, Norm, Scope
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.files.names import unique
-from secateur.models.flow.backward import BlockGradients, model_gradients, regional_gradients
+from secateur.models.flow.backward import BlockGradients
 from secateur.models.flow.memory import return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
@@ -190,25 +191,26 @@ def collect(
         )
         folder = sizes.folder
         parts = _parts(windows.batches(batch_size), sizes.samples)
-        sweep = model_gradients if scope == "model" else regional_gradients
         by_block = _by_block(matrices)
+
+        def take(found: BlockGradients) -> None:
+            own = by_block.get(found.block.index, [])
+            _add(writer, found, own, norms)
+            if number + 1 == len(parts):
+                _check(writer, own, norms, windows.samples)
+
         for number, part in enumerate(parts):
-            swept = sweep(
+            (model_gradients if scope == "model" else regional_gradients)(
                 skeleton,
                 part,
                 lambda block: tapped(block, by_block.get(block.index, []))[0],
+                take,
                 norms=norms,
                 granularity=granularity,
                 first=first,
                 states_folder=folder,
                 progress=_in_part(progress, number, len(parts)),
             )
-            with closing(swept):
-                for found in swept:
-                    own = by_block.get(found.block.index, [])
-                    _add(writer, found, own, norms)
-                    if number + 1 == len(parts):
-                        _check(writer, own, norms, windows.samples)
         progress("write", 1, 1)
         writer.close()
     finally:

@@ -26,8 +26,8 @@ from secateur.calibration.quick import quick_windows
 from secateur.calibration.text import Bos
 from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES, Progress
 from secateur.files.reading import read_json
-from secateur.models.flow.forward import after_the_last_block
 from secateur.models.opening.opened import OpenedModel
+from secateur.runs.forward import after_the_last_block
 
 BOS_WORDS = ("auto", *get_args(Bos))
 BOS_MARGIN = 0.1  # nats per token that a window must read better with BOS in front
@@ -232,7 +232,7 @@ def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | Non
     if len(own) < 2:
         return None
     batches = [torch.cat([torch.tensor([bos]), own]).unsqueeze(0), own.unsqueeze(0)]
-    with torch.no_grad(), after_the_last_block(skeleton, batches) as stream:
+    with torch.no_grad(), after_the_last_block(skeleton, batches, offload_states="never") as stream:
         losses = [torch.cat(list(stream.losses(batch)), dim=1)[0].double() for batch in range(2)]
     return float(losses[0][1:].mean()), float(losses[1].mean())
 

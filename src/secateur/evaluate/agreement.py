@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from secateur.calibration import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CheckpointError, NumericalError
-from secateur.evaluate.forward import after_the_last_block
 from secateur.evaluate.perplexity import paired_difference
-from secateur.models.flow.stream import Stream
+from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.runs.forward import after_the_last_block
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,9 @@ def agreement(
         reference = open_model(dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         stack.callback(reference.restore)
         cut = model_evaluation_windows(reference, data, tokenizer, length=length, windows=windows, bos=bos)
-        run = {"batch_size": batch_size, "offload_states": offload_states}
-        expected = stack.enter_context(
-            after_the_last_block(reference, cut, **run, progress=_named(progress, "dense"))  # type: ignore[arg-type]
-        )
+        batches = cut.batches(batch_size or default_batch_size(cut.length, reference.skeleton.device))
+        forward = partial(after_the_last_block, batches=batches, offload_states=offload_states)
+        expected = stack.enter_context(forward(reference.skeleton, progress=_named(progress, "dense")))
         results = []
         for number, model in enumerate(pruned):
             started = time.perf_counter()
@@ -126,7 +126,7 @@ def agreement(
                         f"{opened.origin.get('path')}: has a vocabulary of {own} tokens, the dense model has {held}. "
                         "They cannot be compared."
                     )
-                with after_the_last_block(opened, cut, **run, progress=_named(progress, name)) as stream:  # type: ignore[arg-type]
+                with forward(opened.skeleton, progress=_named(progress, name)) as stream:
                     figures = _compare(expected, stream, _named(progress, name))
             finally:
                 opened.restore()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from secateur.calibration import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import NumericalError
-from secateur.evaluate.forward import after_the_last_block
-from secateur.models.flow.stream import Stream
+from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.runs.forward import after_the_last_block
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ def window_losses(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Tensor:
     """The mean cross-entropy of each window, in nats: float64 of shape (windows,)."""
-    with after_the_last_block(
-        opened, windows, batch_size=batch_size, offload_states=offload_states, progress=progress
-    ) as stream:
+    skeleton = opened.skeleton
+    batches = windows.batches(batch_size or default_batch_size(windows.length, skeleton.device))
+    with after_the_last_block(skeleton, batches, offload_states=offload_states, progress=progress) as stream:
         losses = []
         for batch, ids in enumerate(stream.batches):
             losses.append(_batch_losses(stream, batch, ids))

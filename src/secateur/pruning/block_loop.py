@@ -103,7 +103,6 @@ class BlockLoop:
             self.conveyor.carry(
                 lambda block, tensors: self._prune_block(block, tensors, planned[block.index], streams, last),
                 read=lambda block: self._read(block, planned[block.index]),
-                before=self.conveyor.output.copy_outside if self.conveyor.output is not None else None,
             )
 
     def _streams(self, last: int) -> "Streams":

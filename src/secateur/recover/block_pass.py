@@ -62,14 +62,12 @@ class BlockPass:
     def run(self) -> None:
         """Tune block by block, and write everything."""
         last = max(self.matrices)
-        assert self.conveyor.output is not None
-        copy_outside = self.conveyor.output.copy_outside
         with ExitStack() as stack:
             streams = self._streams(stack)
             self.conveyor.carry(
                 lambda block, found: self._block(block, *found, streams, last),
                 read=lambda block: self._read(block, last),
-                before=lambda: copy_outside(self._check),
+                check=self._check,
             )
 
     def _streams(self, stack: ExitStack) -> "_Streams":

@@ -3,18 +3,37 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from secateur.models.flow.memory import trim
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
-from secateur.runs.checkpoint import CheckpointOutput
 from secateur.runs.events import Clock, Event, OnEvent
 
 Read = TypeVar("Read")
 Tensors = Mapping[str, Tensor]
+
+
+class Output(Protocol):
+    """What takes the finished tensors of a run."""
+
+    def write(self, tensors: Tensors) -> None:
+        """Write some tensors."""
+        ...
+
+    def flush(self) -> None:
+        """Force what was written to the disk."""
+        ...
+
+    def copy_outside(self, check: Callable[[str, str], None] = ...) -> None:
+        """Write the tensors outside the blocks; `check(name, sha256)` may raise for one."""
+        ...
+
+    def check_complete(self) -> None:
+        """Raise for tensors that nobody has written."""
+        ...
 
 
 @dataclass
@@ -26,7 +45,7 @@ class Conveyor:
     """
 
     skeleton: Skeleton
-    output: CheckpointOutput | None = None
+    output: Output | None = None
     clock: Clock = field(default_factory=Clock)
     on_event: OnEvent = lambda event: None
 
@@ -36,16 +55,19 @@ class Conveyor:
         *,
         read: Callable[[Block], Read],
         blocks: Sequence[Block] | None = None,
-        before: Callable[[], None] | None = None,
+        check: Callable[[str, str], None] = lambda name, digest: None,
     ) -> None:
         """Call `work(block, read(block))` for each block in turn, and write the tensors that it returns.
 
-        One thread reads the next block, another writes: first what `before` writes, then what `work` returned of the
-        block before. An exception from any of the three ends the pass.
+        One thread reads the next block, another writes: first the tensors outside the blocks, of which `check(name,
+        sha256)` may refuse one, then what `work` returned for the previous block. An exception from any of them ends
+        the pass.
         """
         blocks = self.skeleton.blocks if blocks is None else blocks
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-            written: Future[None] | None = writer.submit(before) if before is not None else None
+            written: Future[None] | None = (
+                None if self.output is None else writer.submit(self.output.copy_outside, check)
+            )
             coming = reader.submit(self._read, read, blocks[0])
             for position, block in enumerate(blocks):
                 self.tell("read", block)

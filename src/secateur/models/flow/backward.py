@@ -9,7 +9,7 @@ The work is that of four forwards: two of them, one for the gradients of states 
 """
 
 import math
-from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,10 +23,8 @@ from torch.utils import _pytree as pytree
 from secateur.core.gradients import Granularity, Norm, add_gradient
 from secateur.core.gram import float32_products, full_precision
 from secateur.errors import ModelStructureError, NumericalError
-from secateur.models.flow.memory import trim
 from secateur.models.flow.stream import Call, HiddenStates, Stream
 from secateur.models.flow.tap import Product, ProductTap
-from secateur.models.shape.skeleton import Skeleton, loaded, read_ahead
 from secateur.models.shape.structure import Block
 
 HALF_TARGET = 16.0  # what the largest gradient of a batch is scaled to where the computing dtype is float16
@@ -187,7 +185,7 @@ class BlockGradients:
 
 
 @dataclass
-class _Saved:
+class SavedInputs:
     """What is needed to run a block again: its inputs, and what earlier blocks had left for it, by batch."""
 
     states: HiddenStates
@@ -195,7 +193,7 @@ class _Saved:
 
 
 @dataclass
-class _Outgoing:
+class StateGradients:
     """The gradient of the loss with respect to the hidden states between two blocks, by batch, times its scale.
 
     `shared` are the gradients of what blocks leave for later ones: (batch, mapping, key) -> one for each tensor.
@@ -206,121 +204,7 @@ class _Outgoing:
     shared: dict[tuple[int, int, Any], list[Tensor | None]] = field(default_factory=dict)
 
 
-def model_gradients(
-    skeleton: Skeleton,
-    input_ids: Tensor | Sequence[Tensor],
-    parameters: Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]],
-    *,
-    norms: Collection[Norm],
-    granularity: Granularity = "sample",
-    batch_size: int | None = None,
-    first: int = 0,
-    states_folder: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> Generator[BlockGradients]:
-    """Gradient norms of the language-model loss, block by block from the last to `first`.
-
-    The loss of a sample is the mean cross-entropy of its next-token predictions. `input_ids` and `batch_size` are
-    those of `Stream`, `parameters(block)` the parameters of interest of a loaded block. Equal to full autograd up to
-    rounding.
-
-    Raises `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
-    """
-    blocks = skeleton.blocks
-    count = len(blocks)
-    skeleton.load_outside()
-    stream = Stream(
-        skeleton,
-        input_ids,
-        batch_size=batch_size,
-        states_folder=_within(states_folder, "0"),
-        progress=lambda done, total: progress("record", done, total),
-    )
-    saved: dict[int, _Saved] = {}
-    outgoing: _Outgoing | None = None
-    try:
-        with torch.no_grad():
-            for block, tensors in read_ahead(skeleton, blocks):
-                with loaded(skeleton, block, tensors):
-                    saved[block.index] = _forward(stream, block, _within(states_folder, str(block.index + 1)))
-                if block.index < first:
-                    saved.pop(block.index).states.close()
-                trim()
-                progress("forward", block.index + 1, count)
-        outgoing = _head(stream, _within(states_folder, "head"), progress)
-        skeleton.unload_outside()
-        stream.states.close()
-        for done, (block, tensors) in enumerate(read_ahead(skeleton, blocks[first:][::-1])):
-            with loaded(skeleton, block, tensors):
-                tap = GradientTap(parameters(block), norms, granularity)
-                own = saved.pop(block.index)
-                try:
-                    for batch in range(len(stream.batches)):
-                        _backward(stream, block, batch, own, outgoing, tap)
-                finally:
-                    own.states.close()
-                stream.release(block)
-                yield BlockGradients(block, tap.totals)
-                del tap
-            trim()
-            progress("backward", done + 1, count - first)
-    finally:
-        for rest in saved.values():
-            rest.states.close()
-        if outgoing is not None:
-            outgoing.states.close()
-        stream.close()
-
-
-def regional_gradients(
-    skeleton: Skeleton,
-    input_ids: Tensor | Sequence[Tensor],
-    parameters: Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]],
-    *,
-    norms: Collection[Norm],
-    granularity: Granularity = "sample",
-    batch_size: int | None = None,
-    first: int = 0,
-    states_folder: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> Generator[BlockGradients]:
-    """Gradient norms of each block's own output norm, block by block from `first` to the last.
-
-    The loss of a sample is the Euclidean norm of the block's output for it; blocks see the outputs of the dense
-    blocks before them. One sweep: nothing is saved. Parameters and errors are those of `model_gradients`.
-
-    Source: the regional gradient of Wanda++ (arXiv 2503.04992), section 4.1.
-    """
-    skeleton.load_outside(head=False)
-    stream = Stream(
-        skeleton,
-        input_ids,
-        batch_size=batch_size,
-        states_folder=states_folder,
-        progress=lambda done, total: progress("record", done, total),
-    )
-    skeleton.unload_outside()
-    try:
-        for block, tensors in read_ahead(skeleton, skeleton.blocks):
-            with loaded(skeleton, block, tensors):
-                tap = GradientTap(parameters(block), norms, granularity) if block.index >= first else None
-                for batch in range(len(stream.batches)):
-                    stream.states.put(batch, regional_gradient(stream, block, batch, tap))
-                stream.release(block)
-                if tap is not None:
-                    yield BlockGradients(block, tap.totals)
-                del tap
-            trim()
-            progress("forward and backward", block.index + 1, len(skeleton.blocks))
-    finally:
-        stream.close()
-
-
-def _within(folder: Path | None, name: str) -> Path | None:
-    return None if folder is None else folder / name
-
-
-def _forward(stream: Stream, block: Block, folder: Path | None) -> _Saved:
+def forward_saving_inputs(stream: Stream, block: Block, folder: Path | None) -> SavedInputs:
     """Run all batches through a block; the stream has moved on, and what went in is kept."""
     before = stream.states
     after = HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda")
@@ -329,12 +213,12 @@ def _forward(stream: Stream, block: Block, folder: Path | None) -> _Saved:
         shared.append([dict(mapping) for mapping in _mappings(stream.call(block, batch))])
         after.put(batch, stream.run(block, batch))
     stream.states = after
-    return _Saved(before, shared)
+    return SavedInputs(before, shared)
 
 
-def _head(stream: Stream, folder: Path | None, progress: Callable[[str, int, int], None]) -> _Outgoing:
+def head_gradients(stream: Stream, folder: Path | None, progress: Callable[[str, int, int], None]) -> StateGradients:
     """The gradient of the loss with respect to the last hidden states, through the model's own head."""
-    outgoing = _Outgoing(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"), [])
+    outgoing = StateGradients(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"), [])
     for batch, ids in enumerate(stream.batches):
         predictions = ids.shape[1] - 1
         # Exact: in half precision a mean over the tokens would push the logits' gradients below what float16 holds.
@@ -356,7 +240,7 @@ def _head(stream: Stream, folder: Path | None, progress: Callable[[str, int, int
     return outgoing
 
 
-def _put(outgoing: _Outgoing, batch: int, gradient: Tensor, scale: float, where: str, dtype: torch.dtype) -> None:
+def _put(outgoing: StateGradients, batch: int, gradient: Tensor, scale: float, where: str, dtype: torch.dtype) -> None:
     """Keep the gradient of a batch, scaled by a power of two where float16 would lose its small entries."""
     if not bool(gradient.isfinite().all()):
         raise NumericalError(
@@ -377,7 +261,9 @@ def _put(outgoing: _Outgoing, batch: int, gradient: Tensor, scale: float, where:
 
 
 @torch.enable_grad()
-def _backward(stream: Stream, block: Block, batch: int, saved: _Saved, outgoing: _Outgoing, tap: GradientTap) -> None:
+def backward(
+    stream: Stream, block: Block, batch: int, saved: SavedInputs, outgoing: StateGradients, tap: GradientTap
+) -> None:
     """Take one batch back through a loaded block: from the gradient of its outputs to that of its inputs."""
     ids = stream.batches[batch]
     call = stream.call(block, batch)

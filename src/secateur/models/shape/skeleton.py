@@ -4,7 +4,6 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -287,8 +286,8 @@ class Skeleton:
     def load_all(self) -> nn.Module:
         """The model with all of its weights in it, on the device, in the computing dtype."""
         self.load_outside()
-        for block, tensors in read_ahead(self, self.blocks):
-            self.load(block, tensors)
+        for block in self.blocks:
+            self.load(block, self.read(block))
         return self.model
 
     def unload_outside(self) -> None:
@@ -469,15 +468,3 @@ def loaded(skeleton: Skeleton, block: Block, tensors: Mapping[str, Tensor]) -> I
         yield block.module
     finally:
         skeleton.unload(block)
-
-
-def read_ahead(skeleton: Skeleton, blocks: Sequence[Block]) -> Iterator[tuple[Block, dict[str, Tensor]]]:
-    """Each block in turn and the checkpoint tensors that it needs; those of the next one are read meanwhile."""
-    with ThreadPoolExecutor(1, "read") as reader:
-        coming = reader.submit(skeleton.read, blocks[0]) if blocks else None
-        for position, block in enumerate(blocks):
-            assert coming is not None
-            tensors = coming.result()
-            if position + 1 < len(blocks):
-                coming = reader.submit(skeleton.read, blocks[position + 1])
-            yield block, tensors
