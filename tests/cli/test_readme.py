@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import save_model
 
 import secateur
+from command_line import save_model
 from secateur import cli
 
 ROOT = Path(__file__).parents[2]

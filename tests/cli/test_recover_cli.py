@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Call, call, process, save_model, terminal
 
+from command_line import Call, call, process, save_model, terminal
 from secateur.recover.training import last_checkpoint
 
 __all__ = ["call"]  # a fixture

@@ -10,9 +10,16 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import CALIBRATION, Call, call, model, process, terminal  # noqa: F401
 
 import secateur
+from command_line import (
+    CALIBRATION,
+    Call,
+    call,  # noqa: F401
+    model,  # noqa: F401
+    process,
+    terminal,
+)
 from secateur.cli.parsing import methods_of, patterns_of
 from secateur.errors import PatternError
 

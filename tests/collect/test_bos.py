@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import process
-from test_trained import STORIES, STORIES_TEXT
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import secateur
+from command_line import process
+from real_data import STORIES, STORIES_TEXT
 from secateur.calibration import bos_text, evaluation_windows
 from secateur.errors import CalibrationError
 from secateur.gradient_pass import gradients

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_block_recovery import block_outputs, distance, pruned_model
-from test_engine import bits, read_tensors, recording
-from test_gradients import InFloat64
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateur
 import tiny
+from full_autograd import InFloat64
+from pruned_blocks import block_outputs, distance, pruned_model
+from pruned_checkpoints import bits, read_tensors, recording
 from secateur.calibration import Windows
 from secateur.errors import CalibrationError
 from secateur.gradient_pass import gradients

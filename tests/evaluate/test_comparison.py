@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import Call, call, save_model  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import secateur
+from command_line import (
+    Call,
+    call,  # noqa: F401 - a fixture
+    save_model,
+)
 from secateur.errors import CalibrationError
 from secateur.evaluate.generations import generations, read_prompts, shared_start
 from secateur.evaluate.results import Results, model_digest

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_cli import save_model
 
 import secateur
+from command_line import save_model
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import Results, model_digest
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_cli import save_model
-from test_trained import DATA, STORIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
+from command_line import save_model
+from real_data import DATA, STORIES
 from secateur.errors import CalibrationError, CheckpointError, NumericalError
 from secateur.evaluate import harness
 from secateur.evaluate.results import Results
@@ -333,7 +333,7 @@ def test_a_module_in_memory_is_left_as_it_was(model: Path, data: Path) -> None:
 
 
 def test_a_gguf_file(model: Path, data: Path, tmp_path: Path) -> None:
-    from test_gguf import write_gguf
+    from gguf_files import write_gguf
 
     write_gguf(model, tmp_path / "tiny.gguf", torch.float32)
     found = tasks(tmp_path / "tiny.gguf", ["arc_easy"], task_data=data)

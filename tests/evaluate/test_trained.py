@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import secateur
+from real_data import STORIES, STORIES_TEXT, byte_pair_tokenizer
 from secateur.calibration.corpora import load_corpus
 from secateur.errors import NumericalError
 from secateur.models.opened import open_model
@@ -21,25 +21,7 @@ from secateur.models.opened import open_model
 VOCABULARY = 512
 LENGTH = 128
 STEPS = 500
-DATA = Path(__file__).parents[3] / "shared" / "data"
-STORIES = DATA / "models" / "stories260K"
-STORIES_TEXT = DATA / "lm" / "tinystories_sample.txt"
 HALF, TWO_OF_FOUR = secateur.Unstructured(0.5), secateur.NM(2, 4)
-
-
-def byte_pair_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learnt from the calibration part of python-docs; no text is unknown to it. Puts no <s>."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(load_corpus("python-docs", "calibration").documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
 def train(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import model  # noqa: F401
 
 import secateur
+from command_line import model  # noqa: F401
 
 SOURCE = Path(secateur.__file__).parent
 OPENING = {"open", "read_text", "write_text", "fdopen", "NamedTemporaryFile", "TemporaryFile"}

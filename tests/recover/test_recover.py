@@ -13,12 +13,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from test_trained import STORIES, STORIES_TEXT, byte_pair_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 import tiny
+from real_data import STORIES, STORIES_TEXT, byte_pair_tokenizer
 from secateur.calibration import training_windows
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError, SecateurError
 from secateur.manifest import read_manifest

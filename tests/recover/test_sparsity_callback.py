@@ -16,7 +16,6 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
-from test_cli import save_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
@@ -24,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import secateur
 import tiny
+from command_line import save_model
 from secateur.errors import ModelStructureError, PatternError
 
 STEPS = 4

@@ -16,12 +16,15 @@ import torch
 from lxml import html
 from PIL import Image
 from safetensors import safe_open
-from test_cli import call, save_model  # noqa: F401 - a fixture
 from transformers import AutoTokenizer
 
 import secateur
 import secateur.card
 import tiny
+from command_line import (
+    call,  # noqa: F401 - a fixture
+    save_model,
+)
 from secateur.errors import CheckpointError, SecateurError
 from secateur.manifest import read_manifest
 from secateur.report import charts, masks, pictures
