@@ -384,7 +384,7 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
     assert result.disk_bytes == position > 30e9
     assert result.planned_weights == 8 * (4 * 8192**2 + 3 * 8192 * 32768)
     assert result.block_bytes > 4e9
-    assert time.process_time() - started < 20  # most of it for the measured product; 34 GB would take minutes
+    assert time.process_time() - started < 60  # most of it for the measured product; 34 GB would take minutes
 
 
 MEASURE = """
