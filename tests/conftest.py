@@ -8,6 +8,9 @@ import pytest
 import torch
 import transformers
 
+# What they assert is explained as in the tests themselves.
+pytest.register_assert_rewrite("full_autograd", "gguf_files", "pruned_checkpoints", "refused_runs", "second_order")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)

@@ -1,0 +1,328 @@
+"""The command line, as a person and as a program see it."""
+
+# ruff: noqa: F811 - fixtures of another file
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from command_line import (
+    CALIBRATION,
+    FIRST,
+    Call,
+    call,  # noqa: F401
+    model,  # noqa: F401
+    process,
+    terminal,
+)
+from secateur import cli
+from secateur.errors import NumericalError, PatternError
+from secateur.files.checkpoint import SINGLE_FILE
+
+
+@pytest.fixture(scope="module")
+def run_in_pipe(model: Path) -> subprocess.CompletedProcess[str]:
+    """A run with --json in a pipe, which made the folder `pruned` beside the model."""
+    return process("prune", model, "-o", model.parent / "pruned", "--pattern", "2:4", *CALIBRATION, "--json")
+
+
+@pytest.fixture(scope="module")
+def pruned(model: Path, run_in_pipe: subprocess.CompletedProcess[str]) -> Path:
+    assert run_in_pipe.returncode == 0, run_in_pipe.stderr
+    return model.parent / "pruned"
+
+
+# What programs read
+
+
+def test_a_run_in_a_pipe(model: Path, pruned: Path, run_in_pipe: subprocess.CompletedProcess[str]) -> None:
+    manifest = json.loads(run_in_pipe.stdout)
+    assert manifest == json.loads((pruned / "secateur.json").read_text())
+    assert manifest["command"] == [
+        *("secateur", "prune", str(model), "-o", str(pruned), "--pattern", "2:4", *CALIBRATION, "--json")
+    ]
+    assert manifest["totals"]["sparsity"] == manifest["totals"]["asked"] == 0.5
+    drawing, *blocks = run_in_pipe.stderr.splitlines()
+    assert drawing == "drawing calibration samples"
+    assert [re.sub(r", \d+\.\d s$", "", line) for line in blocks] == [f"block {n} of 3 pruned" for n in (1, 2, 3)]
+
+
+def test_plan_as_json(call: Call, model: Path) -> None:
+    before = sorted(path.name for path in model.parent.iterdir())
+    result = call("plan", model, "--pattern", "2:4", "--skip", "*.down_proj", *CALIBRATION, "--json")
+    assert (result.code, result.err) == (0, "")
+    value = result.json
+    assert (value["model"], value["architecture"], value["blocks"]) == (str(model), "LlamaForCausalLM", 3)
+    assert (value["tokens"], value["method"]) == (128, "wanda")
+    assert len(value["plan"]) == 18
+    assert all(pattern == {"n": 2, "m": 4} for pattern in value["plan"].values())
+    assert value["zeros"] * 2 == value["planned_weights"] == 3 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 48 * 32)
+    assert sorted(path.name for path in model.parent.iterdir()) == before
+
+
+def test_eval_as_json(call: Call, pruned: Path) -> None:
+    result = call("eval", pruned, "--data", "python-docs", "--length", 32, "--windows", 6, "--json")
+    assert (result.code, result.err) == (0, "")
+    value = result.json
+    assert (value["windows"], value["length"], value["tokens"]) == (6, 32, 6 * 31)
+    assert len(value["window_nats"]) == 6
+    assert 100 < value["perplexity"] < 900  # guessing among 300
+    assert value["perplexity_error"] == pytest.approx(value["perplexity"] * value["standard_error"])
+    one = call("eval", pruned, "--data", "python-docs", "--length", 32, "--windows", 1, "--json").json
+    assert (one["standard_error"], one["perplexity_error"]) == (None, None)
+
+
+def test_inspect_as_json(call: Call, pruned: Path) -> None:
+    result = call("inspect", pruned, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert (result.json["model"], result.json["sparsity"]) == (str(pruned), 0.5)
+    assert [row["pattern"] for row in result.json["matrices"]] == ["2:4"] * 21
+
+
+def test_verify_as_json(call: Call, model: Path, pruned: Path) -> None:
+    result = call("verify", pruned, "--source", model, "--json")
+    assert (result.code, result.err) == (0, "")
+    value = result.json
+    assert (value["ok"], value["problems"], value["sparsity"]) == (True, [], 0.5)
+    assert (value["folder"], value["compared_to"], value["matrices"]) == (str(pruned), str(model), 21)
+
+
+# What people read
+
+
+def test_tables_in_a_pipe(call: Call, model: Path, pruned: Path, tmp_path: Path) -> None:
+    plan = call("plan", model, "--skip", "*.0.mlp.up_proj", *CALIBRATION).out
+    assert "LlamaForCausalLM, 3 blocks" in plan
+    assert re.search(r"^model\.layers\.\*\.mlp\.up_proj\.weight +3 +48 x 32 .*\(2 of 3\)$", plan, re.MULTILINE)
+    assert re.search(r"^calibration +128 tokens", plan, re.MULTILINE)
+    assert plan.count("\n\n") == 2  # between the three tables
+    out = tmp_path / "out"
+    run = call("prune", model, "-o", out, "--method", "magnitude", "--sparsity", "0.25")
+    assert run.code == 0
+    assert "sparsity 0.2500 (asked 0.2500)" in run.out
+    assert run.out.rstrip().endswith(f"secateur verify {out}")
+    assert [line.split(",")[0] for line in run.err.splitlines()] == [f"block {n} of 3 pruned" for n in (1, 2, 3)]
+    evaluation = call("eval", pruned, "--data", "python-docs", "--length", 32, "--windows", 6)
+    assert re.search(r"^python-docs +6 x 32 +186 +\d\.\d{4} ± 0\.\d{4} +\d+\.\d{3} ± ", evaluation.out, re.MULTILINE)
+    assert "nan" not in call("eval", pruned, "--data", "python-docs", "--length", 32, "--windows", 1).out
+    kinds = call("inspect", pruned).out
+    assert re.search(r"^model\.layers\.\*\.self_attn\.k_proj\.weight +3 +0\.5000 +2:4$", kinds, re.MULTILINE)
+    assert "Sparsity of all prunable matrices: 0.5000" in kinds
+    matrices = call("inspect", pruned, "--matrices").out
+    assert re.search(rf"^{FIRST} +32 x 48 +0\.5000 +2:4$", matrices, re.MULTILINE)
+    assert call("verify", pruned).out.rstrip().endswith("Verified.")
+    for text in (plan, run.out, evaluation.out, kinds, matrices):
+        assert "\x1b" not in text  # no colours in a pipe
+        assert "…" not in text  # nothing cut
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_run_on_a_terminal(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "secateur", "prune", str(model), "-o", str(tmp_path / "out"), *CALIBRATION]
+    code, shown = terminal(command)
+    assert code == 0, shown
+    assert "\x1b[" in shown
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert re.search(r"blocks \S+ 3/3", plain)  # the bar counts blocks, and ends complete
+    assert "drawing calibration samples" not in plain  # that is for pipes
+    assert "secateur verify" in " ".join(plain.split())
+    assert "Traceback" not in plain
+    assert (tmp_path / "out" / "secateur.json").exists()
+
+
+# Exit codes
+
+
+def test_success_is_zero(call: Call) -> None:
+    result = call("--version")
+    assert result.code == 0
+    assert re.fullmatch(r"secateur \d+\.\d+\.\d+\S*\n", result.out)
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown method": (
+        ["--method", "wnada"],
+        'unknown method "wnada". Did you mean "wanda"? Known: magnitude, wanda, wanda_variant, ',
+    ),
+    "no method": (["--method", ":"], 'unknown method ":".'),
+    "too sparse": (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1, got 1.5."),
+    "percent": (["--sparsity", "50"], "Did you mean 0.5?"),
+    "not a number": (["--sparsity", "half"], "--sparsity"),
+    "both": (["--sparsity", "0.5", "--pattern", "2:4"], "--sparsity 0.5 and --pattern 2:4 were both given"),
+    "group of N:M": (["--per", "row", "--pattern", "2:4"], "--per row has no meaning for --pattern 2:4"),
+    "unknown group": (["--per", "column"], "per must be row, matrix or search, got 'column'"),
+    "not N:M": (["--pattern", "0.5"], "For unstructured pruning use --sparsity 0.5."),
+    "wrong way round": (["--pattern", "4:2"], "Did you mean 2:4?"),
+    "no such matrix": (["--skip", "*.up_pro"], '--skip "*.up_pro" matches none of 21 matrices. Did you mean'),
+    "unknown corpus": (["--calibration", "python-dosc"], "Did you mean python-docs?"),
+    "too long": (["--length", "512"], "windows of 512 tokens, and the model has 256 positions. Use --length 256"),
+    "no sample": (["--samples", "0"], "--samples"),
+    "unknown sampling": (["--sampling", "random"], "--sampling: got 'random', expected document or concat."),
+    "unknown inputs": (["--propagate", "sparse"], '--propagate: got "sparse", expected pruned or dense.'),
+    "unknown device": (["--device", "gpu"], 'device "gpu" cannot be used here'),
+    "unknown dtype": (["--dtype", "int8"], 'dtype must be auto, float32, bfloat16, float16, float64; got "int8".'),
+    "option typo": (["--sparsty", "0.5"], "No such option: --sparsty (Possible options: --sparsity)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_two(call: Call, model: Path, tmp_path: Path, mistake: str) -> None:
+    arguments, message = MISTAKES[mistake]
+    out = tmp_path / "out"
+    result = call("prune", model, "-o", out, *CALIBRATION, *arguments)
+    assert result.code == 2
+    assert message in result.message
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_about_files_are_two(call: Call, model: Path, pruned: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for arguments, message in (
+        (["prune", model, "-o", pruned, *CALIBRATION], "exists already. Choose another folder, or pass --overwrite."),
+        (["prune", model, "-o", tmp_path / "mine", "--overwrite", "-m", "magnitude"], "holds no secateur.json"),
+        (["prune", model, "-o", model, "-m", "magnitude"], "the output is the source"),
+        (["prune", tmp_path / "nope", "-o", tmp_path / "out"], "nope: no such folder, and not a hub id"),
+        (["prune", tmp_path / "nope.gguf", "-o", tmp_path / "out"], "nope.gguf: no such file."),
+        (["prune", model, *CALIBRATION], "Missing option '--output' / '-o'."),
+        (["prune"], "Missing argument 'model'"),
+        (["plan", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
+        (["eval", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
+        (["eval", model, "--data", tmp_path / "nope.txt"], "nope.txt: no such file."),
+        (["inspect", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
+        (["verify", tmp_path / "nope"], "nope: no such folder. Give one that"),
+        (["verify", model], "no secateur.json in it; only checkpoints that Secateur wrote have one."),
+        (["verify", pruned, "--source", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
+        (["prnue"], "No such command 'prnue'. Did you mean 'prune'?"),
+    ):
+        result = call(*arguments)
+        assert (result.code, result.out) == (2, ""), result
+        assert message in result.message
+        assert "Traceback" not in result.err
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["mine", "mine/thesis.tex"]
+
+
+def test_overwriting_what_secateur_wrote(call: Call, model: Path, pruned: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(pruned, tmp_path / "out"))
+    assert call("prune", model, "-o", out, "-m", "magnitude", "-s", "0.75", "--overwrite").code == 0
+    assert json.loads((out / "secateur.json").read_text())["totals"]["sparsity"] == 0.75
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_verification_is_one(call: Call, pruned: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(pruned, tmp_path / "damaged"))
+    content = bytearray((damaged / SINGLE_FILE).read_bytes())
+    content[-1] ^= 1
+    (damaged / SINGLE_FILE).write_bytes(content)
+    result = call("verify", damaged)
+    assert result.code == 1
+    assert "NOT verified: 1 problems." in result.out
+    assert "its bytes differ from those that were written" in result.out
+    as_json = call("verify", damaged, "--json")
+    assert as_json.code == 1
+    assert (as_json.json["ok"], len(as_json.json["problems"])) == (False, 1)
+
+
+@pytest.fixture
+def damaged(model: Path, tmp_path: Path) -> Path:
+    """A model with one weight that is not a number."""
+    folder = Path(shutil.copytree(model, tmp_path / "damaged"))
+    tensors = load_file(folder / SINGLE_FILE)
+    tensors[FIRST][0, 0] = float("nan")
+    save_file(tensors, folder / SINGLE_FILE, {"format": "pt"})
+    return folder
+
+
+def test_damaged_weights_are_one(call: Call, damaged: Path, tmp_path: Path) -> None:
+    result = call("prune", damaged, "-o", tmp_path / "out", "-m", "magnitude")
+    assert (result.code, result.out) == (1, "")
+    assert result.message.startswith(f"Error: {FIRST}: 1 of 1536 weights are NaN or infinite.")
+    assert "Traceback" not in result.err
+    evaluation = call("eval", damaged, "--data", "python-docs", "--length", 32, "--windows", 2)
+    assert (evaluation.code, evaluation.out) == (1, "")
+    assert "2 of 2 windows have a loss that is not finite" in evaluation.message
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["before the command", "at the end"])
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, damaged: Path, tmp_path: Path, place: int) -> None:
+    arguments = ["prune", str(damaged), "-o", str(tmp_path / "out"), "-m", "magnitude"]
+    arguments.insert(place if place == 0 else len(arguments), "--debug")
+    monkeypatch.setattr(sys, "argv", ["secateur", *arguments])
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        cli.main()
+
+
+def test_debug_in_a_process(tmp_path: Path) -> None:
+    arguments = ("prune", tmp_path, "-o", tmp_path / "out", "-m", "nope")
+    result = process(*arguments, "--debug")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback (most recent call last):")
+    assert f"{PatternError.__name__}: unknown method" in result.stderr.splitlines()[-1]
+    result = process(*arguments)
+    assert result.returncode == 2
+    assert re.fullmatch(r'Error: unknown method "nope"\..*\n', result.stderr)
+
+
+def test_an_interruption(call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "interrupting.py").write_text(
+        "import os, signal, secateur\n"
+        "def method():\n"
+        "    def score(problem):\n"
+        "        if problem.name.startswith('model.layers.1.'):\n"
+        f"            os.kill(os.getpid(), {int(signal.SIGINT)})\n"
+        "        return problem.weight.abs()\n"
+        "    return secateur.select('interrupting', score, needs=frozenset())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    result = call("prune", model, "-o", "out", "--method", "interrupting:method")
+    assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines()[0].startswith("block 1 of 3 pruned")
+    assert result.err.splitlines()[-1] == "Interrupted; nothing half-written was left behind."
+    assert [path.name for path in tmp_path.iterdir()] == ["interrupting.py"]
+
+
+# Started in other ways
+
+
+def test_as_a_module() -> None:
+    result = process("--version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("secateur ")
+
+
+def script() -> str:
+    found = shutil.which("secateur", path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip("the console script is not installed beside this Python")
+    return found
+
+
+def test_completion() -> None:
+    def shell(**environment: str) -> str:
+        done = subprocess.run(
+            [script(), "--show-completion", "bash"] if not environment.get("COMP_WORDS") else [script()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", **environment},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "_SECATEUR_COMPLETE=complete_bash" in shell()
+    words = {"_SECATEUR_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
+    assert shell(**words, COMP_WORDS="secateur p").split() == ["plan", "prune"]
+    words["COMP_CWORD"] = "2"
+    assert shell(**words, COMP_WORDS="secateur prune --sam").split() == ["--samples", "--sampling"]

@@ -1,0 +1,143 @@
+"""`--config`: options from a file, which those of the command line overrule."""
+
+# ruff: noqa: F811 - fixtures of another file
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from command_line import (
+    FIRST,
+    Call,
+    call,  # noqa: F401
+    model,  # noqa: F401
+)
+
+Config = Callable[[str], Path]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    def write(text: str) -> Path:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return tmp_path / "run.yaml"
+
+    return write
+
+
+def test_options_win_over_the_file_and_the_file_over_defaults(call: Call, model: Path, config: Config) -> None:
+    file = config("sparsity: 0.25\nsamples: 3\nlength: 16\ncalibration: python-docs\nsampling: concat\n")
+    value = call("plan", model, "--config", file, "--samples", "5", "--json").json
+    assert value["tokens"] == 5 * 16
+    assert value["plan"][FIRST] == {"sparsity": 0.25, "per": "row"}
+    assert value["method"] == "wanda"
+    # The place of the option does not matter.
+    assert call("plan", "--samples", "5", "--config", file, model, "--json").json["plan"] == value["plan"]
+
+
+def test_keys_with_hyphens_and_underscores_lists_and_flags(call: Call, model: Path, config: Config) -> None:
+    for key in ("batch-size", "batch_size"):
+        result = call("plan", model, "--config", config(f"{key}: 0\n"))
+        assert result.code == 2
+        assert "--batch-size" in result.message
+    file = config('json: true\nskip:\n  - "*.down_proj"\n  - "*.0.*"\nmethod: magnitude\nper:\n')
+    value = call("plan", model, "--config", file).json
+    assert len(value["plan"]) == 12
+    assert {pattern["per"] for pattern in value["plan"].values()} == {"matrix"}
+    given = call("plan", model, "--config", file, "--skip", "*.q_proj").json
+    assert len(given["plan"]) == 18  # a list that is given replaces the file's
+    one = call("plan", model, "--config", config('only: "*.q_proj"\nmethod: magnitude\n'), "--json").json
+    assert len(one["plan"]) == 3
+
+
+def test_a_pattern_in_the_file_stays_a_pattern(call: Call, model: Path, config: Config) -> None:
+    # YAML 1.1 reads 2:4 as a number in base 60.
+    value = call("plan", model, "--config", config("pattern: 2:4\nmethod: magnitude\n"), "--json").json
+    assert value["plan"][FIRST] == {"n": 2, "m": 4}
+
+
+def test_a_whole_run_from_a_file(call: Call, model: Path, config: Config, tmp_path: Path) -> None:
+    file = config(
+        f"model: {model}\noutput: {tmp_path / 'out'}\npattern: '2:4'\ncalibration: [0.5*python-docs, 0.5*python-docs]\n"
+        "sampling: concat\nsamples: 4\nlength: 32\nseed: 7\nbatch-size: 2\n"
+    )
+    result = call("prune", "--config", file, "--json")
+    assert result.code == 0, result.err
+    value = result.json
+    assert value["calibration"]["seed"] == 7
+    assert [source["samples"] for source in value["calibration"]["sources"]] == [2, 2]
+    assert value["settings"]["batch_size"] == 2
+    assert call("eval", "--config", config(f"model: {tmp_path / 'out'}\ndata: python-docs\nlength: 32\n")).code == 0
+
+
+BOMB = "only:\n- &a [x]\n" + "".join(
+    f"- &{two} [{', '.join([f'*{one}'] * 10)}]\n" for one, two in itertools.pairwise("abcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sparsty: 0.5\n", 'unknown key "sparsty". Did you mean "sparsity"?'),
+        ("flavour: vanilla\n", 'unknown key "flavour". Known keys: alpha, batch_size, bos, calibration,'),
+        ("s: 0.5\n", 'unknown key "s". Known keys: '),
+        ("config: other.yaml\n", 'unknown key "config".'),
+        ("sparsity: [0.5\n", "run.yaml: not YAML: "),
+        ("- sparsity\n", "run.yaml: expected keys and values, found a list."),
+        ("sparsity\n", "run.yaml: expected keys and values, found text."),
+        ("sparsity: half\n", "Invalid value for '--sparsity'"),
+        ("samples: [1, 2]\n", 'run.yaml: "samples" holds a list, expected one text.'),
+        ("skip: [[a], b]\n", 'run.yaml: "skip" holds a list, expected text or a list of texts.'),
+        ("skip: {a: b}\n", 'run.yaml: "skip" holds keys and values, expected text or a list of texts.'),
+        ("? [a]\n: b\n", "run.yaml: not YAML: "),
+        ("a: &a [*a]\n", "run.yaml: not YAML: an alias stands inside what it names"),
+        (f"only: {'[' * 2000}\n", "run.yaml: n"),
+        (BOMB, "run.yaml: not YAML: more than 100,000 values once its aliases are written out"),
+        ("overwrite: perhaps\n", "Invalid value for '--overwrite'"),
+    ],
+)
+def test_a_file_that_cannot_be_used(
+    call: Call, model: Path, config: Config, tmp_path: Path, text: str, message: str
+) -> None:
+    result = call("prune", model, "-o", tmp_path / "out", "--config", config(text))
+    assert (result.code, result.out) == (2, "")
+    assert message in result.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_there(call: Call, model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "latin.yaml").write_bytes("only: é\n".encode("latin-1"))
+    for path, reason in (
+        (tmp_path / "nope.yaml", "nope.yaml: no such file."),
+        (tmp_path, "is a folder, expected a regular file."),
+        (tmp_path / "pipe.yaml", "pipe.yaml: is a pipe, expected a regular file."),
+        (tmp_path / "latin.yaml", "latin.yaml: not UTF-8 text (byte 6"),
+    ):
+        result = call("plan", model, "--config", path)
+        assert result.code == 2
+        assert reason in result.message
+
+
+def test_the_home_folder_in_a_file(
+    call: Call, model: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(model)
+    text = tmp_path / "naïve.txt"
+    text.write_text("Once upon a time there was a naïve girl who liked to read. " * 20, encoding="utf-8")
+    file = config(
+        "model: ~/model\noutput: ~/out\ncalibration: [~/naïve.txt]\nsampling: concat\nsamples: 2\nlength: 16\n"
+    )
+    result = call("prune", "--config", "~/" + file.name, "--json")
+    assert result.code == 0, result.err
+    assert result.json["calibration"]["sources"][0]["file"] == str(text)
+    assert (tmp_path / "out" / "secateur.json").exists()
+
+
+def test_an_empty_file(call: Call, model: Path, config: Config) -> None:
+    text = ["--calibration", "python-docs", "--sampling", "concat", "--length", 32]
+    assert call("plan", model, "--config", config(""), *text, "--json").json["tokens"] == 128 * 32

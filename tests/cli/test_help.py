@@ -1,0 +1,150 @@
+"""The help tells every option there is, and nothing heavy is loaded for it."""
+
+# ruff: noqa: F811 - fixtures of another file
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer.main
+
+from command_line import (
+    Call,
+    call,  # noqa: F401
+)
+from secateur import cli
+
+WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", "--per", "--only", "--skip"}
+TEXT = {"--bos", "--calibration", "--samples", "--length", "--seed", "--sampling"}
+PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--correction", "--statistics-device"}
+HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
+TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
+RECOVERY = {"--method", "--preset", "--targets", "--rank", "--alpha", "--dropout", "--only", "--skip", "--distill"}
+RECOVERY |= {"--distill-weight", "--temperature", "--data", "--length", "--held-out", "--seed", "--steps", "--minutes"}
+RECOVERY |= {
+    "--batch-size",
+    "--accumulation",
+    "--lr",
+    "--schedule",
+    "--warmup",
+    "--weight-decay",
+    "--clip",
+    "--optimizer",
+    "--optimizer-args",
+}
+RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing", "--dense", "--samples", "--epochs"}
+RECOVERY |= {"--bos"}
+OPTIONS = {
+    "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
+    "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
+    "gradients": TEXT
+    | HOW
+    | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
+    "sweep": (WHAT - {"--method", "--norm", "--alpha"})
+    | TEXT
+    | (PRUNING - {"--gradient"})
+    | HOW
+    | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--again", "--dry-run"}
+    | {"--output", "--config", "--json"},
+    "recover": RECOVERY
+    | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
+    "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}
+    | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
+    "eval": HOW | TASKS | {"--bos", "--data", "--length", "--windows", "--config", "--json"},
+    "compare": (HOW - {"--revision"})
+    | TASKS
+    | {"--bos", "--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
+    "report": {"--evaluation", "--open"},
+    "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
+    "verify": {"--source", "--json"},
+}
+HIDDEN = {"plan": {"--output", "--overwrite"}}  # checked there, but not written
+COMMANDS: dict[str, click.Command] = dict(vars(typer.main.get_command(cli.app))["commands"])
+
+
+def options(command: str) -> dict[str, Any]:
+    return {
+        max(parameter.opts, key=len): parameter
+        for parameter in COMMANDS[command].params
+        if parameter.param_type_name == "option" and parameter.name != "help"
+    }
+
+
+def test_the_commands() -> None:
+    assert list(COMMANDS) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_the_options(command: str) -> None:
+    found = options(command)
+    assert set(found) == OPTIONS[command]
+    assert {name for name, option in found.items() if option.hidden} == HIDDEN.get(command, set())
+    shorts = [short for option in found.values() for short in option.opts if not short.startswith("--")]
+    assert len(shorts) == len(set(shorts))
+
+
+def test_plan_takes_every_option_of_prune() -> None:
+    plan, prune = ({name: sorted(option.opts) for name, option in options(c).items()} for c in ("plan", "prune"))
+    assert plan == prune
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_the_help(call: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERMINAL_WIDTH", "160")
+    result = call(command, "--help")
+    assert (result.code, result.err) == (0, "")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.out)
+    for name, option in options(command).items():
+        assert (f" {name} " in text) == (not option.hidden)
+        assert option.hidden or (option.help and option.help.strip().endswith((".", "].", "..")))
+    examples = text[text.index("Examples") :]
+    assert len(re.findall(rf"^ *secateur {command} \S+", examples, re.MULTILINE)) >= 2
+    assert call(command, "-h").out == result.out
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_the_examples_are_options_that_exist(command: str) -> None:
+    epilog = COMMANDS[command].epilog or ""
+    examples = re.findall(r"`(secateur [^`]+)`", epilog)
+    assert examples
+    known = {name for option in COMMANDS[command].params for name in option.opts}
+    for example in examples:
+        assert example.split()[1] == command
+        assert {word for word in example.split() if re.match(r"--?[a-z]", word)} <= known
+
+
+def test_help_and_typos_load_nothing_heavy(tmp_path: Path) -> None:
+    # torch and transformers take seconds to import; whoever asks for help or mistypes an option must not wait.
+    commands = [["--help"], ["--version"], ["--versoin"], ["prnue"], ["prune"]]
+    commands += [[command, "--help"] for command in OPTIONS]
+    commands += [[command, "model", "--sparsty", "0.5"] for command in OPTIONS]
+    (tmp_path / "run.yaml").write_text("sparsty: 0.5\n")
+    commands += [["plan", "model", "--config", str(tmp_path / "run.yaml")]]
+    script = (
+        "import json, sys\nfrom secateur.cli import main\ncodes = []\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    sys.argv[1:] = arguments\n"
+        "    try:\n        main()\n    except SystemExit as end:\n        codes.append(end.code or 0)\n"
+        "roots = sorted({name.split('.')[0] for name in sys.modules})\n"
+        "open('result.json', 'w').write(json.dumps([codes, roots]))\n"
+    )
+    command = [sys.executable, "-c", script, json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    codes, roots = json.loads((tmp_path / "result.json").read_text())
+    assert codes == [0, 0, 2, 2, 2] + [0] * len(OPTIONS) + [2] * len(OPTIONS) + [2]
+    assert "typer" in roots
+    heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "accelerate", "tokenizers", "datasets"}
+    assert heavy.isdisjoint(roots)
+
+
+def test_nothing_asked_shows_the_help(call: Call) -> None:
+    result = call()
+    assert result.code == 2
+    assert "Usage: secateur [OPTIONS] COMMAND" in result.out + result.err

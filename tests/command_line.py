@@ -1,0 +1,132 @@
+"""The command line in this process, in one of its own and on a terminal, and a tiny model for it."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from real_data import byte_pair_tokenizer
+from secateur import cli
+
+FIRST = "model.layers.0.mlp.down_proj.weight"
+CALIBRATION = ["--calibration", "python-docs", "--sampling", "concat", "--samples", "4", "--length", "32"]
+
+
+def save_model(folder: Path) -> Path:
+    """A tiny random LLaMA with a tokenizer, which takes windows of up to 256 tokens."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    byte_pair_tokenizer(300).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+def process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, with pipes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "secateur", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        def refuse(constant: str) -> None:
+            raise ValueError(f"{constant} is not JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+    @property
+    def message(self) -> str:
+        """What was said on stderr, without frames and line breaks."""
+        return " ".join(re.sub(r"[│╭╮╰╯─]", " ", self.err).split())
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """`call(*arguments)`: the command in this process, through `main`, as the console script runs it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "300")  # a narrow box breaks long paths anywhere
+
+    def run(*arguments: Any) -> Result:
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        code = end.value.code
+        captured = capfd.readouterr()
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+def terminal(command: list[str]) -> tuple[int, str]:
+    """(exit code, everything shown) of a command on a pseudo-terminal 100 wide."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    child, descriptor = pty.fork()
+    if child == 0:
+        os.environ.update(TERM="xterm-256color", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        os.environ.pop("COLUMNS", None)
+        try:
+            os.execv(command[0], command)
+        finally:
+            os._exit(127)
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    shown = io.BytesIO()
+    while True:
+        try:
+            part = os.read(descriptor, 65536)
+        except OSError:  # Linux: the other side has closed
+            break
+        if not part:
+            break
+        shown.write(part)
+    os.close(descriptor)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.getvalue().decode()

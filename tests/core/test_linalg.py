@@ -1,0 +1,75 @@
+"""The linear algebra under the solvers, against slow references."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import reference
+import reference_solvers
+from layer_problems import correlated, gram_of, normal, problem
+from secateur.core import linalg
+from secateur.core.patterns import NM, Unstructured, gradual_mask
+from secateur.errors import NumericalError
+
+
+def test_a_matrix_without_a_factor_has_no_shifted_inverse() -> None:
+    with pytest.raises(NumericalError, match=r"^w: the damped Gram matrix of its inputs has no Cholesky factor with 0"):
+        linalg.shifted_inverse("w", torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 511, 512, 513, 1100])
+def test_a_triangle_is_inverted_by_halves(size: int) -> None:
+    factor = (
+        torch.tril(normal(size, size, 1).double(), -1) / size**0.5 + torch.diag(torch.linspace(1, 2, size)).double()
+    )
+    inverse = linalg.invert_triangle(factor)
+    torch.testing.assert_close(inverse @ factor, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert not bool(inverse.triu(1).any())
+
+
+def test_the_inverse_factor_is_the_published_one() -> None:
+    total = correlated(300, 60, outliers=(3,)).double()
+    total = total.t() @ total
+    factor, used = linalg.inverse_factor("w", total, 0.01)
+    torch.testing.assert_close(factor, reference_solvers.inverse_cholesky(total, 0.01), rtol=1e-9, atol=1e-12)
+    assert used == 0.01
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 700), (1100, 5), (1030, 520)])
+def test_energy_is_the_squared_norm_of_the_outputs(rows: int, width: int) -> None:
+    x, weight = normal(40, width, 1).double(), normal(rows, width, 2).double()
+    expected = float((weight @ x.T).square().sum())
+    assert linalg.energy(weight, x.T @ x) == pytest.approx(expected, rel=1e-10)
+    assert linalg.energy(weight.float(), (x.T @ x).float()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_reconstruction_error_of_an_unchanged_and_of_an_empty_matrix() -> None:
+    given = problem(normal(4, 24, 1), correlated(90, 24), NM(2, 4))
+    assert linalg.reconstruction_error(given, given.weight) == 0
+    assert linalg.reconstruction_error(given, torch.zeros(4, 24)) == pytest.approx(1, rel=1e-6)
+    assert linalg.reconstruction_error(dataclasses.replace(given, weight=torch.zeros(4, 24)), torch.zeros(4, 24)) == 0
+
+
+def test_normalised_coordinates_and_back() -> None:
+    x = correlated(100, 20, outliers=(3,))
+    x[:, 7] = 0
+    given = problem(normal(5, 20, 1), x, NM(2, 4), torch.float64)
+    scaled = linalg.normalise(given)
+    torch.testing.assert_close(scaled.gram.diagonal(), torch.ones(20).double())
+    assert not bool(scaled.weight[:, 7].any())
+    torch.testing.assert_close(scaled.back(scaled.weight), given.weight)
+    torch.testing.assert_close(scaled.right, scaled.weight @ scaled.gram)
+    assert gram_of(given).data_ptr() != scaled.gram.data_ptr()
+
+
+def test_a_mask_on_its_way_to_its_pattern() -> None:
+    score = normal(8, 24, 1).abs()
+    for pattern in (NM(2, 4), Unstructured(0.5, "matrix"), Unstructured(0.5, "row")):
+        last = pattern.mask(score)
+        for sparsity in (0.0, 0.1, 0.29, 0.49):
+            mask = gradual_mask(pattern, score, sparsity)
+            assert not bool((last & ~mask).any()), "what stays in the end stays on the way"
+            groups = 8 if isinstance(pattern, Unstructured) and pattern.per == "row" else 1
+            assert int((~mask).sum()) == groups * reference.removed_count(score.numel() // groups, sparsity)
+        assert torch.equal(gradual_mask(pattern, score, 0.5), last)

@@ -1,0 +1,674 @@
+"""Training a pruned checkpoint: it gets better, keeps its zeros, says what it did, and goes on where it stopped."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur
+import tiny
+from real_data import STORIES, STORIES_TEXT, byte_pair_tokenizer
+from secateur.calibration import training_windows
+from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError, SecateurError
+from secateur.models.opening.opened import open_source
+from secateur.record.manifest import read_manifest
+from secateur.recover.masked_lora import masked
+from secateur.recover.settings import PRESETS, choose
+from secateur.recover.training import Budget, last_checkpoint
+
+NAME = "model.layers.0.mlp.down_proj.weight"
+IDS = tiny.tokens(samples=24, length=16)
+
+
+def pruned(root: Path, name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    tiny.build(name, dtype=dtype).save_pretrained(root / "dense")
+    settings: dict[str, Any] = {"method": secateur.magnitude(), "pattern": secateur.NM(2, 4)}
+    secateur.prune(root / "dense", output=root / "pruned", **settings | options)
+    return root / "pruned"
+
+
+def tune(base: Path, output: Path, **options: Any) -> secateur.Recovery:
+    settings: dict[str, Any] = {"data": IDS, "held_out": 4, "steps": 4, "batch_size": 2, "lr": 1e-2, "method": "full"}
+    return secateur.fine_tune(base, output, **settings | options)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def nats(model: Any, ids: Tensor) -> float:
+    """The mean loss over windows, by transformers' own loss."""
+    with torch.no_grad():
+        return float(torch.stack([model.eval()(input_ids=row[None], labels=row[None]).loss for row in ids]).mean())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pruned(tmp_path_factory.mktemp("base"))
+
+
+# A real model on real text
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K with half of its weights gone, chosen by Wanda; perplexity goes from 4 to about 18."""
+    if not STORIES.exists():
+        pytest.skip(f"no {STORIES}")
+    folder = tmp_path_factory.mktemp("stories") / "pruned"
+    secateur.prune(
+        STORIES,
+        method=secateur.wanda(),
+        calibration=str(STORIES_TEXT),
+        sampling="concat",
+        samples=32,
+        length=256,
+        output=folder,
+    )
+    return folder
+
+
+REAL: dict[str, Any] = {
+    "data": str(STORIES_TEXT),
+    "steps": 24,
+    "batch_size": 8,
+    "length": 128,
+    "held_out": 16,
+    "lr": 4e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(stories: Path) -> Callable[[str], tuple[Path, secateur.Recovery]]:
+    """(folder, result) of a method on the pruned stories260K, trained once."""
+
+    @cache
+    def train(method: str) -> tuple[Path, secateur.Recovery]:
+        folder = stories.with_name(method)
+        return folder, secateur.fine_tune(stories, folder, method=method, **REAL)
+
+    return train
+
+
+Trained = Callable[[str], tuple[Path, secateur.Recovery]]
+
+
+@pytest.mark.parametrize(("method", "share"), [("lora", 0.8), ("sparse-lora", 0.8), ("full", 0.5)])
+def test_a_few_dozen_steps_help(stories: Path, trained: Trained, method: str, share: float) -> None:
+    # Measured: 19.0 before; 12.6, 13.2 and 8.2 after.
+    folder, result = trained(method)
+    assert 17 < result.before.perplexity < 21
+    assert result.after.perplexity < share * result.before.perplexity
+    assert (result.sparsity_before, result.sparsity) == (0.5, 0.5)
+    assert result.notes == []
+    assert not folder.with_name(f"{method}.training").exists()
+    # transformers and peft see the same improvement in what was written.
+    model = AutoModelForCausalLM.from_pretrained(stories if method != "full" else folder)
+    if method == "sparse-lora":
+        model = PeftModel.from_pretrained(model, folder, config=masked(LoraConfig.from_pretrained(folder)))
+    elif method == "lora":
+        model = PeftModel.from_pretrained(model, folder)
+    _, held = training_windows(
+        str(STORIES_TEXT), AutoTokenizer.from_pretrained(stories), samples=1, length=128, held_out=16
+    )
+    assert result.after.digest == held.digest == result.record["held_out"]["digest"]
+    assert nats(model, held.input_ids) == pytest.approx(result.after.nats, abs=1e-5)
+    # The Trainer measured the same before it was written.
+    best = [point["perplexity"] for point in result.record["curve"] if point["step"] == result.record["best_step"]]
+    assert best == [pytest.approx(result.after.perplexity, rel=1e-5)]
+
+
+def test_merging_what_was_trained(stories: Path, trained: Trained, tmp_path: Path) -> None:
+    (lora, free), (sparse, bound) = trained("lora"), trained("sparse-lora")
+    # Without options a merge is measured on the windows that were held out.
+    cost = secateur.merge(lora, stories, tmp_path / "lora-merged")
+    exact = secateur.merge(sparse, stories, tmp_path / "sparse-merged")
+    for result, merged in ((free, cost), (bound, exact)):
+        assert merged.base is not None
+        assert merged.unmerged is not None
+        assert merged.unmerged.digest == result.after.digest
+        assert merged.base.nats == result.before.nats
+        assert merged.unmerged.nats == pytest.approx(result.after.nats, abs=1e-6)
+        assert merged.zeros == merged.zeros_before
+    assert cost.merged is not None
+    assert exact.merged is not None
+    assert cost.merged.nats > free.after.nats + 0.01  # the projection costs something
+    assert cost.merged.nats < free.before.nats  # less than the training gained
+    assert exact.merged.nats == pytest.approx(bound.after.nats, abs=1e-6)
+    with pytest.raises(PatternError, match=r"--mask drop: .* was trained with its product masked"):
+        secateur.merge(sparse, stories, tmp_path / "out", mask="drop")
+    other = tmp_path / "other"
+    secateur.prune(STORIES, method=secateur.magnitude(), output=other)
+    message = f"trained on {stories.resolve()} (digest {read_manifest(stories).digest[:12]}), and {other} is another"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        secateur.merge(lora, other, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_learning_from_the_dense_model(stories: Path, tmp_path: Path) -> None:
+    # The loss is the divergence alone: text is read, and what comes next in it does not matter.
+    options = REAL | {"steps": 12, "held_out": 8, "eval_every": 12, "distill_weight": 1.0}
+    heard = secateur.fine_tune(stories, tmp_path / "out", method="full", distill=STORIES, **options)
+    assert heard.after.perplexity < 0.6 * heard.before.perplexity
+    pair = secateur.agreement(STORIES, [stories, tmp_path / "out"], str(STORIES_TEXT), length=128, windows=4)
+    assert pair[1].kl < 0.5 * pair[0].kl
+
+
+# Full training
+
+
+def test_only_what_was_trained_changes(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    result = tune(base, tmp_path / "out", only=["*.mlp.*", "model.norm.weight"], skip=["*.0.mlp.up_proj*"])
+    before, after = tensors(base), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        name for name in before if (".mlp." in name or name == "model.norm.weight") and ".0.mlp.up_proj" not in name
+    }
+    for name in before:
+        if name.endswith("_proj.weight"):
+            assert torch.equal(before[name] == 0, after[name] == 0)
+    # Counted by hand: eight matrices of 1536 half of whose weights are kept, and 32 of the norm.
+    assert result.record["trainable"] == 8 * 768 + 32
+    assert result.record["share"] == result.record["trainable"] / sum(value.numel() for value in before.values())
+    companions = {path.name for path in base.iterdir()} - {"secateur.json", "README.md"}
+    for name in companions - {"model.safetensors"}:
+        assert (base / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_the_recovered_checkpoint_is_verified(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    tune(base, tmp_path / "out")
+    for source in (None, tmp_path / "dense", base):
+        found = secateur.verify(tmp_path / "out", None if source is None else open_source(str(source)))
+        assert (found.problems, found.notes, found.sparsity) == ([], [], 0.5)
+    # A tensor outside the plan that was trained has a record as well: another source is found out.
+    other = shutil.copytree(base, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    problems = secateur.verify(tmp_path / "out", open_source(str(other))).problems
+    assert problems == [
+        "model.norm.weight: the source is neither the dense model nor the pruned one; its bytes differ from the records"
+    ]
+    # Trained twice.
+    tune(tmp_path / "out", tmp_path / "twice", only=["*.mlp.*"])
+    for source in (None, tmp_path / "dense", base, tmp_path / "out"):
+        found = secateur.verify(tmp_path / "twice", None if source is None else open_source(str(source)))
+        assert found.problems == []
+    manifest = read_manifest(tmp_path / "twice")
+    assert manifest.recovery is not None
+    assert manifest.recovery["earlier"]["base"]["digest"] == read_manifest(base).digest
+
+
+def test_the_record(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    result = tune(base, tmp_path / "out", accumulation=2, eval_every=1, command=["secateur", "recover"])
+    written = json.loads(
+        (tmp_path / "out" / "secateur.json").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
+    record = written["recovery"]
+    assert {key: record[key] for key in result.record} == json.loads(json.dumps(result.record))
+    assert record["settings"]["lr"] == 0.01
+    assert (record["method"], record["steps"], record["tokens"]) == ("full", 4, 4 * 2 * 2 * 16)
+    assert (record["data"]["samples"], record["held_out"]["samples"]) == (16, 4)
+    assert [point["step"] for point in record["curve"]] == [1, 2, 3, 4]
+    assert all(point["loss"] > 0 and point["perplexity"] > 1 and point["seconds"] > 0 for point in record["curve"])
+    assert record["perplexity"] == {"before": result.before.perplexity, "after": result.after.perplexity}
+    assert record["base"]["digest"] == json.loads((base / "secateur.json").read_text())["digest"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert written["method"] == "magnitude"  # what the pruning was is still there
+    assert record["command"] == ["secateur", "recover"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoints(tmp_path: Path, dtype: torch.dtype) -> None:
+    # Products in bfloat16, weights trained in float32, written as they came.
+    base = pruned(tmp_path, dtype=dtype)
+    seen = []
+    result = tune(base, tmp_path / "out", dtype="bfloat16", gradient_checkpointing=True, announce=seen.append)
+    assert result.record["dtype"] == "bfloat16"
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert {value.dtype for value in after.values()} == {dtype}
+    for name, value in after.items():
+        assert not torch.equal(value, before[name])
+        if name.endswith("_proj.weight"):
+            assert torch.equal(value == 0, before[name] == 0)
+    (forecast,) = seen
+    parameters = sum(value.numel() for value in before.values())
+    assert forecast.weight_bytes == forecast.gradient_bytes == forecast.moment_bytes // 2 == 4 * parameters
+    assert 0 < forecast.seconds < 60
+
+
+def test_kept_weights_too_small_for_the_dtype_are_not_lost(tmp_path: Path) -> None:
+    base = pruned(tmp_path, dtype=torch.float16)
+    # Decay so strong that weights are halved in every step, and gradients that hardly matter.
+    result = tune(
+        base,
+        tmp_path / "out",
+        optimizer="adamw_torch",
+        lr=1e-9,
+        weight_decay=5e8,
+        schedule="constant",
+        steps=30,
+        eval_every=30,
+    )
+    before, after = tensors(base), tensors(tmp_path / "out")
+    planned = [name for name in before if name.endswith("_proj.weight")]
+    smallest = 2.0**-24
+    tiny_ones = sum(int((after[name].abs() == smallest).sum()) for name in planned)
+    assert tiny_ones > 100
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in planned)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.recovery is not None
+    assert 0 < manifest.recovery["nudged"] <= tiny_ones
+    assert f"{manifest.recovery['nudged']} kept weights were too small for the checkpoint's dtype" in result.notes[0]
+    assert secateur.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "mixtral", "phi3"])
+def test_other_architectures(tmp_path: Path, name: str) -> None:
+    base = pruned(tmp_path, name)
+    result = tune(base, tmp_path / "out")
+    before, after = tensors(base), tensors(tmp_path / "out")
+    frozen = [key for key in before if torch.equal(before[key], after[key])]
+    assert [key for key in frozen if "gate" not in key] == []  # a router may get no gradient
+    assert result.record["trainable"] + sum(int((before[key] == 0).sum()) for key in read_manifest(base).plan) == sum(
+        value.numel() for value in before.values()
+    )
+    # What was written is what had been trained: names, transposition, fused experts and ties all went both ways.
+    best = next(point["perplexity"] for point in result.record["curve"] if point["step"] == result.record["best_step"])
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert math.exp(nats(written, IDS[:4])) == pytest.approx(best, rel=1e-4)
+    assert secateur.verify(tmp_path / "out", open_source(str(base))).problems == []
+
+
+def test_experts_of_one_stack_are_trained_together(tmp_path: Path) -> None:
+    base = pruned(tmp_path, "mixtral")
+    with pytest.raises(PatternError, match="are one parameter in memory"):
+        tune(base, tmp_path / "out", only=["*.experts.0.*"])
+
+
+# Adapters
+
+
+def test_the_adapter_folder(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    seen: list[Any] = []
+    options: dict[str, Any] = {"targets": ("all-linear",), "rank": 3, "alpha": 6, "dropout": 0.1}
+    result = tune(base, tmp_path / "out", method="lora", announce=seen.append, **options)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "secateur_adapter.json", "README.md"}
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], len(config["target_modules"])) == (3, 6, 0.1, 7)
+    assert config["base_model_name_or_path"] == str(base.resolve())
+    learnt = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {value.dtype for value in learnt.values()} == {torch.float32}
+    assert sum(value.numel() for value in learnt.values()) == result.record["trainable"] == seen[0].trainable
+    assert "fills the zeros of the base" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "secateur_adapter.json").read_text())["method"] == "lora"
+    # The base is untouched, and the output may be made anew.
+    assert secateur.verify(base).ok
+    with pytest.raises(CheckpointError, match="exists already"):
+        tune(base, tmp_path / "out", method="lora", **options)
+    tune(base, tmp_path / "out", method="sparse-lora", overwrite=True, **options)
+    assert "**Loading it with plain peft" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("method", ["lora", "sparse-lora"])
+def test_adapters_of_other_architectures(tmp_path: Path, name: str, method: str) -> None:
+    # Stored across, with biases, beside experts.
+    base = pruned(tmp_path, name)
+    result = tune(base, tmp_path / "out", method=method, alpha=16.0)
+    learnt = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum(value.numel() for value in learnt.values()) == result.record["trainable"] > 0
+    config = LoraConfig.from_pretrained(tmp_path / "out")
+    assert repr(config.lora_alpha) == "16"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = masked(config) if method == "sparse-lora" else config
+    assert nats(PeftModel.from_pretrained(model, tmp_path / "out", config=config), IDS[:4]) == pytest.approx(
+        result.after.nats, abs=1e-5
+    )
+    merged = secateur.merge(tmp_path / "out", base, tmp_path / "merged", data=IDS[:4])
+    assert merged.zeros == merged.zeros_before
+    if method == "sparse-lora":
+        assert merged.merged is not None
+        assert merged.merged.nats == pytest.approx(result.after.nats, abs=1e-6)
+
+
+def test_a_masked_adapter_is_trained_under_the_mask(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    result = tune(base, tmp_path / "out", method="sparse-lora", targets=("all-linear",), lr=3e-2, dropout=0.0)
+    merged = secateur.merge(tmp_path / "out", base, tmp_path / "merged", data=IDS[:4])
+    assert merged.merged is not None
+    assert merged.merged.nats == pytest.approx(result.after.nats, abs=1e-6)
+    best = [point["perplexity"] for point in result.record["curve"] if point["step"] == result.record["best_step"]]
+    assert best == [pytest.approx(math.exp(merged.merged.nats), rel=1e-5)]
+    assert {matrix.pattern for matrix in secateur.inspect(tmp_path / "merged").matrices} == {"2:4"}
+
+
+# How long
+
+
+def test_the_published_settings() -> None:
+    # finetune_lm.py and its README: defaults of LoRA, block_size, max_train_samples, learning_rate, one epoch.
+    settings = choose("lora", "paper", {})
+    assert (settings.rank, settings.alpha, settings.dropout, settings.lr) == (8, 16, 0.05, 1e-4)
+    assert (settings.length, settings.windows, settings.total_steps, settings.held_out) == (1024, 30_000, 30_000, 128)
+    assert (settings.schedule, settings.warmup, settings.weight_decay, settings.clip) == ("linear", 0, 0, 1)
+    assert choose("lora", "paper", {"batch_size": 4, "accumulation": 2}).total_steps == 3750
+    assert choose("full", "short", {"minutes": 3}).total_steps is None
+    assert all(set(preset) == {"lora", "sparse-lora", "full"} for preset in PRESETS.values())
+
+
+def test_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = pruned(tmp_path)
+    rates = []
+
+    class Spy(Budget):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+            rates.append((self.share, kwargs["optimizer"].param_groups[0]["lr"]))
+
+    monkeypatch.setattr("secateur.recover.fine_tuning.Budget", Spy)
+    result = tune(base, tmp_path / "out", steps=None, minutes=0.05)
+    assert 3 <= result.record["seconds"] < 6
+    assert result.record["steps"] == len(rates)
+    shares, learning = zip(*rates, strict=True)
+    assert shares[-1] == 1
+    # Linear in the time spent; what is seen after a step was set after the one before.
+    for before, rate in zip(shares[:-1], learning[1:], strict=True):
+        assert rate == pytest.approx(1e-2 * (1 - before), abs=2e-5)
+    measured = [point for point in result.record["curve"] if point["perplexity"] is not None]
+    assert 2 <= len(measured) <= 11  # once each tenth
+
+
+def test_patience_and_the_best_checkpoint(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    result = tune(base, tmp_path / "out", lr=0.3, steps=40, eval_every=1, patience=2, schedule="constant", seed=1)
+    measured = [point["perplexity"] for point in result.record["curve"]]
+    assert result.record["steps"] < 40
+    assert result.record["best_step"] == measured.index(min(measured)) + 1 == result.record["steps"] - 2
+    assert result.after.perplexity == pytest.approx(min(measured), rel=1e-4)
+
+
+class StopHere(Exception):  # noqa: N818 - no error
+    pass
+
+
+def stopping(at: int) -> Any:
+    def progress(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "training" and done == at:
+            raise StopHere
+
+    return progress
+
+
+@pytest.mark.parametrize("method", ["lora", "sparse-lora", "full"])
+def test_resuming_gives_what_an_unbroken_run_gives(tmp_path: Path, method: str) -> None:
+    base = pruned(tmp_path)
+    options: dict[str, Any] = {
+        "method": method,
+        "steps": 6,
+        "eval_every": 2,
+        "dropout": None if method == "full" else 0.1,
+    }
+    whole = tune(base, tmp_path / "whole", **options)
+    with pytest.raises(StopHere):
+        tune(base, tmp_path / "out", progress=stopping(5), **options)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.training" / "checkpoint-4").exists()
+    with pytest.raises(CheckpointError, match=r"an unfinished recovery, saved at step 4\. Go on with --resume"):
+        tune(base, tmp_path / "out", **options)
+    with pytest.raises(CheckpointError, match=r"--resume: batch_size was 2 when .* was begun, and is 3 now"):
+        tune(base, tmp_path / "out", resume=True, **options, batch_size=3)
+    result = tune(base, tmp_path / "out", resume=True, **options)
+    assert not (tmp_path / "out.training").exists()
+    assert (result.record["steps"], len(result.record["curve"])) == (6, 6)
+    assert result.after.nats == pytest.approx(whole.after.nats, abs=1e-6)
+    ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
+    assert result.record["seconds"] > result.record["curve"][3]["seconds"]  # the clock went on, too
+
+
+def test_a_dense_model_that_changed_is_another_run(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    dense = Path(shutil.copytree(base, tmp_path / "teacher"))
+    with pytest.raises(StopHere):
+        tune(base, tmp_path / "out", progress=stopping(3), distill=dense, eval_every=2)
+    file = dense / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"--resume: distill_digest was '\w{64}' when .* was begun, and is"):
+        tune(base, tmp_path / "out", resume=True, distill=dense, eval_every=2)
+
+
+def test_a_run_that_failed_after_its_last_step(tmp_path: Path) -> None:
+    # A full disk, say, while the result is written: what was trained is not lost.
+    def progress(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "perplexity after":
+            raise StopHere
+
+    base = pruned(tmp_path)
+    with pytest.raises(StopHere):
+        tune(base, tmp_path / "out", progress=progress)
+    assert not list(tmp_path.glob("out.partial*"))
+    result = tune(base, tmp_path / "out", resume=True)
+    whole = tune(base, tmp_path / "whole")
+    assert result.record["steps"] == 4
+    assert result.after.nats == whole.after.nats
+
+
+def test_a_lower_rate_after_a_diverging_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = pruned(tmp_path)
+    options: dict[str, Any] = {"steps": 8, "eval_every": 2, "schedule": "constant"}
+    with pytest.raises(StopHere):
+        tune(base, tmp_path / "out", progress=stopping(3), **options)
+    message = r"step \d: the .*loss is (nan|inf): training diverged\. The last good checkpoint is .*checkpoint-\d"
+    with pytest.raises(NumericalError, match=message) as caught:
+        tune(base, tmp_path / "out", resume=True, **options | {"lr": 1e30})
+    kept = last_checkpoint(tmp_path / "out.training")
+    assert kept is not None
+    assert str(kept) in str(caught.value)
+    assert str(caught.value).endswith("Go on from there with --resume and a lower --lr (it was 1e+30).")
+    assert all(bool(value.isfinite().all()) for value in tensors(kept).values())
+    assert not (tmp_path / "out").exists()
+    # The rate of the command is the one that counts, from the first step on, and not the one in the checkpoint.
+    rates = []
+
+    class Spy(Budget):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            rates.extend(group["lr"] for group in kwargs["optimizer"].param_groups)
+
+    monkeypatch.setattr("secateur.recover.fine_tuning.Budget", Spy)
+    result = tune(base, tmp_path / "out", resume=True, **options | {"lr": 1e-3})
+    assert len(rates) >= 2 * 4
+    assert rates == [pytest.approx(1e-3)] * len(rates)
+    assert result.record["settings"]["lr"] == 1e-3
+    assert result.record["steps"] == 8
+    assert secateur.verify(tmp_path / "out").ok
+
+
+def test_a_diverging_loss_before_anything_was_saved(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    with pytest.raises(NumericalError, match=r"No checkpoint had been saved yet\. Start again with a lower --lr"):
+        tune(base, tmp_path / "out", lr=1e30, optimizer="sgd", clip=1e30, steps=40)
+    tune(base, tmp_path / "out")  # nothing is in the way
+
+
+def test_starting_over_with_a_mistake_loses_nothing(tmp_path: Path) -> None:
+    base = pruned(tmp_path)
+    with pytest.raises(StopHere):
+        tune(base, tmp_path / "out", progress=stopping(3), eval_every=1)
+    kept = last_checkpoint(tmp_path / "out.training")
+    assert kept is not None
+    for mistake in ({"data": IDS + 1000}, {"only": ["*.up_pro"]}, {"optimizer": "adamm"}):
+        with pytest.raises(SecateurError):
+            tune(base, tmp_path / "out", overwrite=True, **mistake)
+        assert last_checkpoint(tmp_path / "out.training") == kept
+    assert tune(base, tmp_path / "out", overwrite=True).record["steps"] == 4
+
+
+# Optimizers and memory
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"),
+    [
+        ("sgd", "momentum=0.9"),
+        ("torch.optim:SGD", "momentum=0.9, nesterov=True"),
+        ("torch.optim:NAdam", "betas=(0.9,0.99)"),
+        ("torch.optim:RMSprop", None),
+    ],
+)
+def test_any_optimizer_of_torch(base: Path, tmp_path: Path, optimizer: str, arguments: str | None) -> None:
+    result = tune(base, tmp_path / "out", optimizer=optimizer, optimizer_args=arguments)
+    assert result.record["settings"]["optimizer_args"] == arguments
+    assert (result.sparsity_before, result.sparsity) == (0.5, 0.5)
+    assert secateur.verify(tmp_path / "out", open_source(str(base))).problems == []
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert not torch.equal(before[NAME], after[NAME])
+
+
+def test_arguments_reach_the_optimizer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = torch.optim.SGD.step
+
+    def spy(optimizer: torch.optim.SGD, *arguments: Any) -> Any:
+        seen.append({key: optimizer.param_groups[0][key] for key in ("momentum", "nesterov", "lr", "weight_decay")})
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    options: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.1, "lr": 1e-3}
+    tune(base, tmp_path / "out", optimizer="torch.optim:SGD", optimizer_args="momentum=0.8,nesterov=True", **options)
+    assert seen == [{"momentum": 0.8, "nesterov": True, "lr": 1e-3, "weight_decay": 0.1}] * 4
+
+
+@pytest.mark.parametrize("method", ["lora", "sparse-lora", "full"])
+def test_gradient_checkpointing_changes_memory_alone(base: Path, tmp_path: Path, method: str) -> None:
+    options: dict[str, Any] = {"method": method, "dropout": None if method == "full" else 0.0}
+    plain = tune(base, tmp_path / "plain", **options)
+    result = tune(base, tmp_path / "out", gradient_checkpointing=True, **options)
+    assert result.after.nats == pytest.approx(plain.after.nats, abs=1e-6)
+    assert result.after.nats < result.before.nats
+
+
+# Mistakes
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], type[SecateurError], str]] = {
+    "setting": ({"learning_rate": 1e-3}, PatternError, 'no setting "learning_rate"; there are steps, minutes, '),
+    "method": ({"method": "qlora"}, PatternError, '--method: got "qlora", expected lora, sparse-lora or full.'),
+    "preset": ({"preset": "long"}, PatternError, '--preset: got "long", expected paper or short.'),
+    "other method": ({"rank": 4}, PatternError, "--rank: has no meaning for --method full; lora and sparse-lora would"),
+    "globs": ({"method": "lora", "only": ["*"]}, PatternError, "--only: has no meaning for --method lora; full would"),
+    "both": ({"minutes": 1.0}, PatternError, "--steps and --minutes were both given"),
+    "steps": ({"steps": 0}, CalibrationError, "--steps: got 0, expected at least 1."),
+    "rate": ({"lr": 0.0}, PatternError, "--lr: got 0, expected a positive number."),
+    "dropout": ({"method": "lora", "dropout": 1.0}, PatternError, "--dropout: got 1, expected at least 0 and below 1."),
+    "weight": ({"distill_weight": 1.5}, PatternError, "--distill-weight: got 1.5, expected at least 0 and at most 1."),
+    "dtype": ({"dtype": "float16"}, CheckpointError, '--dtype: got "float16", expected auto, float32 or bfloat16.'),
+    "glob": ({"only": ["*.up_pro"]}, PatternError, '--only "*.up_pro" matches none of 30 matrices. Did you mean'),
+    "nothing": ({"skip": ["*"]}, PatternError, "nothing is left to train: --only and --skip leave none"),
+    "targets": ({"method": "lora", "targets": ["qkv"]}, PatternError, '--targets "qkv" matches none of the matrices.'),
+    "optimizer": (
+        {"optimizer": "adamm"},
+        CheckpointError,
+        "transformers' Trainer refuses these settings: adamm is not a valid",
+    ),
+    "optimizer class": ({"optimizer": "torch.optim:Adamm"}, PatternError, '--optimizer "torch.optim:Adamm": module'),
+    "optimizer arguments": (
+        {"optimizer": "sgd", "optimizer_args": "momentum"},
+        PatternError,
+        '--optimizer-args "momentum": expected name=value with commas between, such as momentum=0.9',
+    ),
+    "schedule": (
+        {"schedule": "slow"},
+        CheckpointError,
+        "transformers' Trainer refuses these settings: slow is not a valid",
+    ),
+    "clock": (
+        {"schedule": "reduce_lr_on_plateau", "steps": None, "minutes": 1.0},
+        PatternError,
+        "--schedule reduce_lr_on_plateau: cannot go by the clock.",
+    ),
+    "resume": ({"resume": True}, CheckpointError, "no checkpoint to resume from. Start without --resume."),
+    "rows": (
+        {"held_out": 24},
+        CalibrationError,
+        "24 windows, of which 24 are held out, and training needs one at least.",
+    ),
+    "tokens": ({"data": IDS + 1000}, CalibrationError, "is outside the vocabulary of"),
+    "text": ({"data": IDS.float()}, CalibrationError, "expected (samples, length), not empty, in an integer type"),
+    "dense model": ({"distill": "nowhere"}, CheckpointError, "nowhere: no such folder"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(base: Path, tmp_path: Path, mistake: str) -> None:
+    options, kind, message = MISTAKES[mistake]
+    with pytest.raises(kind, match=re.escape(message)):
+        tune(base, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    assert last_checkpoint(tmp_path / "out.training") is None
+
+
+def test_a_checkpoint_that_nobody_pruned(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="only checkpoints that Secateur wrote have one"):
+        tune(base.parent / "dense", tmp_path / "out")
+
+
+def test_a_dense_model_with_other_tokens(base: Path, tmp_path: Path) -> None:
+    config = AutoModelForCausalLM.from_pretrained(base).config
+    config.vocab_size = 96
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"--distill .*: has a vocabulary of 96 tokens, the pruned model has"):
+        tune(base, tmp_path / "out", distill=tmp_path / "other")
+
+
+def test_zeros_that_are_not_those_of_the_manifest(base: Path, tmp_path: Path) -> None:
+    # The weights were changed behind the manifest's back.
+    changed = Path(shutil.copytree(base, tmp_path / "changed"))
+    model = AutoModelForCausalLM.from_pretrained(changed)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, :4] = 1.0
+    model.save_pretrained(changed)
+    with pytest.raises(PatternError, match=rf"{re.escape(NAME)}: 76\d zeros of \[32, 48\] in the model, expected 768"):
+        tune(changed, tmp_path / "out")
+
+
+# Text
+
+
+def test_windows_held_out_and_trained_on_do_not_overlap(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n<|endoftext|>\n".join(f"Story {number} is about the number {number * 7919}." for number in range(300))
+    )
+    tokenizer = byte_pair_tokenizer(300)
+    train, held = training_windows(str(text), tokenizer, samples=20, length=16, held_out=5)
+    documents = text.read_text().split("\n<|endoftext|>\n")
+    ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
+    assert held.input_ids.flatten().tolist() == ids[: 5 * 16]
+    assert train.input_ids.flatten().tolist() == ids[5 * 16 : 25 * 16]
+    assert (train.provenance["samples"], train.provenance["first_window"]) == (20, 5)
+    # What is held out does not depend on how much is trained on; a text too short gives what it has.
+    everything, same = training_windows(str(text), tokenizer, samples=10**6, length=16, held_out=5)
+    assert same.digest == held.digest
+    assert everything.samples == len(ids) // 16 - 5
+    with pytest.raises(CalibrationError, match=r"make \d+ windows of 2048; 5 are held out and at least one is needed"):
+        training_windows(str(text), tokenizer, samples=1, length=2048, held_out=5)
