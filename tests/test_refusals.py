@@ -13,9 +13,9 @@ from transformers import LlamaForCausalLM
 import secateur
 import tiny
 from secateur.calibration import quick
-from secateur.cli.parsing import method_of
 from secateur.errors import SecateurError
 from secateur.pruning.forecast import estimate
+from secateur.pruning.named import method_of
 from test_cli import Call, call, save_model  # noqa: F401 - `call` is a fixture
 
 SITES = ("--within", "site", "--targets", "residual")

@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import reference_solvers
 import secateur
 import tiny
-from secateur.cli.parsing import method_of
 from secateur.collect.block_statistics import sites
 from secateur.core.gradients import GradientNorm
 from secateur.core.gram import CrossGram, Gram
@@ -49,7 +48,9 @@ from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.pruning.engine import prune
+from secateur.pruning.named import method_of
 from secateur.pruning.preparation import check_choices, chosen_correction
+from secateur.pruning.settings import PruneSettings
 from secateur.record.manifest import Manifest, cautions, verify
 from secateur.report import checkpoint_page
 from secateur.report.terminal import manifest_tables
@@ -771,9 +772,9 @@ def test_a_model_without_a_matrix_that_writes_to_the_residual_stream() -> None:
 
 
 def check(method: str, choices: dict[str, Any]) -> None:
-    words = {"propagate": "pruned", "within": "block", "targets": "pruned"} | choices
-    chosen_correction(words["targets"], words.pop("correction", None))
-    check_choices(method_of(method), **words)
+    settings = PruneSettings("nowhere", **choices)
+    chosen_correction(settings)
+    check_choices(method_of(method), settings)
 
 
 @pytest.mark.parametrize(
