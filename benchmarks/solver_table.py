@@ -26,7 +26,7 @@ SCRATCH = Path(tempfile.gettempdir()) / "secateur-benchmarks"
 
 def run_cell(cell: dict[str, Any], pruned: Path) -> dict[str, Any]:
     """Prune into a folder and evaluate; the cell with its figures."""
-    from secateur.cli.parsing import method_of
+    from secateur.pruning.named import method_of
 
     folder = SCRATCH / "smollm2"
     figures: dict[str, Any] = {}

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from secateur.methods.wanda import wanda, wanda_variant
     from secateur.methods.wanda_plus import wanda_plus
     from secateur.plans.plan import Plan, uniform
-    from secateur.pruning.forecast import Estimate
-    from secateur.public import estimate, prune, sweep
+    from secateur.pruning.engine import prune
+    from secateur.pruning.forecast import Estimate, estimate
     from secateur.record.manifest import Manifest, Verification, verify
     from secateur.recover.block import reconstruct
     from secateur.recover.callback import SparsityCallback
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from secateur.report.inspect import inspect
     from secateur.runs.events import Event
     from secateur.sweeps.folder import Sweep
+    from secateur.sweeps.run import sweep
 
 _HOMES = {
     "Agreement": "evaluate.agreement",
@@ -98,7 +99,7 @@ _HOMES = {
     "alps": "methods.alps",
     "calibration_windows": "calibration",
     "chain": "core.problem",
-    "estimate": "public",
+    "estimate": "pruning.forecast",
     "evaluation_windows": "calibration",
     "fine_tune": "recover.fine_tuning",
     "gblm": "methods.gblm",
@@ -114,14 +115,14 @@ _HOMES = {
     "obs_update": "methods.obs_update",
     "parse_pattern": "core.patterns",
     "perplexity": "evaluate.perplexity",
-    "prune": "public",
+    "prune": "pruning.engine",
     "pruner_zero": "methods.pruner_zero",
     "reconstruct": "recover.block",
     "ria": "methods.ria",
     "select": "core.problem",
     "sparsegpt": "methods.sparsegpt",
     "swaps": "methods.swaps",
-    "sweep": "public",
+    "sweep": "sweeps.run",
     "task_differences": "evaluate.task_differences",
     "tasks": "evaluate.tasks",
     "uniform": "plans.plan",

@@ -20,8 +20,8 @@ from command_line import (
     process,
     terminal,
 )
-from secateur.cli.parsing import methods_of, patterns_of
 from secateur.errors import PatternError
+from secateur.sweeps.grid import methods_of, patterns_of
 
 EVALUATION = ["--data", "python-docs", "--eval-length", "32", "--windows", "4"]
 
@@ -227,7 +227,7 @@ def test_an_interruption_keeps_what_is_finished(
 def test_methods_with_labels_and_options() -> None:
     names = ["magnitude, l2=gblm", "wanda+least-squares", "a-b=sparsegpt"]
     settings = ["l2.norm=l2", "wanda+least_squares.least_squares.damping=0.5", "a-b.damping=0.25"]
-    methods = methods_of(names, settings)
+    methods = dict(methods_of(names, settings))
     assert list(methods) == ["magnitude", "l2", "wanda+least_squares", "a-b"]
     assert methods["l2"].gradient == secateur.GradientKind("l2")
     assert methods["wanda+least_squares"].options["least_squares.damping"] == 0.5

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from secateur.cli.parsing import method_of
 from secateur.core.gram import Gram
 from secateur.core.harmonic import HarmonicNorm
 from secateur.core.patterns import Pattern, Unstructured
@@ -20,6 +19,7 @@ from secateur.methods import METHODS
 from secateur.methods.least_squares import least_squares
 from secateur.methods.sparsegpt import sparsegpt
 from secateur.pruning.engine import prune
+from secateur.pruning.named import method_of
 from second_order import CHAINS, calibration, every_pattern, inputs, load
 
 # Chains by name

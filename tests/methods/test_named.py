@@ -33,7 +33,7 @@ def test_names_stand_for_methods_and_patterns() -> None:
     for value in (0.5, "0.5", "50%", " 50% ", secateur.Unstructured(0.5)):
         assert as_pattern(value) == secateur.Unstructured(0.5)
     assert as_pattern("2:4") == secateur.NM(2, 4)
-    assert as_pattern(None) is None
+    assert as_pattern(None) == secateur.Unstructured(0.5)
     assert as_pattern(0) == secateur.Unstructured(0.0)
 
 

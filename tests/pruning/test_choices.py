@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from secateur.cli.parsing import method_of
 from secateur.errors import PatternError
 from secateur.pruning.engine import prune
+from secateur.pruning.named import method_of
 from secateur.pruning.preparation import check_choices, chosen_correction
+from secateur.pruning.settings import PruneSettings
 
 
 def check(method: str, choices: dict[str, Any]) -> None:
-    words = {"propagate": "pruned", "within": "block", "targets": "pruned"} | choices
-    chosen_correction(words["targets"], words.pop("correction", None))
-    check_choices(method_of(method), **words)
+    settings = PruneSettings("nowhere", **choices)
+    chosen_correction(settings)
+    check_choices(method_of(method), settings)
 
 
 @pytest.mark.parametrize(

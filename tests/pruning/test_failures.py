@@ -25,9 +25,9 @@ from secateur.errors import (
 from secateur.files.checkpoint import Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
-from secateur.pruning.block_loop import Event
 from secateur.pruning.engine import prune
 from secateur.record.manifest import verify
+from secateur.runs.events import Event
 
 
 class MiddleError(Exception):

@@ -18,9 +18,9 @@ from command_line import (
     save_model,
 )
 from secateur.calibration import quick
-from secateur.cli.parsing import method_of
 from secateur.errors import SecateurError
 from secateur.pruning.forecast import estimate
+from secateur.pruning.named import method_of
 
 SITES = ("--within", "site", "--targets", "residual")
 

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 import tiny
 from real_data import STORIES, STORIES_TEXT
-from secateur.cli.parsing import method_of
 from secateur.core.gram import Gram
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.methods import METHODS
 from secateur.pruning.engine import prune
+from secateur.pruning.named import method_of
 from second_order import CHAINS, TWO_OF_FOUR, assert_verified, calibration, every_order, every_pattern, load
 
 # From folder to folder

@@ -30,9 +30,9 @@ from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
 from secateur.models.opening.opened import open_model
 from secateur.plans.plan import Plan
-from secateur.pruning.block_loop import Event
 from secateur.pruning.engine import prune
 from secateur.record.manifest import read_manifest, verify
+from secateur.runs.events import Event
 
 # Settings
 

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 import reference_solvers
 import tiny
-from secateur.cli.parsing import method_of
 from secateur.core.patterns import NM, Pattern
 from secateur.core.problem import Method, chain
 from secateur.methods.least_squares import least_squares
 from secateur.methods.sparsegpt import sparsegpt
 from secateur.methods.wanda import wanda
 from secateur.pruning.engine import prune
+from secateur.pruning.named import method_of
 from second_order import HALF, ORDERS, RESIDUAL, SAMPLES, calibration, every_order, every_pattern, inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]

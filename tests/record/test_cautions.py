@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 import tiny
-from secateur.cli.parsing import method_of
 from secateur.methods.sparsegpt import sparsegpt
 from secateur.methods.wanda import wanda
 from secateur.pruning.engine import prune
+from secateur.pruning.named import method_of
 from secateur.record.manifest import cautions
 from secateur.report import checkpoint_page
 from secateur.report.terminal import manifest_tables

@@ -17,12 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
 import tiny
-from secateur.cli.parsing import method_of
 from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.files.checkpoint import SINGLE_FILE
 from secateur.models.opening.opened import open_model
 from secateur.pruning import forecast, forecast_memory, forecast_time
 from secateur.pruning.forecast import Estimate
+from secateur.pruning.settings import PruneSettings
 from secateur.pruning.trial import Pace, forwards
 from secateur.report.inspect import detect_pattern
 
@@ -271,11 +271,9 @@ def test_solving_is_part_of_the_estimated_time(model: Path, monkeypatch: pytest.
     options: dict[str, Any] = {"samples": 10, "length": 48}
 
     def seconds(name: str, **more: Any) -> float:
-        with forecast.prepared(
-            model, method=method_of(name), pattern=None, calibration=None, dry=True, **options, **more
-        ) as ready:
-            within, targets = more.get("within", "block"), more.get("targets", "pruned")
-            return forecast_time.run_seconds(ready, within=within, targets=targets, passes=1)
+        settings = PruneSettings(model, method=name, calibration=None, **options, **more)
+        with forecast.prepared(settings, dry=True) as ready:
+            return forecast_time.run_seconds(ready, passes=1)
 
     names = ["magnitude", "wanda", "sparsegpt", "sparsegpt+least_squares", "admm", "alps"]
     assert [seconds(name) for name in names] == sorted({seconds(name) for name in names})

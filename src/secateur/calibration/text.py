@@ -1,13 +1,12 @@
 """Text as token ids, and where BOS, the token that begins a text, stands in the windows that are cut from them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
+from secateur.core.choices import Bos
 from secateur.errors import CalibrationError
-
-Bos = Literal["papers", "always", "never"]
 
 
 def check_bos(bos: str, known: Sequence[str] = get_args(Bos)) -> None:

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from secateur.calibration.corpora import Corpus, Role, existing_file, file_provenance, is_token_file, load_corpus
-from secateur.calibration.text import Bos, Text, check_bos
+from secateur.calibration.text import Text, check_bos
+from secateur.core.choices import Bos, Sampling
 from secateur.errors import CalibrationError
 
-Sampling = Literal["document", "concat"]
 Progress = Callable[[int, int], None]
 
 DEFAULT_SAMPLES = 128

@@ -95,30 +95,31 @@ def plan(
 
     Takes every option of `prune`, so that a command can be tried by changing one word.
     """
-    from secateur.cli.parsing import method_of, pattern_of
-
-    chosen = pattern_of(sparsity, pattern, per)
-    solver = method_of(method, option or (), norm=norm, alpha=alpha)
     with quiet_libraries(), status("Reading the model"):
         from secateur.pruning.forecast import estimate
 
         started = since_start()  # Python and the libraries take that long for `prune` as well
         result = estimate(
             model,
-            method=solver,
-            pattern=chosen,
+            method=method,
+            norm=norm,  # type: ignore[arg-type]
+            alpha=alpha,
+            option=option or (),
+            sparsity=sparsity,
+            pattern=pattern,
+            per=per,  # type: ignore[arg-type]
             calibration=calibration or "c4",
             samples=samples,
             length=length,
             seed=seed,
-            sampling=sampling,
-            bos=bos,
+            sampling=sampling,  # type: ignore[arg-type]
+            bos=bos,  # type: ignore[arg-type]
             only=only or (),
             skip=skip or (),
             gradient=gradient,
-            propagate=propagate,
-            within=within,
-            targets=targets,
+            propagate=propagate,  # type: ignore[arg-type]
+            within=within,  # type: ignore[arg-type]
+            targets=targets,  # type: ignore[arg-type]
             correction=correction,
             statistics_device=statistics_device,
             batch_size=batch_size,
@@ -187,29 +188,30 @@ def prune(
 
     The source is never changed, and the output appears under its name only when it is complete.
     """
-    from secateur.cli.parsing import method_of, pattern_of
-
-    chosen = pattern_of(sparsity, pattern, per)
-    solver = method_of(method, option or (), norm=norm, alpha=alpha)
     with quiet_libraries(), progress() as on_event:
         from secateur.pruning.engine import prune as run
 
         manifest = run(
             model,
-            method=solver,
-            pattern=chosen,
+            method=method,
+            norm=norm,  # type: ignore[arg-type]
+            alpha=alpha,
+            option=option or (),
+            sparsity=sparsity,
+            pattern=pattern,
+            per=per,  # type: ignore[arg-type]
             calibration=calibration or "c4",
             samples=samples,
             length=length,
             seed=seed,
-            sampling=sampling,
-            bos=bos,
+            sampling=sampling,  # type: ignore[arg-type]
+            bos=bos,  # type: ignore[arg-type]
             only=only or (),
             skip=skip or (),
             gradient=gradient,
-            propagate=propagate,
-            within=within,
-            targets=targets,
+            propagate=propagate,  # type: ignore[arg-type]
+            within=within,  # type: ignore[arg-type]
+            targets=targets,  # type: ignore[arg-type]
             correction=correction,
             statistics_device=statistics_device,
             batch_size=batch_size,
@@ -285,8 +287,8 @@ def gradients(
             samples=samples,
             length=length,
             seed=seed,
-            sampling=sampling,
-            bos=bos,
+            sampling=sampling,  # type: ignore[arg-type]
+            bos=bos,  # type: ignore[arg-type]
             batch_size=batch_size,
             device=device,
             dtype=dtype,

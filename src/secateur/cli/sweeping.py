@@ -191,15 +191,13 @@ def sweep(
 
     Started again with the same folder, it runs only what is missing. A cell that fails does not stop the others.
     """
-    from secateur.cli.parsing import listed, methods_of, patterns_of
-
-    grid = methods_of(methods or ["magnitude", "wanda", "sparsegpt"], option or ())
-    patterns = patterns_of(sparsity or (), pattern or (), per)
     with quiet_libraries():
         from secateur.report.terminal import sweep_estimate_tables, sweep_table_groups
+        from secateur.runs.options import listed
         from secateur.sweeps.estimate import SweepEstimate
-        from secateur.sweeps.folder import pattern_text
-        from secateur.sweeps.run import sweep as run
+        from secateur.sweeps.grid import grid
+        from secateur.sweeps.run import run
+        from secateur.sweeps.settings import SweepSettings
 
         estimates: list[SweepEstimate] = []
         with sweep_progress() as (on_event, print_above):
@@ -209,27 +207,30 @@ def sweep(
                 if not dry_run:
                     print_above(sweep_estimate_tables(estimate))
 
-            result = run(
+            settings = SweepSettings(
                 model,
-                methods=grid,
-                patterns=patterns,
+                methods=methods or ("magnitude", "wanda", "sparsegpt"),
+                option=option or (),
+                sparsity=sparsity or (),
+                patterns=pattern or (),
+                per=per,  # type: ignore[arg-type]
                 output=output,
                 data=data or "wikitext2",
                 eval_length=eval_length,
                 windows=windows,
                 agreement=agreement,
-                keep=keep,
+                keep=keep,  # type: ignore[arg-type]
                 calibration=calibration or "c4",
                 samples=samples,
                 length=length,
                 seed=seed,
-                sampling=sampling,
-                bos=bos,
+                sampling=sampling,  # type: ignore[arg-type]
+                bos=bos,  # type: ignore[arg-type]
                 only=only or (),
                 skip=skip or (),
-                propagate=propagate,
-                within=within,
-                targets=targets,
+                propagate=propagate,  # type: ignore[arg-type]
+                within=within,  # type: ignore[arg-type]
+                targets=targets,  # type: ignore[arg-type]
                 correction=correction,
                 statistics_device=statistics_device,
                 batch_size=batch_size,
@@ -244,6 +245,7 @@ def sweep(
                 on_estimate=on_estimate,
                 on_event=on_event,
             )
+            result = run(settings)
     if dry_run:
         if as_json:
             print_json(estimates[0].to_json())
@@ -254,7 +256,7 @@ def sweep(
         print_json(result.to_json())
     else:
         print_tables(sweep_table_groups(result))
-    asked = {(label, pattern_text(own)) for label in grid for own in patterns}
+    asked = {(task.cell.method, task.cell.pattern) for task in grid(settings)}
     if result.failed:
         typer.secho(f"{len(result.failed)} of {len(result.cells)} cells failed:", fg=typer.colors.RED, err=True)
         for cell in result.failed:

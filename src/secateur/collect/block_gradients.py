@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.core.gradients import Granularity, Norm
+from secateur.core.choices import Granularity, Norm
 from secateur.models.flow.backward import (
     BlockGradients,
     GradientTap,

@@ -12,7 +12,8 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from secateur.core.gradients import GradientKind, GradientNorm, Norm
+from secateur.core.choices import Norm
+from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.files.checkpoint import TensorRecord, read_header, read_tensor, tensor_bytes
 from secateur.files.reading import checked, parse_json

@@ -8,19 +8,20 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import secateur
 from secateur.calibration import Windows, check_predictions
 from secateur.collect.block_gradients import model_gradients, regional_gradients
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.collect.model_windows import model_windows
+from secateur.collect.settings import File, GradientSettings, Model
 from secateur.core.checks import check_weight
-from secateur.core.gradients import GradientKind, Granularity, Norm, Scope
+from secateur.core.choices import Granularity, Norm, Scope
+from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.files.names import unique
 from secateur.models.flow.backward import BlockGradients
@@ -31,37 +32,15 @@ from secateur.models.shape.matrices import Matrix, numbered_experts, tapped
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest, tensor_digest
+from secateur.runs.options import taking
 from secateur.runs.output import check_writable, resolved
 from secateur.runs.transaction import Transaction
 
 Progress = Callable[[str, int, int], None]
 
 
-def gradients(
-    model: str | os.PathLike[str] | nn.Module,
-    output: str | os.PathLike[str],
-    *,
-    norms: Sequence[Norm] = ("l1",),
-    granularity: Granularity = "sample",
-    scope: Scope = "model",
-    calibration: str | Sequence[str] | Tensor | Windows = "c4",
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    sampling: str | None = None,
-    bos: str = "auto",
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    batch_size: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offload_states: str = "auto",
-    overwrite: bool = False,
-    tokenizer: Any = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = lambda stage, done, total: None,
-) -> GradientFile:
+@taking(GradientSettings)
+def gradients(settings: GradientSettings) -> GradientFile:
     """The file of gradient norms that is written to `output`, for methods that take one (`prune(gradient=...)`).
 
     `norms` are "l1" and "l2" (one pass makes both), `granularity` is "sample" or "token", `scope` "model" or "block";
@@ -69,46 +48,55 @@ def gradients(
 
     Raises what `prune` raises.
     """
-    only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
-    norms = [norms] if isinstance(norms, str) else norms  # type: ignore[list-item]  # checked in GradientKind
+    return take(settings)
+
+
+def take(settings: GradientSettings) -> GradientFile:
+    """What `gradients` does, from its settings."""
+    norms = [settings.norms] if isinstance(settings.norms, str) else settings.norms
     if not norms:
         raise CalibrationError("norm: got none, expected l1, l2 or both.")
-    kinds = [GradientKind(norm, granularity, scope) for norm in norms]
-    target = _check_file(output, model, overwrite)
+    kinds = [GradientKind(norm, settings.granularity, settings.scope) for norm in norms]  # type: ignore[arg-type]
+    target = _check_file(settings.output, settings.model, settings.overwrite)
     return_large()
-    with Transaction(target, overwrite, file=True) as transaction, ExitStack() as stack:
-        opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    with Transaction(target, settings.overwrite, file=True) as transaction, ExitStack() as stack:
+        opened = open_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
         stack.callback(opened.restore)
-        skeleton = opened.skeleton
-        names = set(matching({matrix.name: matrix.shape for matrix in skeleton.matrices}, only=only, skip=skip))
-        matrices = [matrix for matrix in skeleton.matrices if matrix.name in names]
+        shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
+        names = set(matching(shapes, only=settings.only, skip=settings.skip))
         windows = model_windows(
             opened,
-            calibration,
-            tokenizer,
-            samples=samples,
-            length=length,
-            seed=seed,
-            sampling=sampling,
-            bos=bos,
-            progress=lambda done, total: progress("calibrate", done, total),
+            settings.calibration,
+            settings.tokenizer,
+            samples=settings.samples,
+            length=settings.length,
+            seed=settings.seed,
+            sampling=settings.sampling,
+            bos=settings.bos,
+            progress=lambda done, total: settings.progress("calibrate", done, total),
         )
         collect(
             opened,
             windows,
             transaction.folder,
             kinds,
-            matrices,
-            batch_size=batch_size,
-            offload_states=offload_states,
-            progress=progress,
+            [matrix for matrix in opened.skeleton.matrices if matrix.name in names],
+            batch_size=settings.batch_size,
+            offload_states=settings.offload_states,
+            progress=settings.progress,
             states=target.name,
         )
         transaction.commit()
     return GradientFile(target)
 
 
-def _check_file(output: str | os.PathLike[str], model: str | os.PathLike[str] | nn.Module, overwrite: bool) -> Path:
+def _check_file(output: File, model: Model, overwrite: bool) -> Path:
     """The absolute path of the file to write, behind all links. Raises `CheckpointError` when it is not safe to write.
 
     What is overwritten must be a file of gradients.
@@ -120,7 +108,7 @@ def _check_file(output: str | os.PathLike[str], model: str | os.PathLike[str] | 
         raise CheckpointError(
             f"{output}: is a folder; gradients are one file. Choose a name such as gradients.safetensors."
         )
-    if not isinstance(model, nn.Module) and Path(model).expanduser().resolve() in target.parents:
+    if isinstance(model, str | os.PathLike) and Path(model).expanduser().resolve() in target.parents:
         raise CheckpointError(f"{output}: lies inside the model, which is never written to. Choose another folder.")
     if target.exists():
         try:
@@ -179,21 +167,13 @@ def collect(
     writer = GradientWriter(target, {matrix.name: matrix.shape for matrix in matrices}, norms, provenance, wide)
     folder: Path | None = None
     try:
-        sizes = chunk_sizes(
-            skeleton,
-            windows.samples,
-            windows.length,
-            batch_size,
-            scope,
-            offload_states,
-            first,
-            target.with_name(unique(f"{states}.states")),
-        )
+        place = target.with_name(unique(f"{states}.states"))
+        sizes = chunk_sizes(skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first, place)
         folder = sizes.folder
         parts = _parts(windows.batches(batch_size), sizes.samples)
         by_block = _by_block(matrices)
 
-        def take(found: BlockGradients) -> None:
+        def take_block(found: BlockGradients) -> None:
             own = by_block.get(found.block.index, [])
             _add(writer, found, own, norms)
             if number + 1 == len(parts):
@@ -204,7 +184,7 @@ def collect(
                 skeleton,
                 part,
                 lambda block: tapped(block, by_block.get(block.index, []))[0],
-                take,
+                take_block,
                 norms=norms,
                 granularity=granularity,
                 first=first,

@@ -23,8 +23,8 @@ from secateur.calibration import (
 )
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.quick import quick_windows
-from secateur.calibration.text import Bos
 from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES, Progress
+from secateur.core.choices import Bos
 from secateur.files.reading import read_json
 from secateur.models.opening.opened import OpenedModel
 from secateur.runs.forward import after_the_last_block

@@ -1,17 +1,14 @@
 """What a method may know of a matrix's gradients: norms over calibration samples, entry by entry, un-normalised."""
 
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.core.choices import Granularity, Norm, Scope
 from secateur.errors import CalibrationError
-
-Norm = Literal["l1", "l2"]
-Granularity = Literal["sample", "token"]
-Scope = Literal["model", "block"]
 
 
 @dataclass(frozen=True)

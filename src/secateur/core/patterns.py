@@ -4,15 +4,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.core.choices import Group
 from secateur.errors import NumericalError, PatternError
 
-Group = Literal["row", "matrix", "search"]
 LARGE = 2**16  # entries that are compared with each other, from which on a sample says where to look for the threshold
 SPACING = 64  # of that sample
 

@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.core.choices import Group
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.core.gram import Gram
 from secateur.core.own_code import written_at
-from secateur.core.patterns import Group, Pattern, with_group
+from secateur.core.patterns import Pattern, with_group
 from secateur.core.statistics import SquaredNorm, Statistic
 from secateur.errors import MethodError, NumericalError, PatternError
 

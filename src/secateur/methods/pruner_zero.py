@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.core import scores
-from secateur.core.gradients import GradientKind, Norm
+from secateur.core.choices import Norm
+from secateur.core.gradients import GradientKind
 from secateur.core.problem import Method, Problem, select, with_options
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from secateur.core.patterns import Group, Pattern, pattern_from_json, with_group
+from secateur.core.choices import Group
+from secateur.core.patterns import Pattern, pattern_from_json, with_group
 from secateur.errors import PatternError
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -57,6 +58,36 @@ def uniform(
     pattern that leaves it open. Raises `PatternError` for a glob that matches nothing and for an empty plan.
     """
     plan = Plan(dict.fromkeys(matching(shapes, only=only, skip=skip), with_group(pattern, per)))
+    plan.check(shapes)
+    return plan
+
+
+def by_glob(
+    shapes: Shapes,
+    patterns: Mapping[str, Pattern],
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    per: Group = "row",
+) -> Plan:
+    """The plan with the pattern of the first glob that matches a matrix; what no glob matches stays dense.
+
+    `only`, `skip` and `per` are those of `uniform`. Raises `PatternError` for a glob that matches nothing, or nothing
+    that earlier globs have left, and for an empty plan.
+    """
+    left = {name: shapes[name] for name in matching(shapes, only=only, skip=skip)}
+    found: dict[str, Pattern] = {}
+    for glob, pattern in patterns.items():
+        if not any(matches(name, glob) for name in shapes):
+            raise PatternError(f'pattern "{glob}" matches none of {len(shapes)} matrices.{_nearest(glob, shapes)}')
+        own = [name for name in left if matches(name, glob)]
+        if own and all(name in found for name in own):
+            raise PatternError(f'pattern "{glob}": earlier globs match all of its matrices. Put it before them.')
+        for name in own:
+            found.setdefault(name, with_group(pattern, per))
+    plan = Plan({name: found[name] for name in left if name in found})
+    if not plan:
+        raise PatternError(f"nothing is left to prune: no glob of the pattern matches any of {len(left)} matrices.")
     plan.check(shapes)
     return plan
 

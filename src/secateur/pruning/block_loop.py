@@ -15,23 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration import Windows
 from secateur.collect.block_statistics import Collected, DenseTwin, First, collect_statistics, sites
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.shared_statistics import SharedStatistics
 from secateur.core.checks import check_weight, solved
 from secateur.core.histogram import histogram
-from secateur.core.problem import Method, Problem, Solution
+from secateur.core.problem import Problem, Solution
 from secateur.core.statistics import Statistic
 from secateur.models.flow.residual import Writer, residual_writers
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.shape.matrices import Matrix
-from secateur.models.shape.skeleton import Skeleton, loaded
+from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
-from secateur.plans.plan import Plan
+from secateur.pruning.preparation import Prepared
 from secateur.record.manifest import Manifest, tensor_digest
 from secateur.runs.conveyor import Conveyor
-from secateur.runs.events import Clock, Event
+from secateur.runs.events import Event
 
 
 @dataclass
@@ -49,35 +48,23 @@ class Streams:
             self.twin.close()
 
 
-@dataclass
 class BlockLoop:
     """One pass over the blocks."""
 
-    conveyor: Conveyor
-    method: Method
-    needs: frozenset[type[Statistic]]  # the method's, and those that its targets take
-    plan: Plan
-    windows: Windows | None
-    manifest: Manifest
-    propagate: str
-    offload: str
-    scratch: Path
-    gradients: GradientFile | None
-    within: str
-    targets: str
-    correction: float | None  # of the residual stream; None for other targets
-    statistics_device: torch.device | None
-    shared: SharedStatistics | None
-
-    @property
-    def skeleton(self) -> Skeleton:
-        """The model."""
-        return self.conveyor.skeleton
-
-    @property
-    def clock(self) -> Clock:
-        """The run's."""
-        return self.conveyor.clock
+    def __init__(
+        self,
+        ready: Prepared,
+        manifest: Manifest,
+        conveyor: Conveyor,
+        states: Path,
+        gradients: GradientFile | None,
+        shared: SharedStatistics | None,
+    ) -> None:
+        """For a prepared run: `gradients` are those given or taken before, and `states` where hidden states may go."""
+        self.ready, self.settings = ready, ready.settings
+        self.skeleton, self.method, self.plan = ready.opened.skeleton, ready.method, ready.plan
+        self.manifest, self.conveyor, self.states, self.clock = manifest, conveyor, states, conveyor.clock
+        self.gradients, self.shared = gradients, shared
 
     @property
     def regional(self) -> bool:
@@ -92,13 +79,13 @@ class BlockLoop:
     @torch.no_grad()
     def run(self) -> None:
         """Prune block by block, and write everything. Raises what the method and the checks raise."""
-        skeleton, blocks = self.skeleton, self.skeleton.blocks
-        planned: list[list[Matrix]] = [[] for _ in blocks]
+        skeleton = self.skeleton
+        planned: list[list[Matrix]] = [[] for _ in skeleton.blocks]
         for matrix in skeleton.matrices:
             if matrix.name in self.plan:
                 planned[matrix.block].append(matrix)
         last = max(index for index, matrices in enumerate(planned) if matrices)
-        streams = self._streams(last) if self.needs or self.regional else None
+        streams = self._streams(last) if self.ready.needs or self.regional else None
         with contextlib.closing(streams) if streams is not None else contextlib.nullcontext():
             self.conveyor.carry(
                 lambda block, tensors: self._prune_block(block, tensors, planned[block.index], streams, last),
@@ -106,17 +93,17 @@ class BlockLoop:
             )
 
     def _streams(self, last: int) -> "Streams":
-        assert self.windows is not None
+        assert self.ready.windows is not None
         started = time.perf_counter()
         self.skeleton.load_outside(head=False)
-        batches = self.windows.batches(self.manifest.settings["batch_size"])
+        batches = self.ready.windows.batches(self.ready.chosen_batch_size)
         if self.reuses:  # what is left to find out, how far each block's output moves, takes the first batch alone
             batches = batches[:1]
         # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.
-        dense = self.targets != "pruned"
+        dense = self.settings.targets != "pruned"
         tokens = sum(batch.numel() for batch in batches)
         needed = (3 if dense else 1) * tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
-        folder = states_folder(self.offload, needed, self.scratch)
+        folder = states_folder(self.settings.offload_states, needed, self.states)
         folders = [None if folder is None else folder.with_name(f"{folder.name}{end}") for end in ("", "-dense")]
         made = [
             Stream(
@@ -181,7 +168,7 @@ class BlockLoop:
         pruned, twin = streams.pruned, streams.twin
         if twin is not None:
             twin.enter(block)
-        groups = sites(block, matrices, pruned) if self.within == "site" and matrices else [matrices]
+        groups = sites(block, matrices, pruned) if self.settings.within == "site" and matrices else [matrices]
         first: First | None = None
         writers = self._residual_writers(block, matrices, pruned)
         for group in groups:
@@ -194,7 +181,7 @@ class BlockLoop:
                 gradient=self.method.gradient if self.regional else None,
                 twin=twin,
                 writers=writers,
-                device=self.statistics_device,
+                device=self.ready.statistics_device,
                 keep_outputs=self._single_pass(matrices),
                 progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
             )
@@ -209,15 +196,15 @@ class BlockLoop:
             twin.leave(block)
         assert first is not None
         record: dict[str, Any] = {"output_change": self._move_on(block, matrices, pruned, first, streams.last)}
-        if self.within == "site":
+        if self.settings.within == "site":
             record["sites"] = [[matrix.name for matrix in group] for group in groups]
-        if self.targets == "residual":
+        if self.settings.targets == "residual":
             record["residual_writers"] = {name: vars(writer) for name, writer in writers.items()}
         return record
 
     def _residual_writers(self, block: Block, matrices: list[Matrix], stream: Stream) -> dict[str, Writer]:
         """Which of the matrices write to the residual stream, where targets ask for it."""
-        if self.targets != "residual" or not matrices:
+        if self.settings.targets != "residual" or not matrices:
             return {}
         started = time.perf_counter()
         every = [matrix for matrix in self.skeleton.matrices if matrix.block == block.index]
@@ -228,16 +215,16 @@ class BlockLoop:
     def _kinds(self) -> frozenset[type[Statistic]]:
         """The statistics to take on the way: those of this run, or of all that share them."""
         if self.shared is None:
-            return self.needs
+            return self.ready.needs
         return frozenset() if self.shared.complete else self.shared.kinds
 
     def _exchange(self, shared: SharedStatistics, block: Block, collected: Collected) -> Collected:
         """What was collected, given to the runs that share it or completed with what an earlier one has left."""
         if shared.complete:
-            return replace(collected, inputs=shared.get(block.index, self.needs))
+            return replace(collected, inputs=shared.get(block.index, self.ready.needs))
         shared.put(block.index, collected.inputs)
         # Exact: a method must not see what it did not ask for; the diagonal of a Gram matrix is no SquaredNorm.
-        return replace(collected, inputs=collected.inputs.only(self.needs))
+        return replace(collected, inputs=collected.inputs.only(self.ready.needs))
 
     def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put some matrices' changed tensors, and what makes one parameter with them, into the block's module."""
@@ -247,7 +234,7 @@ class BlockLoop:
 
     def _single_pass(self, matrices: list[Matrix]) -> bool:
         """Whether the outputs of the dense block are the next block's inputs, so that no second pass is needed."""
-        return self.propagate == "dense" or not matrices
+        return self.settings.propagate == "dense" or not matrices
 
     def _solve(
         self,
@@ -268,8 +255,8 @@ class BlockLoop:
                 assert self.method.gradient is not None
                 gradient = self.gradients.read(matrix.name, self.method.gradient, weight.device)
             drift = collected.drifts.get(matrix.name) if collected is not None else None
-            if drift is not None and self.correction is not None:
-                drift.mul_(self.correction)  # in place: a matrix is solved once
+            if drift is not None and self.ready.correction is not None:
+                drift.mul_(self.ready.correction)  # in place: a matrix is solved once
             problem = Problem(matrix.name, weight, self.plan[matrix.name], statistics, gradient, drift)
             solution = solved(problem, self.method)
             if matrix.tensor not in changed:

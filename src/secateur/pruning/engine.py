@@ -1,156 +1,75 @@
 """`prune`: from a model to a pruned checkpoint and its manifest."""
 
 import datetime
-import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor, nn
 
 from secateur.calibration import Windows
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import collect
-from secateur.collect.shared_statistics import SharedStatistics
 from secateur.core.fingerprint import recorded
-from secateur.core.patterns import Pattern
-from secateur.core.problem import Method
 from secateur.files.names import unique
 from secateur.models.flow.memory import return_large
-from secateur.models.opening.opened import OpenedModel
-from secateur.plans.plan import Plan
 from secateur.pruning.block_loop import BlockLoop
-from secateur.pruning.preparation import prepared
+from secateur.pruning.named import resolved
+from secateur.pruning.preparation import Prepared, output_of, prepared
+from secateur.pruning.settings import PruneSettings
 from secateur.record.manifest import Manifest
 from secateur.record.versions import run_versions
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Clock, Event, OnEvent
-from secateur.runs.output import check_output
+from secateur.runs.options import taking
 from secateur.runs.transaction import Transaction
 
 
-def prune(
-    model: str | os.PathLike[str] | nn.Module,
-    *,
-    method: Method,
-    pattern: Pattern | Plan | None = None,
-    calibration: str | Sequence[str] | Tensor | Windows = "c4",
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    sampling: str | None = None,
-    bos: str = "auto",
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    gradient: str | os.PathLike[str] | None = None,
-    propagate: str = "pruned",
-    within: str = "block",
-    targets: str = "pruned",
-    correction: float | None = None,
-    statistics_device: str | None = None,
-    statistics: SharedStatistics | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offload_states: str = "auto",
-    output: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    tokenizer: Any = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    command: Sequence[str] | None = None,
-    on_event: OnEvent = lambda event: None,
-) -> Manifest:
+@taking(PruneSettings)
+def prune(settings: PruneSettings) -> Manifest:
     """The manifest of a pruned model, which is written to `output`, or, for a module in memory, pruned in place.
 
-    `model` is a folder, a hub id, a GGUF file or an `nn.Module`. `pattern` is one pattern for every matrix that
-    `only` and `skip` leave (default: half the weights), or a whole `Plan`. `samples` (128) windows of `length` (2048)
-    tokens are drawn from `calibration`: corpora, or token ids of shape (samples, length); `sampling` is "document",
-    "concat", or None for what the papers do with that corpus, and `bos` "papers", "always", "never" or "auto", as for
-    `perplexity`. `propagate` says whether
-    each block sees the outputs of the pruned blocks before it ("pruned", as published) or of the dense ones.
-    `within` says whether the statistics of a block are all of the block as it was ("block", as published), or each
-    of the block behind its matrices that were pruned already ("site": true sequential order). `targets` says which
-    outputs methods that update weights fit: those that a matrix would have on its own inputs ("pruned", as published),
-    those that it has in the dense model ("dense"), or its own with `correction` (0.5) of what the residual stream
-    behind it lacks of the dense model's ("residual", with ``within="site"``). `statistics_device` is where statistics
-    are kept.
-    `statistics` are shared with other runs on the same model and tokens, with `propagate="dense"`: the first one takes
-    them, and the others need no forward for them.
-    `gradient` is a file that `gradients` wrote for this model and these tokens; without it, a method that needs
-    gradients takes them first.
+    `model` is a folder, a hub id, a GGUF file or an `nn.Module`. `method` is a `Method`, the function that makes it, or
+    its name ("wanda", "wanda+swaps") with its options in `option`, `norm` and `alpha`. `pattern` is one pattern for
+    every matrix that `only` and `skip` leave (0.5, "50%", "2:4" or a `Pattern`; default: half the weights), a mapping
+    from globs to such patterns, of which the first that matches counts, or a whole `Plan`; `sparsity` and `per` say
+    one in two words. `samples` (128) windows of `length` (2048) tokens are drawn from `calibration`: corpora, or token
+    ids of shape (samples, length); `sampling` is "document", "concat", or None for what the papers do with that corpus,
+    and `bos` "papers", "always", "never" or "auto", as for `perplexity`. `propagate` says whether each block sees the
+    outputs of the pruned blocks before it ("pruned", as published) or of the dense ones. `within` says whether the
+    statistics of a block are all of the block as it was ("block", as published), or each of the block behind its
+    matrices that were pruned already ("site": true sequential order). `targets` says which outputs methods that update
+    weights fit: those that a matrix would have on its own inputs ("pruned", as published), those that it has in the
+    dense model ("dense"), or its own with `correction` (0.5) of what the residual stream behind it lacks of the dense
+    model's ("residual", with ``within="site"``). `statistics_device` is where statistics are kept. `statistics` are
+    shared with other runs on the same model and tokens, with `propagate="dense"`: the first one takes them, and the
+    others need no forward for them. `gradient` is a file that `gradients` wrote for this model and these tokens;
+    without it, a method that needs gradients takes them first.
 
     The source is never written to, and `output` appears under its name only when it is complete.
 
     Raises `PatternError`, `CalibrationError`, `ModelStructureError`, `NumericalError` or `CheckpointError`, each of
     which says what to do.
     """
+    return run(settings)
+
+
+def run(settings: PruneSettings) -> Manifest:
+    """What `prune` does, from its settings."""
     started = time.perf_counter()
-    target = check_output(output, model, overwrite)
+    settings = resolved(settings)
+    on_event = settings.on_event
+    target = output_of(settings)
     return_large()
     with ExitStack() as stack:
-        transaction = None if target is None else stack.enter_context(Transaction(target, overwrite))
-        ready = stack.enter_context(
-            prepared(
-                model,
-                method=method,
-                pattern=pattern,
-                calibration=calibration,
-                samples=samples,
-                length=length,
-                seed=seed,
-                sampling=sampling,
-                bos=bos,
-                only=only,
-                skip=skip,
-                gradient=gradient,
-                propagate=propagate,
-                within=within,
-                targets=targets,
-                correction=correction,
-                statistics_device=statistics_device,
-                shared=statistics is not None,
-                batch_size=batch_size,
-                device=device,
-                dtype=dtype,
-                output=output,
-                overwrite=overwrite,
-                tokenizer=tokenizer,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
-            )
-        )
-        opened, plan, windows, given = ready.opened, ready.plan, ready.windows, ready.gradients
+        transaction = None if target is None else stack.enter_context(Transaction(target, settings.overwrite))
+        drawing = partial(_tell, on_event, "calibrate")
+        ready = stack.enter_context(prepared(settings, target, progress=drawing))
+        opened, windows, given, method = ready.opened, ready.windows, ready.gradients, ready.method
         skeleton = opened.skeleton
-        manifest = Manifest(
-            versions=run_versions(),
-            method=method.name,
-            source=opened.origin,
-            settings={
-                "propagate": propagate,
-                "device": str(skeleton.device),
-                "dtype": str(skeleton.dtype).removeprefix("torch."),
-                "batch_size": ready.chosen_batch_size,
-                "statistics": sorted(kind.__name__ for kind in ready.needs),
-                "statistics_device": None if ready.statistics_device is None else str(ready.statistics_device),
-                "within": within,
-                "targets": targets,
-                "correction": ready.correction,
-                "options": dict(method.options),
-                "fingerprint": recorded(method),
-                "gradient": None if method.gradient is None else asdict(method.gradient),
-            },
-            plan=plan.to_json(),
-            left_out=skeleton.left_out_by_reason(),
-            command=list(command) if command is not None else None,
-            calibration=_calibration(windows, given),
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        )
+        manifest = _manifest(ready)
         written = None if transaction is None else stack.enter_context(checkpoint_output(transaction, opened))
         place = Path.cwd().joinpath if transaction is None else transaction.place
         name = "secateur" if target is None else target.name
@@ -169,31 +88,14 @@ def prune(
                 [method.gradient],
                 ready.matrices,
                 batch_size=ready.batch_size,
-                offload_states=offload_states,
-                progress=lambda stage, done, total: on_event(Event(f"gradients: {stage}", done=done, total=total)),
+                offload_states=settings.offload_states,
+                progress=lambda stage, done, total: _tell(on_event, f"gradients: {stage}", done, total),
             )
             clock.add("gradients", began)
-        shared = statistics if ready.needs else None
+        shared = settings.statistics if ready.needs else None
         if shared is not None:
-            assert windows is not None
-            shared.begin(ready.needs, _shareable(manifest, opened, windows, plan))
-        BlockLoop(
-            conveyor=Conveyor(skeleton, written, clock, on_event),
-            method=method,
-            needs=ready.needs,
-            plan=plan,
-            windows=windows,
-            manifest=manifest,
-            propagate=propagate,
-            offload=offload_states,
-            scratch=states,
-            gradients=given,
-            within=within,
-            targets=targets,
-            correction=ready.correction,
-            statistics_device=ready.statistics_device,
-            shared=shared,
-        ).run()
+            shared.begin(ready.needs, _shareable(ready))
+        BlockLoop(ready, manifest, Conveyor(skeleton, written, clock, on_event), states, given, shared).run()
         if shared is not None:
             shared.complete = True
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
@@ -205,6 +107,47 @@ def prune(
     return manifest
 
 
+def _tell(on_event: OnEvent, stage: str, done: int, total: int) -> None:
+    on_event(Event(stage, done=done, total=total))
+
+
+def _manifest(ready: Prepared) -> Manifest:
+    """The manifest at the start of a run: what was asked, and what that means for this model."""
+    settings, method, skeleton = ready.settings, ready.method, ready.opened.skeleton
+    return Manifest(
+        versions=run_versions(),
+        method=method.name,
+        source=ready.opened.origin,
+        settings={
+            "propagate": settings.propagate,
+            **_computing(ready),
+            "statistics": sorted(kind.__name__ for kind in ready.needs),
+            "within": settings.within,
+            "targets": settings.targets,
+            "correction": ready.correction,
+            "options": dict(method.options),
+            "fingerprint": recorded(method),
+            "gradient": None if method.gradient is None else asdict(method.gradient),
+        },
+        plan=ready.plan.to_json(),
+        left_out=skeleton.left_out_by_reason(),
+        command=list(settings.command) if settings.command is not None else None,
+        calibration=_calibration(ready.windows, ready.gradients),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _computing(ready: Prepared) -> dict[str, Any]:
+    """What sums of statistics depend on besides the tokens, to the last bit."""
+    skeleton, kept_on = ready.opened.skeleton, ready.statistics_device
+    return {
+        "device": str(skeleton.device),
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "batch_size": ready.chosen_batch_size,
+        "statistics_device": None if kept_on is None else str(kept_on),
+    }
+
+
 def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict[str, Any] | None:
     """Where the tokens came from: the windows, or, for a method that sees gradients only, those of their file."""
     if windows is not None:
@@ -214,7 +157,8 @@ def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict
     return None
 
 
-def _shareable(manifest: Manifest, opened: OpenedModel, windows: Windows, plan: Plan) -> dict[str, Any]:
+def _shareable(ready: Prepared) -> dict[str, Any]:
     """What two runs must have in common to share statistics."""
-    settings = {name: manifest.settings[name] for name in ("device", "dtype", "batch_size", "statistics_device")}
-    return {"model": opened.origin, "tokens": windows.digest, "matrices": list(plan), **settings}
+    assert ready.windows is not None
+    model, tokens = ready.opened.origin, ready.windows.digest
+    return {"model": model, "tokens": tokens, "matrices": list(ready.plan), **_computing(ready)}

@@ -1,26 +1,23 @@
 """What a run would prune and cost, before it starts: memory, disk and time, from headers and a short measurement."""
 
 import math
-import os
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
-from torch import Tensor, nn
 
-from secateur.calibration import Windows
 from secateur.core.gram import Gram
-from secateur.core.patterns import Pattern
-from secateur.core.problem import Method
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan
 from secateur.pruning.forecast_memory import Memory, memory_of, source_bytes
 from secateur.pruning.forecast_time import model_forward_seconds, run_seconds
-from secateur.pruning.preparation import Prepared, prepared
+from secateur.pruning.named import resolved
+from secateur.pruning.preparation import Prepared, output_of, prepared
+from secateur.pruning.settings import PruneSettings
+from secateur.runs.options import taking
 
 
 @dataclass(frozen=True)
@@ -76,76 +73,29 @@ class Estimate:
         return {**asdict(self), "plan": self.plan.to_json()}
 
 
-def estimate(
-    model: str | os.PathLike[str] | nn.Module | OpenedModel,
-    *,
-    method: Method,
-    pattern: Pattern | Plan | None = None,
-    calibration: str | Sequence[str] | Tensor | Windows | None = "c4",
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    sampling: str | None = None,
-    bos: str = "auto",
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    gradient: str | os.PathLike[str] | None = None,
-    propagate: str = "pruned",
-    within: str = "block",
-    targets: str = "pruned",
-    correction: float | None = None,
-    statistics_device: str | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offload_states: str = "auto",
-    output: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    tokenizer: Any = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Estimate:
+@taking(PruneSettings)
+def estimate(settings: PruneSettings) -> Estimate:
     """What `prune` with the same options would do and take, without its work (a GGUF file has to be read).
 
-    Raises the errors that `prune` raises before its work starts. With ``calibration=None`` nothing is asked of the
-    text, and `samples` (128) and `length` (2048) say how many tokens there will be.
+    Methods and patterns are given as for `prune`: "wanda+swaps", "2:4". Raises the errors that `prune` raises before
+    its work starts. With ``calibration=None`` nothing is asked of the text, and `samples` (128) and `length` (2048) say
+    how many tokens there will be.
     """
+    return dry_run(settings)
+
+
+def dry_run(settings: PruneSettings) -> Estimate:
+    """What `estimate` gives, from settings."""
     began = time.perf_counter()
-    with prepared(
-        model,
-        method=method,
-        pattern=pattern,
-        calibration=calibration,
-        samples=samples,
-        length=length,
-        seed=seed,
-        sampling=sampling,
-        bos=bos,
-        only=only,
-        skip=skip,
-        gradient=gradient,
-        propagate=propagate,
-        within=within,
-        targets=targets,
-        correction=correction,
-        statistics_device=statistics_device,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        output=output,
-        overwrite=overwrite,
-        tokenizer=tokenizer,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        dry=True,
-    ) as ready:
-        opening = time.perf_counter() - began
-        return _estimate(ready, within=within, targets=targets, offload=offload_states, opening=opening)
+    settings = resolved(settings)
+    target = None if settings.output is None else output_of(settings)
+    with prepared(settings, target, dry=True) as ready:
+        return _estimate(ready, opening=time.perf_counter() - began)
 
 
-def _estimate(ready: Prepared, *, within: str, targets: str, offload: str, opening: float) -> Estimate:
+def _estimate(ready: Prepared, *, opening: float) -> Estimate:
     skeleton, plan, method = ready.opened.skeleton, ready.plan, ready.method
-    memory = memory_of(ready, targets=targets, offload=offload)
+    memory = memory_of(ready)
     free = psutil.virtual_memory().available
     total = source_bytes(skeleton, skeleton.source.names)
     disk = total + memory.gradient_file
@@ -185,7 +135,7 @@ def _estimate(ready: Prepared, *, within: str, targets: str, offload: str, openi
         host_bytes=memory.host,
         device_bytes=memory.device,
         disk_bytes=disk,
-        seconds=opening + run_seconds(ready, within=within, targets=targets, passes=memory.passes),
+        seconds=opening + run_seconds(ready, passes=memory.passes),
         available_host_bytes=free,
         notes=notes,
     )

@@ -51,8 +51,9 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def memory_of(ready: Prepared, *, targets: str, offload: str) -> Memory:
+def memory_of(ready: Prepared) -> Memory:
     """The memory of a run that has been prepared."""
+    targets, offload = ready.settings.targets, ready.settings.offload_states
     skeleton, source = ready.opened.skeleton, ready.opened.skeleton.source
     on_gpu = skeleton.device.type != "cpu"
     item = skeleton.dtype.itemsize

@@ -10,6 +10,7 @@ from secateur.models.shape.matrices import numbered_experts
 from secateur.models.shape.skeleton import Skeleton
 from secateur.pruning.forecast_memory import inputs_of, source_bytes
 from secateur.pruning.preparation import Prepared
+from secateur.pruning.settings import PruneSettings
 from secateur.pruning.trial import Pace, forwards, moving, multiplying, pace
 
 DISK_BYTES_PER_SECOND = 500e6  # a plain SSD; no disk is measured, since that would take writing to it
@@ -17,7 +18,7 @@ AROUND_SECONDS = 1.0  # manifest, model card, and the libraries that write them
 LENGTH = 512  # of windows where none is known
 
 
-def run_seconds(ready: Prepared, *, within: str, targets: str, passes: int) -> float:
+def run_seconds(ready: Prepared, *, passes: int) -> float:
     """About how long a prepared run takes from here on.
 
     Two forwards for statistics of inputs, four for gradients of the loss and the head's, two more than before for
@@ -30,7 +31,7 @@ def run_seconds(ready: Prepared, *, within: str, targets: str, passes: int) -> f
     tokens = ready.samples * ready.length
     batches = math.ceil(ready.samples / ready.chosen_batch_size)
     once = sum(token * tokens + batch * batches for token, batch in own.forwards[: last + 1])
-    sweeps = 2.0 + _further_forwards(within, targets) if method.needs or ready.regional else 0.0
+    sweeps = 2.0 + _further_forwards(ready.settings) if method.needs or ready.regional else 0.0
     if ready.takes_gradients or ready.regional:
         sweeps += 4 if ready.takes_gradients else 2
     computing = sweeps * once
@@ -68,10 +69,10 @@ def _solving(ready: Prepared, own: Pace) -> float:
     return products * own.wide
 
 
-def _further_forwards(within: str, targets: str) -> int:
+def _further_forwards(settings: PruneSettings) -> int:
     """The forwards that sites add, which end early and make about one, and those of the dense model beside it."""
-    beside = {"pruned": 0, "residual": 2, "dense": 4 if within == "site" else 1}
-    return (within == "site") + beside[targets]
+    by_site = settings.within == "site"
+    return by_site + {"pruned": 0, "residual": 2, "dense": 4 if by_site else 1}[settings.targets]
 
 
 def model_forward_seconds(skeleton: Skeleton, tokens: int, length: int = LENGTH) -> float:

@@ -7,18 +7,20 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from secateur.core.choices import Group
 from secateur.core.own_code import raised_at
-from secateur.core.patterns import Pattern, Unstructured, parse_pattern
+from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern, with_group
 from secateur.core.problem import Method, Refinement, chain
 from secateur.errors import MethodError, PatternError, SecateurError
 from secateur.methods import METHODS, REFINEMENTS
 from secateur.plans.plan import Plan
+from secateur.pruning.settings import PruneSettings
 
 _OWN = "; or MODULE:FUNCTION or FILE.py:FUNCTION for one of your own"
 _SHOWN = 12  # names that an error lists
@@ -60,15 +62,25 @@ def method_of(name: str, settings: Sequence[str] = (), **options: object) -> Met
     return chain(method, *(REFINEMENTS[part](**given[part]) for part in rest)) if rest else method
 
 
-def as_method(value: object) -> Method:
-    """The method that Python code asks for: a `Method`, its name, or the function that makes it, which is called.
+def resolved(settings: PruneSettings) -> PruneSettings:
+    """The settings with the method and the pattern themselves in the place of their names and options."""
+    pattern = as_pattern(settings.pattern, settings.sparsity, settings.per)
+    method = as_method(settings.method, settings.option, norm=settings.norm, alpha=settings.alpha)
+    return replace(settings, method=method, norm=None, alpha=None, option=(), pattern=pattern, sparsity=None, per=None)
 
-    Raises `PatternError` for anything else.
+
+def as_method(value: object, settings: Sequence[str] | Mapping[str, object] = (), **options: object) -> Method:
+    """The method that somebody asks for: a `Method`, its name, or the function that makes it, which is called.
+
+    `settings` and `options` are those of `method_of`, for a name. Raises `PatternError` for anything else.
     """
+    if isinstance(value, str):
+        return method_of(value, list(written(settings)), **options)
+    given = next((option for option, own in {"option": settings or None, **options}.items() if own is not None), None)
+    if given is not None:
+        raise PatternError(f"{given}: is for a method that is named; give it to the function that makes the method.")
     if isinstance(value, Method):
         return value
-    if isinstance(value, str):
-        return method_of(value)
     if isinstance(value, Refinement) or (callable(value) and value in REFINEMENTS.values()):
         name = value.name if isinstance(value, Refinement) else getattr(value, "__name__", "it")
         raise PatternError(f"method: {name} refines a method and is none: secateur.chain(secateur.wanda(), {name}()).")
@@ -77,12 +89,43 @@ def as_method(value: object) -> Method:
     raise PatternError(f"method: got {value!r}, expected a secateur.Method such as secateur.wanda(), or its name.")
 
 
-def as_pattern(value: object) -> Any:
-    """The pattern that Python code asks for: a `Pattern`, a `Plan`, None, or 0.5, "50%" or "2:4".
+def written(settings: Sequence[str] | Mapping[str, object], part: str = "") -> Iterator[str]:
+    """Options as text: "damping=0.02" of {"damping": 0.02}, "swaps.limit=1" of {"swaps": {"limit": 1}}."""
+    if not isinstance(settings, Mapping):
+        yield from settings
+        return
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from written(value, f"{part}{name}.")
+        else:
+            yield f"{part}{name}={value}"
 
-    Raises `PatternError` for anything else.
+
+def as_pattern(value: object, sparsity: float | None = None, per: Group | None = None) -> Any:
+    """The pattern that somebody asks for: a `Pattern` or `Plan`, or 0.5, "50%" or "2:4", or one of these for each glob.
+
+    `sparsity` names one where `value` is None (default: half the weights), and `per` what it compares. Raises
+    `PatternError` for anything else.
     """
-    if value is None or isinstance(value, Plan | Pattern):
+    if value is None:
+        return Unstructured(0.5 if sparsity is None else sparsity, per)
+    if sparsity is not None:
+        raise PatternError(
+            f"--sparsity {sparsity:g} and --pattern {value} were both given; the pattern sets the sparsity. Drop one."
+        )
+    if isinstance(value, Mapping) and not isinstance(value, Plan):
+        return {str(glob): as_pattern(own, None, per) for glob, own in value.items()}
+    pattern = _pattern(value)
+    if per is None:
+        return pattern
+    if isinstance(pattern, Unstructured) and pattern.per is None:
+        return with_group(pattern, per)
+    why = "N:M compares within groups of M" if isinstance(pattern, NM) else "it says that itself"
+    raise PatternError(f"--per {per} has no meaning for --pattern {value}: {why}.")
+
+
+def _pattern(value: object) -> Any:
+    if isinstance(value, Plan | Pattern):
         return value
     if isinstance(value, float | int) and not isinstance(value, bool):
         return Unstructured(float(value))

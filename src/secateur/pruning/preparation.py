@@ -1,22 +1,21 @@
 """What a run is made of before the work starts: everything checked, the same for `prune` and for its dry run."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from secateur.calibration import Windows, check_bos
+from secateur.calibration import Windows
 from secateur.calibration.windows import Progress
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import check_loss, gradient_batch_size
-from secateur.collect.model_windows import BOS_WORDS, Foreseen, foreseen_windows, model_windows
+from secateur.collect.model_windows import Foreseen, foreseen_windows, model_windows
 from secateur.core.gram import CrossGram, Gram
-from secateur.core.patterns import Pattern, Unstructured, with_group
+from secateur.core.patterns import with_group
 from secateur.core.problem import Method
 from secateur.core.statistics import Statistic
 from secateur.errors import CalibrationError, ModelStructureError, PatternError
@@ -25,7 +24,9 @@ from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton, loaded
-from secateur.plans.plan import Plan, uniform
+from secateur.plans.plan import Plan, by_glob, uniform
+from secateur.pruning.named import as_method, resolved
+from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
 from secateur.runs.output import check_output
 
@@ -43,6 +44,7 @@ class Prepared:
     what it left open.
     """
 
+    settings: PruneSettings
     opened: OpenedModel
     method: Method
     plan: Plan
@@ -78,80 +80,66 @@ class Prepared:
         return [matrix for matrix in self.opened.skeleton.matrices if matrix.name in self.plan]
 
 
+def output_of(settings: PruneSettings) -> Path | None:
+    """Where the output will be, or None without one; raises `CheckpointError` when it is not safe to write."""
+    model = settings.model
+    source = str(model.origin.get("path")) if isinstance(model, OpenedModel) else model
+    return check_output(settings.output, source, settings.overwrite)
+
+
 @contextmanager
 def prepared(
-    model: str | os.PathLike[str] | nn.Module | OpenedModel,
+    settings: PruneSettings,
+    target: Path | None = None,
     *,
-    method: Method,
-    pattern: Pattern | Plan | None,
-    calibration: Any,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    sampling: str | None = None,
-    bos: str = "auto",
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    gradient: str | os.PathLike[str] | None = None,
-    propagate: str = "pruned",
-    within: str = "block",
-    targets: str = "pruned",
-    correction: float | None = None,
-    statistics_device: str | None = None,
-    shared: bool = False,
-    batch_size: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    output: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    tokenizer: Any = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     dry: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Iterator[Prepared]:
-    """The run that these options of `prune` ask for; a module in memory is put back at the end as it was.
+    """The run that settings ask for; a module in memory is put back at the end as it was.
 
-    `shared` says that statistics are shared with other runs. A `dry` run needs no output, reads no weights but the few
-    that a check asks for, and draws its windows only where that is quick; without `calibration` it takes their size
-    from `samples` and `length`. Raises everything that `prune` raises before its work starts.
+    `target` is where the output will be. A `dry` run reads no weights but the few that a check asks for, and draws its
+    windows only where that is quick; without `calibration` it takes their size from `samples` and `length`. Raises
+    everything that `prune` raises before its work starts.
     """
-    only, skip = ([globs] if isinstance(globs, str) else globs for globs in (only, skip))
-    correction = chosen_correction(targets, correction)
-    check_choices(method, propagate, within, targets)
-    check_bos(bos, BOS_WORDS)
-    if shared and propagate != "dense":
+    settings = resolved(settings)
+    method = as_method(settings.method)
+    correction = chosen_correction(settings)
+    check_choices(method, settings)
+    shared = settings.statistics is not None
+    if shared and settings.propagate != "dense":
         raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
-    kept_on = None if statistics_device is None else choose_device(statistics_device, "--statistics-device")
-    if batch_size is not None and batch_size < 1:
-        raise CalibrationError(f"--batch-size: got {batch_size}, expected at least 1.")
-    source = str(model.origin.get("path")) if isinstance(model, OpenedModel) else model
-    target = None if dry and output is None else check_output(output, source, overwrite)
-    opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    kept_on = settings.statistics_device
+    statistics_device = None if kept_on is None else choose_device(kept_on, "--statistics-device")
+    opened = open_model(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
     try:
         skeleton = opened.skeleton
-        plan = make_plan(opened, method, pattern, only=only, skip=skip)
-        check_targets(skeleton, plan, targets)
-        given = gradient_file(gradient, method, skeleton, plan)
+        plan = make_plan(opened, method, settings.pattern, only=settings.only, skip=settings.skip)
+        check_targets(skeleton, plan, settings.targets)
+        given = gradient_file(settings.gradient, method, skeleton, plan)
         seen = Foreseen(None, 0, 0, ())
         if method.needs or (method.gradient is not None and given is None):
-            draw = foreseen_windows if dry else _drawn
-            seen = draw(
+            seen = (foreseen_windows if dry else _drawn)(
                 opened,
-                calibration,
-                tokenizer,
-                samples=samples,
-                length=length,
-                seed=seed,
-                sampling=sampling,
-                bos=bos,
+                settings.calibration,
+                settings.tokenizer,
+                samples=settings.samples,
+                length=settings.length,
+                seed=settings.seed,
+                sampling=settings.sampling,
+                bos=settings.bos,
                 progress=progress,
             )
             if given is not None and seen.windows is not None:
                 given.check_tokens(seen.windows.digest, seen.samples, seen.length)
-        needs = method.needs | ({CrossGram} if targets == "dense" else frozenset())
-        batch_size = _batch_size(skeleton, method, needs, given, seen.length, batch_size, shared)
+        needs = method.needs | ({CrossGram} if settings.targets == "dense" else frozenset())
         yield Prepared(
+            settings=settings,
             opened=opened,
             method=method,
             plan=plan,
@@ -160,8 +148,8 @@ def prepared(
             windows=seen.windows,
             samples=seen.samples,
             length=seen.length,
-            batch_size=batch_size,
-            statistics_device=kept_on,
+            batch_size=_batch_size(skeleton, method, needs, given, seen.length, settings.batch_size, shared),
+            statistics_device=statistics_device,
             correction=correction,
             target=target,
             unchecked=seen.unchecked,
@@ -245,11 +233,12 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
     )
 
 
-def chosen_correction(targets: str, correction: float | None) -> float | None:
+def chosen_correction(settings: PropagationSettings) -> float | None:
     """The share of what the residual stream lacks that targets make up for; None for targets that do not.
 
     Raises `PatternError` for one that is no share, or that would not be used.
     """
+    targets, correction = settings.targets, settings.correction
     if targets != "residual":
         if correction is not None:
             raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
@@ -259,17 +248,10 @@ def chosen_correction(targets: str, correction: float | None) -> float | None:
     return CORRECTION if correction is None else correction
 
 
-def check_choices(method: Method, propagate: str, within: str, targets: str) -> None:
-    """Raise `PatternError` for a word that is none, or choices that contradict each other."""
-    for option, found, known in (
-        ("propagate", propagate, ("pruned", "dense")),
-        ("within", within, ("block", "site")),
-        ("targets", targets, ("pruned", "dense", "residual")),
-    ):
-        if found not in known:
-            expected = f"{', '.join(known[:-1])} or {known[-1]}"
-            raise PatternError(f'--{option}: got "{found}", expected {expected}.')
-    if propagate == "dense" and (within == "site" or targets != "pruned"):
+def check_choices(method: Method, settings: PropagationSettings) -> None:
+    """Raise `PatternError` for choices that contradict each other."""
+    within, targets = settings.within, settings.targets
+    if settings.propagate == "dense" and (within == "site" or targets != "pruned"):
         option = "--within site" if within == "site" else f"--targets {targets}"
         raise PatternError(f"{option} is about what pruning did before; with --propagate dense nothing sees that.")
     if within == "site" and not method.needs:
@@ -321,12 +303,15 @@ def gradient_file(
 def make_plan(
     opened: OpenedModel,
     method: Method,
-    pattern: Pattern | Plan | None,
+    pattern: Any,
     *,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
 ) -> Plan:
-    """The plan for a model: a given `Plan`, checked, or one pattern for every matrix that the globs leave."""
+    """The plan for a model: a given `Plan`, checked, or a pattern for every matrix that the globs leave.
+
+    `pattern` may be one for all of them, or a mapping from globs to patterns.
+    """
     shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
     if isinstance(pattern, Plan):
         if only or skip:
@@ -335,4 +320,5 @@ def make_plan(
             raise PatternError("the plan is empty: it names no matrix, so nothing is left to prune.")
         pattern.check(shapes)
         return Plan({name: with_group(own, method.per) for name, own in pattern.items()})
-    return uniform(shapes, pattern or Unstructured(0.5), only=only, skip=skip, per=method.per)
+    make = by_glob if isinstance(pattern, Mapping) else uniform
+    return make(shapes, pattern, only=only, skip=skip, per=method.per)

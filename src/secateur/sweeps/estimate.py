@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.core.gradients import Granularity, Scope
+from secateur.core.choices import Granularity, Scope
 from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
@@ -15,6 +15,7 @@ from secateur.errors import SecateurError
 from secateur.models.opening.opened import OpenedModel
 from secateur.pruning.forecast import Estimate, estimate, forward_seconds
 from secateur.pruning.preparation import prepared
+from secateur.pruning.settings import PruneSettings
 from secateur.sweeps.folder import Cell
 
 
@@ -79,9 +80,8 @@ def shared_gradient(method: Method, propagate: str) -> tuple[Granularity, Scope]
 
 def refusal(opened: OpenedModel, task: Task, options: Mapping[str, Any]) -> SecateurError | None:
     """The error that `prune` would raise for a task before it starts."""
-    asked = {key: value for key, value in options.items() if key != "offload_states"}
     try:
-        with prepared(opened, method=task.method, pattern=task.pattern, dry=True, **asked):
+        with prepared(PruneSettings(opened, method=task.method, pattern=task.pattern, **options), dry=True):
             pass
     except SecateurError as error:
         return error

@@ -15,7 +15,7 @@ from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import gradient_batch_size, gradients
 from secateur.collect.model_windows import foreseen_windows, model_evaluation_windows, model_windows
 from secateur.collect.shared_statistics import SharedStatistics
-from secateur.core.gradients import Granularity, Norm, Scope
+from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.problem import Method
 from secateur.core.statistics import Statistic
 from secateur.errors import CheckpointError, MethodError, SecateurError

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.core.gradients import Granularity, Norm, add_gradient
+from secateur.core.choices import Granularity, Norm
+from secateur.core.gradients import add_gradient
 from secateur.core.gram import float32_products, full_precision
 from secateur.errors import ModelStructureError, NumericalError
 from secateur.models.flow.stream import Call, HiddenStates, Stream

@@ -1,0 +1,143 @@
+"""Which model and which calibration text a run sees, and on what machine: the options that all runs share.
+
+Nothing heavy is imported, so that a command line shows them at once. Types that only Python code can give are known to
+type checkers alone; to a command line they are text.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from secateur.core.choices import Bos, Granularity, Norm, Sampling, Scope
+from secateur.errors import CalibrationError
+from secateur.runs.options import Option, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from secateur.calibration import Windows
+    from secateur.collect.gradient_pass import Progress
+    from secateur.models.opening.opened import OpenedModel
+
+    File = str | os.PathLike[str]
+    Globs = str | Sequence[str]
+    Model = str | os.PathLike[str] | nn.Module | OpenedModel
+    Norms = str | Sequence[Norm]
+    Text = str | Sequence[str] | Tensor | Windows | None
+else:
+    File = Model = str
+    Globs = Text = Norms = list[str]
+    Progress = Any
+
+OPTIONS, WHAT, CALIBRATION, HOW = "Options", "What to prune", "Calibration", "How to run"
+BosChoice = Literal["auto", Bos]
+BOS = (
+    "Where windows of text have the token that begins a text: papers (before the first window alone), always (before "
+    "every window), never, or auto: as papers, unless the model reads a window over 0.1 nats better with it in front."
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelSettings(Settings):
+    """Which model, and what it runs on."""
+
+    model: Annotated[Model, Option(OPTIONS, "A folder, a hub id, or a GGUF file.")] = field(kw_only=False)
+    device: Annotated[str, Option(HOW, "auto, cpu, cuda, cuda:1, ...")] = "auto"
+    dtype: Annotated[
+        str,
+        Option(HOW, "To compute in: auto, float32, bfloat16, float16, float64. The output keeps the source's."),
+    ] = "auto"
+    revision: Annotated[str | None, Option(HOW, "Branch, tag or commit on the hub.")] = None
+    trust_remote_code: Annotated[bool, Option(HOW, "Run the code that the model brings along.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchSettings(Settings):
+    """How many samples are computed at once, and where they wait."""
+
+    batch_size: Annotated[
+        int | None,
+        Option(
+            HOW,
+            "Samples that run through a block, or requests of a task that run through the model, at once "
+            "[default: auto].",
+            least=1,
+        ),
+    ] = None
+    offload_states: Annotated[str, Option(HOW, "Hidden states in memory-mapped files: auto, never, or a folder.")] = (
+        "auto"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationSettings(Settings):
+    """Which tokens a run sees."""
+
+    calibration: Annotated[
+        Text,
+        Option(
+            CALIBRATION,
+            "c4, wikitext2, python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a .txt, .jsonl[:FIELD], .json[:FIELD], "
+            ".parquet[:FIELD] file, or .safetensors with input_ids (and attention_mask). Repeat with weights to mix: "
+            "0.7*c4.",
+            "-c",
+        ),
+    ] = "c4"
+    samples: Annotated[
+        int | None, Option(CALIBRATION, "Calibration samples: token windows [default: 128].", "-n", least=1)
+    ] = None
+    length: Annotated[int | None, Option(CALIBRATION, "Tokens in each sample [default: 2048].", "-l", least=1)] = None
+    seed: Annotated[int, Option(CALIBRATION, "Seed of the sampling.")] = 0
+    sampling: Annotated[
+        Sampling | None,
+        Option(
+            CALIBRATION,
+            "document: windows within one long document, as in the papers; concat: within all text packed together "
+            "[default: as in the papers].",
+            error=CalibrationError,
+        ),
+    ] = None
+    bos: Annotated[BosChoice, Option(CALIBRATION, BOS, error=CalibrationError)] = "auto"
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SelectionSettings(Settings):
+    """Which matrices, by globs of their names."""
+
+    only: Annotated[Globs, Option(WHAT, "Prune only matrices that this glob matches; may be repeated.")] = ()
+    skip: Annotated[
+        Globs, Option(WHAT, 'Leave matrices dense that this glob matches, such as "*.down_proj"; may be repeated.')
+    ] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("only", "skip"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, [getattr(self, name)])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientSettings(BatchSettings, ModelSettings, CalibrationSettings, SelectionSettings):
+    """What `gradients` takes."""
+
+    output: Annotated[File, Option(OPTIONS, "File for the gradients.", "-o")] = field(kw_only=False)
+    norms: Annotated[
+        Norms,
+        Option(OPTIONS, "l1, l2, or both as l1,l2 (one pass makes both).", name="norm", words=True),
+    ] = ("l1",)
+    granularity: Annotated[
+        Granularity,
+        Option(OPTIONS, "A gradient for each sample, as published, or for each token.", error=CalibrationError),
+    ] = "sample"
+    scope: Annotated[
+        Scope,
+        Option(
+            OPTIONS,
+            "Of the model's loss, or of the output norm of each block: model or block.",
+            error=CalibrationError,
+        ),
+    ] = "model"
+    overwrite: Annotated[bool, Option(OPTIONS, "Replace an existing file.")] = False
+    progress: Progress = lambda stage, done, total: None

@@ -1,0 +1,157 @@
+"""What a run of pruning is: each option once, with its type, its default and its help. Nothing heavy is imported."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from secateur.collect.settings import (
+    CALIBRATION,
+    HOW,
+    OPTIONS,
+    WHAT,
+    BatchSettings,
+    CalibrationSettings,
+    File,
+    ModelSettings,
+    SelectionSettings,
+)
+from secateur.core.choices import Group, Norm
+from secateur.runs.options import Option, Settings
+
+if TYPE_CHECKING:
+    from secateur.collect.shared_statistics import SharedStatistics
+    from secateur.core.patterns import Pattern
+    from secateur.core.problem import Method
+    from secateur.plans.plan import Plan
+    from secateur.runs.events import OnEvent
+
+    MethodLike: TypeAlias = Method | str | Callable[[], Method]
+    MethodOptions = Sequence[str] | Mapping[str, object]
+    PatternLike = Pattern | Plan | Mapping[str, Pattern | float | str] | float | str | None
+else:
+    MethodLike = str
+    MethodOptions = list[str]
+    PatternLike = str | None
+    SharedStatistics = OnEvent = Any
+
+MethodName = Literal[  # a test keeps this equal to secateur.methods.METHODS
+    "magnitude",
+    "wanda",
+    "wanda_variant",
+    "ria",
+    "gblm",
+    "gblm_inverse",
+    "gradient",
+    "wanda_plus",
+    "pruner_zero",
+    "sparsegpt",
+    "magnitude_iterative",
+    "wanda_iterative",
+    "admm",
+    "alps",
+]
+RefinementName = Literal["least_squares", "obs_update", "swaps"]  # equal to secateur.methods.REFINEMENTS
+Propagate = Literal["pruned", "dense"]
+Within = Literal["block", "site"]
+Targets = Literal["pruned", "dense", "residual"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MethodSettings(Settings):
+    """How to prune, and where zeros may lie."""
+
+    method: Annotated[
+        MethodLike,
+        Option(
+            WHAT,
+            "A method, or MODULE:FUNCTION or FILE.py:FUNCTION for one of your own. With a plus, a refinement: "
+            "wanda+least_squares.",
+            "-m",
+        ),
+    ] = "wanda"
+    norm: Annotated[
+        Norm | None,
+        Option(WHAT, "For methods of gradients: the norm over the calibration samples [default: the method's]."),
+    ] = None
+    alpha: Annotated[
+        float | None,
+        Option(WHAT, "For gblm and its kin: the weight of the gradient beside the input's norm [default: 100]."),
+    ] = None
+    option: Annotated[
+        MethodOptions,
+        Option(
+            WHAT, "NAME=VALUE for the method, REFINEMENT.NAME=VALUE for a refinement, such as damping=0.02; repeat it."
+        ),
+    ] = ()
+    sparsity: Annotated[
+        float | None, Option(WHAT, "Fraction of weights to remove, at least 0 and below 1 [default: 0.5].", "-s")
+    ] = None
+    pattern: Annotated[
+        PatternLike,
+        Option(WHAT, "N:M, such as 2:4: keep at most 2 of every 4 weights, instead of --sparsity.", "-p"),
+    ] = None
+    per: Annotated[
+        Group | None,
+        Option(
+            WHAT,
+            "Compare weights within each row, the whole matrix, or by the row search of Wanda's variant "
+            "[default: the method's].",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PropagationSettings(Settings):
+    """What a block sees of the blocks that were pruned before it, and what updated weights are fitted to."""
+
+    propagate: Annotated[
+        Propagate,
+        Option(
+            CALIBRATION,
+            "Each block sees the outputs of the pruned blocks before it, as published, or of the dense ones.",
+        ),
+    ] = "pruned"
+    within: Annotated[
+        Within,
+        Option(
+            CALIBRATION,
+            "Take the statistics of a block at once, as published, or input by input (site), each after what comes "
+            "before it in the block was pruned: true sequential order.",
+        ),
+    ] = "block"
+    targets: Annotated[
+        Targets,
+        Option(
+            CALIBRATION,
+            "Fit updated weights to the outputs on their own inputs (pruned), as published, to those of the dense "
+            "model, or so that the residual stream comes closer to the dense model's (residual, with --within site).",
+        ),
+    ] = "pruned"
+    correction: Annotated[
+        float | None,
+        Option(CALIBRATION, "Share of what the residual stream lacks that --targets residual adds [default: 0.5]."),
+    ] = None
+    statistics_device: Annotated[
+        str | None,
+        Option(HOW, "Keep statistics elsewhere: cpu, for wide models on a small GPU [default: with the inputs]."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PruneSettings(
+    BatchSettings, ModelSettings, PropagationSettings, CalibrationSettings, SelectionSettings, MethodSettings
+):
+    """What `prune` takes, and its dry run."""
+
+    gradient: Annotated[
+        File | None,
+        Option(
+            CALIBRATION,
+            "A file that secateur gradients wrote for this model and these samples [default: take them first].",
+        ),
+    ] = None
+    output: Annotated[File | None, Option(OPTIONS, "Folder for the pruned checkpoint.", "-o")] = None
+    overwrite: Annotated[bool, Option(OPTIONS, "Replace an output that Secateur wrote.")] = False
+    statistics: SharedStatistics | None = None
+    command: Sequence[str] | None = None
+    on_event: OnEvent = lambda event: None

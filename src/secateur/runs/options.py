@@ -1,0 +1,130 @@
+"""What is asked of a command: settings in dataclasses, whose fields are the options of the command line, the keys of a
+configuration file and the keyword arguments of a Python function.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+
+from secateur.errors import CalibrationError, PatternError
+
+P = ParamSpec("P")
+S = TypeVar("S")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a command line and the documentation say of a field. A field without one is for Python code alone.
+
+    `panel` is where the help shows it, `short` a second name such as "-m", `name` the first one where it is not that of
+    the field. `least` is the lowest number that it may be; `words` says that several may be separated by commas.
+    """
+
+    panel: str
+    help: str
+    short: str = ""
+    name: str = ""
+    least: int | None = None
+    words: bool = False
+    error: type[Exception] = PatternError  # of a word that is no choice
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of settings that is an option."""
+
+    name: str
+    kind: Any
+    option: Option
+    default: Any  # dataclasses.MISSING where there is none
+    positional: bool
+
+    @property
+    def flag(self) -> str:
+        """What a command line calls it: --batch-size."""
+        return "--" + (self.option.name or self.name).replace("_", "-")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it may be; none where it may be anything."""
+        return choices(self.kind)
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The words that a type allows, where it allows nothing else (but None)."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    parts = [part for part in get_args(kind) if part is not NoneType]
+    return choices(parts[0]) if len(parts) == 1 else ()
+
+
+@cache
+def options(settings: type) -> tuple[Field, ...]:
+    """The options among the fields of a class of settings."""
+    hints = get_type_hints(settings, include_extras=True)
+    found = []
+    for field in fields(settings):
+        extras = getattr(hints[field.name], "__metadata__", ())
+        option = next((extra for extra in extras if isinstance(extra, Option)), None)
+        if option is not None:
+            kind = hints[field.name].__origin__
+            found.append(Field(field.name, kind, option, field.default, not field.kw_only))
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Settings:
+    """What every class of settings checks: words that are choices, and numbers with a lowest value."""
+
+    def __post_init__(self) -> None:
+        own: type = type(self)
+        for field in options(own):
+            value = getattr(self, field.name)
+            if value is not None and field.choices and value not in field.choices:
+                raise field.option.error(no_choice(field.flag, value, field.choices))
+            if field.option.least is not None and isinstance(value, int) and value < field.option.least:
+                raise CalibrationError(f"{field.flag}: got {value}, expected at least {field.option.least}.")
+
+
+def no_choice(flag: str, value: object, known: tuple[str, ...]) -> str:
+    """The sentence on a word that is none of those that an option may be."""
+    near = difflib.get_close_matches(str(value), known, 1)
+    hint = f' Did you mean "{near[0]}"?' if near else ""
+    expected = f"{', '.join(known[:-1])} or {known[-1]}" if len(known) > 1 else known[0]
+    return f'{flag}: got "{value}", expected {expected}.{hint}'
+
+
+def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R]]:
+    """The decorator of a function of settings that makes it take the fields of the settings as its arguments."""
+
+    def decorate(function: Callable[[S], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def taken(*arguments: P.args, **keywords: P.kwargs) -> R:
+            return function(settings(*arguments, **keywords))
+
+        signature = inspect.signature(settings)
+        parameters = [one.replace(annotation=_plain(one.annotation)) for one in signature.parameters.values()]
+        returned = inspect.signature(function).return_annotation
+        setattr(taken, "__signature__", inspect.Signature(parameters, return_annotation=returned))  # noqa: B010
+        return taken
+
+    return decorate
+
+
+def _plain(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def listed(values: Any) -> list[Any]:
+    """The words of one text or several, each with commas between them; what is no text stays as it is."""
+    several = values if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    found: list[Any] = []
+    for value in several:
+        found += [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else [value]
+    return found

@@ -1,0 +1,115 @@
+"""What a sweep is: its grid, its evaluation, and the options of `prune` that all cells share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from secateur.collect.settings import (
+    HOW,
+    OPTIONS,
+    WHAT,
+    BatchSettings,
+    CalibrationSettings,
+    File,
+    ModelSettings,
+    SelectionSettings,
+)
+from secateur.core.choices import Group
+from secateur.errors import CheckpointError
+from secateur.pruning.settings import MethodLike, MethodOptions, PropagationSettings
+from secateur.runs.options import Option, Settings
+
+if TYPE_CHECKING:
+    from secateur.core.patterns import Pattern
+    from secateur.sweeps.estimate import SweepEstimate
+    from secateur.sweeps.loop import SweepEvent
+
+    Methods: TypeAlias = str | Sequence[MethodLike] | Mapping[str, MethodLike]
+    Patterns: TypeAlias = Pattern | float | str | Sequence[Pattern | float | str]
+    Sparsities: TypeAlias = float | str | Sequence[float | str]
+    Words: TypeAlias = str | Sequence[str]
+    OnEstimate: TypeAlias = Callable[[SweepEstimate], None]
+    OnSweepEvent: TypeAlias = Callable[[SweepEvent], None]
+else:
+    Methods = Patterns = Sparsities = Words = list[str]
+    OnEstimate = OnSweepEvent = Any
+
+EVALUATION = "Evaluation"
+Keep = Literal["none", "best", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GridSettings(Settings):
+    """Which methods in which patterns."""
+
+    methods: Annotated[
+        Methods,
+        Option(
+            WHAT,
+            "Separated by commas, or repeated: methods as for prune, also MODULE:FUNCTION or FILE.py:FUNCTION, with a "
+            "plus a refinement. LABEL=METHOD gives it another name.",
+            "-m",
+        ),
+    ] = ("magnitude", "wanda", "sparsegpt")
+    option: Annotated[
+        MethodOptions,
+        Option(WHAT, "METHOD.NAME=VALUE or METHOD.REFINEMENT.NAME=VALUE, such as sparsegpt.damping=0.02; repeat it."),
+    ] = ()
+    sparsity: Annotated[
+        Sparsities,
+        Option(WHAT, "Fractions of weights to remove, such as 0.5,0.6 [default: 0.5, without --pattern].", "-s"),
+    ] = ()
+    patterns: Annotated[
+        Patterns, Option(WHAT, "N:M patterns, such as 2:4,4:8, beside the sparsities.", "-p", name="pattern")
+    ] = ()
+    per: Annotated[
+        Group | None,
+        Option(
+            WHAT,
+            "Compare weights within each row, the whole matrix, or by the row search of Wanda's variant "
+            "[default: the method's].",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SweepSettings(
+    BatchSettings, ModelSettings, PropagationSettings, CalibrationSettings, SelectionSettings, GridSettings
+):
+    """What `sweep` takes."""
+
+    output: Annotated[File, Option(OPTIONS, "Folder for the tables and cells; started again there, goes on.", "-o")] = (
+        field()
+    )
+    keep: Annotated[
+        Keep,
+        Option(
+            WHAT,
+            "Pruned checkpoints that stay: none, best (for each pattern, on the first data set), or all.",
+            error=CheckpointError,
+        ),
+    ] = "none"
+    data: Annotated[Words, Option(EVALUATION, "As for eval; repeat it for several texts.", "-d")] = ("wikitext2",)
+    eval_length: Annotated[
+        int | None, Option(EVALUATION, "Tokens in each window of the evaluation [default: 2048].", least=2)
+    ] = None
+    windows: Annotated[int | None, Option(EVALUATION, "Use only the first windows [default: all].", "-w", least=1)] = (
+        None
+    )
+    agreement: Annotated[
+        bool,
+        Option(EVALUATION, "Also compare predictions with the dense model's; takes two more forwards for each cell."),
+    ] = False
+    again: Annotated[
+        Words, Option(HOW, "Run the cells of these methods again, whose code or options have changed.", words=True)
+    ] = ()
+    dry_run: Annotated[bool, Option(OPTIONS, "Show the cells and the estimate, and change nothing.")] = False
+    command: Sequence[str] | None = None
+    on_estimate: OnEstimate = lambda estimate: None
+    on_event: OnSweepEvent = lambda event: None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("data", "again"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, [value] if isinstance(value, str) else list(value))
