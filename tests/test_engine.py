@@ -37,7 +37,8 @@ from secateur.models.shape.matrices import Matrix
 from secateur.plans.plan import Plan
 from secateur.pruning.block_loop import Event
 from secateur.pruning.engine import prune
-from secateur.record.manifest import Manifest, read_manifest, verify
+from secateur.record.manifest import Manifest, read_manifest
+from secateur.record.verify import verify
 
 NOT_STREAMED = {"hrm_text"}  # runs the same blocks several times; see test_stream.py
 STREAMED = [name for name in tiny.ARCHITECTURES if name not in NOT_STREAMED]

@@ -38,7 +38,8 @@ from secateur.methods.wanda import wanda
 from secateur.models.opening.opened import open_model
 from secateur.plans.plan import Plan
 from secateur.pruning.engine import prune
-from secateur.record.manifest import FILE_NAME, verify
+from secateur.record.manifest import FILE_NAME
+from secateur.record.verify import verify
 from test_checkpoint import file_size_limit, small_disk, unprivileged
 
 FIRST = "model.layers.0.mlp.down_proj.weight"  # the first matrix of the plan, and the first to be solved

@@ -34,7 +34,8 @@ from secateur.methods.wanda import wanda
 from secateur.methods.wanda_plus import wanda_plus
 from secateur.pruning.block_loop import Event
 from secateur.pruning.engine import prune
-from secateur.record.manifest import read_manifest, verify
+from secateur.record.manifest import read_manifest
+from secateur.record.verify import verify
 
 FIRST = "model.layers.0.mlp.down_proj.weight"
 SAMPLES, LENGTH = 4, 12

@@ -29,7 +29,8 @@ from secateur.models.weights.packing import block_sizes
 from secateur.models.weights.quantised import DequantisedCheckpoint, open_checkpoint
 from secateur.pruning.engine import prune
 from secateur.record.card import write_card
-from secateur.record.manifest import read_manifest, verify
+from secateur.record.manifest import read_manifest
+from secateur.record.verify import verify
 from secateur.report.inspect import inspect
 
 FP8 = torch.float8_e4m3fn

@@ -50,7 +50,8 @@ from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.pruning.engine import prune
 from secateur.pruning.preparation import check_choices, chosen_correction
-from secateur.record.manifest import Manifest, cautions, verify
+from secateur.record.manifest import Manifest, cautions
+from secateur.record.verify import verify
 from secateur.report import checkpoint_page
 from secateur.report.terminal import manifest_tables
 

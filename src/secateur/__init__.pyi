@@ -60,7 +60,8 @@ from secateur.plans.plan import Plan as Plan, uniform as uniform
 from secateur.pruning.block_loop import Event as Event
 from secateur.pruning.forecast import Estimate as Estimate
 from secateur.public import estimate as estimate, prune as prune, sweep as sweep
-from secateur.record.manifest import Manifest as Manifest, Verification as Verification, verify as verify
+from secateur.record.manifest import Manifest as Manifest
+from secateur.record.verify import Verification as Verification, verify as verify
 from secateur.recover.block import reconstruct as reconstruct
 from secateur.recover.callback import SparsityCallback as SparsityCallback
 from secateur.recover.fine_tuning import Recovery as Recovery, fine_tune as fine_tune

@@ -23,7 +23,8 @@ from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
 from secateur.record.card import write_card
-from secateur.record.manifest import read_manifest, verify
+from secateur.record.manifest import read_manifest
+from secateur.record.verify import verify
 from secateur.recover.adapters import require_peft
 from secateur.recover.forecast import Forecast, count_parameters, forecast
 from secateur.recover.settings import Settings, choose, require_one_process, to_json

@@ -20,7 +20,8 @@ from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.weights.conversion import TensorGroup
 from secateur.models.weights.inverse import Inverse
 from secateur.record.card import write_card
-from secateur.record.manifest import read_manifest, verify
+from secateur.record.manifest import read_manifest
+from secateur.record.verify import verify
 from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.written import versions, write_trained
 from secateur.runs.output import Scratch, check_output

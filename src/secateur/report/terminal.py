@@ -18,7 +18,8 @@ from secateur.evaluate.task_differences import TaskComparison
 from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
 from secateur.models.shape.matrices import matrix_kind
 from secateur.pruning.forecast import Estimate, bytes_text
-from secateur.record.manifest import Manifest, Verification, cautions
+from secateur.record.manifest import Manifest, cautions
+from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection, MatrixSparsity
 from secateur.sweeps.estimate import SweepEstimate
 from secateur.sweeps.folder import Sweep
