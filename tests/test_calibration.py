@@ -29,10 +29,9 @@ from secateur.calibration import (
     Windows,
     calibration_windows,
     check_vocabulary,
-    corpora,
+    drawing,
     evaluation_windows,
     load_corpus,
-    windows,
 )
 from secateur.errors import CalibrationError
 
@@ -160,7 +159,7 @@ def test_real_stories_file_parts_into_its_stories():
 @pytest.mark.parametrize("spool_bytes", [0, 2**20], ids=["on disk", "in memory"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.gz"])
 def test_json_lines_by_position(tmp_path, monkeypatch, suffix, spool_bytes):
-    monkeypatch.setattr(corpora, "SPOOL_BYTES", spool_bytes or 1)
+    monkeypatch.setattr("secateur.calibration.documents.SPOOL_BYTES", spool_bytes or 1)
     texts = ["plain", "", "naïve \u2028 line 漢字 🌳", "last"]
     file = Path(write_jsonl(tmp_path / "x.jsonl", texts))
     target = tmp_path / f"y{suffix}"
@@ -403,11 +402,6 @@ def test_wrong_specs(spec, message):
         load_corpus(spec, "calibration")
 
 
-def test_wrong_role():
-    with pytest.raises(CalibrationError, match=r"role: got 'train', expected 'calibration' or 'evaluation'"):
-        load_corpus("python-docs", "train")
-
-
 def test_misspelt_file_names_its_neighbour(tmp_path):
     write_jsonl(tmp_path / "stories.jsonl", ["a"])
     with pytest.raises(CalibrationError, match=r"story\.jsonl: no such file\. Did you mean stories\.jsonl\?"):
@@ -575,7 +569,7 @@ def test_a_line_that_is_too_long_is_named_in_flat_memory(tmp_path, role):
 
 
 def test_a_file_that_unpacks_to_what_no_text_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PACKED_BYTES", 2**20)
+    monkeypatch.setattr("secateur.calibration.documents.PACKED_BYTES", 2**20)
     with gzip.open(tmp_path / "x.jsonl.gz", "wb") as file:
         for _ in range(4000):
             file.write(b" " * 1000 + b"\n")
@@ -590,7 +584,7 @@ def test_a_deep_line(tmp_path):
 
 
 def test_a_plain_text_beyond_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PLAIN_BYTES", 100)
+    monkeypatch.setattr("secateur.calibration.documents.PLAIN_BYTES", 100)
     (tmp_path / "x.txt").write_text("a" * 101)
     with pytest.raises(CalibrationError, match=r"x\.txt: has 101 bytes, and at most 100 are read"):
         load_corpus(str(tmp_path / "x.txt"), "calibration")
@@ -700,7 +694,7 @@ def test_giving_up_when_all_documents_are_known_to_be_short(tokenizer, tmp_path)
 
 
 def test_giving_up_after_the_draws_are_spent(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "DRAWS_PER_SAMPLE", 5)
+    monkeypatch.setattr(drawing, "DRAWS_PER_SAMPLE", 5)
     spec = write_jsonl(tmp_path / "x.jsonl", sentences(200, seed=1))
     with pytest.raises(CalibrationError, match=r"gave up after 5 draws with 0 of 2 windows; 5 of 200 documents tried"):
         calibration_windows(spec, tokenizer, samples=2, length=5000)
@@ -749,7 +743,7 @@ def test_wikitext2_is_concatenated_with_blanks_unless_asked_otherwise(tokenizer)
 
 
 def test_concat_of_a_huge_corpus_reads_a_bounded_seeded_part(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "FEWEST_CHARACTERS", 0)
+    monkeypatch.setattr(drawing, "FEWEST_CHARACTERS", 0)
     spec = write_jsonl(tmp_path / "x.jsonl", sentences(500, seed=2))
     draw = lambda seed: calibration_windows(spec, tokenizer, samples=4, length=16, seed=seed, sampling="concat")  # noqa: E731
     facts = draw(0).provenance["sources"][0]
@@ -759,11 +753,11 @@ def test_concat_of_a_huge_corpus_reads_a_bounded_seeded_part(tokenizer, tmp_path
 
 
 def test_concat_of_one_huge_document_takes_a_stretch_of_it(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "FEWEST_CHARACTERS", 0)
+    monkeypatch.setattr(drawing, "FEWEST_CHARACTERS", 0)
     text = " ".join(sentences(400, seed=3))
     (tmp_path / "x.txt").write_text(text)
     corpus = load_corpus(str(tmp_path / "x.txt"), "calibration")
-    stretch = windows._random_text(corpus, 5000, seed=1)
+    stretch = drawing._random_text(corpus, 5000, seed=1)
     assert len(stretch) == 5000
     assert stretch in text
     assert not text.startswith(stretch)
@@ -1014,15 +1008,15 @@ def test_evaluation_of_the_official_wikitext_test_file(stories_tokenizer):
 def test_a_few_windows_of_a_long_text_need_only_its_start(stories_tokenizer, monkeypatch):
     file = shared("lm/wiki.test.raw")
     whole = evaluation_windows(str(file), stories_tokenizer, length=128)
-    monkeypatch.setattr(windows, "FEWEST_CHARACTERS", 0)
+    monkeypatch.setattr(drawing, "FEWEST_CHARACTERS", 0)
     part = evaluation_windows(str(file), stories_tokenizer, length=128, windows=9)
     assert torch.equal(part.input_ids, whole.input_ids[:9])
     assert part.provenance["sources"][0]["characters"] == 64 * 128 * 9
 
 
 def test_a_start_of_few_tokens_is_not_trusted(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "FEWEST_CHARACTERS", 0)
-    monkeypatch.setattr(windows, "CHARACTERS_PER_TOKEN", 1)
+    monkeypatch.setattr(drawing, "FEWEST_CHARACTERS", 0)
+    monkeypatch.setattr(drawing, "CHARACTERS_PER_TOKEN", 1)
     spec = write_jsonl(tmp_path / "x.jsonl", sentences(50, seed=4))
     found = evaluation_windows(spec, tokenizer, length=100, windows=2)
     ids = tokenizer("\n\n".join(sentences(50, seed=4)), verbose=False).input_ids

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.corpora import Corpus, load_corpus
+from secateur.calibration.corpora import load_corpus
+from secateur.calibration.documents import Corpus
 from secateur.calibration.windows import Source, Windows, given_windows, require_positive, require_tokenizer
 from secateur.errors import CalibrationError
 

@@ -4,13 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.calibration.corpora import load_corpus, quick_to_read
-from secateur.calibration.windows import (
-    CHARACTERS_PER_TOKEN,
-    DEFAULT_LENGTH,
-    Windows,
-    calibration_windows,
-    text_corpora,
-)
+from secateur.calibration.drawing import CHARACTERS_PER_TOKEN, DEFAULT_LENGTH, calibration_windows, text_corpora
+from secateur.calibration.windows import Windows
 
 MOST_BYTES = 64 * 2**20  # of a corpus that is read
 MOST_CHARACTERS = 2_000_000  # that are tokenised: a second or so

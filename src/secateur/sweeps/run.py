@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.calibration import Windows, calibration_windows, check_bos
 from secateur.calibration.corpora import is_token_file
-from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from secateur.collect.model_windows import BOS_WORDS
 from secateur.core.fingerprint import fingerprint
 from secateur.core.patterns import Pattern, Unstructured
