@@ -3,6 +3,7 @@
 import datetime
 import gc
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from secateur.record.verify import verify
 from secateur.recover.adapters import require_peft
 from secateur.recover.forecast import Forecast, count_parameters, forecast
 from secateur.recover.settings import Settings, choose, require_one_process, to_json
-from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, last_checkpoint, perplexity_of
+from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, last_checkpoint
 from secateur.recover.ways import Adapters, FullWeights, Way
 from secateur.recover.written import versions
 from secateur.runs.output import Scratch, check_output
@@ -251,9 +252,9 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """(step, seconds, loss, held-out perplexity) wherever one of the last two was measured."""
     points: dict[int, dict[str, Any]] = {}
     for entry in history:
-        point = {"loss": entry.get("loss"), "perplexity": entry.get("eval_loss")}
-        if point["perplexity"] is not None:
-            point["perplexity"] = perplexity_of(point["perplexity"]) if point["perplexity"] < 700 else None
+        nats = entry.get("eval_loss")
+        perplexity = None if nats is None or nats >= 700 else math.exp(nats)
+        point = {"loss": entry.get("loss"), "perplexity": perplexity}
         found = {key: value for key, value in point.items() if value is not None}
         if found:
             held = points.setdefault(entry["step"], {"step": entry["step"], "loss": None, "perplexity": None})
