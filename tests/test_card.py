@@ -184,7 +184,7 @@ def test_the_base_model(tmp_path, monkeypatch):
 
 def test_every_method_with_a_paper_cites_it_as_the_documentation_does():
     known = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
-    homes = "".join(path.read_text() for path in Path(card.__file__).parent.glob("methods/*.py"))
+    homes = "".join(path.read_text() for path in Path(card.__file__).parents[1].glob("methods/*.py"))
     assert set(card.PAPERS) == {*METHODS, *REFINEMENTS} - {"magnitude"}
     for _, title, number in card.PAPERS.values():
         assert number is None or (number in homes and (number in known or "SparseSwaps" in title))

@@ -435,9 +435,9 @@ def test_a_quantised_checkpoint(method: str, model: Path, refused: Refused) -> N
     configure(model, quantization_config={"quant_method": method, "bits": 4})
     refused(
         CheckpointError,
-        f"{model}: the weights are quantised ({method}; config.json: quantization_config), in a way that is not "
-        "dequantised here. Give the unquantised checkpoint, or load this one with transformers, dequantise it "
-        "(model.dequantize()), save it, and give that.",
+        f"{model}: the weights are quantised ({method}; config.json: quantization_config), in a format that Secateur "
+        "does not dequantise. Use the unquantised checkpoint, or load this one with transformers, dequantise it "
+        "(model.dequantize()), save it, and use that.",
         model,
     )
 
@@ -607,9 +607,9 @@ def test_weights_in_integers(model: Path, refused: Refused) -> None:
     save_file(tensors, model / SINGLE_FILE)
     refused(
         CheckpointError,
-        f"{model}: the weights are quantised (torch.int8 without scales that belong to it; {FIRST}), in a way that is "
-        "not dequantised here. Give the unquantised checkpoint, or load this one with transformers, dequantise it "
-        "(model.dequantize()), save it, and give that.",
+        f"{model}: the weights are quantised (torch.int8 without scales that belong to it; {FIRST}), in a format "
+        "that Secateur does not dequantise. Use the unquantised checkpoint, or load this one with transformers, dequantise it "
+        "(model.dequantize()), save it, and use that.",
         model,
         method=magnitude(),
     )

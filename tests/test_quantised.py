@@ -406,7 +406,7 @@ def test_other_formats_are_refused_by_name(name: str, tmp_path: Path) -> None:
 )
 def test_formats_that_a_configuration_announces(config: dict[str, Any], tmp_path: Path) -> None:
     packed_model(tmp_path / "model", config=config)
-    with pytest.raises(CheckpointError, match="in a way that is not dequantised here"):
+    with pytest.raises(CheckpointError, match="in a format that Secateur does not dequantise"):
         open_model(tmp_path / "model")
 
 

@@ -75,18 +75,25 @@ class Manifest:
     def trained(self) -> dict[str, list[str]]:
         """For every tensor that was trained after pruning, its sha256 before each time, latest first."""
         result: dict[str, list[str]] = {}
-        section = self.recovery
-        while section is not None:
+        for section in self.recoveries:
             for name, digest in section.get("trained", {}).items():
                 result.setdefault(name, []).append(digest)
-            section = section.get("earlier")
         return result
+
+    @property
+    def recoveries(self) -> list[dict[str, Any]]:
+        """What was done to the weights after pruning, the latest first."""
+        found, section = [], self.recovery
+        while section is not None:
+            found.append(section)
+            section = section.get("earlier")
+        return found
 
 
 def cautions(manifest: Manifest) -> list[str]:
-    """What a reader should know of how matrices were solved, in words.
+    """Sentences on how matrices were solved that a reader should know.
 
-    More damping than was asked for, fewer tokens than inputs, and updates of weights that swaps have undone.
+    They name more damping than was asked for, fewer tokens than inputs, and updates of weights that swaps have undone.
     """
     options, matrices = manifest.settings.get("options", {}), manifest.matrices
     found = []
@@ -116,8 +123,8 @@ def cautions(manifest: Manifest) -> list[str]:
     undone = [name for name, entry in matrices.items() if entry["notes"].get("dropped_update")]
     if any(matrices[name]["kept_identical"] for name in undone):
         found.append(
-            f"Swaps put the dense weights of {len(undone)} of {len(matrices)} matrices back: of the method before them "
-            "the mask was kept and the update was not. End the chain with +least_squares."
+            f"Swaps put the dense weights of {len(undone)} of {len(matrices)} matrices back: the mask of the method "
+            "before them was kept, its update was lost. End the chain with +least_squares."
         )
     return found
 

@@ -23,6 +23,7 @@ from secateur.files.checkpoint import locate
 from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
+from secateur.models.opening.whole import load_whole
 from secateur.record.card import write_card
 from secateur.record.manifest import read_manifest
 from secateur.record.verify import verify
@@ -54,7 +55,7 @@ class Recovery:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """All fields; of the perplexities what `eval` gives."""
+        """All fields; perplexities as `eval` prints them."""
         return {**vars(self), "before": self.before.to_json(), "after": self.after.to_json()}
 
 
@@ -95,8 +96,8 @@ def fine_tune(
     predictions are learnt as well. `dtype` is what products are computed in: trained weights and the optimizer are in
     float32. `announce` is called before anything long begins.
 
-    While it runs, a folder named like the output with ".training" behind keeps the Trainer's checkpoints, the latest
-    and the best. It goes when the output is complete. After an interruption `resume` goes on from there.
+    While it runs, the folder `OUTPUT.training` keeps the Trainer's latest and best checkpoints; it is removed when the
+    output is complete. After an interruption `resume` goes on from there.
 
     Raises `NumericalError` when training diverges, and `CheckpointError`, `PatternError` or `CalibrationError` for
     what cannot work; each says what to do.
@@ -155,7 +156,7 @@ def fine_tune(
         dense = None if distill is None else _load_dense(distill, opened, half, trust_remote_code)
         trained = _train(
             way,
-            _load(base.resolve(), way.load_dtype(half), trust_remote_code),
+            load_whole(base.resolve(), way.load_dtype(half), trust_remote_code=trust_remote_code),
             dense,
             settings,
             train,
@@ -227,7 +228,7 @@ def _train(
     device: torch.device,
     progress: Progress,
 ) -> _Trained:
-    """The model behind a Trainer's run, as it was at its best."""
+    """The model after a Trainer's run, as it was at its best."""
     from transformers import set_seed
 
     set_seed(settings.seed)  # adapters are drawn at random before the Trainer sets it
@@ -262,30 +263,18 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [points[step] for step in sorted(points)]
 
 
-def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """A whole model in memory."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    failure: Exception | None = None
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        try:
-            return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        except ValueError as error:
-            failure = failure or error
-    raise CheckpointError(f"{folder}: transformers cannot load it: {failure}")
-
-
 def _load_dense(distill: str | os.PathLike[str], opened: OpenedModel, half: bool, trust_remote_code: bool) -> nn.Module:
     """The dense model to learn from, frozen. Raises `CheckpointError` when its tokens are others."""
     name = os.fspath(distill)
-    dense: nn.Module = _load(locate(name), torch.bfloat16 if half else torch.float32, trust_remote_code)
-    own, held = dense.get_input_embeddings().weight.shape[0], opened.skeleton.vocabulary_size  # type: ignore[operator]
+    dtype = torch.bfloat16 if half else torch.float32
+    dense: Any = load_whole(locate(name), dtype, trust_remote_code=trust_remote_code)
+    own, held = dense.get_input_embeddings().weight.shape[0], opened.skeleton.vocabulary_size
     if own != held:
         raise CheckpointError(
             f"--distill {name}: has a vocabulary of {own} tokens, the pruned model has {held}. Give the model that it "
             "was pruned from."
         )
-    return dense.eval().requires_grad_(False)
+    return dense.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def _half(dtype: str, device: torch.device) -> bool:
