@@ -608,8 +608,8 @@ def test_weights_in_integers(model: Path, refused: Refused) -> None:
     refused(
         CheckpointError,
         f"{model}: the weights are quantised (torch.int8 without scales that belong to it; {FIRST}), in a format "
-        "that Secateur does not dequantise. Use the unquantised checkpoint, or load this one with transformers, dequantise it "
-        "(model.dequantize()), save it, and use that.",
+        "that Secateur does not dequantise. Use the unquantised checkpoint, or load this one with transformers, "
+        "dequantise it (model.dequantize()), save it, and use that.",
         model,
         method=magnitude(),
     )

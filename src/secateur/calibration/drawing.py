@@ -55,7 +55,7 @@ def calibration_windows(
 
     `sampling="document"` draws a document uniformly with replacement until one is longer than `length` tokens, and a
     window in it; `"concat"` draws windows from one long token sequence; None is what the papers do: "concat" for
-    wikitext2, "document" for everything else. Both give the windows that the published loops give after
+    wikitext2, "document" for everything else. Both draw the windows that the published loops draw after
     `random.seed(seed)`. In a mixture the source at position k draws with `seed + k`, and the windows are shuffled
     with `seed`. `bos` is that of `evaluation_windows`: "papers" leaves BOS where a window happens to begin with its
     document. `progress` is called with (windows done, windows in all).
@@ -107,8 +107,8 @@ def evaluation_windows(
     """Return the windows of the papers' perplexity, shape (windows, length), by default of 2048 tokens.
 
     The evaluation part of the corpus is joined, tokenised in one call with the default special tokens and cut into
-    windows that do not overlap; the remainder is dropped. `windows` keeps the first ones. C4 gives 256 unless asked
-    otherwise. Token ids are taken as they are, as in `calibration_windows`.
+    windows that do not overlap; the remainder is dropped. `windows` keeps the first ones. For C4 that is 256 by
+    default. Token ids are taken as they are, as in `calibration_windows`.
 
     `bos` says where BOS, the token that begins a text, stands. "papers": where the tokenizer puts it, before the first
     window alone. "always": before every window, each of length - 1 tokens of the text, all of which are then predicted.
@@ -297,7 +297,7 @@ def _leading_text(corpus: Corpus, bound: int | None) -> tuple[str, bool]:
 
 
 def _random_text(corpus: Corpus, bound: int, seed: int) -> str:
-    """Return `bound` characters of documents in a seeded order; a document too long for the rest gives a stretch."""
+    """Return `bound` characters of documents in a seeded order; of a document too long for the rest, a stretch."""
     generator = random.Random(seed)
     order = list(range(len(corpus.documents)))
     generator.shuffle(order)

@@ -1,4 +1,4 @@
-"""Calibration windows for a dry run: drawn where that is quick, and otherwise checked as far as it is."""
+"""Calibration windows for a dry run: drawn where that is quick, otherwise checked as far as that is quick."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,14 +37,14 @@ class _Tokenizer:
         return encoded
 
     def saw_more_than(self, tokens: int) -> bool:
-        """Whether some text makes, or surely makes, more tokens than these."""
+        """Whether some text has, or surely has, more tokens than these."""
         return self.most_tokens > tokens or self.longest_text > CHARACTERS_PER_TOKEN * tokens
 
 
 def quick_windows(
     source: Any, tokenizer: Any, *, samples: int | None, length: int | None, seed: int, sampling: Any, bos: Any
 ) -> tuple[Windows | None, Sequence[str]]:
-    """Return the windows of `calibration_windows` where they are quick to draw, else None; and what was not checked.
+    """Return the windows of `calibration_windows` where drawing is quick, else None; and what was not checked.
 
     Errors: those of `calibration_windows`, as far as they show.
     """

@@ -26,9 +26,9 @@ class Windows:
     """Token ids of shape (samples, length), int64 on the CPU, and where they came from as plain JSON values.
 
     Samples of different lengths are padded: `attention_mask`, of the same shape, is 1 at the tokens of a sample and 0
-    at the padding before or behind them. Whatever the padding was, here it is zeros behind the tokens, as few as the
-    longest sample asks for, and the mask is bool; it is None where nothing is padded. Padding is never run through a
-    model. Raises `CalibrationError` for a mask of another shape, with other values, or with zeros between tokens.
+    at the padding before or after them. However a sample was padded, here zeros follow its tokens up to the length of
+    the longest sample, and the mask is bool; it is None where nothing is padded. No model ever runs on padding. Raises
+    `CalibrationError` for a mask of another shape, with other values, or with zeros between tokens.
     """
 
     input_ids: torch.Tensor
@@ -106,7 +106,7 @@ class Windows:
 
 
 def _padded_behind(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (ids, mask) with the padding behind the tokens, or (ids, None) when all samples have the same length."""
+    """Return (ids, mask) with the padding after the tokens, or (ids, None) when all samples have the same length."""
     mask = _checked_mask(ids, mask)
     lengths = mask.sum(dim=1)
     longest = int(lengths.max())
@@ -133,13 +133,13 @@ def _checked_mask(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     empty = ~mask.any(dim=1)
     if empty.any():
         raise CalibrationError(f"{MASK_KEY}: row {int(empty.nonzero()[0])} is all padding. Leave it out.")
-    # A token behind padding that is itself behind a token.
+    # A token after padding that itself follows a token.
     hole = mask[:, 1:] & ~mask[:, :-1] & (mask.cumsum(dim=1)[:, :-1] > 0)
     if hole.any():
         sample, position = hole.nonzero()[0].tolist()
         raise CalibrationError(
             f"{MASK_KEY}: row {sample}, position {position}: padding lies between tokens, expected it before the first "
-            "or behind the last one."
+            "or after the last one."
         )
     return mask
 
@@ -148,7 +148,7 @@ Source = str | os.PathLike[str] | torch.Tensor | Windows
 
 
 def check_vocabulary(windows: Windows, vocabulary_size: int) -> None:
-    """Return nothing when every token id lies in [0, vocabulary_size); otherwise CalibrationError with the first."""
+    """Raise CalibrationError for the first token id outside [0, vocabulary_size)."""
     outside = (windows.input_ids < 0) | (windows.input_ids >= vocabulary_size)
     if outside.any():
         sample, position = outside.nonzero()[0].tolist()
@@ -160,7 +160,7 @@ def check_vocabulary(windows: Windows, vocabulary_size: int) -> None:
 
 
 def check_length(windows: Windows, positions: int | None, option: str = "--length") -> None:
-    """Return nothing when a window fits a model with that many positions (None: any number); else CalibrationError."""
+    """Raise CalibrationError for windows longer than the positions of a model (None: without limit)."""
     if positions is not None and windows.length > positions:
         raise CalibrationError(
             f"windows of {windows.length} tokens, and the model has {positions} positions. "
@@ -169,7 +169,7 @@ def check_length(windows: Windows, positions: int | None, option: str = "--lengt
 
 
 def check_predictions(windows: Windows, option: str = "--length") -> None:
-    """Return nothing when every window has at least 2 tokens, one to predict; otherwise CalibrationError."""
+    """Raise CalibrationError for a window of fewer than 2 tokens, in which there is nothing to predict."""
     if windows.length < 2:
         raise CalibrationError(f"{option}: got 1, expected at least 2: the loss is that of predicting the next token.")
     short = min(windows.lengths)
@@ -184,7 +184,7 @@ def check_predictions(windows: Windows, option: str = "--length") -> None:
 
 
 def given_windows(source: Any, samples: int | None, length: int | None, what: str = "samples") -> Windows | None:
-    """Return the windows of a source that already is token ids, or None when it is text; `what` is asked for."""
+    """Return the windows of a source that already is token ids, or None when it is text; `what` names the samples."""
     if isinstance(source, Sequence) and not isinstance(source, str) and len(source) == 1:
         source = source[0]
     if isinstance(source, Windows):
@@ -250,14 +250,14 @@ def fewer(what: str, asked: int | None, found: int) -> dict[str, int]:
 
 
 def require_positive(**counts: int | None) -> None:
-    """Return nothing when every count that is given is at least 1; otherwise CalibrationError that names the option."""
+    """Raise CalibrationError that names the option for a count below 1 (None: not set)."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise CalibrationError(f"--{name}: got {count}, expected at least 1.")
 
 
 def require_tokenizer(tokenizer: Any, specs: Sequence[str]) -> None:
-    """Return nothing when there is a tokenizer or no spec is text; otherwise CalibrationError."""
+    """Raise CalibrationError for text without a tokenizer."""
     if tokenizer is None and not all(map(is_token_file, specs)):
         raise CalibrationError(
             f"{', '.join(specs)}: text needs a tokenizer, got None. Pass the model's tokenizer, or token ids: "

@@ -88,19 +88,19 @@ def fine_tune(
     progress: Progress = lambda stage, done, total, note: None,
     **given: Any,
 ) -> Recovery:
-    """What training did for a pruned checkpoint that Secateur wrote, with the result in `output`.
+    """Train a pruned checkpoint that Secateur wrote, with the result in `output`; returns what training did.
 
     `method` is "lora" or "sparse-lora" (the output is an adapter, as peft saves it), or "full" (the output is a pruned
     checkpoint with the same zeros). `given` are fields of `recover.settings.Settings`; the others come from the
-    `preset`. `data` is a corpus or token ids; its first windows are held out. `distill` is a dense model whose
-    predictions are learnt as well. `dtype` is what products are computed in: trained weights and the optimizer are in
-    float32. `announce` is called before anything long begins.
+    `preset`. `data` is a corpus or token ids; its first windows are held out. `distill` is a dense model to learn the
+    predictions of as well. Products are computed in `dtype`, while trained weights and the optimizer are in float32.
+    `announce` is called before anything long begins.
 
     While it runs, the folder `OUTPUT.training` keeps the Trainer's latest and best checkpoints; it is removed when the
     output is complete. After an interruption `resume` goes on from there.
 
     Raises `NumericalError` when training diverges, and `CheckpointError`, `PatternError` or `CalibrationError` for
-    what cannot work; each says what to do.
+    anything that cannot work.
     """
     settings = choose(method, preset, given)
     require_one_process()

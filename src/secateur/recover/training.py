@@ -26,7 +26,7 @@ NOMINAL_STEPS = 1000  # of the schedule of a run in minutes, which is read by th
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Windows as a language model's inputs and labels. Padding is behind the tokens, and no label counts there."""
+    """Windows as a language model's inputs and labels. Padding follows the tokens, and no label counts there."""
 
     def __init__(self, windows: Windows) -> None:
         self.ids, self.mask = windows.input_ids, windows.attention_mask

@@ -14,7 +14,7 @@ from secateur.models.opening.loading import check_loads
 from secateur.models.opening.opened import OpenedModel
 from secateur.pruning.engine import count_totals, run_versions
 from secateur.record.manifest import Manifest, file_digests, mask_digest, tensor_digest, view_of
-from secateur.recover.masks import masked_weight
+from secateur.recover.masks import keep_from_zero
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def write_trained(
                 if not bool(tensor.isfinite().all()):
                     raise NumericalError(f"{name}: trained to values that are not finite. Try a lower --lr.")
                 if keep and name in planned:
-                    tensor, count = masked_weight(original, tensor)
+                    tensor, count = keep_from_zero(tensor, original != 0, original.dtype)
                     nudged += count
                 tensor = tensor.to(original.dtype)
                 for matrix, entry in planned.get(name, ()):

@@ -1,4 +1,4 @@
-"""How sparse a checkpoint is, and in what pattern: measured on its weights, whoever pruned it."""
+"""How sparse a checkpoint is, and in which pattern: measured on its weights, whoever pruned it."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Every planned matrix of a pruned checkpoint, measured on its files: picture, structure, distribution of values."""
+"""Every planned matrix of a pruned checkpoint, measured in its files: picture, structure, distribution of values."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -89,7 +89,7 @@ def read_masks(
 
 
 def chosen(manifest: Manifest) -> set[str]:
-    """The matrices that get a picture: all of them, or of very many every k-th, kind by kind."""
+    """The matrices that get a picture: all of them, or every k-th of each kind where there are very many."""
     names = sorted(manifest.matrices, key=lambda name: str(manifest.matrices[name]["kind"]))
     return set(names[:: math.ceil(len(names) / PICTURES)])
 

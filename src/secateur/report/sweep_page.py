@@ -49,7 +49,7 @@ def _texts(sweep: Mapping[str, Any]) -> list[str]:
 def _chart(sweep: Mapping[str, Any], data: str, place: int) -> Chart | None:
     """Perplexity over sparsity of the unstructured patterns, or None with fewer than two sparsities."""
     cells = [cell for cell in _done(sweep) if data in cell["figures"] and ":" not in cell["pattern"]]
-    # A perplexity beyond all numbers is recorded as null, and has no place on a chart.
+    # A perplexity that is not finite is recorded as null, and has no place on a chart.
     cells = [cell for cell in cells if cell["figures"][data]["perplexity"] is not None]
     series = []
     for method in dict.fromkeys(cell["method"] for cell in cells):
@@ -135,7 +135,7 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
 
 
 def _spoken(figure: Mapping[str, Any], digits: str) -> str:
-    """A perplexity in words; one beyond all numbers is recorded as null."""
+    """A perplexity in words; one that is not finite is recorded as null."""
     return "no finite value" if figure["perplexity"] is None else format(figure["perplexity"], digits)
 
 

@@ -1,4 +1,4 @@
-"""Results as rich tables. Nothing is printed here."""
+"""Results as tables for the terminal, which the command line prints."""
 
 import math
 from collections import Counter
@@ -44,7 +44,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 
 def estimate_tables(estimate: Estimate) -> RenderableType:
-    """The dry run: what would be pruned, what not and why, and what it would take."""
+    """The dry run: what would be pruned, what would not and why, and what it would take."""
     planned = _table(
         "matrices",
         "count",
@@ -186,7 +186,7 @@ def verification_tables(result: Verification) -> RenderableType:
 
 
 def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
-    """What a sweep has still to do, and what that would take."""
+    """What is left of a sweep to do, and what it would take."""
     if not estimate.cells:
         return Text(f"All {estimate.finished} cells are finished already.")
     table = _table("cell", "", "time", title=f"{len(estimate.cells)} cells to run, {estimate.finished} finished")
@@ -216,7 +216,7 @@ def sweep_table_groups(sweep: Sweep) -> RenderableType:
 
 
 def gradient_table(file: GradientFile) -> RenderableType:
-    """A file of gradients: what they are of, and how large they are in the matrices of each kind."""
+    """A file of gradients: its model and tokens, and how large gradients are in the matrices of each kind."""
     held = file.provenance
     head = _table(str(file.path), "")
     head.add_row("model", str(held["model"].get("path")))
@@ -341,7 +341,7 @@ def _unit(name: str) -> str:
 
 
 def generations_table(prompts: Sequence[Sequence[Generation]]) -> RenderableType:
-    """Under each prompt what the dense model writes, then each pruned one, and how long they write the same."""
+    """For each prompt, what the dense model and then each pruned one writes, and for how many tokens they agree."""
     parts: list[RenderableType] = []
     for outputs in prompts:
         table = _table("model", "same tokens", "continuation")
