@@ -15,7 +15,8 @@ from secateur.core.gram import Gram
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Method, Problem, Solution
 from secateur.files.checkpoint import Checkpoint
-from secateur.record.manifest import Manifest, verify
+from secateur.record.manifest import Manifest
+from secateur.record.verify import verify
 
 SAMPLES, LENGTH = 8, 32
 

@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from secateur.calibration import corpora, load_corpus
+from secateur.calibration import load_corpus
 from texts import NAMES, sentences, shared, write_jsonl, write_parquet
 
 
@@ -55,7 +55,7 @@ def test_real_stories_file_parts_into_its_stories():
 @pytest.mark.parametrize("spool_bytes", [0, 2**20], ids=["on disk", "in memory"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.gz"])
 def test_json_lines_by_position(tmp_path, monkeypatch, suffix, spool_bytes):
-    monkeypatch.setattr(corpora, "SPOOL_BYTES", spool_bytes or 1)
+    monkeypatch.setattr("secateur.calibration.documents.SPOOL_BYTES", spool_bytes or 1)
     texts = ["plain", "", "naïve \u2028 line 漢字 🌳", "last"]
     file = Path(write_jsonl(tmp_path / "x.jsonl", texts))
     target = tmp_path / f"y{suffix}"

@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from secateur.calibration import evaluation_windows, windows
+from secateur.calibration import drawing, evaluation_windows
 from secateur.errors import CalibrationError
 from texts import (
     NAMES,
@@ -46,15 +46,15 @@ def test_evaluation_of_the_official_wikitext_test_file(stories_tokenizer):
 def test_a_few_windows_of_a_long_text_need_only_its_start(stories_tokenizer, monkeypatch):
     file = shared("lm/wiki.test.raw")
     whole = evaluation_windows(str(file), stories_tokenizer, length=128)
-    monkeypatch.setattr(windows, "FEWEST_CHARACTERS", 0)
+    monkeypatch.setattr(drawing, "FEWEST_CHARACTERS", 0)
     part = evaluation_windows(str(file), stories_tokenizer, length=128, windows=9)
     assert torch.equal(part.input_ids, whole.input_ids[:9])
     assert part.provenance["sources"][0]["characters"] == 64 * 128 * 9
 
 
 def test_a_start_of_few_tokens_is_not_trusted(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "FEWEST_CHARACTERS", 0)
-    monkeypatch.setattr(windows, "CHARACTERS_PER_TOKEN", 1)
+    monkeypatch.setattr(drawing, "FEWEST_CHARACTERS", 0)
+    monkeypatch.setattr(drawing, "CHARACTERS_PER_TOKEN", 1)
     spec = write_jsonl(tmp_path / "x.jsonl", sentences(50, seed=4))
     found = evaluation_windows(spec, tokenizer, length=100, windows=2)
     ids = tokenizer("\n\n".join(sentences(50, seed=4)), verbose=False).input_ids

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.calibration import calibration_windows, evaluation_windows, load_corpus, windows
+from secateur.calibration import calibration_windows, drawing, evaluation_windows, load_corpus
 from secateur.errors import CalibrationError
 from texts import (
     sentences,
@@ -97,7 +97,7 @@ def test_giving_up_when_all_documents_are_known_to_be_short(tokenizer, tmp_path)
 
 
 def test_giving_up_after_the_draws_are_spent(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "DRAWS_PER_SAMPLE", 5)
+    monkeypatch.setattr(drawing, "DRAWS_PER_SAMPLE", 5)
     spec = write_jsonl(tmp_path / "x.jsonl", sentences(200, seed=1))
     with pytest.raises(CalibrationError, match=r"gave up after 5 draws with 0 of 2 windows; 5 of 200 documents tried"):
         calibration_windows(spec, tokenizer, samples=2, length=5000)
@@ -146,7 +146,7 @@ def test_wikitext2_is_concatenated_with_blanks_unless_asked_otherwise(tokenizer)
 
 
 def test_concat_of_a_huge_corpus_reads_a_bounded_seeded_part(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "FEWEST_CHARACTERS", 0)
+    monkeypatch.setattr(drawing, "FEWEST_CHARACTERS", 0)
     spec = write_jsonl(tmp_path / "x.jsonl", sentences(500, seed=2))
     draw = lambda seed: calibration_windows(spec, tokenizer, samples=4, length=16, seed=seed, sampling="concat")  # noqa: E731
     facts = draw(0).provenance["sources"][0]
@@ -156,11 +156,11 @@ def test_concat_of_a_huge_corpus_reads_a_bounded_seeded_part(tokenizer, tmp_path
 
 
 def test_concat_of_one_huge_document_takes_a_stretch_of_it(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "FEWEST_CHARACTERS", 0)
+    monkeypatch.setattr(drawing, "FEWEST_CHARACTERS", 0)
     text = " ".join(sentences(400, seed=3))
     (tmp_path / "x.txt").write_text(text)
     corpus = load_corpus(str(tmp_path / "x.txt"), "calibration")
-    stretch = windows._random_text(corpus, 5000, seed=1)
+    stretch = drawing._random_text(corpus, 5000, seed=1)
     assert len(stretch) == 5000
     assert stretch in text
     assert not text.startswith(stretch)

@@ -33,7 +33,8 @@ from secateur.methods.pruner_zero import pruner_zero
 from secateur.methods.wanda import wanda
 from secateur.methods.wanda_plus import wanda_plus
 from secateur.pruning.engine import prune
-from secateur.record.manifest import read_manifest, verify
+from secateur.record.manifest import read_manifest
+from secateur.record.verify import verify
 from secateur.runs.events import Event
 
 FIRST = "model.layers.0.mlp.down_proj.weight"

@@ -244,9 +244,9 @@ def test_a_quantised_checkpoint(method: str, model: Path, refused: Refused) -> N
     configure(model, quantization_config={"quant_method": method, "bits": 4})
     refused(
         CheckpointError,
-        f"{model}: the weights are quantised ({method}; config.json: quantization_config), in a way that is not "
-        "dequantised here. Give the unquantised checkpoint, or load this one with transformers, dequantise it "
-        "(model.dequantize()), save it, and give that.",
+        f"{model}: the weights are quantised ({method}; config.json: quantization_config), in a format that Secateur "
+        "does not dequantise. Use the unquantised checkpoint, or load this one with transformers, dequantise it "
+        "(model.dequantize()), save it, and use that.",
         model,
     )
 

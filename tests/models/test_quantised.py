@@ -29,7 +29,8 @@ from secateur.models.weights.packing import block_sizes
 from secateur.models.weights.quantised import DequantisedCheckpoint, open_checkpoint
 from secateur.pruning.engine import prune
 from secateur.record.card import write_card
-from secateur.record.manifest import read_manifest, verify
+from secateur.record.manifest import read_manifest
+from secateur.record.verify import verify
 from secateur.report.inspect import inspect
 
 FP8 = torch.float8_e4m3fn
@@ -405,7 +406,7 @@ def test_other_formats_are_refused_by_name(name: str, tmp_path: Path) -> None:
 )
 def test_formats_that_a_configuration_announces(config: dict[str, Any], tmp_path: Path) -> None:
     packed_model(tmp_path / "model", config=config)
-    with pytest.raises(CheckpointError, match="in a way that is not dequantised here"):
+    with pytest.raises(CheckpointError, match="in a format that Secateur does not dequantise"):
         open_model(tmp_path / "model")
 
 

@@ -32,7 +32,7 @@ from secateur.files.checkpoint import Checkpoint
 from secateur.methods.wanda import wanda
 from secateur.models.opening.opened import open_model
 from secateur.pruning.engine import prune
-from secateur.record.manifest import verify
+from secateur.record.verify import verify
 
 # Multiplied without their module being called, so that no hook on it fires.
 BY_WEIGHT_ALONE = ("mixer.dt_proj.weight", "mamba.dt_proj.weight")

@@ -26,7 +26,7 @@ from secateur.files.checkpoint import Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
 from secateur.pruning.engine import prune
-from secateur.record.manifest import verify
+from secateur.record.verify import verify
 from secateur.runs.events import Event
 
 

@@ -60,9 +60,9 @@ def test_weights_in_integers(model: Path, refused: Refused) -> None:
     save_file(tensors, model / SINGLE_FILE)
     refused(
         CheckpointError,
-        f"{model}: the weights are quantised (torch.int8 without scales that belong to it; {FIRST}), in a way that is "
-        "not dequantised here. Give the unquantised checkpoint, or load this one with transformers, dequantise it "
-        "(model.dequantize()), save it, and give that.",
+        f"{model}: the weights are quantised (torch.int8 without scales that belong to it; {FIRST}), in a format "
+        "that Secateur does not dequantise. Use the unquantised checkpoint, or load this one with transformers, "
+        "dequantise it (model.dequantize()), save it, and use that.",
         model,
         method=magnitude(),
     )

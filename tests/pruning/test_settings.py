@@ -31,7 +31,8 @@ from secateur.methods.wanda import wanda
 from secateur.models.opening.opened import open_model
 from secateur.plans.plan import Plan
 from secateur.pruning.engine import prune
-from secateur.record.manifest import read_manifest, verify
+from secateur.record.manifest import read_manifest
+from secateur.record.verify import verify
 from secateur.runs.events import Event
 
 # Settings

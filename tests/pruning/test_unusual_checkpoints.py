@@ -18,7 +18,7 @@ from secateur.methods.wanda import wanda
 from secateur.models.opening.opened import open_model
 from secateur.models.shape.matrices import Matrix
 from secateur.pruning.engine import prune
-from secateur.record.manifest import verify
+from secateur.record.verify import verify
 
 
 def test_tensors_that_the_model_does_not_read_are_copied(tmp_path):

@@ -25,15 +25,8 @@ from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
 from secateur.models.opening.opened import open_model
 from secateur.pruning.engine import prune
-from secateur.record.manifest import (
-    FILE_NAME,
-    Manifest,
-    file_digests,
-    only_chooses,
-    read_manifest,
-    tensor_digest,
-    verify,
-)
+from secateur.record.manifest import FILE_NAME, Manifest, file_digests, read_manifest, tensor_digest
+from secateur.record.verify import only_chooses, verify
 
 PLANNED = "model.layers.1.mlp.up_proj.weight"
 UNPLANNED = "model.layers.1.self_attn.q_proj.weight"

@@ -89,8 +89,8 @@ def test_inspecting_a_dense_model(model: Path) -> None:
     result = secateur.inspect(model)
     assert result.sparsity == 0
     assert {matrix.pattern for matrix in result.matrices} == {"dense"}
-    assert sorted(result.by_kind()) == KINDS
-    assert {block: len(matrices) for block, matrices in result.by_block().items()} == {0: 7, 1: 7, 2: 7}
+    assert sorted(result.grouped("kind")) == KINDS
+    assert {block: len(matrices) for block, matrices in result.grouped("block").items()} == {0: 7, 1: 7, 2: 7}
 
 
 def test_inspecting_a_pruned_model(model: Path, tmp_path: Path) -> None:

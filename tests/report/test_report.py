@@ -537,7 +537,8 @@ def sweep(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     ids = secateur.evaluation_windows(str(TEXT), tokenizer, length=64, windows=10).input_ids
     calibration, held_out = ids[:4], ids[4:]
-    found = {"model": str(STORIES), "settings": {"samples": 4, "seed": 0}, "cells": []}
+    settings = {"samples": 4, "seed": 0, "data": [str(TEXT)], "methods": {}, "digests": {}, "agreement": False}
+    found = {"model": str(STORIES), "settings": settings, "cells": []}
     found["dense"] = {str(TEXT): secateur.perplexity(STORIES, held_out).to_json()}
     for name, method in (("magnitude", secateur.magnitude()), ("wanda", secateur.wanda())):
         for text, pattern in (
@@ -546,9 +547,11 @@ def sweep(tmp_path_factory):
             out = folder / "cells" / f"{name}-{text[:-1]}".replace(":", "of")
             secateur.prune(STORIES, method=method, pattern=pattern, output=out, calibration=calibration)
             figure = secateur.perplexity(out, held_out).to_json()
-            cell = {"method": name, "pattern": text, "sparsity": pattern.sparsity, "seconds": 1.5, "folder": out.name}
+            cell = {"method": name, "pattern": text, "sparsity": pattern.sparsity, "seconds": 1.5}
+            cell["folder"] = f"cells/{out.name}"
             found["cells"].append(cell | {"status": "done", "figures": {str(TEXT): figure}})
-    found["cells"].append({"method": "wanda", "pattern": "70%", "sparsity": 0.7, "status": "failed", "figures": {}})
+    failed = {"method": "wanda", "pattern": "70%", "sparsity": 0.7, "folder": "cells/wanda-70"}
+    found["cells"].append(failed | {"status": "failed", "figures": {}})
     (folder / "sweep.json").write_text(json.dumps(found))
     return folder
 
@@ -585,6 +588,8 @@ def test_a_damaged_sweep(tmp_path):
         "[" * 100_000,
     ):
         (tmp_path / "sweep.json").write_text(content)
-        with pytest.raises(CheckpointError, match=r"sweep.json\S*: (damaged|not JSON|lists and).* Run the sweep again"):
+        with pytest.raises(
+            CheckpointError, match=r"sweep.json\S*: (damaged|not JSON|lists and).* Remove \S+ to start again"
+        ):
             build_sweep(tmp_path)
     assert not (tmp_path / "report").exists()

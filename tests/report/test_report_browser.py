@@ -56,19 +56,22 @@ def sweep_file(tmp_path_factory):
     import json
 
     folder = tmp_path_factory.mktemp("sweep")
-    figures = [{"perplexity": 20.0 + i, "perplexity_error": 1.0} for i in range(4)]
+    figures = [{"perplexity": 20.0 + i, "perplexity_error": 1.0, "window_nats": []} for i in range(4)]
     cells = [
         {
             "method": m,
             "pattern": f"{s}%",
             "sparsity": s / 100,
             "seconds": 1,
+            "folder": f"cells/{m}-{s}",
             "status": "done",
             "figures": {"c4": figures[i]},
         }
         for i, (m, s) in enumerate((m, s) for m in ("wanda", "gblm") for s in (50, 60))
     ]
-    content = {"model": "m", "dense": {"c4": {"perplexity": 10.0}}, "settings": {"seed": 0}, "cells": cells}
+    settings = {"seed": 0, "data": ["c4"], "methods": {}, "digests": {}, "agreement": False}
+    dense = {"c4": {"perplexity": 10.0, "window_nats": [], "windows": 8, "length": 64}}
+    content = {"model": "m", "dense": dense, "settings": settings, "cells": cells}
     (folder / "sweep.json").write_text(json.dumps(content))
     return build_sweep(folder)
 

@@ -25,7 +25,8 @@ from secateur.files.checkpoint import SINGLE_FILE
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
 from secateur.pruning.engine import prune
-from secateur.record.manifest import FILE_NAME, verify
+from secateur.record.manifest import FILE_NAME
+from secateur.record.verify import verify
 
 
 def test_no_output(model: Path, refused: Refused) -> None:

@@ -1,15 +1,15 @@
 """Calibration and evaluation text: corpora, and the token windows cut from them."""
 
-from secateur.calibration.corpora import Corpus, load_corpus
+from secateur.calibration.corpora import load_corpus
+from secateur.calibration.documents import Corpus
+from secateur.calibration.drawing import calibration_windows, evaluation_windows
 from secateur.calibration.packing import training_windows
 from secateur.calibration.text import bos_text, check_bos
 from secateur.calibration.windows import (
     Windows,
-    calibration_windows,
     check_length,
     check_predictions,
     check_vocabulary,
-    evaluation_windows,
 )
 
 __all__ = [

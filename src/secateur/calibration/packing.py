@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.corpora import Corpus, load_corpus
+from secateur.calibration.corpora import load_corpus
+from secateur.calibration.documents import Corpus
 from secateur.calibration.windows import Source, Windows, given_windows, require_positive, require_tokenizer
 from secateur.errors import CalibrationError
 
@@ -29,8 +30,8 @@ def training_windows(
 
     The documents of the corpus's calibration part are tokenised one by one with the default special tokens, laid end
     to end and cut into windows that do not overlap. The first windows are held out, so that they do not depend on
-    `samples`; those behind them are for training. A text too short for `samples` gives what it has. Token ids (a
-    tensor, `Windows`, or a `.safetensors` file) are taken as they are, the first rows held out.
+    `samples`; the next ones are for training, fewer than `samples` where the text is short. Token ids (a tensor,
+    `Windows`, or a `.safetensors` file) are taken as they are, and their first rows are held out.
 
     Errors: CalibrationError, also for a text that leaves nothing to train on.
     Reference: Wanda, `lora_ft/finetune_lm.py`, where validation windows are those of C4's validation part instead.

@@ -1,16 +1,11 @@
-"""Calibration windows for a dry run: drawn where that is quick, and otherwise checked as far as it is."""
+"""Calibration windows for a dry run: drawn where that is quick, otherwise checked as far as that is quick."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from secateur.calibration.corpora import load_corpus, quick_to_read
-from secateur.calibration.windows import (
-    CHARACTERS_PER_TOKEN,
-    DEFAULT_LENGTH,
-    Windows,
-    calibration_windows,
-    text_corpora,
-)
+from secateur.calibration.drawing import CHARACTERS_PER_TOKEN, DEFAULT_LENGTH, calibration_windows, text_corpora
+from secateur.calibration.windows import Windows
 
 MOST_BYTES = 64 * 2**20  # of a corpus that is read
 MOST_CHARACTERS = 2_000_000  # that are tokenised: a second or so
@@ -42,14 +37,14 @@ class _Tokenizer:
         return encoded
 
     def saw_more_than(self, tokens: int) -> bool:
-        """Whether some text makes, or surely makes, more tokens than these."""
+        """Whether some text has, or surely has, more tokens than these."""
         return self.most_tokens > tokens or self.longest_text > CHARACTERS_PER_TOKEN * tokens
 
 
 def quick_windows(
     source: Any, tokenizer: Any, *, samples: int | None, length: int | None, seed: int, sampling: Any, bos: Any
 ) -> tuple[Windows | None, Sequence[str]]:
-    """Return the windows of `calibration_windows` where they are quick to draw, else None; and what was not checked.
+    """Return the windows of `calibration_windows` where drawing is quick, else None; and what was not checked.
 
     Errors: those of `calibration_windows`, as far as they show.
     """

@@ -10,7 +10,7 @@ from secateur.errors import CalibrationError
 
 
 def check_bos(bos: str, known: Sequence[str] = get_args(Bos)) -> None:
-    """Return nothing when that is a way to place BOS; otherwise CalibrationError."""
+    """Raise CalibrationError for a word that is no placement of BOS."""
     if bos not in known:
         raise CalibrationError(f'--bos: got "{bos}", expected {", ".join(known[:-1])} or {known[-1]}.')
 
@@ -37,7 +37,7 @@ class Text:
         return length - 1
 
     def ids(self, text: str) -> torch.Tensor:
-        """The token ids of a text with the default special tokens; BOS is among them where that is as published."""
+        """The token ids of a text with the default special tokens; BOS is among them with "papers" alone."""
         # `verbose=False` silences "Token indices sequence length is longer than ...": long texts are the purpose here.
         ids = torch.tensor(self.tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]).long()
         return ids[1:] if self.bos != "papers" and len(ids) and int(ids[0]) == self.token else ids
@@ -50,13 +50,13 @@ class Text:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What is recorded: where BOS was put, its id, and whether the tokenizer puts it before a text by itself."""
+        """The record: where BOS was put, its id, and whether the tokenizer puts it before a text by itself."""
         first = [] if self.tokenizer is None else self.tokenizer("a", return_attention_mask=False)["input_ids"][:1]
         return {"used": self.bos, "token": self.token, "added": bool(first) and list(first) == [self.token]}
 
 
 def bos_text(provenance: Mapping[str, Any]) -> str | None:
-    """Where BOS stands in windows of text with this provenance, in words; None for token ids as they were given."""
+    """Where BOS stands in windows of text with this provenance, in words; None for windows of given token ids."""
     bos = provenance.get("bos")
     if bos is None:
         return None

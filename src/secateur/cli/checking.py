@@ -45,7 +45,7 @@ def verify(
     """Prove from the files alone that a pruned checkpoint is what its manifest says. Exits with 1 when it is not."""
     with quiet_libraries(), status("Verifying"):
         from secateur.models.opening.opened import open_source
-        from secateur.record.manifest import verify as check
+        from secateur.record.verify import verify as check
 
         result = check(output, open_source(source) if source is not None else None)
     if as_json:

@@ -22,8 +22,9 @@ from secateur.calibration import (
     evaluation_windows,
 )
 from secateur.calibration.corpora import is_token_file
+from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from secateur.calibration.quick import quick_windows
-from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES, Progress
+from secateur.calibration.windows import Progress
 from secateur.core.choices import Bos
 from secateur.files.reading import read_json
 from secateur.models.opening.opened import OpenedModel

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, agreement, tasks, continuations. Knows nothing of pruning."""
+"""How good a model is: perplexity, agreement, tasks, continuations. Knows nothing of pruning."""

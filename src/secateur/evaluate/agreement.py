@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.calibration import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CheckpointError, NumericalError
-from secateur.evaluate.perplexity import paired_difference
+from secateur.evaluate.perplexity import exponential, paired_difference, standard_error
 from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.runs.forward import after_the_last_block
@@ -53,12 +53,12 @@ class Agreement:
     @property
     def perplexity(self) -> float:
         """The pruned model's perplexity."""
-        return _exponential(self.window_nats)
+        return exponential(math.fsum(self.window_nats) / len(self.window_nats))
 
     @property
     def perplexity_dense(self) -> float:
         """The dense model's."""
-        return _exponential(self.window_nats_dense)
+        return exponential(math.fsum(self.window_nats_dense) / len(self.window_nats_dense))
 
     @property
     def difference(self) -> float:
@@ -71,7 +71,7 @@ class Agreement:
         return paired_difference(self.window_nats, self.window_nats_dense)[1]
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, both perplexities and their difference; errors are None where one window alone gives none."""
+        """All fields, both perplexities and their difference; errors are None for a single window."""
         value = {
             "perplexity": self.perplexity,
             "perplexity_dense": self.perplexity_dense,
@@ -163,7 +163,8 @@ def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], 
             parts.append(
                 torch.stack(
                     [
-                        (p.exp() * (p - q)).sum(-1),
+                        # A divergence is never negative; rounding in float32 can make it so by a little.
+                        (p.exp() * (p - q)).sum(-1).clamp(min=0),
                         (p.argmax(-1) == q.argmax(-1)).float(),
                         *(-logits.gather(-1, own.unsqueeze(-1)).squeeze(-1) for logits in (q, p)),
                     ]
@@ -171,11 +172,9 @@ def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], 
             )
         batches.append(torch.cat(parts, dim=-1).cpu())
         progress("head", batch + 1, len(dense.batches))
-    # A divergence is never negative; rounding in float32 can make it so by a little.
     kl, top1 = (torch.cat([batch[row].flatten() for batch in batches]).double() for row in range(2))
-    kl = kl.clamp(min=0)
     window_kl, window_top1, own_nats, dense_nats = (
-        torch.cat([_of_windows(batch[row], clamp=row == 0) for batch in batches]) for row in range(4)
+        torch.cat([batch[row].double().mean(dim=1) for batch in batches]) for row in range(4)
     )
     for who, nats in (("dense", dense_nats), ("pruned", own_nats)):
         if not bool(nats.isfinite().all()):
@@ -186,31 +185,15 @@ def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], 
             )
     return {
         "kl": float(kl.mean()),
-        "kl_error": _error(window_kl),
+        "kl_error": standard_error(window_kl),
         "kl_99": float(kl.kthvalue(math.ceil(0.99 * kl.numel())).values),
         "top1": float(top1.mean()),
-        "top1_error": _error(window_top1),
+        "top1_error": standard_error(window_top1),
         "window_kl": window_kl.tolist(),
         "window_top1": window_top1.tolist(),
         "window_nats": own_nats.tolist(),
         "window_nats_dense": dense_nats.tolist(),
     }
-
-
-def _of_windows(values: Tensor, *, clamp: bool) -> Tensor:
-    """The means of windows, of values by window and token."""
-    values = values.double()
-    return (values.clamp(min=0) if clamp else values).mean(dim=1)
-
-
-def _error(values: Tensor) -> float:
-    """The standard error of the mean of windows; NaN for one window."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def _exponential(nats: Sequence[float]) -> float:
-    mean = math.fsum(nats) / len(nats)
-    return math.exp(mean) if mean < 700 else math.inf
 
 
 def _named(progress: Callable[[str, int, int], None], name: str) -> Callable[[str, int, int], None]:

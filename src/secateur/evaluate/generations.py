@@ -1,4 +1,4 @@
-"""What models write: greedy continuations of the same prompts, to be read side by side."""
+"""Greedy continuations of the same prompts by several models, to be read side by side."""
 
 import codecs
 from collections.abc import Callable, Sequence

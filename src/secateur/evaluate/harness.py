@@ -41,7 +41,7 @@ def stock_manager() -> Any:
 
 
 def wrapped(whole: WholeModel, batch_size: int | None) -> Any:
-    """The model as the harness wants it; in the place of bars, `report` is called with requests done and in all."""
+    """The model as the harness wants it; instead of drawing bars it calls `report` with requests done and in all."""
     from lm_eval.models.huggingface import HFLM
 
     class Reporting(HFLM):  # type: ignore[misc]  # which mypy does not see
@@ -99,7 +99,7 @@ def run_task(
     """All results of one name: of a task, or of all tasks and means of a group.
 
     It is set up as `lm_eval.simple_evaluate` does, which would also look for a git repository and list the system's
-    packages. `model()` gives what `wrapped` gave; it is asked for when the data is there.
+    packages. `model()` returns what `wrapped` made; it is called once the data has been read.
 
     Raises `CalibrationError` for data that cannot be used, and `NumericalError` for likelihoods that are no numbers.
     """
@@ -144,7 +144,7 @@ def run_task(
 
 
 def _result(task: str, figures: Mapping[str, Any], evaluation: Mapping[str, Any], group: Any) -> TaskResult:
-    """One entry of the harness's results; without metrics for a group that has no mean."""
+    """One entry of the harness's results; a group that has no mean has no metrics."""
     samples = evaluation["samples"].get(task, ())
     metrics, scores = {}, {}
     for key, value in figures.items():
@@ -172,7 +172,7 @@ def _result(task: str, figures: Mapping[str, Any], evaluation: Mapping[str, Any]
 
 
 def _weights(group: Any, evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """What each task of a group weighs in its mean: its documents, or the same for all."""
+    """The weight of each task of a group in its mean: by its number of documents, or the same for all."""
     if not group.aggregate_metric_list:
         return {}
     names = [task.task_name for task in group.get_all_tasks()]
@@ -215,7 +215,7 @@ def _harness_seeds() -> Iterator[None]:
 
 @contextmanager
 def _listening() -> Iterator[dict[str, list[str]]]:
-    """The harness's warnings, kept instead of printed, those together that differ in their numbers only.
+    """The harness's warnings, kept instead of printed; those that differ only in numbers are kept together.
 
     What it prints to standard output and its bars are dropped.
     """

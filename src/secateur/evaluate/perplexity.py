@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.calibration import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import NumericalError
-from secateur.models.flow.stream import Stream, default_batch_size
+from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.runs.forward import after_the_last_block
 
@@ -42,7 +42,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean cross-entropy."""
-        return math.exp(self.nats) if self.nats < 700 else math.inf
+        return exponential(self.nats)
 
     @property
     def perplexity_error(self) -> float:
@@ -50,22 +50,27 @@ class Perplexity:
         return self.perplexity * self.standard_error
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, with the perplexity and its error; errors are None where one window alone gives none."""
+        """All fields, with the perplexity and its error; errors are None for a single window."""
         value = {"perplexity": self.perplexity, "perplexity_error": self.perplexity_error, **asdict(self)}
         if math.isnan(self.standard_error):  # JSON knows no NaN
             value["perplexity_error"] = value["standard_error"] = None
         return value
 
 
-def paired_difference(window_nats: Sequence[float], window_nats_dense: Sequence[float]) -> tuple[float, float]:
-    """(mean, its standard error) of the differences between two models' losses on the same windows, in nats.
+def exponential(nats: float) -> float:
+    """exp(nats), infinite where that overflows."""
+    return math.exp(nats) if nats < 700 else math.inf
 
-    The error is NaN for one window.
-    """
+
+def standard_error(values: Tensor) -> float:
+    """The standard error of the mean of values; NaN for a single one."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def paired_difference(window_nats: Sequence[float], window_nats_dense: Sequence[float]) -> tuple[float, float]:
+    """(mean, its standard error) of the differences between two models' losses on the same windows, in nats."""
     own, dense = (torch.tensor(nats, dtype=torch.float64) for nats in (window_nats, window_nats_dense))
-    differences = own - dense
-    error = float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else math.nan
-    return float(differences.mean()), error
+    return float((own - dense).mean()), standard_error(own - dense)
 
 
 def perplexity(
@@ -108,14 +113,13 @@ def perplexity(
             f"{bad} of {len(losses)} windows have a loss that is not finite. "
             "The model overflows or is damaged; try --dtype float32."
         )
-    error = float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.nan
     return Perplexity(
         data=data if isinstance(data, str) else "token ids",
         windows=cut.samples,
         length=cut.length,
         tokens=cut.tokens - cut.samples,
         nats=float(losses.mean()),
-        standard_error=error,
+        standard_error=standard_error(losses),
         window_nats=losses.tolist(),
         digest=cut.digest,
         seconds=time.perf_counter() - started,
@@ -138,13 +142,9 @@ def window_losses(
     with after_the_last_block(skeleton, batches, offload_states=offload_states, progress=progress) as stream:
         losses = []
         for batch, ids in enumerate(stream.batches):
-            losses.append(_batch_losses(stream, batch, ids))
+            total = torch.zeros(len(ids), dtype=torch.float64, device=stream.device)
+            for part in stream.losses(batch):
+                total += part.double().sum(dim=1)
+            losses.append((total / (ids.shape[1] - 1)).cpu())
             progress("head", batch + 1, len(stream.batches))
         return torch.cat(losses)
-
-
-def _batch_losses(stream: Stream, batch: int, ids: Tensor) -> Tensor:
-    total = torch.zeros(len(ids), dtype=torch.float64, device=stream.device)
-    for losses in stream.losses(batch):
-        total += losses.double().sum(dim=1)
-    return (total / (ids.shape[1] - 1)).cpu()

@@ -19,7 +19,7 @@ from secateur.files.checkpoint import Checkpoint, companion_files, file_digest, 
 from secateur.files.names import unique
 from secateur.files.reading import checked, read_json
 
-REVISION = 1  # of how evaluations are made; raise it when the same key gives other figures
+REVISION = 1  # of how evaluations are made; raise it when the same key leads to other figures
 DECIDING_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")  # beside the weights
 
 Kind = Literal["perplexity", "agreement", "tasks"]

@@ -47,7 +47,7 @@ class LocalData:
     A file is called TASK_SPLIT or TASK.SPLIT, SPLIT being train, validation, dev or test, then anything, then .jsonl.
     One called as the tasks of a family begin (mmlu for mmlu_anatomy) serves each of them with the rows whose column
     `subject` is the task's subset.
-    `written` is a scratch folder for configurations.
+    `written` is a temporary folder for configurations.
     """
 
     def __init__(self, folder: Path, written: Path, index: Mapping[str, Any]) -> None:

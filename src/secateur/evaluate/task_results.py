@@ -1,4 +1,4 @@
-"""What tasks give: metrics with their standard errors, and the scores of the documents behind them."""
+"""The results of tasks: metrics with their standard errors, and the scores of single documents."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """A value and its standard error, which is None where the harness gives none."""
+    """A value and its standard error, which is None where the harness computes none."""
 
     value: float
     error: float | None

@@ -69,10 +69,10 @@ def tasks(
     with ExitStack() as stack:
         data = dict.fromkeys(wanted, "hub")
         if task_data is not None:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-")))
-            local = LocalData(Path(task_data).expanduser(), scratch, manager.task_index)
+            written = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-")))
+            local = LocalData(Path(task_data).expanduser(), written, manager.task_index)
             data = {name: local.configure(name, shots) for name in wanted}
-            manager = type(manager)(include_path=str(scratch), include_defaults=False)
+            manager = type(manager)(include_path=str(written), include_defaults=False)
         if isinstance(model, WholeModel):
             whole = model
         else:

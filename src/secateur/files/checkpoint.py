@@ -53,6 +53,11 @@ NAME_LENGTH = 200  # of a file; file systems allow for some 250 bytes
 DIMENSIONS = 16  # of a tensor; no model has more than six
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 
+DOWNLOADED = ("*LICENSE*", "*LICENCE*", "NOTICE*", "USE_POLICY*")
+DOWNLOADED_SUFFIXES = (
+    *(".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken"),
+    *(".spm", ".vocab", ".bpe", ".yaml", ".yml", ".py"),
+)
 PART_BYTES = 16 << 20  # of a tensor that is read a part at a time
 
 # The shards of a checkpoint: file name, and (tensor name, dtype, shape) in the order of the bytes.
@@ -79,7 +84,7 @@ class TensorRecord:
 class Header:
     """The head of one safetensors file: its tensors, its `__metadata__`, and the sha256 of the raw header bytes."""
 
-    tensors: dict[str, TensorRecord]
+    tensors: dict[str, TensorRecord]  # in the order of their bytes
     metadata: dict[str, str]
     digest: str
 
@@ -111,12 +116,13 @@ def read_header(file: Path) -> Header:
     metadata = checked(entries.pop("__metadata__", {}), f"{where}, __metadata__", dict[str, str])
     described = checked(entries, where, dict[str, _Entry], advice="Download it again.")
     base = len(prefix) + len(raw)
+    ordered = sorted(described.items(), key=lambda item: item[1].data_offsets)
     tensors = {
         name: TensorRecord(file, entry.dtype, tuple(entry.shape), *(base + offset for offset in entry.data_offsets))
-        for name, entry in described.items()
+        for name, entry in ordered
     }
     position = base
-    for name, record in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+    for name, record in tensors.items():
         expected = _size(record, name)
         if record.start != position or record.bytes != expected:
             raise CheckpointError(
@@ -183,7 +189,7 @@ class Checkpoint:
         self.headers = {file: read_header(file) for file in self.files}
         self.tensors: dict[str, TensorRecord] = {}
         for file, header in self.headers.items():
-            for name, record in sorted(header.tensors.items(), key=lambda item: item[1].start):
+            for name, record in header.tensors.items():
                 if name in self.tensors:
                     raise CheckpointError(
                         f"{folder}: tensor {name} is in {self.tensors[name].file.name} and {file.name}."
@@ -234,18 +240,12 @@ class Checkpoint:
 
     def layout(self) -> Layout:
         """The shards of an output with the same tensors: (standard file name, [(name, dtype, shape)])."""
-        shards = [header for header in self.headers.values() if header.tensors]
-        names = shard_names(len(shards))
-        return [
-            (
-                name,
-                [
-                    (tensor, DTYPES[record.dtype], record.shape)
-                    for tensor, record in sorted(shard.tensors.items(), key=lambda item: item[1].start)
-                ],
-            )
-            for name, shard in zip(names, shards, strict=True)
+        shards = [
+            [(name, DTYPES[record.dtype], record.shape) for name, record in header.tensors.items()]
+            for header in self.headers.values()
+            if header.tensors
         ]
+        return list(zip(shard_names(len(shards)), shards, strict=True))
 
 
 def read_tensor(record: TensorRecord, *, pin: bool = False) -> Tensor:
@@ -372,25 +372,7 @@ def locate(source: str, revision: str | None = None) -> Path:
             huggingface_hub.snapshot_download(
                 source,
                 revision=revision,
-                allow_patterns=[
-                    "*.safetensors",
-                    "*.json",
-                    "*.model",
-                    "*.txt",
-                    "*.jinja",
-                    "*.tiktoken",
-                    "*.spm",
-                    "*.vocab",
-                    "*.bpe",
-                    "*.yaml",
-                    "*.yml",
-                    "*.py",
-                    "*LICENSE*",
-                    "*LICENCE*",
-                    "NOTICE*",
-                    "USE_POLICY*",
-                    CARD_FILE,
-                ],
+                allow_patterns=[*(f"*{ending}" for ending in DOWNLOADED_SUFFIXES), *DOWNLOADED, CARD_FILE],
                 ignore_patterns=["original/*", "onnx/*", "consolidated*"],
             )
         )
@@ -406,7 +388,7 @@ def locate(source: str, revision: str | None = None) -> Path:
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint beside its weights, also in subfolders such as additional_chat_templates.
+    """The files of a checkpoint besides its weights, also those in subfolders such as additional_chat_templates.
 
     Configuration, tokenizer, templates, licence, code; not its model card, and no subfolder with weights of its own.
     """
@@ -414,10 +396,10 @@ def companion_files(folder: Path) -> list[Path]:
 
 
 def left_behind(folder: Path, read: Collection[Path]) -> list[str]:
-    """What a folder holds that is neither a companion file nor one of the weight files that are `read`, by name.
+    """The names of what a folder holds besides companion files and the weight files that are `read`.
 
-    Weights in other formats, whole subfolders (with a slash behind), links to folders. What tools leave there for
-    themselves (git, caches) is no part of a model, and a model card is written anew.
+    Weights in other formats, whole subfolders (their names end in a slash), links to folders. What tools leave there
+    for themselves (git, caches) is no part of a model, and a model card is written anew.
     """
     return [name for name in _companions(folder)[1] if folder / name not in read]
 

@@ -1,4 +1,4 @@
-"""Small files that anybody may have written: read within limits of size and depth, and checked against a type.
+"""Small files that anybody may have written, read within limits of size and depth and checked against a type.
 
 Configurations, indices, manifests, headers and lists of cells come from other people and other machines. They are never
 trusted to be files, to be small, to be flat, or to hold what their names promise.
@@ -54,19 +54,15 @@ def read_text(file: Path, *, limit: int = TEXT_BYTES, error: Raise = CheckpointE
             raise error(f"{file}: cannot be read ({problem.strerror}).") from None
 
 
-def read_lines(
-    stream: BinaryIO, where: Any, *, limit: int = LINE_BYTES, error: Raise = CheckpointError
-) -> Iterator[tuple[int, bytes]]:
+def read_lines(stream: BinaryIO, where: Any, *, error: Raise) -> Iterator[tuple[int, bytes]]:
     """(number, line) of every line of an open file, with its end; in the memory of one line.
 
-    Raises `error` for a line longer than `limit` bytes, before the rest of it is read.
+    Raises `error` for a line longer than `LINE_BYTES`, before the rest of it is read.
     """
-    number = 0
-    while line := stream.readline(limit + 1):
-        number += 1
-        if len(line) > limit:
+    for number, line in enumerate(iter(lambda: stream.readline(LINE_BYTES + 1), b""), start=1):
+        if len(line) > LINE_BYTES:
             raise error(
-                f"{where}, line {number}: is longer than {limit:,} bytes, and at most so many are read. "
+                f"{where}, line {number}: is longer than {LINE_BYTES:,} bytes, the most that is read. "
                 "Split it into several lines."
             )
         yield number, line
@@ -109,26 +105,19 @@ def checked(value: Any, where: Any, kind: Any, *, error: Raise = CheckpointError
         raise error(_message(where, f"damaged, or not what its name says: {problem}", advice)) from None
 
 
-def read_json(
-    file: Path,
-    kind: Any = None,
-    *,
-    limit: int = TEXT_BYTES,
-    error: Raise = CheckpointError,
-    advice: str = "",
-) -> Any:
+def read_json(file: Path, kind: Any = None, *, limit: int = TEXT_BYTES, advice: str = "") -> Any:
     """The value of a JSON file, of type `kind`: `read_text`, then `parse_json`."""
-    return parse_json(read_text(file, limit=limit, error=error), file, kind, error=error, advice=advice)
+    return parse_json(read_text(file, limit=limit), file, kind, advice=advice)
 
 
-def read_yaml(file: Path, *, limit: int = 1 << 20, error: Raise = CheckpointError) -> Any:
+def read_yaml(file: Path) -> Any:
     """The value of a YAML file, in which every scalar stays the text that it is: lists, objects and strings.
 
-    Raises `error` for what is no YAML, too deep, or too large once its aliases are written out.
+    Raises `CheckpointError` for what is no YAML, too deep, or too large once its aliases are written out.
     """
     import yaml
 
-    text = read_text(file, limit=limit, error=error)
+    text = read_text(file, limit=1 << 20)
     try:
         # Values stay text, as on a command line: YAML 1.1 would read `pattern: 2:4` as the number 124.
         loader = yaml.BaseLoader(text)
@@ -141,9 +130,9 @@ def read_yaml(file: Path, *, limit: int = 1 << 20, error: Raise = CheckpointErro
         finally:
             loader.dispose()
     except RecursionError:
-        raise error(f"{file}: nested too deeply; at most {DEPTH} lists and objects inside each other.") from None
+        raise CheckpointError(f"{file}: nested too deeply; lists and objects may be {DEPTH} deep.") from None
     except (yaml.YAMLError, ValueError, TypeError) as problem:
-        raise error(f"{file}: not YAML: {problem}") from None
+        raise CheckpointError(f"{file}: not YAML: {problem}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

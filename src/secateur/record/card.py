@@ -130,7 +130,7 @@ def base_model(source: Mapping[str, Any]) -> str | None:
 
 
 def papers(method: str) -> list[tuple[str, str, str | None]]:
-    """Who, title and arXiv number of the papers behind a method such as "wanda+least_squares", each once."""
+    """Authors, title and arXiv number of the papers on a method such as "wanda+least_squares", each once."""
     return list(dict.fromkeys(PAPERS[part] for part in method.split("+") if part in PAPERS))
 
 
@@ -216,14 +216,12 @@ def _text(manifest: Manifest, name: str) -> str:
 
 
 def _recovered(manifest: Manifest) -> list[str]:
-    """What was done after pruning, first things first; nothing where nothing was."""
+    """The section on what was done after pruning, in order; empty where nothing was."""
     done: list[str] = []
-    section = manifest.recovery
-    while section is not None:
+    for section in reversed(manifest.recoveries):
         data = section.get("data") or section.get("calibration") or {}
         text = ", ".join(_corpus_name(source) for source in data.get("sources", [data] if data else []))
-        done.insert(0, f"- {RECOVERIES[section['method']]}" + (f", on {text}" if text else ""))
-        section = section.get("earlier")
+        done.append(f"- {RECOVERIES[section['method']]}" + (f", on {text}" if text else ""))
     return ["## After pruning\n\n" + "\n".join(done)] if done else []
 
 
@@ -273,11 +271,7 @@ def _corpus_name(source: Mapping[str, Any]) -> str:
 
 def _recipe(manifest: Manifest) -> str:
     """The commands of the pruning and of every recovery after it; what was done in Python has none."""
-    commands: list[list[str] | None] = []
-    section = manifest.recovery
-    while section is not None:
-        commands.insert(0, section.get("command"))
-        section = section.get("earlier")
+    commands = [section.get("command") for section in reversed(manifest.recoveries)]
     known = [shlex.join(command) for command in (manifest.command, *commands) if command is not None]
     made = "```\n" + "\n".join(known) + "\n```\n\n" if known else ""
     if len(known) <= len(commands):

@@ -1,21 +1,20 @@
-"""What was asked and what happened, as JSON beside the checkpoint, and the proof of it from the files alone."""
+"""The manifest: what was asked and what happened, as JSON beside the checkpoint."""
 
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import CARD_FILE, INDEX_FILE, Checkpoint, file_digest, tensor_bytes
+from secateur.files.checkpoint import CARD_FILE, file_digest, tensor_bytes
 from secateur.files.reading import checked, parse_json, read_text
 from secateur.files.writer import writing
 from secateur.models.shape.skeleton import Source
@@ -25,11 +24,6 @@ FILE_NAME = "secateur.json"
 FORMAT = 1
 
 _PROSE_SUFFIXES = (".md", ".rst", ".html", ".pdf", ".csv", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
-
-# Methods that only choose which weights stay, by the names under which manifests record them.
-CHOOSING = frozenset(
-    ("magnitude", "wanda", "wanda_variant", "ria", "gblm", "gblm_inverse", "gradient", "wanda_plus", "pruner_zero")
-)
 
 
 @dataclass
@@ -95,18 +89,25 @@ class Manifest:
     def trained(self) -> dict[str, list[str]]:
         """For every tensor that was trained after pruning, its sha256 before each time, latest first."""
         result: dict[str, list[str]] = {}
-        section = self.recovery
-        while section is not None:
+        for section in self.recoveries:
             for name, digest in section.get("trained", {}).items():
                 result.setdefault(name, []).append(digest)
-            section = section.get("earlier")
         return result
+
+    @property
+    def recoveries(self) -> list[dict[str, Any]]:
+        """What was done to the weights after pruning, the latest first."""
+        found, section = [], self.recovery
+        while section is not None:
+            found.append(section)
+            section = section.get("earlier")
+        return found
 
 
 def cautions(manifest: Manifest) -> list[str]:
-    """What a reader should know of how matrices were solved, in words.
+    """Sentences on how matrices were solved that a reader should know.
 
-    More damping than was asked for, fewer tokens than inputs, and updates of weights that swaps have undone.
+    They name more damping than was asked for, fewer tokens than inputs, and updates of weights that swaps have undone.
     """
     options, matrices = manifest.settings.get("options", {}), manifest.matrices
     found = []
@@ -136,8 +137,8 @@ def cautions(manifest: Manifest) -> list[str]:
     undone = [name for name, entry in matrices.items() if entry["notes"].get("dropped_update")]
     if any(matrices[name]["kept_identical"] for name in undone):
         found.append(
-            f"Swaps put the dense weights of {len(undone)} of {len(matrices)} matrices back: of the method before them "
-            "the mask was kept and the update was not. End the chain with +least_squares."
+            f"Swaps put the dense weights of {len(undone)} of {len(matrices)} matrices back: the mask of the method "
+            "before them was kept, its update was lost. End the chain with +least_squares."
         )
     return found
 
@@ -190,7 +191,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     """
     return {
         name: file_digest(folder / name)
-        for name in _paths(folder)
+        for name in paths_below(folder)
         if (folder / name).is_file() and not name.endswith(".safetensors") and name not in (FILE_NAME, CARD_FILE)
     }
 
@@ -201,7 +202,7 @@ def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
     It accounts for shards, companion files, the model card and itself. Symbolic links to folders count as files.
     """
     own = {*manifest.files, *manifest.headers, FILE_NAME, CARD_FILE}
-    return [name for name in _paths(folder) if name not in own]
+    return [name for name in paths_below(folder) if name not in own]
 
 
 def harmless(name: str) -> bool:
@@ -220,7 +221,7 @@ def harmless(name: str) -> bool:
     )
 
 
-def _paths(folder: Path) -> list[str]:
+def paths_below(folder: Path) -> list[str]:
     """Everything below a folder that is no folder itself, at any depth."""
     found = []
     for above, folders, files in os.walk(folder):
@@ -249,254 +250,7 @@ def mask_digest(kept: Tensor) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class Verification:
-    """The result of `verify`: what was checked, and every problem found."""
-
-    folder: Path
-    tensors: int = 0
-    matrices: int = 0
-    zeros: int = 0
-    weights: int = 0
-    changed: int = 0  # matrices whose kept weights are not the source's, as the manifest says
-    compared_to: str | None = None
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what the manifest does not promise
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros among the planned weights, counted on the files."""
-        return self.zeros / max(self.weights, 1)
-
-
-def verify(
-    folder: str | os.PathLike[str],
-    source: Source | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Verification:
-    """Proof from the files alone that a checkpoint is what its manifest says.
-
-    Every byte of every shard and companion file but the model card is hashed, and every planned matrix is checked
-    against its pattern. With `source`, every tensor outside the plan must be byte-identical to it, and for methods that
-    only select, every kept weight bit-identical and every removed one +0.0. Weights that were trained after pruning are
-    exempt from that; their zeros must be where they were before. `source` may then be the dense model or the pruned one
-    that was trained.
-
-    Raises `CheckpointError` when there is nothing to verify: no manifest, or shards that cannot be read.
-    """
-    path = Path(folder)
-    manifest = read_manifest(path)
-    checkpoint = Checkpoint(path)
-    result = Verification(path)
-    _check_files(path, manifest, checkpoint, result)
-    planned: dict[str, list[dict[str, Any]]] = {}
-    for name, entry in manifest.matrices.items():
-        planned.setdefault(entry["tensor"], []).append({"name": name, **entry})
-    for name in manifest.plan:
-        if name not in manifest.matrices:
-            result.problems.append(f"{name}: planned, but the manifest has no record of pruning it")
-    masks, trained = _masks(manifest), manifest.trained
-    result.notes += _notes(manifest)
-    source_names = set(source.names) if source is not None else set()
-    if source is not None:
-        result.compared_to = str(getattr(source, "folder", None) or manifest.source.get("path"))
-        for name in sorted(source_names ^ set(checkpoint.names)):
-            where = "the source" if name in checkpoint.tensors else "the pruned checkpoint"
-            result.problems.append(f"{name}: absent from {where}")
-    for number, name in enumerate(checkpoint.names):
-        tensor = checkpoint.read([name])[name]
-        result.tensors += 1
-        if manifest.tensors.get(name) != tensor_digest(tensor):
-            result.problems.append(f"{name}: its bytes differ from those that were written")
-        for entry in planned.get(name, ()):
-            _check_pattern(tensor, entry, masks.get(entry["name"]), result)
-        if source is not None and name in source_names:
-            original = source.read([name])[name]
-            if name in trained:
-                _check_trained(name, tensor, original, manifest, trained[name], planned.get(name, []), result)
-            else:
-                _check_source(name, tensor, original, manifest, planned.get(name, []), result)
-        if progress is not None:
-            progress(number + 1, len(checkpoint.names))
-    if result.changed:
-        result.notes.append(
-            f"Kept weights of {result.changed} of {len(manifest.matrices)} matrices differ from the source: the "
-            f"manifest says that {manifest.method} changed them. What they should be, only its digests say."
-        )
-    return result
-
-
-def _check_files(folder: Path, manifest: Manifest, checkpoint: Checkpoint, result: Verification) -> None:
-    for name, digest in manifest.headers.items():
-        header = checkpoint.headers.get(folder / name)
-        if header is None:
-            result.problems.append(f"{name}: the shard is missing")
-        elif header.digest != digest:
-            result.problems.append(f"{name}: its header differs from the one that was written")
-    for name in sorted(set(manifest.tensors) - set(checkpoint.tensors)):
-        result.problems.append(f"{name}: the tensor is missing")
-    there = set(_paths(folder))
-    for name, digest in manifest.files.items():
-        if name not in there or not (folder / name).is_file():
-            result.problems.append(f"{name}: the file is missing")
-        elif file_digest(folder / name) != digest:
-            result.problems.append(f"{name}: the file differs from the one that was written")
-    for name in unlisted_files(folder, manifest):
-        if name.endswith(".safetensors"):
-            result.problems.append(f"{name}: a shard that was not written by the run")
-        elif name == INDEX_FILE:
-            result.problems.append(f"{name}: an index that was not written by the run")
-        elif not harmless(name):
-            result.problems.append(f"{name}: not written by the run, and it may change what is loaded; move it away")
-
-
 def view_of(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
     """The (out, in) view of a checkpoint tensor that a matrix's entry in the manifest names."""
     view = tensor if entry["index"] is None else tensor[entry["index"]]
     return view.t() if entry["transposed"] else view
-
-
-def _fits(tensor: Tensor, entry: Mapping[str, Any]) -> bool:
-    """Whether a tensor holds the matrix of an entry: one of its shape, at its index where there are several."""
-    index = entry["index"]
-    if tensor.dim() != (2 if index is None else 3) or (index is not None and index >= len(tensor)):
-        return False
-    return bool(list(view_of(tensor, entry).shape) == entry["shape"])
-
-
-def only_chooses(method: str) -> bool:
-    """Whether a method of ours, or a chain such as "wanda+swaps", leaves every weight that it keeps as it was.
-
-    Methods of others are not known, and count as those that change weights. Swaps put dense weights back.
-    """
-    parts = method.split("+")
-    if "swaps" in parts:
-        parts = parts[len(parts) - parts[::-1].index("swaps") :]
-    return all(part in CHOOSING for part in parts)
-
-
-def _masks(manifest: Manifest) -> dict[str, str]:
-    """The digests of the masks that training had to keep."""
-    return dict((manifest.recovery or {}).get("masks", {}))
-
-
-def _notes(manifest: Manifest) -> list[str]:
-    """What the manifest does not promise, in words."""
-    lost = (manifest.recovery or {}).get("unmasked", {})
-    if not lost:
-        return []
-    before, after, weights = (
-        sum(entry[key] for entry in lost.values()) for key in ("zeros_before", "zeros", "weights")
-    )
-    return [
-        f"{len(lost)} matrices were merged with an adapter without their masks: no pattern is promised for them. Their "
-        f"sparsity was {before / weights:.4f} and is {after / weights:.4f}."
-    ]
-
-
-def _check_pattern(tensor: Tensor, entry: Mapping[str, Any], mask: str | None, result: Verification) -> None:
-    if not _fits(tensor, entry):
-        place = "" if entry["index"] is None else f" at {entry['index']}"
-        result.problems.append(
-            f"{entry['name']}: of shape {list(tensor.shape)}, the manifest records {entry['shape']}{place}"
-        )
-        return
-    weight = view_of(tensor, entry)
-    kept = weight != 0
-    result.matrices += 1
-    zeros = kept.numel() - int(kept.sum())
-    result.zeros += zeros
-    result.weights += kept.numel()
-    violation = pattern_from_json(entry["pattern"]).violation(kept)
-    if violation is not None:
-        result.problems.append(f"{entry['name']}: {violation}")
-    if zeros != entry["zeros"]:
-        result.problems.append(f"{entry['name']}: {zeros} zeros, the manifest records {entry['zeros']}")
-    if mask is not None and mask != mask_digest(kept):
-        result.problems.append(f"{entry['name']}: its zeros are not where they were before training")
-
-
-def _check_source(
-    name: str,
-    tensor: Tensor,
-    original: Tensor,
-    manifest: Manifest,
-    planned: list[dict[str, Any]],
-    result: Verification,
-) -> None:
-    if not _same_kind(name, tensor, original, result):
-        return
-    if not planned:
-        if not torch.equal(_bits(tensor), _bits(original)):
-            result.problems.append(f"{name}: not planned, yet its bytes differ from the source")
-        return
-    # A checkpoint that was trained elsewhere only has this tensor from the pruned one, which is a source as well.
-    held = manifest.tensors.get(name) if "base" in (manifest.recovery or {}) else None
-    known = {manifest.source_tensors.get(name), held} - {None}
-    if known and tensor_digest(original) not in known:
-        result.problems.append(f"{name}: the source is not the one that was pruned; its bytes differ from the record")
-    experts = {entry["index"] for entry in planned} - {None}
-    for expert in set(range(len(tensor))) - experts if experts and tensor.dim() == 3 else ():
-        if not torch.equal(_bits(tensor[expert]), _bits(original[expert])):
-            result.problems.append(f"{name}.{expert}: not planned, yet its bytes differ from the source")
-    for entry in planned:
-        if not _fits(tensor, entry):
-            continue  # said already, of its shape
-        pruned, dense = _bits(view_of(tensor, entry)), _bits(view_of(original, entry))
-        if bool(((pruned == dense) | (pruned == 0)).all()):
-            continue
-        # The record alone is not believed: a method that only chooses leaves what it keeps as it was.
-        if entry["kept_identical"] or only_chooses(manifest.method):
-            result.problems.append(
-                f"{entry['name']}: a kept weight is not bit-identical to the source, or a zero is -0.0"
-            )
-        else:
-            result.changed += 1
-
-
-def _check_trained(
-    name: str,
-    tensor: Tensor,
-    original: Tensor,
-    manifest: Manifest,
-    before: list[str],
-    planned: list[dict[str, Any]],
-    result: Verification,
-) -> None:
-    """Of a tensor that was trained: the source is one that it came from, and holds no zero that is none any more."""
-    if not _same_kind(name, tensor, original, result):
-        return
-    digest = tensor_digest(original)
-    if digest not in (*before, manifest.source_tensors.get(name), manifest.tensors.get(name)):
-        result.problems.append(
-            f"{name}: the source is neither the dense model nor the pruned one; its bytes differ from the records"
-        )
-    elif digest == before[0]:
-        masks = _masks(manifest)
-        for entry in planned:
-            if (
-                entry["name"] in masks
-                and _fits(tensor, entry)
-                and bool(_bits(view_of(tensor, entry))[view_of(original, entry) == 0].any())
-            ):
-                result.problems.append(f"{entry['name']}: a weight that was zero before training is not +0.0")
-
-
-def _same_kind(name: str, tensor: Tensor, original: Tensor, result: Verification) -> bool:
-    if tensor.shape == original.shape and tensor.dtype == original.dtype:
-        return True
-    result.problems.append(
-        f"{name}: {tuple(tensor.shape)} {tensor.dtype}, the source has {tuple(original.shape)} {original.dtype}"
-    )
-    return False
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The tensor as integers, so that -0.0 and NaN compare by their bits."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    return tensor.contiguous().view(integer)

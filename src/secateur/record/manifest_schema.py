@@ -16,7 +16,7 @@ Size = Annotated[int, Meta(ge=1)]
 
 
 class Scores(TypedDict):
-    """How the scores of a matrix spread: what `core.histogram` gives."""
+    """How the scores of a matrix spread: as `core.histogram` counts them."""
 
     scale: Literal["logarithmic", "linear"]
     low: float

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def require_peft(what: str) -> None:
 
 
 def find_targets(model: nn.Module, asked: Sequence[str] = ()) -> list[str]:
-    """The modules that get an adapter, as peft wants them: last parts of names where these say it all, else names.
+    """The modules that get an adapter, as peft wants them: the last parts of names where they suffice, else full names.
 
     `asked` are names, last parts of names or globs, or "all-linear" for every prunable matrix; without any, peft's own
     choice for the architecture (q and v projections of most).
@@ -131,10 +132,7 @@ def _names(module: str, glob: str) -> bool:
 
 
 def _choice(modules: Sequence[str]) -> str:
-    counts: dict[str, int] = {}
-    for name in modules:
-        kind = matrix_kind(name)
-        counts[kind] = counts.get(kind, 0) + 1
+    counts = Counter(map(matrix_kind, modules))
     kinds = ", ".join(f"{kind} ({count})" for kind, count in counts.items())
     return f"Choose with --targets, by the last part of a name, a glob or all-linear: {kinds or 'there are none'}."
 
@@ -187,7 +185,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if not mark or leaf.startswith("embedding") or leaf.endswith("bias"):
             raise CheckpointError(
                 f"{path}: holds {name}, which is not a low-rank product of a matrix. Only such products can be merged "
-                "tensor by tensor; use peft's merge_and_unload() for the whole model."
+                "one tensor at a time; use peft's merge_and_unload() for the whole model."
             )
         modules.setdefault(module, {})[f"lora_{leaf}"] = tensor
     return Adapter(path, config, modules, _record(path))
@@ -279,7 +277,7 @@ def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> None:
 
 
 def base_notes(adapter: Adapter, base: Path) -> list[str]:
-    """What to know of an adapter without a record, of which nothing proves that it belongs to the base."""
+    """A warning about an adapter without a record, since nothing proves that it belongs to the base."""
     named = adapter.config.base_model_name_or_path
     if adapter.record is not None or not named or Path(named).resolve() == base.resolve():
         return []

@@ -1,4 +1,4 @@
-"""Tuning the kept weights of one loaded block until its outputs come close to given targets.
+"""Tunes the kept weights of one loaded block until its outputs come close to their targets.
 
 The loss of a token is the squared distance of the output from its target over the squared length of the target: that is
 what the next block sees, whose norm divides each token by its length. Its gradient goes no further than the block. Adam
@@ -57,7 +57,7 @@ class Tuning:
 
 @dataclass
 class Targets:
-    """What the block should give for each batch, with the number of its tokens and the sum of all squares."""
+    """The outputs that the block should have for each batch, with its number of tokens and the sum of their squares."""
 
     states: HiddenStates
     tokens: list[int] = field(default_factory=list)
@@ -104,11 +104,11 @@ def tune(
     seconds: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuned:
-    """The tuned weights of a loaded block; the block itself, its inputs and the given tensors stay as they are.
+    """The tuned weights of a loaded block; the block itself, its inputs and `tensors` stay as they are.
 
     `tensors` are the block's checkpoint tensors. After each epoch the weights are judged on the held-out samples as
     they would be written, rounded; the best ones are the result, those at the start included. With `seconds`, tuning
-    ends when they are over, if it has not ended before, and the learning rate falls with them.
+    ends at the latest when they are over, and the learning rate falls with them.
 
     Source: block reconstruction after pruning, as in EBFT (arXiv 2402.12419) and "Rethinking pruning large language
     models" (EMNLP 2024), with their Adam and linear decay. Raises `NumericalError` for a loss that is not finite at the
@@ -133,7 +133,7 @@ def tune(
     began = time.perf_counter()
 
     def spent(steps: int) -> float:
-        """The budget that is spent, in steps."""
+        """How much of the budget is spent, in steps."""
         elapsed = time.perf_counter() - began
         share = 0.0 if seconds is None else elapsed / seconds if elapsed < seconds else 1.0
         return max(steps, share * tuning.total)

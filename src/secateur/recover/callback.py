@@ -75,7 +75,7 @@ class SparsityCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Zero the pruned weights and whatever the optimizer keeps of them, behind its step."""
+        """Zero the pruned weights and whatever the optimizer keeps of them, after its step."""
         optimizer = kwargs["optimizer"]
         for name, (parameter, _) in self._removed.items():
             removed = self._removed_from(name)

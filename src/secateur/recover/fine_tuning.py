@@ -3,6 +3,7 @@
 import datetime
 import gc
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +23,14 @@ from secateur.files.checkpoint import locate
 from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
+from secateur.models.opening.whole import load_whole
 from secateur.record.card import write_card
-from secateur.record.manifest import read_manifest, verify
+from secateur.record.manifest import read_manifest
+from secateur.record.verify import verify
 from secateur.recover.adapters import require_peft
 from secateur.recover.forecast import Forecast, count_parameters, forecast
 from secateur.recover.settings import Settings, choose, require_one_process, to_json
-from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, last_checkpoint, perplexity_of
+from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, last_checkpoint
 from secateur.recover.ways import Adapters, FullWeights, Way
 from secateur.recover.written import versions
 from secateur.runs.output import check_output
@@ -53,7 +56,7 @@ class Recovery:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """All fields; of the perplexities what `eval` gives."""
+        """All fields; perplexities as `eval` prints them."""
         return {**vars(self), "before": self.before.to_json(), "after": self.after.to_json()}
 
 
@@ -86,19 +89,19 @@ def fine_tune(
     progress: Progress = lambda stage, done, total, note: None,
     **given: Any,
 ) -> Recovery:
-    """What training did for a pruned checkpoint that Secateur wrote, with the result in `output`.
+    """Train a pruned checkpoint that Secateur wrote, with the result in `output`; returns what training did.
 
     `method` is "lora" or "sparse-lora" (the output is an adapter, as peft saves it), or "full" (the output is a pruned
     checkpoint with the same zeros). `given` are fields of `recover.settings.Settings`; the others come from the
-    `preset`. `data` is a corpus or token ids; its first windows are held out. `distill` is a dense model whose
-    predictions are learnt as well. `dtype` is what products are computed in: trained weights and the optimizer are in
-    float32. `announce` is called before anything long begins.
+    `preset`. `data` is a corpus or token ids; its first windows are held out. `distill` is a dense model to learn the
+    predictions of as well. Products are computed in `dtype`, while trained weights and the optimizer are in float32.
+    `announce` is called before anything long begins.
 
-    While it runs, a folder named like the output with ".training" behind keeps the Trainer's checkpoints, the latest
-    and the best. It goes when the output is complete. After an interruption `resume` goes on from there.
+    While it runs, the folder `OUTPUT.training` keeps the Trainer's latest and best checkpoints; it is removed when the
+    output is complete. After an interruption `resume` goes on from there.
 
     Raises `NumericalError` when training diverges, and `CheckpointError`, `PatternError` or `CalibrationError` for
-    what cannot work; each says what to do.
+    anything that cannot work.
     """
     settings = choose(method, preset, given)
     require_one_process()
@@ -154,7 +157,7 @@ def fine_tune(
         dense = None if distill is None else _load_dense(distill, opened, half, trust_remote_code)
         trained = _train(
             way,
-            _load(base.resolve(), way.load_dtype(half), trust_remote_code),
+            load_whole(base.resolve(), way.load_dtype(half), trust_remote_code=trust_remote_code),
             dense,
             settings,
             train,
@@ -226,7 +229,7 @@ def _train(
     device: torch.device,
     progress: Progress,
 ) -> _Trained:
-    """The model behind a Trainer's run, as it was at its best."""
+    """The model after a Trainer's run, as it was at its best."""
     from transformers import set_seed
 
     set_seed(settings.seed)  # adapters are drawn at random before the Trainer sets it
@@ -251,9 +254,9 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """(step, seconds, loss, held-out perplexity) wherever one of the last two was measured."""
     points: dict[int, dict[str, Any]] = {}
     for entry in history:
-        point = {"loss": entry.get("loss"), "perplexity": entry.get("eval_loss")}
-        if point["perplexity"] is not None:
-            point["perplexity"] = perplexity_of(point["perplexity"]) if point["perplexity"] < 700 else None
+        nats = entry.get("eval_loss")
+        perplexity = None if nats is None or nats >= 700 else math.exp(nats)
+        point = {"loss": entry.get("loss"), "perplexity": perplexity}
         found = {key: value for key, value in point.items() if value is not None}
         if found:
             held = points.setdefault(entry["step"], {"step": entry["step"], "loss": None, "perplexity": None})
@@ -261,30 +264,18 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [points[step] for step in sorted(points)]
 
 
-def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """A whole model in memory."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    failure: Exception | None = None
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        try:
-            return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        except ValueError as error:
-            failure = failure or error
-    raise CheckpointError(f"{folder}: transformers cannot load it: {failure}")
-
-
 def _load_dense(distill: str | os.PathLike[str], opened: OpenedModel, half: bool, trust_remote_code: bool) -> nn.Module:
     """The dense model to learn from, frozen. Raises `CheckpointError` when its tokens are others."""
     name = os.fspath(distill)
-    dense: nn.Module = _load(locate(name), torch.bfloat16 if half else torch.float32, trust_remote_code)
-    own, held = dense.get_input_embeddings().weight.shape[0], opened.skeleton.vocabulary_size  # type: ignore[operator]
+    dtype = torch.bfloat16 if half else torch.float32
+    dense: Any = load_whole(locate(name), dtype, trust_remote_code=trust_remote_code)
+    own, held = dense.get_input_embeddings().weight.shape[0], opened.skeleton.vocabulary_size
     if own != held:
         raise CheckpointError(
             f"--distill {name}: has a vocabulary of {own} tokens, the pruned model has {held}. Give the model that it "
             "was pruned from."
         )
-    return dense.eval().requires_grad_(False)
+    return dense.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def _half(dtype: str, device: torch.device) -> bool:

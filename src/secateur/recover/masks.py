@@ -70,7 +70,7 @@ def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Para
     """Names of the parameters that hold planned matrices, each checked against the manifest's count of zeros."""
     manifest = read_manifest(folder)
     if hasattr(model, "get_base_model"):
-        return _planned_behind_adapters(manifest, folder, parameters)
+        return _planned_under_adapters(manifest, folder, parameters)
     first = next(model.parameters())
     skeleton = Skeleton(model, Checkpoint(folder), device=first.device, dtype=first.dtype, resident=True)
     matrices = {matrix.name: matrix for matrix in skeleton.matrices}
@@ -89,17 +89,17 @@ def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Para
     return {matrices[name].parameter for name in manifest.matrices}
 
 
-def _planned_behind_adapters(
+def _planned_under_adapters(
     manifest: Manifest, folder: Path, parameters: dict[str, tuple[nn.Parameter, bool]]
 ) -> set[str]:
-    """The same where adapters have changed the names of modules: plain names say which parameter is which tensor."""
+    """As `_planned`, where adapters have changed the names of modules: parameters are matched to tensors by name."""
     expected: dict[str, int] = {}
     for entry in manifest.matrices.values():
         expected[entry["tensor"]] = expected.get(entry["tensor"], 0) + entry["zeros"]
     for name, zeros in expected.items():
         if name not in parameters:
             raise PatternError(
-                f"{name}: pruned in {folder}, and not found by that name behind the adapters. Use SparsityCallback() "
+                f"{name}: pruned in {folder}, and not found by that name under the adapters. Use SparsityCallback() "
                 "instead, which keeps the zeros that the model has."
             )
         parameter = parameters[name][0]
@@ -110,11 +110,6 @@ def _planned_behind_adapters(
                 "before training."
             )
     return set(expected)
-
-
-def masked_weight(weight: Tensor, merged: Tensor) -> tuple[Tensor, int]:
-    """A merged or trained weight, in the dtype and with the zeros of the one before, and how many were nudged."""
-    return keep_from_zero(merged, weight != 0, weight.dtype)
 
 
 def keep_from_zero(values: Tensor, kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:

@@ -20,7 +20,8 @@ from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.weights.conversion import TensorGroup
 from secateur.models.weights.inverse import Inverse
 from secateur.record.card import write_card
-from secateur.record.manifest import read_manifest, verify
+from secateur.record.manifest import read_manifest
+from secateur.record.verify import verify
 from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.written import versions, write_trained
 from secateur.runs.output import check_output
@@ -153,14 +154,14 @@ def merge(
     command: Sequence[str] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Merge:
-    """What merging a LoRA adapter into a pruned checkpoint did, with the merged checkpoint written to `output`.
+    """Merge a LoRA adapter into a pruned checkpoint, written to `output`; returns what that did.
 
     `mask="keep"` writes (W + s BA) ⊙ M with the mask M of the base, so that the zeros are exactly those of the base
-    and its manifest goes on to hold; what that projection costs is measured: the perplexity of the base, of base and
-    adapter unmerged, and of what was written, on the same windows of `data` (by default those that were held out when
-    the adapter was trained, or wikitext2). `mask="drop"` writes W + s BA: zeros are lost, and the manifest no longer
-    promises a pattern for those matrices. Products are computed by peft, in float32. Tensors are read and written one
-    by one, and those without an adapter are byte for byte the base's.
+    and its manifest still holds. The cost of that projection is measured: the perplexity of the base, of base and
+    adapter unmerged, and of the output, on the same windows of `data` (by default those that were held out when the
+    adapter was trained, or wikitext2). `mask="drop"` writes W + s BA: zeros are lost, and the manifest no longer
+    promises a pattern for those matrices. peft computes the products, in float32. Tensors are read and written one by
+    one, and those without an adapter are the base's, byte for byte.
 
     Raises `CheckpointError` when the adapter belongs to another base, `PatternError` for a mask dropped from an
     adapter that was trained with one, and `CalibrationError` for a text that cannot be measured on.

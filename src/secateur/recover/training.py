@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from secateur.calibration import Windows
 from secateur.errors import CheckpointError, NumericalError, PatternError
+from secateur.evaluate.perplexity import exponential
 from secateur.recover.settings import Settings
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, in all, note
@@ -25,7 +26,7 @@ NOMINAL_STEPS = 1000  # of the schedule of a run in minutes, which is read by th
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Windows as a language model's inputs and labels. Padding is behind the tokens, and no label counts there."""
+    """Windows as a language model's inputs and labels. Padding follows the tokens, and no label counts there."""
 
     def __init__(self, windows: Windows) -> None:
         self.ids, self.mask = windows.input_ids, windows.attention_mask
@@ -90,7 +91,7 @@ class Budget(TrainerCallback):
         nats = (metrics or {}).get("eval_loss")
         if nats is not None:
             require_finite(nats, "held-out loss", state.global_step, args, state.best_model_checkpoint)
-            self._perplexity = perplexity_of(nats)
+            self._perplexity = exponential(nats)
             self._report(state)
 
     def _report(self, state: Any) -> None:
@@ -110,11 +111,6 @@ class Budget(TrainerCallback):
             self.share = min(1.0, self.seconds / (60 * self.minutes))
         elif self._steps:
             self.share = min(1.0, state.global_step / self._steps)
-
-
-def perplexity_of(nats: float) -> float:
-    """exp(nats), infinite where that overflows."""
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 def require_finite(loss: float, what: str, step: int, args: Any, best: str | None) -> None:

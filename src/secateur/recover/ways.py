@@ -1,8 +1,12 @@
-"""What is trained: adapters beside the weights, or the weights themselves."""
+"""What is trained: adapters beside the weights, or the weights themselves.
+
+Both ways have the same attributes and methods: `trainable` counts the weights that can change, `kept` those beside them
+that are held at zero, and `mask_bytes` the memory of their masks.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +24,6 @@ from secateur.recover.merge import MergedCheckpoint
 from secateur.recover.settings import Settings
 from secateur.recover.written import Written, write_trained
 from secateur.runs.transaction import Transaction
-
-
-class Way(Protocol):
-    """One way to train. `trainable` counts weights that can change, `kept` those held at zero beside them."""
-
-    trainable: int
-    kept: int
-    mask_bytes: int
-    targets: list[str]
-    notes: list[str]
-
-    def load_dtype(self, half: bool) -> torch.dtype:
-        """The dtype to load the model in, when products are computed in half precision or not."""
-        ...
-
-    def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
-        """The model as it is trained, and callbacks for its Trainer."""
-        ...
-
-    def write(self, model: nn.Module, transaction: Transaction) -> OpenedModel:
-        """Write what was trained into a transaction's folder; returns the model that it amounts to, to be evaluated."""
-        ...
-
-    def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
-        """Write the record, now that everything is known; returns the zeros of all planned weights."""
-        ...
 
 
 class Adapters:
@@ -70,11 +48,11 @@ class Adapters:
         )
 
     def load_dtype(self, half: bool) -> torch.dtype:
-        """Half precision where products are computed in it: the base is not trained."""
+        """The dtype to load the model in: half precision where products are computed in it; the base is not trained."""
         return torch.bfloat16 if half else torch.float32
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
-        """The model wrapped by peft; its adapters are in float32."""
+        """The model wrapped by peft, with its adapters in float32; no callbacks."""
         from peft import LoraConfig
         from transformers.pytorch_utils import Conv1D
 
@@ -97,14 +75,14 @@ class Adapters:
         return with_adapters(model, config), []
 
     def write(self, model: nn.Module, transaction: Transaction) -> OpenedModel:
-        """An adapter as peft saves it."""
+        """Write the adapter as peft saves it; returns the model that base and adapter amount to, ready to evaluate."""
         trained: Any = model
         trained.peft_config["default"].base_model_name_or_path = str(self.base.resolve())
         trained.save_pretrained(transaction.folder)
         return self.opened.reading(MergedCheckpoint(self.opened, read_adapter(transaction.folder), keep=self.masked))
 
     def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
-        """The record and the README beside the adapter; the base has the zeros that it had."""
+        """Write the record and the README beside the adapter; returns the zeros of the base, which stay."""
         write_record(folder, record)
         return int(self.manifest.totals["zeros"])
 
@@ -151,13 +129,13 @@ class FullWeights:
                 )
         if converted:
             self.notes.append(
-                f"{len(converted)} parameters are made of several tensors in a way that cannot be turned round, such "
-                f"as {converted[0].target}; they were not trained."
+                f"{len(converted)} parameters are made of several tensors by a conversion without an inverse, such as "
+                f"{converted[0].target}; they were not trained."
             )
         return [group for group in possible if group.names[0] in chosen]
 
     def load_dtype(self, half: bool) -> torch.dtype:
-        """float32: weights are trained in it, whatever products are computed in."""
+        """The dtype to load the model in: weights are trained in float32, whatever products are computed in."""
         return torch.float32
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
@@ -172,7 +150,7 @@ class FullWeights:
         return model, [callback]
 
     def write(self, model: nn.Module, transaction: Transaction) -> OpenedModel:
-        """A checkpoint with the base's tensors and files, and new values in those that were trained."""
+        """Write the base's tensors and files with new values where they were trained; returns the written model."""
         parameters = {name: value.detach().cpu() for name, value in model.named_parameters(remove_duplicate=False)}
         groups = {name: group for group in self.groups for name in group.names}
 
@@ -188,9 +166,12 @@ class FullWeights:
         return self.opened.reading(Checkpoint(transaction.folder))
 
     def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
-        """The record, in the manifest."""
+        """Write the record into the manifest; returns the zeros of all planned weights."""
         assert self._written is not None
         manifest = self._written.manifest
         manifest.recovery = {**(manifest.recovery or {}), **record}
         manifest.write(folder)
         return self._written.zeros
+
+
+Way = Adapters | FullWeights

@@ -11,7 +11,7 @@ from secateur.errors import CheckpointError, NumericalError
 from secateur.models.opening.opened import OpenedModel
 from secateur.record.manifest import Manifest, mask_digest, tensor_digest, view_of
 from secateur.record.versions import run_versions
-from secateur.recover.masks import masked_weight
+from secateur.recover.masks import keep_from_zero
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.transaction import Transaction
 
@@ -73,7 +73,7 @@ def write_trained(
                 if not bool(tensor.isfinite().all()):
                     raise NumericalError(f"{name}: trained to values that are not finite. Try a lower --lr.")
                 if keep and name in planned:
-                    tensor, count = masked_weight(original, tensor)
+                    tensor, count = keep_from_zero(tensor, original != 0, original.dtype)
                     nudged += count
                 tensor = tensor.to(original.dtype)
                 for matrix, entry in planned.get(name, ()):

@@ -1,1 +1,1 @@
-"""What people read: tables in the terminal."""
+"""What people read: tables in the terminal, pages with charts, and the sparsity of any checkpoint."""

@@ -14,7 +14,7 @@ from secateur.report.tables import Cell, Table, number
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Names of the page's colours, and what they are on white paper. Drawn in these, the page puts its own in their place.
+# Names of the page's colours, and their values on white paper; the page replaces these values by its own colours.
 INK, FAINT, RULE = "#20262b", "#5b646b", "#d9d5cb"
 SERIES = ("#1d5c4f", "#b4532a", "#3a5a94", "#86690f", "#7a3e72", "#4d5459", "#a32f4e", "#1f7488")
 COLOURS = {"ink": INK, "faint": FAINT, "rule": RULE} | {f"series-{i + 1}": hex for i, hex in enumerate(SERIES)}
@@ -35,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over a common axis. `summary` says in words what one sees; `level` is a line across, with its name."""
+    """Lines over a common axis. `summary` describes them in words; `level` is a horizontal line and its name."""
 
     name: str
     title: str

@@ -7,11 +7,11 @@ from secateur.report.charts import Chart, Series
 from secateur.report.masks import Group, MaskReport, groups
 from secateur.report.tables import share
 
-ALIKE = 0.02  # sparsities that differ by less make a flat chart, and are told in a sentence
+ALIKE = 0.02  # sparsities that differ by less would make a flat chart; a sentence states them
 
 
 def depth_charts(manifest: Manifest, matrices: Sequence[MaskReport]) -> dict[str, Chart]:
-    """The charts over depth, by name, of what the run recorded and of what is not the same everywhere."""
+    """The charts over depth, by name: of what the run recorded, and of what differs between matrices."""
     found = {
         "sparsity": _sparsity(matrices),
         "change": _change(manifest),
@@ -78,7 +78,7 @@ def _recovery(manifest: Manifest) -> Chart | None:
 
 
 def _reconstruction(manifest: Manifest) -> Chart | None:
-    """What reconstruction block by block left of each block's held-out loss."""
+    """Each block's held-out loss before and after reconstruction block by block."""
     blocks = [block for block in (manifest.recovery or {}).get("blocks") or [] if block["before"] > 0 < block["after"]]
     if len(blocks) < 2:
         return None

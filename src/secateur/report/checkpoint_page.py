@@ -121,7 +121,7 @@ def _content(
 
 
 def _perplexity_fact(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
-    """The first perplexity that there is, beside the dense one where both are known."""
+    """The first perplexity there is, with the dense model's where both are known."""
     for kind in ("agreement", "perplexity"):
         for item in evaluations:
             if item["kind"] == kind:
@@ -166,7 +166,7 @@ def _warnings(folder: Path, matrices: Sequence[MaskReport]) -> list[str]:
 
 
 def _data(matrix: MaskReport) -> dict[str, Any]:
-    """What the page's script needs to know of a matrix with a picture."""
+    """A matrix with a picture, as the page's script reads it."""
 
     def side(structure: Structure) -> dict[str, Any]:
         return {"excess": structure.excess, "ratio": structure.ratio, "empty": structure.empty}

@@ -1,4 +1,4 @@
-"""The tables of a pruned checkpoint: its matrices, where the time went, and what the run was told."""
+"""The tables of a pruned checkpoint: its matrices, where the time went, and the settings of the run."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -93,7 +93,7 @@ def seconds(manifest: Manifest) -> Table:
 
 
 def recovery(manifest: Manifest) -> Table | None:
-    """What training did after pruning: the single values of its record, and the perplexities that it measured."""
+    """The record of training after pruning: its single values, and the perplexities that it measured."""
     if manifest.recovery is None:
         return None
     record = {key: value for key, value in manifest.recovery.items() if isinstance(value, str | int | float)}
@@ -123,7 +123,7 @@ def provenance(manifest: Manifest) -> list[Table]:
 
 
 def pairs(name: str, caption: str, values: Mapping[str, Any]) -> Table:
-    """What was set to what; what was left out is left out."""
+    """A table of names and values; those without a value are left out."""
     known = {key: value for key, value in values.items() if value is not None and value not in ({}, [])}
     rows = [[text(key.replace("_", " ")), text(_plain(value))] for key, value in known.items()]
     return Table(name, caption, [("what", False), ("value", False)], rows, headed=False)

@@ -15,8 +15,8 @@ Evaluation = Mapping[str, Any]
 def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
     """The evaluations of a pruned checkpoint in a file that `eval --json` or `compare --json` printed.
 
-    Of a comparison of several models those of this checkpoint. Raises `CheckpointError` for another kind of file, and
-    where all results are of other models.
+    Results of other models are passed over. Raises `CheckpointError` for another kind of file, and where all results
+    are of other models.
     """
     advice = f"Make it anew: secateur eval {pruned} --json > {file}"
     content = read_json(file.expanduser(), advice=advice)
@@ -36,7 +36,7 @@ def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
 
 
 def kept_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """What a store keeps of a model: of each text and task the latest, and no perplexity beside an agreement."""
+    """A store's latest evaluation of a model on each text and task; an agreement replaces a perplexity on its text."""
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
         for result in record.result["results"] if record.kind == "tasks" else [record.result]:
@@ -47,7 +47,7 @@ def kept_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def with_dense(evaluations: Sequence[Evaluation], dense: Sequence[Record]) -> list[dict[str, Any]]:
-    """The evaluations, each perplexity with the dense model's on the very same windows, where a store has that."""
+    """The evaluations, each perplexity with the dense model's on the same windows where a store has it."""
     known = {
         (record.result["digest"], record.result["windows"], record.result["length"]): record.result["perplexity"]
         for record in dense
@@ -152,7 +152,7 @@ def _tasks(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _rows(kind: str, results: Sequence[Mapping[str, Any]]) -> Table:
-    """The `rows` of any other evaluation as they are."""
+    """The `rows` of any other evaluation, as they are."""
     rows = [row for result in results for row in result["rows"]]
     keys = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], list | dict)))
     numeric = {key: all(isinstance(row.get(key), int | float | None) for row in rows) for key in keys}

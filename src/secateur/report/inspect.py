@@ -1,4 +1,4 @@
-"""How sparse a checkpoint is, and in what pattern: measured on its weights, whoever pruned it."""
+"""How sparse a checkpoint is, and in which pattern: measured on its weights, whoever pruned it."""
 
 import os
 from collections.abc import Callable
@@ -48,18 +48,11 @@ class Inspection:
         """Fraction of zeros over all prunable matrices."""
         return sum(m.zeros for m in self.matrices) / max(sum(m.weights for m in self.matrices), 1)
 
-    def by_kind(self) -> dict[str, list[MatrixSparsity]]:
-        """The matrices grouped by kind, in order."""
-        groups: dict[str, list[MatrixSparsity]] = {}
+    def grouped(self, key: str) -> dict[Any, list[MatrixSparsity]]:
+        """The matrices grouped by one of their fields, such as "kind" or "block", in order."""
+        groups: dict[Any, list[MatrixSparsity]] = {}
         for matrix in self.matrices:
-            groups.setdefault(matrix.kind, []).append(matrix)
-        return groups
-
-    def by_block(self) -> dict[int, list[MatrixSparsity]]:
-        """The matrices grouped by block, in order."""
-        groups: dict[int, list[MatrixSparsity]] = {}
-        for matrix in self.matrices:
-            groups.setdefault(matrix.block, []).append(matrix)
+            groups.setdefault(getattr(matrix, key), []).append(matrix)
         return groups
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every planned matrix of a pruned checkpoint, measured on its files: picture, structure, distribution of values."""
+"""Every planned matrix of a pruned checkpoint, measured in its files: picture, structure, distribution of values."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.core.histogram import histogram
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import Checkpoint
-from secateur.record.manifest import Manifest
+from secateur.record.manifest import Manifest, view_of
 from secateur.report.pictures import Picture, draw_within
 from secateur.report.structure import Structure, columns, pooled, rows
 
@@ -72,7 +72,7 @@ def read_masks(
         )
     checkpoint = Checkpoint(folder)
     pictured = chosen(manifest)
-    size = min(ONE_PICTURE, ALL_PICTURES // len(pictured))
+    most = min(ONE_PICTURE, ALL_PICTURES // len(pictured))
     labels = short_kinds(list(dict.fromkeys(str(entry["kind"]) for entry in manifest.matrices.values())))
     holders: dict[str, list[str]] = {}
     for name, entry in manifest.matrices.items():
@@ -82,15 +82,14 @@ def read_masks(
         value = checkpoint.read([tensor])[tensor]
         for name in names:
             entry = manifest.matrices[name]
-            weight = value if entry["index"] is None else value[entry["index"]]
-            weight = weight.t() if entry["transposed"] else weight
-            found[name] = _measure(name, labels[entry["kind"]], entry, weight, size if name in pictured else None)
+            weight, size = view_of(value, entry), most if name in pictured else None
+            found[name] = _measure(name, labels[entry["kind"]], entry, weight, size)
         progress(number + 1, len(holders))
     return [found[name] for name in manifest.matrices]
 
 
 def chosen(manifest: Manifest) -> set[str]:
-    """The matrices that get a picture: all of them, or of very many every k-th, kind by kind."""
+    """The matrices that get a picture: all of them, or every k-th of each kind where there are very many."""
     names = sorted(manifest.matrices, key=lambda name: str(manifest.matrices[name]["kind"]))
     return set(names[:: math.ceil(len(names) / PICTURES)])
 

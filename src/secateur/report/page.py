@@ -24,7 +24,7 @@ GENERATOR = '<meta name="generator" content="Secateur'
 
 
 class Drawn:
-    """A chart as the templates want it, drawn: `<svg>` for wide and for narrow screens, and its numbers."""
+    """A chart drawn for the templates: `<svg>` for wide and for narrow screens, and its numbers."""
 
     def __init__(self, chart: Chart, folder: Path) -> None:
         self.name, self.table = chart.name, chart.table
@@ -47,7 +47,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
     return environment.get_template(template).render(
         style=(assets / "page.css").read_text(encoding="utf-8"),
         script=script,
-        # The page's own script may run, and no other that a name or a figure might smuggle in.
+        # The page's own script may run, and none that a name or a figure might smuggle in.
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=secateur.__version__,
         today=datetime.date.today().isoformat(),

@@ -1,4 +1,4 @@
-"""Recoveries and merges as rich tables. Nothing is printed here."""
+"""Recoveries and merges as tables for the terminal, which the command line prints."""
 
 from typing import TYPE_CHECKING
 

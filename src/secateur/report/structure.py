@@ -1,4 +1,4 @@
-"""How much row and column structure a mask has, against what chance would give.
+"""How much row and column structure a mask has, compared with chance.
 
 A mask is bool, True = kept. Notation: R rows, C columns, ``z_r`` the fraction of zeros in row r, ``Z_c`` the number of
 zeros in column c.
@@ -17,7 +17,7 @@ class Structure:
     """The structure of a mask along one of its sides: how the zeros of its lines (columns, or rows) vary.
 
     `lines` is how many there are and `length` how many weights each has. `observed` is the variance of the number of
-    zeros over the lines, and `expected` the variance that chance would give. `degrees` are the degrees of freedom of
+    zeros over the lines, and `expected` the variance by chance. `degrees` are the degrees of freedom of
     `observed`. `empty` counts lines that are zero from end to end.
     """
 
@@ -60,7 +60,7 @@ def columns(mask: Bool[Tensor, "out in"], group: int | None = None) -> Structure
     masks, so that nothing is lost by estimating it.
 
     With `group` (the M of N:M) the zeros stay within their group of that many consecutive columns: ``z`` and the mean
-    are those of the group, and each group takes one degree of freedom. For an exact N:M this gives ``R n/m (1 - n/m)``,
+    are those of the group, and each group takes one degree of freedom. For an exact N:M this is ``R n/m (1 - n/m)``,
     the hypergeometric variance of a draw of ``m - n`` places among m. Raises `ValueError` when groups do not divide
     the columns.
     """

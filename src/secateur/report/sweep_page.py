@@ -2,56 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
-from secateur.files.reading import checked, read_json
 from secateur.report.charts import Chart, Series, check_installed
 from secateur.report.checkpoint_tables import pairs
 from secateur.report.evaluations import data_name
 from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
 from secateur.report.tables import Cell, Table, number, percent, text
 from secateur.report.terminal import seconds_text
-
-SWEEP_FILE = "sweep.json"
-
-
-class _Figure(TypedDict):
-    perplexity: float | None
-    perplexity_error: NotRequired[float | None]
-    difference: NotRequired[float | None]
-    difference_error: NotRequired[float | None]
-
-
-class _Dense(TypedDict):
-    perplexity: float | None
-    perplexity_error: NotRequired[float | None]
-    windows: NotRequired[int]
-    length: NotRequired[int]
-
-
-class _Cell(TypedDict):
-    method: str
-    pattern: str
-    status: str
-    sparsity: NotRequired[float | None]
-    seconds: NotRequired[float | None]
-    figures: NotRequired[dict[str, _Figure] | None]
-
-
-class _Done(TypedDict):
-    """What a cell has besides when it is done."""
-
-    sparsity: float
-    seconds: float
-    figures: dict[str, _Figure]
-
-
-class _Sweep(TypedDict):
-    """What a page needs of a sweep."""
-
-    model: str
-    dense: dict[str, _Dense]
-    cells: list[_Cell]
+from secateur.sweeps.folder import SWEEP_FILE, Sweep
 
 
 def is_sweep(folder: Path) -> bool:
@@ -66,7 +25,7 @@ def build_sweep(folder: Path, progress: Callable[[str, int, int], None] = lambda
     reports are missing.
     """
     check_installed()
-    sweep = read_sweep(folder)
+    sweep = Sweep.read(folder / SWEEP_FILE).to_json()
     with report_folder(folder) as made:
         charts: dict[str, Drawn | None] = {}
         for place, data in enumerate(_texts(sweep)):
@@ -75,18 +34,6 @@ def build_sweep(folder: Path, progress: Callable[[str, int, int], None] = lambda
             progress("charts", place + 1, len(_texts(sweep)))
         (made / PAGE).write_text(render("sweep.html", _content(sweep, charts)), encoding="utf-8")
     return folder / FOLDER / PAGE
-
-
-def read_sweep(folder: Path) -> dict[str, Any]:
-    """The contents of `sweep.json`, with the entries that a page needs. Raises `CheckpointError` without them."""
-    file = folder / SWEEP_FILE
-    advice = "Run the sweep again; what is done will not be repeated."
-    sweep: dict[str, Any] = read_json(file, dict[str, Any], advice=advice)
-    checked(sweep, file, _Sweep, advice=advice)
-    for cell in sweep["cells"]:
-        if cell["status"] == "done":
-            checked(cell, f"{file}, {cell['method']} {cell['pattern']}", _Done, advice=advice)
-    return sweep
 
 
 def _done(sweep: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -102,16 +49,16 @@ def _texts(sweep: Mapping[str, Any]) -> list[str]:
 def _chart(sweep: Mapping[str, Any], data: str, place: int) -> Chart | None:
     """Perplexity over sparsity of the unstructured patterns, or None with fewer than two sparsities."""
     cells = [cell for cell in _done(sweep) if data in cell["figures"] and ":" not in cell["pattern"]]
-    # A perplexity beyond all numbers is recorded as null, and has no place on a chart.
+    # A perplexity that is not finite is recorded as null, and has no place on a chart.
     cells = [cell for cell in cells if cell["figures"][data]["perplexity"] is not None]
     series = []
     for method in dict.fromkeys(cell["method"] for cell in cells):
-        own = sorted((cell for cell in cells if cell["method"] == method), key=lambda cell: float(cell["sparsity"]))
+        own = sorted((cell for cell in cells if cell["method"] == method), key=lambda cell: cell["sparsity"])
         figures = [cell["figures"][data] for cell in own]
         series.append(
             Series(
                 method,
-                [100 * float(cell["sparsity"]) for cell in own],
+                [100 * cell["sparsity"] for cell in own],
                 [figure["perplexity"] for figure in figures],
                 [figure.get("perplexity_error") for figure in figures],
             )
@@ -152,9 +99,9 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
                 "table": _grid(sweep, data, name, methods, kinds, place),
             }
         )
-    seconds = sum(float(cell["seconds"]) for cell in done)
+    seconds = sum(cell["seconds"] for cell in done)
     unfinished = [cell for cell in sweep["cells"] if cell["status"] != "done"]
-    model = Path(str(sweep["model"])).name or str(sweep["model"])
+    model = Path(sweep["model"]).name or sweep["model"]
     return {
         "kind": "Sweep of prunings",
         "title": f"{model}, {len(methods)} methods by {len(kinds)} patterns",
@@ -183,12 +130,12 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
         ],
         "texts": texts,
         "runs": _runs(sweep, list(charts)),
-        "settings": pairs("settings-table", "Common to all runs", sweep.get("settings", {})),
+        "settings": pairs("settings-table", "Common to all runs", sweep["settings"]),
     }
 
 
 def _spoken(figure: Mapping[str, Any], digits: str) -> str:
-    """A perplexity in words; one beyond all numbers is recorded as null."""
+    """A perplexity in words; one that is not finite is recorded as null."""
     return "no finite value" if figure["perplexity"] is None else format(figure["perplexity"], digits)
 
 
@@ -196,9 +143,9 @@ def _words(dense: Mapping[str, Any] | None) -> str:
     if dense is None:
         return "The dense model was not evaluated on this text."
     error = dense.get("perplexity_error")
-    windows = f" on {dense['windows']:,} windows of {dense['length']:,} tokens" if "windows" in dense else ""
     spread = f" ± {error:.3f}" if error is not None else ""
-    return f"The dense model has a perplexity of {_spoken(dense, '.3f')}{spread}{windows}."
+    windows = f"{dense['windows']:,} windows of {dense['length']:,} tokens"
+    return f"The dense model has a perplexity of {_spoken(dense, '.3f')}{spread} on {windows}."
 
 
 def _grid(
@@ -226,12 +173,12 @@ def _runs(sweep: Mapping[str, Any], texts: Sequence[str]) -> Table:
     """A row for each run, with its paired difference from the dense model where the sweep has it."""
     rows = []
     for cell in sweep["cells"]:
-        row = [text(cell["method"]), text(cell["pattern"]), percent(cell.get("sparsity"))]
+        row = [text(cell["method"]), text(cell["pattern"]), percent(cell["sparsity"])]
         for data in texts:
-            figure = (cell.get("figures") or {}).get(data, {})
+            figure = cell["figures"].get(data, {})
             row.append(number(figure.get("perplexity"), ".3f"))
             row.append(number(figure.get("difference"), "+.4f", figure.get("difference_error")))
-        rows.append([*row, number(cell.get("seconds"), ".1f"), text(str(cell["status"]))])
+        rows.append([*row, number(cell["seconds"], ".1f"), text(cell["status"])])
     columns = [("method", False), ("pattern", False), ("sparsity", True)]
     for data in texts:
         columns += [(f"perplexity, {data_name({'data': data})}", True), ("nats − dense", True)]

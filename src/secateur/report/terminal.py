@@ -1,6 +1,7 @@
-"""Results as rich tables. Nothing is printed here."""
+"""Results as tables for the terminal, which the command line prints."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from secateur.evaluate.task_differences import TaskComparison
 from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
 from secateur.models.shape.matrices import matrix_kind
 from secateur.pruning.forecast import Estimate, bytes_text
-from secateur.record.manifest import Manifest, Verification, cautions
+from secateur.record.manifest import Manifest, cautions
+from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection, MatrixSparsity
 from secateur.sweeps.estimate import SweepEstimate
 from secateur.sweeps.folder import Sweep
@@ -42,7 +44,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 
 def estimate_tables(estimate: Estimate) -> RenderableType:
-    """The dry run: what would be pruned, what not and why, and what it would take."""
+    """The dry run: what would be pruned, what would not and why, and what it would take."""
     planned = _table(
         "matrices",
         "count",
@@ -77,17 +79,17 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
 
 def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
     """What a run did: by kind of matrix, how far the blocks moved, and where the time went."""
-    kinds: dict[str, list[dict[str, object]]] = {}
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for entry in manifest.matrices.values():
-        kinds.setdefault(str(entry["kind"]), []).append(entry)
+        kinds.setdefault(entry["kind"], []).append(entry)
     table = _table("matrices", "count", "sparsity", "tokens each", title=f"Pruned with {manifest.method}")
     for kind, entries in kinds.items():
-        tokens = [int(str(entry["tokens"])) for entry in entries if entry["tokens"] is not None]
+        tokens = [entry["tokens"] for entry in entries if entry["tokens"] is not None]
         seen = f"{min(tokens):,}" if tokens else "-"
         if tokens and min(tokens) != max(tokens):
             seen = f"{min(tokens):,} to {max(tokens):,}"
-        zeros = sum(int(str(entry["zeros"])) for entry in entries)
-        weights = sum(_area(entry["shape"]) for entry in entries)
+        zeros = sum(entry["zeros"] for entry in entries)
+        weights = sum(math.prod(entry["shape"]) for entry in entries)
         table.add_row(kind, str(len(entries)), f"{zeros / weights:.4f}", seen)
     totals = manifest.totals
     lines = [
@@ -112,11 +114,6 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
         lines.append(f"Written to {output}; check it with: secateur verify {output}")
     warnings = [Text(caution, style="yellow") for caution in cautions(manifest)]
     return Group(table, *(Text(line) for line in lines), *warnings)
-
-
-def _area(shape: object) -> int:
-    rows, columns = shape if isinstance(shape, list) else (0, 0)
-    return int(rows) * int(columns)
 
 
 def perplexity_table(result: Perplexity) -> RenderableType:
@@ -147,14 +144,13 @@ def inspection_tables(inspection: Inspection, every_matrix: bool = False) -> Ren
             shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
             table.add_row(matrix.name, shape, f"{matrix.sparsity:.4f}", matrix.pattern)
         return table
-    kinds = _table("by kind", "count", "sparsity", "pattern")
-    for kind, matrices in inspection.by_kind().items():
-        kinds.add_row(kind, str(len(matrices)), _sparsity(matrices), _patterns(matrices))
-    blocks = _table("by block", "count", "sparsity", "pattern")
-    for block, matrices in inspection.by_block().items():
-        blocks.add_row(str(block), str(len(matrices)), _sparsity(matrices), _patterns(matrices))
-    total = Text(f"Sparsity of all prunable matrices: {inspection.sparsity:.4f}", style="bold")
-    return Group(kinds, "", blocks, "", total)
+    parts: list[RenderableType] = []
+    for key in ("kind", "block"):
+        table = _table(f"by {key}", "count", "sparsity", "pattern")
+        for value, matrices in inspection.grouped(key).items():
+            table.add_row(str(value), str(len(matrices)), _sparsity(matrices), _patterns(matrices))
+        parts += [table, ""]
+    return Group(*parts, Text(f"Sparsity of all prunable matrices: {inspection.sparsity:.4f}", style="bold"))
 
 
 def _sparsity(matrices: list[MatrixSparsity]) -> str:
@@ -165,9 +161,7 @@ def _sparsity(matrices: list[MatrixSparsity]) -> str:
 
 
 def _patterns(matrices: list[MatrixSparsity]) -> str:
-    counts: dict[str, int] = {}
-    for matrix in matrices:
-        counts[matrix.pattern] = counts.get(matrix.pattern, 0) + 1
+    counts = Counter(matrix.pattern for matrix in matrices)
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{pattern} ({count})" for pattern, count in counts.items())
@@ -176,22 +170,23 @@ def _patterns(matrices: list[MatrixSparsity]) -> str:
 def verification_tables(result: Verification) -> RenderableType:
     """The verdict, and every problem found."""
     lines = [
-        f"{result.tensors} tensors hashed, {result.matrices} matrices checked against their patterns, "
-        f"sparsity {result.sparsity:.4f} of planned weights."
+        Text(
+            f"{result.tensors} tensors hashed, {result.matrices} matrices checked against their patterns, "
+            f"sparsity {result.sparsity:.4f} of planned weights."
+        )
     ]
     if result.compared_to:
-        lines.append(f"Compared with the source {result.compared_to}.")
-    notes = [Text(note, style="yellow") for note in result.notes]
+        lines.append(Text(f"Compared with the source {result.compared_to}."))
+    lines += [Text(note, style="yellow") for note in result.notes]
     if result.ok:
-        return Group(*(Text(line) for line in lines), *notes, Text("Verified.", style="bold green"))
-    shown = [Text(f"  {problem}", style="red") for problem in result.problems[:20]]
-    more = [Text(f"  and {len(result.problems) - 20} more")] if len(result.problems) > 20 else []
-    heading = Text(f"NOT verified: {len(result.problems)} problems.", style="bold red")
-    return Group(*(Text(line) for line in lines), *notes, heading, *shown, *more)
+        return Group(*lines, Text("Verified.", style="bold green"))
+    lines.append(Text(f"NOT verified: {len(result.problems)} problems.", style="bold red"))
+    lines += [Text(f"  {problem}", style="red") for problem in result.problems[:20]]
+    return Group(*lines, *([Text(f"  and {len(result.problems) - 20} more")] if len(result.problems) > 20 else []))
 
 
 def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
-    """What a sweep has still to do, and what that would take."""
+    """What is left of a sweep to do, and what it would take."""
     if not estimate.cells:
         return Text(f"All {estimate.finished} cells are finished already.")
     table = _table("cell", "", "time", title=f"{len(estimate.cells)} cells to run, {estimate.finished} finished")
@@ -221,7 +216,7 @@ def sweep_table_groups(sweep: Sweep) -> RenderableType:
 
 
 def gradient_table(file: GradientFile) -> RenderableType:
-    """A file of gradients: what they are of, and how large they are in the matrices of each kind."""
+    """A file of gradients: its model and tokens, and how large gradients are in the matrices of each kind."""
     held = file.provenance
     head = _table(str(file.path), "")
     head.add_row("model", str(held["model"].get("path")))
@@ -254,14 +249,9 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
             "model", "perplexity", "nats - dense", "KL per token", "KL 99 %", "same first choice", title=title
         )
         table.add_row("dense", f"{first.perplexity_dense:.3f}", "", "", "", "")
-        columns = [
-            [row.perplexity for row in rows],
-            [row.difference for row in rows],
-            [row.kl for row in rows],
-            [row.kl_99 for row in rows],
-            [-row.top1 for row in rows],
-        ]
-        for number, row in enumerate(rows):
+        values = [(row.perplexity, row.difference, row.kl, row.kl_99, -row.top1) for row in rows]
+        lowest = [min(column) for column in zip(*values, strict=True)]
+        for row, own in zip(rows, values, strict=True):
             cells = [
                 f"{row.perplexity:.3f}",
                 f"{row.difference:+.4f}{_plus_minus(row.difference_error, '.4f')}",
@@ -269,10 +259,8 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
                 f"{row.kl_99:.3f}",
                 f"{row.top1:.1%}{_plus_minus(100 * row.top1_error, '.1f')}",
             ]
-            best = [len(rows) > 1 and column[number] == min(column) for column in columns]
-            table.add_row(
-                row.model, *(Text(cell, "bold" if bold else "") for cell, bold in zip(cells, best, strict=True))
-            )
+            bold = [len(rows) > 1 and value == best for value, best in zip(own, lowest, strict=True)]
+            table.add_row(row.model, *(Text(cell, "bold" if b else "") for cell, b in zip(cells, bold, strict=True)))
         tables += [table, *_bos_lines(first.provenance), Text()]
     return Group(*tables[:-1])
 
@@ -353,7 +341,7 @@ def _unit(name: str) -> str:
 
 
 def generations_table(prompts: Sequence[Sequence[Generation]]) -> RenderableType:
-    """Under each prompt what the dense model writes, then each pruned one, and how long they write the same."""
+    """For each prompt, what the dense model and then each pruned one writes, and for how many tokens they agree."""
     parts: list[RenderableType] = []
     for outputs in prompts:
         table = _table("model", "same tokens", "continuation")

@@ -54,7 +54,7 @@ class SweepEstimate:
 
     @property
     def seconds(self) -> float:
-        """Of all that is still to be done."""
+        """Seconds of everything that is still to be done."""
         return self.shared_seconds + sum(cell.seconds for cell in self.cells)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,9 +68,9 @@ class SweepEstimate:
 
 
 def shared_gradient(method: Method, propagate: str) -> tuple[Granularity, Scope] | None:
-    """Of which kind the gradients are that a method can share with others: those of the dense model.
+    """The kind of a method's gradients where it can share them with others, as those of the dense model.
 
-    Gradients of block outputs are taken behind the pruned blocks, unless ``propagate="dense"``.
+    Gradients of block outputs are taken on the outputs of pruned blocks, unless ``propagate="dense"``.
     """
     kind = method.gradient
     if kind is None or (kind.scope == "block" and propagate == "pruned"):

@@ -1,4 +1,4 @@
-"""A sweep on disk: its cells, its settings, and what is left of processes that died."""
+"""A sweep on disk: its cells, its settings, and what killed processes left behind."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ Status = Literal["done", "failed", "pending"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One pruning of a sweep: a method, by its label, and a pattern, with what came of it.
+    """One pruning of a sweep: a method, by its label, and a pattern, with the results.
 
     `figures` has an entry for each data set: what `Perplexity.to_json` gives, and `difference` and `difference_error`,
     the paired difference to the dense model in nats; where agreement was asked for, also that, under `agreement`.
@@ -98,7 +98,7 @@ class _Written(TypedDict):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is known of a grid of prunings: the dense model's figures by data set, the settings, and the cells."""
+    """A grid of prunings: the dense model's figures by data set, the settings, and the cells."""
 
     folder: Path
     model: str
@@ -195,7 +195,7 @@ class SweepFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nothing; no other process works in the folder meanwhile. What dead ones left half-written is removed."""
+        """Keep other processes out of the folder meanwhile; what killed ones left half-written is removed."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.path / LOCK_FILE)

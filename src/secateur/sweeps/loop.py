@@ -37,11 +37,11 @@ AGREEMENT = ("kl", "kl_error", "kl_99", "top1", "top1_error", "window_kl", "wind
 
 @dataclass(frozen=True)
 class SweepEvent:
-    """What a sweep is at, or has just done.
+    """What a sweep is doing, or has just done.
 
-    `kind` is "stage" (of the `cell` at hand, or of what all cells share where it is None), "dense" (the dense model is
+    `kind` is "stage" (of the current `cell`, or of what all cells share where it is None), "dense" (the dense model was
     evaluated on a data set, which is the `stage`), "again" (a cell with figures is pruned once more, because its
-    checkpoint was not kept) or "cell" (one is done or has failed). `finished` of `cells` of this run are.
+    checkpoint was not kept) or "cell" (one is done or has failed). `finished` of `cells` are done or failed.
     """
 
     kind: str
@@ -108,7 +108,7 @@ class SweepLoop:
         self.source_tensors = self.folder.source_tensors(list(self.cells.values()))
 
     def lacking(self, cell: Cell) -> list[str]:
-        """The data sets that a cell is still to be evaluated on."""
+        """The data sets on which a cell has not been evaluated yet."""
         wanted = {"perplexity"} | ({"agreement"} if self.settings["agreement"] else set())
         return [data for data in self.settings["data"] if wanted - cell.figures.get(data, {}).keys()]
 
@@ -125,7 +125,7 @@ class SweepLoop:
     def cut_texts(self, opened: OpenedModel, *, decide: bool) -> None:
         """Cut the windows of every data set that is needed. Raises what `perplexity` would, before any work.
 
-        Where the model is to say whether it wants BOS before every window it is asked, if it may `decide` now.
+        With `decide`, the model decides about BOS before every window where that was left to it.
         """
         pending = [self.cells[task.cell.folder] for task in self.pending]
         for data in self.settings["data"]:
@@ -148,7 +148,7 @@ class SweepLoop:
             self.texts[data] = windows
 
     def draw_calibration(self, opened: OpenedModel, calibration: str | Sequence[str] | Windows) -> None:
-        """Draw the calibration tokens, if a cell that is still to be pruned needs any."""
+        """Draw the calibration tokens, if a cell that has not been pruned yet needs any."""
         if not self._looks_at_tokens():
             return
         known = self.settings["bos_choices"].get("calibration")
@@ -175,15 +175,13 @@ class SweepLoop:
         self.settings["digests"].update(digests)
 
     def estimate(self, opened: OpenedModel, calibration: str | Sequence[str] | Windows) -> SweepEstimate:
-        """What is still to be done, and what it would take. Raises what `draw_calibration` would, where that shows."""
+        """What is left to do, and what it would take. Raises what `draw_calibration` would, as far as that shows."""
         text = {"calibration": None, "samples": self.settings["samples"], "length": self.settings["length"]}
         unchecked: Sequence[str] = ()
         if self._looks_at_tokens():
             seen = foreseen_windows(opened, calibration, self.tokenizer, **self._drawing())
-            text, unchecked = (
-                {"calibration": seen.windows, "samples": seen.samples, "length": seen.length},
-                seen.unchecked,
-            )
+            text = {"calibration": seen.windows, "samples": seen.samples, "length": seen.length}
+            unchecked = seen.unchecked
         tokens = {data: windows.tokens for data, windows in self.texts.items()}
         # Agreement runs the dense model beside the pruned one.
         passes = 3 if self.settings["agreement"] else 1
@@ -249,7 +247,7 @@ class SweepLoop:
         return [task for task in self.pending if not self._pruned(task.cell)]
 
     def _take_gradients(self) -> None:
-        """One pass over the dense model for each kind of gradients that cells share; a failure is theirs to record."""
+        """One pass over the dense model for each kind of gradients that cells share; cells record its failure."""
         norms: dict[tuple[Granularity, Scope], set[Norm]] = {}
         for task in self._to_prune():
             kind = shared_gradient(task.method, self.options["propagate"])
@@ -286,7 +284,7 @@ class SweepLoop:
         return path
 
     def _share_statistics(self) -> None:
-        """With the dense model's inputs, one pass for all cells that run with the same batch size."""
+        """With the dense model's inputs, share one pass among all cells that run with the same batch size."""
         if self.options["propagate"] != "dense":
             return
         groups: dict[int | None, list[frozenset[type[Statistic]]]] = {}
@@ -358,7 +356,7 @@ class SweepLoop:
                 )
 
     def _figures(self, cell: Cell, data: str) -> dict[str, Any]:
-        """What the checkpoint of a cell is worth on a data set. Other evaluations of checkpoints would join here."""
+        """The evaluations of a cell's checkpoint on a data set."""
         figures = dict(cell.figures.get(data, {}))
         checkpoint = self.folder.checkpoint(cell)
         if "perplexity" not in figures:
@@ -390,7 +388,7 @@ class SweepLoop:
         return figures
 
     def _drop_unneeded(self) -> None:
-        """Remove every checkpoint that is neither to be kept nor waiting for its evaluation."""
+        """Remove every checkpoint that is neither kept nor waiting for its evaluation."""
         if self.settings["keep"] == "all":
             return
         needed = {task.cell.folder for task in self.tasks if self.cells[task.cell.folder].status == "pending"}

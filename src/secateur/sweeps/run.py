@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.calibration import Windows, calibration_windows
 from secateur.calibration.corpora import is_token_file
-from secateur.calibration.windows import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from secateur.core.fingerprint import fingerprint
 from secateur.core.problem import Method
 from secateur.errors import CalibrationError, ModelStructureError, PatternError
@@ -27,22 +27,22 @@ from secateur.sweeps.settings import SweepSettings
 def sweep(settings: SweepSettings) -> Sweep:
     """The grid of all `methods` with all `patterns`: every cell pruned, evaluated and recorded in the folder `output`.
 
-    `methods` are named by their own names ("wanda", "wanda+swaps"), or by the keys of a mapping: the same method with
-    other options needs a name of its own. `patterns` are those of `prune`: 0.5, "2:4". The dense model and every cell
-    are evaluated on each data set of `data` in `windows` windows of `eval_length` tokens, with `agreement` also against
-    the dense model's predictions. `keep` says which pruned checkpoints stay: "none", "best" (for each pattern that with
-    the lowest perplexity on the first data set) or "all". The other options are those of `prune`. With ``bos="auto"``
-    the dense model decides once for each text and for the calibration, and the sweep goes on with that.
+    `methods` are named by their own names, or by the keys of a mapping: the same method with other options needs a
+    name of its own. `patterns` are those of `prune`: 0.5, "2:4". The dense model and every cell are evaluated on each
+    data set of `data` in `windows` windows of `eval_length` tokens; with `agreement`, cells are also compared with the
+    dense model's predictions. `keep` says which pruned checkpoints stay: "none", "best" (for each pattern the one with
+    the lowest perplexity on the first data set) or "all".
+    The other options are those of `prune`. With ``bos="auto"`` the dense model decides once for each text and for the
+    calibration, and the sweep goes on with that.
 
-    Finished cells are not run again when a sweep is started anew in its folder; methods, patterns and data sets may be
-    added, other settings not be changed. A method that changed, its code and what it mentions included, is refused once
-    a cell is finished with it: name it in `again` to run its cells anew. A cell that fails is recorded with its error,
-    and tried again the next time.
-    With `dry_run` everything ends behind `on_estimate`, and nothing is written.
+    A sweep that is started again in its folder does not run finished cells again. Methods, patterns and data sets may
+    be added; other settings may not change. A method that changed, its code and everything that it refers to included,
+    is refused once a cell is finished with it: name it in `again` to run its cells anew. A cell that fails is recorded
+    with its error, and tried again the next time.
+    With `dry_run` it ends after `on_estimate`, and nothing is written.
 
-    Raises `CheckpointError` for a folder of something else or of other settings, `PatternError` for a method of which
-    nobody could say later whether it is the same, and what `prune` and `perplexity`
-    raise where that concerns every cell.
+    Raises `CheckpointError` for a folder of something else or of other settings, `PatternError` for a method whose
+    identity cannot be recorded, and what `prune` and `perplexity` raise where that concerns every cell.
     """
     return run(settings)
 
@@ -124,7 +124,8 @@ def run(settings: SweepSettings) -> Sweep:
 
 
 def _described(method: Method) -> dict[str, Any]:
-    options = {key: _json_value(value) for key, value in method.options.items()}
+    plain = (str, int, float, bool, type(None))
+    options = {key: value if isinstance(value, plain) else str(value) for key, value in method.options.items()}
     return {"name": method.name, "options": options, "fingerprint": fingerprint(method)}
 
 

@@ -33,7 +33,7 @@ class SweepTable:
 
 
 def sweep_tables(sweep: Sweep) -> list[SweepTable]:
-    """Perplexity on each data set, the dense model first; where it was asked for, the divergence from it as well."""
+    """Perplexity on each data set, the dense model first; where agreement was asked for, the divergence from it too."""
     tables = []
     for data, dense in sweep.dense.items():
         bos = bos_text(dense.get("provenance", {}))

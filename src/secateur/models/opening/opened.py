@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ class OpenedModel:
     """A model ready to be streamed.
 
     `origin` is the provenance for the manifest; `write_companions(folder)` writes configuration, tokenizer and
-    licence beside new weights; `expected(folder)` gives the model, without weights, that is to load from what was
-    written there; `load_tokenizer()` gives the tokenizer, or None when there is none; `restore()` sets a
-    module in memory back into the mode in which it was given.
+    licence beside new weights; `expected(folder)` builds, without weights, the model that the files written there
+    must fill; `load_tokenizer()` returns the tokenizer, or None when there is none; `restore()` puts a module in
+    memory back into the mode it was in.
     """
 
     skeleton: Skeleton
@@ -143,64 +144,58 @@ def main_dtype(source: Source) -> torch.dtype:
 
 
 def _open_module(given: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
-    model, wrap = plain_module(given)
-    try:
-        opened = _open_plain(model, device, dtype)
-    except BaseException:
-        wrap()
-        raise
-
-    def restore() -> None:
-        opened.restore()
-        wrap()
-
-    return replace(opened, restore=restore)
-
-
-def _open_plain(model: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
-    if hasattr(model, "peft_config"):
-        raise ModelStructureError(
-            f"{type(model).__name__}: a model with adapters; merge them first with model = model.merge_and_unload()."
-        )
-    parameters = list(model.parameters())
-    if not parameters:
-        raise ModelStructureError(f"{type(model).__name__}: has no parameters.")
-    if dtype != "auto" and choose_dtype(dtype, parameters[0].device, parameters[0].dtype) != parameters[0].dtype:
-        raise ModelStructureError(
-            f"{type(model).__name__}: in memory as {parameters[0].dtype}; a module is used as it is. "
-            f"Convert it first, or leave dtype at auto (got {dtype})."
-        )
-    if device is not None:
-        model.to(device)
-    restore = prepare(model)
-    try:
+    with ExitStack() as restoring:
+        model, wrap = plain_module(given)
+        restoring.callback(wrap)
+        if hasattr(model, "peft_config"):
+            raise ModelStructureError(
+                f"{type(model).__name__}: a model with adapters; merge them first with "
+                "model = model.merge_and_unload()."
+            )
+        first = first_parameter(model, dtype)
+        if device is not None:
+            model.to(device)
+        restoring.callback(prepare(model))
         source = LoadedModel(model)
-        skeleton = Skeleton(model, source, device=parameters[0].device, dtype=parameters[0].dtype, resident=True)
+        skeleton = Skeleton(model, source, device=first.device, dtype=first.dtype, resident=True)
         check_declared(model, skeleton.blocks)
         check_dtypes(skeleton)
-    except BaseException:
-        restore()
-        raise
 
-    def write(target: Path) -> None:
-        if not hasattr(model, "config"):
-            raise ModelStructureError(
-                f"{type(model).__name__}: has no config, so it cannot be written as a checkpoint."
-            )
-        _write_configuration(model, target)
+        def write(target: Path) -> None:
+            if not hasattr(model, "config"):
+                raise ModelStructureError(
+                    f"{type(model).__name__}: has no config, so it cannot be written as a checkpoint."
+                )
+            _write_configuration(model, target)
 
-    return OpenedModel(
-        skeleton=skeleton,
-        origin={
-            "kind": "module",
-            "path": getattr(model, "name_or_path", "") or None,
-            "architecture": type(model).__name__,
-        },
-        write_companions=write,
-        load_tokenizer=lambda: None,
-        expected=lambda target: _same_class(model, target),
-        restore=restore,
-    )
+        return OpenedModel(
+            skeleton=skeleton,
+            origin={
+                "kind": "module",
+                "path": getattr(model, "name_or_path", "") or None,
+                "architecture": type(model).__name__,
+            },
+            write_companions=write,
+            load_tokenizer=lambda: None,
+            expected=lambda target: _same_class(model, target),
+            restore=restoring.pop_all().close,
+        )
+
+
+def first_parameter(module: nn.Module, dtype: str) -> nn.Parameter:
+    """The first parameter of a module in memory, whose dtype is the module's.
+
+    Raises `ModelStructureError` where there is none, or another dtype is asked for: a module is used as it is.
+    """
+    first = next(module.parameters(), None)
+    if first is None:
+        raise ModelStructureError(f"{type(module).__name__}: has no parameters.")
+    if dtype != "auto" and choose_dtype(dtype, first.device, first.dtype) != first.dtype:
+        raise ModelStructureError(
+            f"{type(module).__name__}: in memory as {first.dtype}; a module is used as it is. "
+            f"Convert it first, or leave dtype at auto (got {dtype})."
+        )
+    return first
 
 
 def _described(folder: Path, trust_remote_code: bool = False) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A model loaded by transformers as a whole, for what cannot be streamed: generation, and other people's harnesses."""
+"""A model that transformers loads as a whole, for what cannot be streamed: generation and evaluation harnesses."""
 
 import gc
 import math
@@ -12,13 +12,14 @@ import psutil
 import torch
 from torch import nn
 
-from secateur.errors import CheckpointError, ModelStructureError
+from secateur.errors import CheckpointError
 from secateur.files.checkpoint import Checkpoint, locate
 from secateur.models.flow.memory import trim
 from secateur.models.opening.configuration import reason
 from secateur.models.opening.opened import (
     choose_device,
     choose_dtype,
+    first_parameter,
     gguf_tokenizer,
     load_gguf,
     load_tokenizer,
@@ -70,15 +71,8 @@ class WholeModel:
 
     def _use_as_it_is(self, module: nn.Module, dtype: str) -> None:
         self.name = getattr(module, "name_or_path", "") or type(module).__name__
-        first = next(module.parameters(), None)
-        if first is None:
-            raise ModelStructureError(f"{type(module).__name__}: has no parameters.")
+        first = first_parameter(module, dtype)
         self.dtype = first.dtype
-        if dtype != "auto" and choose_dtype(dtype, first.device, first.dtype) != first.dtype:
-            raise ModelStructureError(
-                f"{type(module).__name__}: in memory as {first.dtype}; a module is used as it is. "
-                f"Convert it first, or leave dtype at auto (got {dtype})."
-            )
         self._training = {name: part.training for name, part in module.named_modules()}
         if self._device_name == "auto":
             self.device = first.device
@@ -108,24 +102,11 @@ class WholeModel:
         assert self.path is not None
         if self._checkpoint is None:
             return load_gguf(self.path, self.dtype).to(self.device)
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
         placement = self._placement(self._checkpoint)
         if isinstance(self._checkpoint, DequantisedCheckpoint):
             return self._dequantised(self._checkpoint, fits=not placement)
-        failure: Exception | None = None
-        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            try:
-                module: nn.Module = auto.from_pretrained(
-                    self.path, dtype=self.dtype, trust_remote_code=self._trust, **placement
-                )
-                return module if placement else module.to(self.device)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # whatever transformers, or code beside the weights raises
-                failure = failure or error
-        assert failure is not None
-        raise CheckpointError(f"{self.path}: transformers cannot load it: {reason(failure)}") from None
+        module = load_whole(self.path, self.dtype, trust_remote_code=self._trust, **placement)
+        return module if placement else module.to(self.device)
 
     def _dequantised(self, source: DequantisedCheckpoint, *, fits: bool) -> nn.Module:
         """The model with the weights as they are dequantised here, which transformers does for some formats only."""
@@ -162,7 +143,7 @@ class WholeModel:
         return placement
 
     def close(self) -> None:
-        """Let go of the model and give its memory back; a module that was given stays its owner's, in its own mode."""
+        """Let go of the model and free its memory; a module that was passed in stays its owner's, in its own mode."""
         if self.path is None and self._module is not None:
             for name, part in self._module.named_modules():
                 part.training = self._training.get(name, part.training)
@@ -181,6 +162,28 @@ class WholeModel:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def load_whole(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **placement: Any) -> nn.Module:
+    """The model in a folder as transformers loads it, a multimodal one included.
+
+    Raises `CheckpointError` when transformers cannot.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    failure: Exception | None = None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            module: nn.Module = auto.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, **placement
+            )
+            return module
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever transformers, or code beside the weights raises
+            failure = failure or error
+    assert failure is not None
+    raise CheckpointError(f"{folder}: transformers cannot load it: {reason(failure)}") from None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Whether a block lets a token see those behind it, as encoders do: for these, predicting the next token is no test."""
+"""Whether a block lets a token see later ones, as encoders do: predicting the next token then tests nothing."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from secateur.errors import ModelStructureError
 from secateur.models.shape.structure import Block
 
-LEAK = 1e-4  # of the gradient with respect to the token itself; what a causal block gives is exactly zero
+LEAK = 1e-4  # of the gradient with respect to the token itself; that of a causal block is exactly zero
 
 
 def check_declared(model: nn.Module, blocks: Sequence[Block]) -> None:
@@ -27,8 +27,8 @@ def check_declared(model: nn.Module, blocks: Sequence[Block]) -> None:
 def check_causal(model: nn.Module, block: Block, states: Tensor, run: Callable[[Tensor], Tensor]) -> None:
     """Raise `ModelStructureError` when the first of two tokens depends on the second, in a loaded block.
 
-    `run` gives the hidden states that the block makes of others. The dependence is a gradient: masked products have
-    none at all. A block through which none can be taken passes.
+    `run` runs the block on hidden states. The dependence is a gradient: masked products have none at all. A block
+    through which no gradient can be taken passes.
     """
     parameters = [parameter for parameter in block.module.parameters() if parameter.requires_grad]
     inputs = states.detach().clone().requires_grad_()

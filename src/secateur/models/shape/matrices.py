@@ -20,7 +20,7 @@ ROUTER_NAMES = {"gate", "classifier", "wg", "shared_expert_gate"}  # last part o
 
 @dataclass(frozen=True)
 class Matrix:
-    """One prunable matrix as the checkpoint names it; an expert of a fused tensor has its number behind the name."""
+    """One prunable matrix as the checkpoint names it; the name of an expert in a fused tensor ends in its number."""
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -113,7 +113,7 @@ def _is_router(module_name: str, module: nn.Module, parameter: nn.Parameter, exp
         return True
     if "router" in module_name:
         return True
-    # A plain linear layer called `gate` may be a projection; one output per expert gives a router away.
+    # A plain linear layer called `gate` may be a projection; a router has one output per expert.
     is_plain = isinstance(module, nn.Linear) and parameter.shape[0] not in (1, experts)
     return module_name.rpartition(".")[2] in ROUTER_NAMES and not is_plain
 

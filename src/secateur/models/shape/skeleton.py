@@ -328,7 +328,7 @@ class Skeleton:
     def load(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """Put the checkpoint tensors of a block into its module, on the device, in the computing dtype.
 
-        `tensors` are those that `read` gave for it. Raises `CheckpointError` when a parameter has no tensor.
+        `tensors` are those that `read` returned for it. Raises `CheckpointError` when a parameter has no tensor.
         """
         if self.resident:
             return

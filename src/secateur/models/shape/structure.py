@@ -129,7 +129,7 @@ def _set_experts(model: Any, implementation: str) -> None:
 
 
 def embeddings_of(model: nn.Module, getter: str) -> nn.Module | None:
-    """What `get_input_embeddings` or `get_output_embeddings` of a model gives, or None where it has none."""
+    """What `get_input_embeddings` or `get_output_embeddings` of a model returns, or None where it has none."""
     with contextlib.suppress(AttributeError, NotImplementedError):
         module = getattr(model, getter)()
         return module if isinstance(module, nn.Module) else None

@@ -1,9 +1,9 @@
 """How the tensors of a checkpoint become the parameters of the module, and which matrix ends up where.
 
 transformers renames, fuses and splits tensors while loading (one tensor per expert in the file, one fused 3-D
-parameter in the module). Secateur prunes and writes what the file holds, so it needs the way from file to module only:
-its rules are transformers' own (`conversion_mapping`), applied to one group of tensors at a time, and where each
-entry of a tensor lands is found by sending tagged tensors down the same way.
+parameter in the module). Secateur prunes and writes what the file holds, so it converts in one direction only, from
+file to module: by transformers' own rules (`conversion_mapping`), applied to one group of tensors at a time. To find
+out where each entry of a tensor lands, it converts tagged tensors by the same rules.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,10 +67,12 @@ class Conversion:
             self.groups[group.target] = group
 
     def _find(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[TensorGroup]:
+        from transformers.core_model_loading import dot_natural_key
+
         renamings, converters = _rules(self._model)
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         found: dict[str, list[tuple[str, str | None]]] = {}
-        for name in _natural_order(shapes):
+        for name in sorted(shapes, key=dot_natural_key):
             target, pattern = self._rename(name, renamings, converters)
             if target in self._known:
                 found.setdefault(target, []).append((name, pattern))
@@ -103,17 +105,13 @@ class Conversion:
 
     def of(self, names: Iterable[str]) -> list[TensorGroup]:
         """The groups that the named tensors belong to, each once; tensors that the module does not read have none."""
-        groups = {self._by_tensor[name].target: self._by_tensor[name] for name in names if name in self._by_tensor}
-        return list(groups.values())
+        groups = (self._by_tensor[name] for name in names if name in self._by_tensor)
+        return list({group.target: group for group in groups}.values())
 
     def making(self, parameters: Iterable[str]) -> list[TensorGroup]:
         """The groups that make the named parameters, each once; parameters that no tensor makes are left out."""
-        groups = {
-            self._by_parameter[name].target: self._by_parameter[name]
-            for name in parameters
-            if name in self._by_parameter
-        }
-        return list(groups.values())
+        groups = (self._by_parameter[name] for name in parameters if name in self._by_parameter)
+        return list({group.target: group for group in groups}.values())
 
     def convert(self, group: TensorGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters (by name) that the tensors of a group become."""
@@ -130,7 +128,7 @@ class Conversion:
     ) -> dict[str, list[Placement]]:
         """For each tensor of a group, the places of its matrices: one, or one per expert of a 3-D tensor.
 
-        `transposed` tells of each parameter of interest whether the module stores it (in, out). Tensors that make
+        `transposed` says for each parameter of interest whether the module stores it (in, out). Tensors that make
         none of those parameters are left out.
         """
         if group.converter is None:
@@ -226,7 +224,7 @@ class Conversion:
 
 
 def _check_one_layout(target: str, names: Sequence[str], prefix: str) -> None:
-    """Raise `CheckpointError` for two tensors that are the same parameter in two ways to name it."""
+    """Raise `CheckpointError` for two tensors that name the same parameter in two ways."""
     held: dict[str, str] = {}
     for name in names:
         plain = name.removeprefix(prefix)
@@ -284,14 +282,8 @@ def _rules(model: nn.Module) -> tuple[list[Any], list[Any]]:
     )
 
 
-def _natural_order(names: Iterable[str]) -> list[str]:
-    from transformers.core_model_loading import dot_natural_key
-
-    return sorted(names, key=dot_natural_key)
-
-
 def _after_digits(name: str) -> str:
-    """The part of a name behind its first number: the same for the same tensor of every block."""
+    """The part of a name after its first number: the same for the same tensor of every block."""
     parts = name.split(".")
     first = next((index for index, part in enumerate(parts) if part.isdigit()), -1)
     return ".".join(parts[first + 1 :])

@@ -1,4 +1,4 @@
-"""The way back from parameters to the checkpoint tensors that made them."""
+"""From parameters back to the checkpoint tensors that made them."""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,8 @@ from secateur.models.weights.conversion import TensorGroup
 class Inverse:
     """Checkpoint tensors made of changed parameters: those that were only renamed, and those that are matrices.
 
-    transformers has no inverse of a conversion that is exact by construction. What lies where is known of every
-    matrix, though, and that is enough for weights.
+    transformers has no inverse of a conversion that is exact by construction. But it is known where every matrix lies,
+    and that is enough for weights.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:

@@ -10,7 +10,7 @@ from secateur.models.weights.conversion import Conversion
 
 
 class LoadedModel:
-    """A module in memory seen as a checkpoint: the names, shapes and dtypes that save_pretrained would give it."""
+    """A module in memory seen as a checkpoint, with the names, shapes and dtypes that save_pretrained would write."""
 
     MAX_SHARD_BYTES = 5 * 10**9
 

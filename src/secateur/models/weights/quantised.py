@@ -1,4 +1,4 @@
-"""Quantised checkpoints seen as plain ones: what is common is dequantised while it is read, the rest refused."""
+"""Quantised checkpoints seen as plain ones: common formats are dequantised as they are read, others are refused."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.floa
 METHODS = ("fp8", "finegrained_fp8", "fbgemm_fp8", "mxfp4", "modelopt", "compressed-tensors")
 ALGORITHMS = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN")  # ModelOpt's names
 FORMATS = ("dense", "naive-quantized", "int-quantized", "float-quantized")  # compressed-tensors' names
-SCALE_ENDINGS = ("_scale", "_scale_inv")  # behind the name of a weight
+SCALE_ENDINGS = ("_scale", "_scale_inv")  # after the name of a weight
 # Scales of inputs, outputs and caches: without quantised activations nothing needs them.
 OF_ACTIVATIONS = re.compile(
     r"(^|[._])(input|output|activation|prob_output)_(scale|zero_point|global_scale|scale_ub)$|(^|\.)(k|v|q|kv)_scale$"
@@ -60,10 +60,10 @@ class Packed:
 
 
 class DequantisedCheckpoint:
-    """A quantised checkpoint seen as the plain one: its weights dequantised to bfloat16, each when it is read."""
+    """A quantised checkpoint seen as the plain one: each weight is dequantised to bfloat16 when it is read."""
 
     def __init__(self, checkpoint: Checkpoint, packed: Mapping[str, Packed], left_out: Sequence[str]) -> None:
-        """`packed` are the weights by their plain names, `left_out` the scales of activations."""
+        """`packed` holds the weights by their plain names, `left_out` names the scales of activations."""
         self.checkpoint = checkpoint
         self.folder = checkpoint.folder
         self.packed = packed
@@ -130,7 +130,7 @@ class DequantisedCheckpoint:
         return {"formats": dict(formats), "dtype": str(PLAIN).removeprefix("torch."), "left_out": len(self.left_out)}
 
     def say(self) -> None:
-        """Say once, as a warning of the logger "secateur", what becomes of the quantised weights."""
+        """Warn once, through the logger "secateur", that the quantised weights become bfloat16."""
         formats = " and ".join(dict.fromkeys(one.format for one in self.packed.values()))
         left = f" {len(self.left_out)} scales of activations are left out." if self.left_out else ""
         _say_once(
@@ -227,7 +227,7 @@ def _misfit(checkpoint: Checkpoint, name: str, scales: str) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.folder}: {name} is of shape {checkpoint.shape(name)}, and {scales} of shape "
         f"{checkpoint.shape(scales)}, which does not say which weights share a scale. Is weight_block_size missing in "
-        f"{CONFIGURATION}? Download the checkpoint again, or give the unquantised one."
+        f"{CONFIGURATION}? Download the checkpoint again, or use the unquantised one."
     )
 
 
@@ -313,9 +313,9 @@ def _says_dense(entry: Mapping[str, Any]) -> bool:
 
 def _refused(folder: Path | str, packing: str, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder}: the weights are quantised ({packing}; {what}), in a way that is not dequantised here. Give the "
-        "unquantised checkpoint, or load this one with transformers, dequantise it (model.dequantize()), save it, and "
-        "give that."
+        f"{folder}: the weights are quantised ({packing}; {what}), in a format that Secateur does not dequantise. Use "
+        "the unquantised checkpoint, or load this one with transformers, dequantise it (model.dequantize()), save it, "
+        "and use that."
     )
 
 
