@@ -274,8 +274,7 @@ def test_solving_is_part_of_the_estimated_time(model: Path, monkeypatch: pytest.
         with forecast.prepared(
             model, method=method_of(name), pattern=None, calibration=None, dry=True, **options, **more
         ) as ready:
-            within, targets = more.get("within", "block"), more.get("targets", "pruned")
-            return forecast_time.run_seconds(ready, within=within, targets=targets, passes=1)
+            return forecast_time.run_seconds(ready, ready.extent(more.get("within", "block"), "auto"), passes=1)
 
     names = ["magnitude", "wanda", "sparsegpt", "sparsegpt+least_squares", "admm", "alps"]
     assert [seconds(name) for name in names] == sorted({seconds(name) for name in names})

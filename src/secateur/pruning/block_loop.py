@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 
 from secateur.calibration import Windows
-from secateur.collect.block_statistics import Collected, DenseTwin, First, collect_statistics, sites
-from secateur.collect.gradient_file import GradientFile
-from secateur.collect.shared_statistics import SharedStatistics
+from secateur.collect.collector import Collected
+from secateur.collect.dense_twin import DenseTwin
+from secateur.collect.evidence import RunEvidence
+from secateur.collect.sites import sites
 from secateur.core.checks import check_weight, solved
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution
-from secateur.core.statistics import Statistic
 from secateur.errors import CheckpointError
 from secateur.files.writer import CheckpointWriter
 from secateur.models.flow.memory import trim
-from secateur.models.flow.residual import Writer, residual_writers
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton, loaded
@@ -91,7 +90,7 @@ class BlockLoop:
 
     skeleton: Skeleton
     method: Method
-    needs: frozenset[type[Statistic]]  # the method's, and those that its targets take
+    evidence: RunEvidence
     plan: Plan
     windows: Windows | None
     writer: CheckpointWriter | None
@@ -101,22 +100,7 @@ class BlockLoop:
     scratch: Path
     clock: Clock
     on_event: OnEvent
-    gradients: GradientFile | None
     within: str
-    targets: str
-    correction: float | None  # of the residual stream; None for other targets
-    statistics_device: torch.device | None
-    shared: SharedStatistics | None
-
-    @property
-    def regional(self) -> bool:
-        """Whether gradients are taken block by block on the way, rather than read from a file."""
-        return self.method.gradient is not None and self.gradients is None
-
-    @property
-    def reuses(self) -> bool:
-        """Whether an earlier run has left the statistics of all blocks."""
-        return self.shared is not None and self.shared.complete
 
     @torch.no_grad()
     def run(self) -> None:
@@ -127,7 +111,7 @@ class BlockLoop:
             if matrix.name in self.plan:
                 planned[matrix.block].append(matrix)
         last = max(index for index, matrices in enumerate(planned) if matrices)
-        streams = self._streams(last) if self.needs or self.regional else None
+        streams = self._streams(last) if self.evidence.forwards else None
         with (
             ThreadPoolExecutor(1, "read") as reader,
             ThreadPoolExecutor(1, "write") as background,
@@ -165,10 +149,10 @@ class BlockLoop:
         started = time.perf_counter()
         self.skeleton.load_outside(head=False)
         batches = self.windows.batches(self.manifest.settings["batch_size"])
-        if self.reuses:  # what is left to find out, how far each block's output moves, takes the first batch alone
+        if self.evidence.known:  # how far each block's output moves is left to find out, on the first batch alone
             batches = batches[:1]
         # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.
-        dense = self.targets != "pruned"
+        dense = self.evidence.beside_dense
         tokens = sum(batch.numel() for batch in batches)
         needed = (3 if dense else 1) * tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.offload, needed, self.scratch)
@@ -192,13 +176,14 @@ class BlockLoop:
         tensors = self.skeleton.read(block)
         for matrix in matrices:
             check_weight(matrix.name, matrix.view(tensors))
-        if self.writer is not None or self.gradients is not None:
+        gradients = self.evidence.given.gradients
+        if self.writer is not None or gradients is not None:
             for name in dict.fromkeys(matrix.tensor for matrix in matrices):
                 self.manifest.source_tensors[name] = tensor_digest(tensors[name])
-        if self.gradients is not None:
+        if gradients is not None:
             for name in self.skeleton.block_tensors[block.index]:
                 digest = self.manifest.source_tensors.get(name) or tensor_digest(tensors[name])
-                self.gradients.check_tensor(name, digest)
+                gradients.check_tensor(name, digest)
         self.clock.seconds["read"] = self.clock.seconds.get("read", 0.0) + time.perf_counter() - started
         return tensors
 
@@ -226,30 +211,26 @@ class BlockLoop:
         streams: "Streams",
         changed: dict[str, Tensor],
     ) -> dict[str, Any]:
-        """Statistics, solutions and the way behind the block, once or site by site; what the record says of it."""
-        pruned, twin = streams.pruned, streams.twin
+        """Collect evidence and solve, for all matrices at once or site by site, and move on; returns the record."""
+        pruned, twin, evidence = streams.pruned, streams.twin, self.evidence
         if twin is not None:
             twin.enter(block)
         groups = sites(block, matrices, pruned) if self.within == "site" and matrices else [matrices]
-        first: First | None = None
-        writers = self._residual_writers(block, matrices, pruned)
+        started = time.perf_counter()
+        facts = evidence.enter(block, matrices, pruned)
+        self.clock.add("statistics forward", started)
+        first: tuple[Tensor, Tensor] | None = None  # of the first batch, what goes in and what comes out
         for group in groups:
             started = time.perf_counter()
-            collected = collect_statistics(
+            collected = evidence.collect(
                 block,
                 group,
                 pruned,
-                needs=self._kinds(),
-                gradient=self.method.gradient if self.regional else None,
-                twin=twin,
-                writers=writers,
-                device=self.statistics_device,
+                twin,
                 keep_outputs=self._single_pass(matrices),
                 progress=lambda done, total: self._tell("statistics", block, done, total),
             )
-            first = first or collected.first
-            if self.shared is not None:
-                collected = self._exchange(self.shared, block, collected)
+            first = first or (collected.input, collected.output)
             self.clock.add("statistics forward", started)
             self._solve(block, group, tensors, collected, changed)
             del collected  # Memory: Gram matrices are gone before the next forward
@@ -260,33 +241,7 @@ class BlockLoop:
         record: dict[str, Any] = {"output_change": self._move_on(block, matrices, pruned, first, streams.last)}
         if self.within == "site":
             record["sites"] = [[matrix.name for matrix in group] for group in groups]
-        if self.targets == "residual":
-            record["residual_writers"] = {name: vars(writer) for name, writer in writers.items()}
-        return record
-
-    def _residual_writers(self, block: Block, matrices: list[Matrix], stream: Stream) -> dict[str, Writer]:
-        """Which of the matrices write to the residual stream, where targets ask for it."""
-        if self.targets != "residual" or not matrices:
-            return {}
-        started = time.perf_counter()
-        every = [matrix for matrix in self.skeleton.matrices if matrix.block == block.index]
-        writers = residual_writers(block, every, stream)
-        self.clock.add("statistics forward", started)
-        return {matrix.name: writers[matrix.name] for matrix in matrices if matrix.name in writers}
-
-    def _kinds(self) -> frozenset[type[Statistic]]:
-        """The statistics to take on the way: those of this run, or of all that share them."""
-        if self.shared is None:
-            return self.needs
-        return frozenset() if self.shared.complete else self.shared.kinds
-
-    def _exchange(self, shared: SharedStatistics, block: Block, collected: Collected) -> Collected:
-        """What was collected, given to the runs that share it or completed with what an earlier one has left."""
-        if shared.complete:
-            return replace(collected, inputs=shared.get(block.index, self.needs))
-        shared.put(block.index, collected.inputs)
-        # Exact: a method must not see what it did not ask for; the diagonal of a Gram matrix is no SquaredNorm.
-        return replace(collected, inputs=collected.inputs.only(self.needs))
+        return record | facts
 
     def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put some matrices' changed tensors, and what makes one parameter with them, into the block's module."""
@@ -310,16 +265,9 @@ class BlockLoop:
         for number, matrix in enumerate(matrices):
             started = time.perf_counter()
             self._tell("solve", block, number, len(matrices), matrix.name)
-            statistics = collected.of(matrix) if collected is not None else {}
             weight = matrix.view(tensors).to(self.skeleton.device)
-            gradient = collected.gradients.get(matrix.name) if collected is not None else None
-            if self.gradients is not None:
-                assert self.method.gradient is not None
-                gradient = self.gradients.read(matrix.name, self.method.gradient, weight.device)
-            drift = collected.drifts.get(matrix.name) if collected is not None else None
-            if drift is not None and self.correction is not None:
-                drift.mul_(self.correction)  # in place: a matrix is solved once
-            problem = Problem(matrix.name, weight, self.plan[matrix.name], statistics, gradient, drift)
+            evidence = self.evidence.of(matrix, collected, weight.device)
+            problem = Problem(matrix.name, weight, self.plan[matrix.name], evidence)
             solution = solved(problem, self.method)
             if matrix.tensor not in changed:
                 original = tensors[matrix.tensor]
@@ -329,20 +277,21 @@ class BlockLoop:
                     changed[matrix.tensor].copy_(original)
             # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
             matrix.view(changed).copy_(solution.weight.masked_fill(~solution.mask, 0))
-            tokens = max((statistic.tokens for statistic in statistics.values()), default=None)
             self.manifest.matrices[matrix.name] = _record(matrix, problem, solution) | {
-                "tokens": tokens,
+                "tokens": problem.tokens,
                 "seconds": round(self.clock.add("solve", started), 6),
             }
 
-    def _move_on(self, block: Block, matrices: list[Matrix], stream: Stream, first: First, last: int) -> float | None:
+    def _move_on(
+        self, block: Block, matrices: list[Matrix], stream: Stream, first: tuple[Tensor, Tensor], last: int
+    ) -> float | None:
         """Make the next block's inputs; returns how far the first batch's output moved, relative to its norm."""
         started = time.perf_counter()
         single = self._single_pass(matrices)
         change: float | None = None
         if matrices:
-            pruned = stream.run(block, 0, states=first.input, aside=single)
-            change = relative_change(first.output, pruned)
+            pruned = stream.run(block, 0, states=first[0], aside=single)
+            change = relative_change(first[1], pruned)
             if not single and block.index < last:
                 stream.states.put(0, pruned)
                 self._tell("forward", block, 1, len(stream.batches))

@@ -17,8 +17,9 @@ import secateur
 from secateur.calibration import Windows
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import collect
-from secateur.collect.shared_statistics import SharedStatistics
+from secateur.collect.survey import Survey, facts_of
 from secateur.core.fingerprint import recorded
+from secateur.core.needs import input_statistics
 from secateur.core.patterns import NM, Pattern
 from secateur.core.problem import Method
 from secateur.files.names import unique
@@ -53,7 +54,7 @@ def prune(
     targets: str = "pruned",
     correction: float | None = None,
     statistics_device: str | None = None,
-    statistics: SharedStatistics | None = None,
+    statistics: Survey | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -114,7 +115,7 @@ def prune(
                 targets=targets,
                 correction=correction,
                 statistics_device=statistics_device,
-                shared=statistics is not None,
+                survey=statistics,
                 batch_size=batch_size,
                 device=device,
                 dtype=dtype,
@@ -126,7 +127,7 @@ def prune(
                 progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
             )
         )
-        opened, plan, windows, given = ready.opened, ready.plan, ready.windows, ready.gradients
+        opened, plan, windows, evidence = ready.opened, ready.plan, ready.windows, ready.evidence
         skeleton = opened.skeleton
         manifest = Manifest(
             versions=run_versions(),
@@ -137,8 +138,8 @@ def prune(
                 "device": str(skeleton.device),
                 "dtype": str(skeleton.dtype).removeprefix("torch."),
                 "batch_size": ready.chosen_batch_size,
-                "statistics": sorted(kind.__name__ for kind in ready.needs),
-                "statistics_device": None if ready.statistics_device is None else str(ready.statistics_device),
+                "statistics": sorted(kind.__name__ for kind in input_statistics(evidence.needs)),
+                "statistics_device": None if evidence.device is None else str(evidence.device),
                 "within": within,
                 "targets": targets,
                 "correction": ready.correction,
@@ -149,7 +150,7 @@ def prune(
             plan=plan.to_json(),
             left_out=skeleton.left_out_by_reason(),
             command=list(command) if command is not None else None,
-            calibration=_calibration(windows, given),
+            calibration=_calibration(windows, evidence.given.gradients),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         writer = None
@@ -168,7 +169,7 @@ def prune(
             began = time.perf_counter()
             taken = place(unique(f"{name}.gradients"))
             stack.callback(taken.unlink, missing_ok=True)
-            given = collect(
+            file = collect(
                 opened,
                 windows,
                 taken,
@@ -178,15 +179,17 @@ def prune(
                 offload_states=offload_states,
                 progress=lambda stage, done, total: on_event(Event(f"gradients: {stage}", done=done, total=total)),
             )
+            evidence = evidence.replaced(gradients=file)
             clock.add("gradients", began)
-        shared = statistics if ready.needs else None
+        shared = statistics if method.inputs else None
         if shared is not None:
             assert windows is not None
-            shared.begin(ready.needs, _shareable(manifest, opened, windows, plan))
+            facts = facts_of(opened, windows, ready.matrices, ready.chosen_batch_size, evidence.device)
+            shared.begin(method.inputs, facts)
         BlockLoop(
             skeleton=skeleton,
             method=method,
-            needs=ready.needs,
+            evidence=evidence,
             plan=plan,
             windows=windows,
             writer=writer,
@@ -196,12 +199,7 @@ def prune(
             scratch=states,
             clock=clock,
             on_event=on_event,
-            gradients=given,
             within=within,
-            targets=targets,
-            correction=ready.correction,
-            statistics_device=ready.statistics_device,
-            shared=shared,
         ).run()
         if shared is not None:
             shared.complete = True
@@ -232,12 +230,6 @@ def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict
     if gradient is not None:
         return {**gradient.provenance["calibration"], "digest": gradient.provenance["tokens_digest"]}
     return None
-
-
-def _shareable(manifest: Manifest, opened: OpenedModel, windows: Windows, plan: Plan) -> dict[str, Any]:
-    """What two runs must have in common to share statistics."""
-    settings = {name: manifest.settings[name] for name in ("device", "dtype", "batch_size", "statistics_device")}
-    return {"model": opened.origin, "tokens": windows.digest, "matrices": list(plan), **settings}
 
 
 def count_totals(manifest: Manifest) -> None:
