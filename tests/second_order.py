@@ -43,7 +43,8 @@ def recording(taken: Taken, inner: Method) -> Method:
     def solve(problem: Problem) -> Solution:
         taken[problem.name] = {
             kind: (statistic.total.clone(), statistic.tokens, statistic.samples)
-            for kind, statistic in problem.statistics.items()
+            for kind, statistic in problem.evidence.items()
+            if isinstance(kind, type)
         }
         return inner.solve(problem)
 

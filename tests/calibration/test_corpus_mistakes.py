@@ -202,9 +202,7 @@ def test_a_line_that_is_too_long_is_named_in_flat_memory(tmp_path, role):
     del part
     for file in (plain, packed):
         tracemalloc.start()
-        with pytest.raises(
-            CalibrationError, match=rf"{file.name}, line 2: is longer than 67,108,864 bytes, the most"
-        ):
+        with pytest.raises(CalibrationError, match=rf"{file.name}, line 2: is longer than 67,108,864 bytes, the most"):
             load_corpus(str(file), role)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

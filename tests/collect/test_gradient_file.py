@@ -494,7 +494,7 @@ def test_a_method_that_fails_leaves_nothing(llama, ids, file, tmp_path):
         assert problem.gradient_norm().samples == SAMPLES
         raise NumericalError(f"{problem.name}: no luck.")
 
-    method = Method("failing", solve, frozenset({SquaredNorm}), gradient=GradientKind("l2"))
+    method = Method("failing", solve, frozenset({SquaredNorm, GradientKind("l2")}))
     for given in (None, file.path):
         with pytest.raises(NumericalError, match="no luck"):
             prune(llama, method=method, calibration=ids, gradient=given, output=tmp_path / "out")

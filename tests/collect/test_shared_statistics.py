@@ -11,7 +11,7 @@ import torch
 import secateur
 import tiny
 from counted_forwards import HALF, counted, run
-from secateur.collect.shared_statistics import SharedStatistics
+from secateur.collect.survey import Survey
 from secateur.core.gram import Gram
 from secateur.core.statistics import SquaredNorm
 from secateur.errors import CalibrationError, CheckpointError, PatternError
@@ -25,7 +25,7 @@ KINDS = frozenset({Gram, SquaredNorm})
 def test_bit_equal_to_separate_runs_without_their_forwards(name: str, tmp_path: Path) -> None:
     source = tiny.save(name, tmp_path / "source")
     methods = {"wanda": secateur.wanda(), "sparsegpt": secateur.sparsegpt(), "alps": secateur.alps(iterations=3)}
-    shared = SharedStatistics(tmp_path / "statistics", KINDS)
+    shared = Survey(tmp_path / "statistics", KINDS)
     for position, (label, method) in enumerate(methods.items()):
         with counted(name) as separate:
             expected = run(source, tmp_path / f"{label}-separate", method)
@@ -43,7 +43,7 @@ def test_bit_equal_to_separate_runs_without_their_forwards(name: str, tmp_path: 
 
 def test_a_run_that_fails_leaves_nothing_to_share(tmp_path: Path) -> None:
     source = tiny.save("llama", tmp_path / "source")
-    shared = SharedStatistics(tmp_path / "statistics", KINDS)
+    shared = Survey(tmp_path / "statistics", KINDS)
 
     def broken(problem: secateur.Problem) -> torch.Tensor:
         if problem.name.startswith("model.layers.1."):
@@ -61,11 +61,11 @@ def test_a_run_that_fails_leaves_nothing_to_share(tmp_path: Path) -> None:
 
 def test_a_method_sees_only_what_it_asked_for(tmp_path: Path) -> None:
     source = tiny.save("llama", tmp_path / "source")
-    shared = SharedStatistics(tmp_path / "statistics", KINDS)
+    shared = Survey(tmp_path / "statistics", KINDS)
     seen: set[frozenset[type]] = set()
 
     def score(problem: secateur.Problem) -> torch.Tensor:
-        seen.add(frozenset(problem.statistics))
+        seen.add(frozenset(problem.evidence))
         return problem.weight.abs()
 
     for number in range(2):
@@ -76,7 +76,7 @@ def test_a_method_sees_only_what_it_asked_for(tmp_path: Path) -> None:
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     source = tiny.save("llama", tmp_path / "source")
-    shared = SharedStatistics(tmp_path / "statistics", KINDS)
+    shared = Survey(tmp_path / "statistics", KINDS)
     ids = tiny.tokens(samples=4, length=12)
     base: dict[str, Any] = {"method": secateur.wanda(), "pattern": HALF, "calibration": ids, "statistics": shared}
     with pytest.raises(PatternError, match='with propagate="dense" only'):
@@ -101,6 +101,6 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     source = tiny.save("llama", tmp_path / "source")
     (tmp_path / "taken").touch()
-    shared = SharedStatistics(tmp_path / "taken", KINDS)
+    shared = Survey(tmp_path / "taken", KINDS)
     with pytest.raises(CheckpointError, match="cannot be written"):
         run(source, tmp_path / "out", secateur.wanda(), statistics=shared)

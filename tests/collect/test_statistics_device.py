@@ -69,15 +69,14 @@ def test_every_method_gives_the_same_on_a_gpu(name: str, pattern: Pattern, stati
     method = chain(METHODS[first](), REFINEMENTS[refinement]()) if refinement else METHODS[first]()
     solutions = []
     for device, kept_on in (("cpu", "cpu"), ("cuda", statistics_on)):
-        taken = {}
-        for kind in method.needs | {Gram}:
+        taken: dict[Any, Any] = {}
+        for kind in method.inputs | {Gram}:
             taken[kind] = kind.empty(640, kept_on)
             taken[kind].update(x.to(device), 4)
-        gradient = None
         if method.gradient is not None:
             total = torch.randn(48, 640, generator=torch.Generator().manual_seed(1), dtype=torch.float64).abs()
-            gradient = GradientNorm(method.gradient, total.to(device), 900, 4)
-        solutions.append(method.solve(Problem("w", weight.to(device), pattern, taken, gradient)))
+            taken[method.gradient] = GradientNorm(method.gradient, total.to(device), 900, 4)
+        solutions.append(method.solve(Problem("w", weight.to(device), pattern, taken)))
     one, other = solutions
     assert other.weight.device.type == other.mask.device.type == "cuda"
     assert torch.equal(one.mask, other.mask.cpu())

@@ -59,7 +59,7 @@ def test_every_statistic_is_in_the_list() -> None:
         for _, kind in inspect.getmembers(module, inspect.isclass)
         if kind.__module__ == module.__name__ and hasattr(kind, "update") and kind not in (Statistic, CrossGram)
     }
-    needed = {kind for method in METHODS.values() for kind in method().needs}
+    needed = {kind for method in METHODS.values() for kind in method().inputs}
     assert defined | needed == set(STATISTICS)
 
 

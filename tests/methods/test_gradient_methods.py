@@ -94,7 +94,7 @@ def small_problem(method: Method, pattern: Pattern, dtype: torch.dtype) -> Probl
     total = GradientNorm.empty(method.gradient, (10, 16), dtype=wide)
     for own in gradients_of_samples():
         total.update(own)
-    return Problem("model.layers.0.w", weight, pattern, {SquaredNorm: squares}, total)
+    return Problem("model.layers.0.w", weight, pattern, {SquaredNorm: squares, method.gradient: total})
 
 
 EQUATIONS: dict[str, tuple[Method, Callable[[Tensor], Tensor]]] = {
@@ -163,9 +163,9 @@ def test_what_methods_ask_for():
         "wanda_plus": GradientKind("l2", "sample", "block"),
         "pruner_zero": GradientKind("l2"),
     }
-    assert METHODS["gradient"]().needs == METHODS["pruner_zero"]().needs == frozenset()
+    assert METHODS["gradient"]().inputs == METHODS["pruner_zero"]().inputs == frozenset()
     for name in ("gblm", "gblm_inverse", "wanda_plus"):
-        assert METHODS[name]().needs == {SquaredNorm}
+        assert METHODS[name]().inputs == {SquaredNorm}
 
 
 @each_norm
@@ -189,8 +189,9 @@ def test_gradients_that_are_all_equal_leave_pruner_zero_with_ties():
 @pytest.mark.parametrize("name", ["gblm", "gblm_inverse", "gradient", "wanda_plus", "pruner_zero"])
 def test_a_problem_without_gradients(name):
     method = METHODS[name]()
-    given = replace(small_problem(method, NM(2, 4), torch.float32), gradient=None)
-    message = "model.layers.0.w: no gradients were collected; name them in the `gradient` of the method."
+    given = small_problem(method, NM(2, 4), torch.float32)
+    given = replace(given, evidence={SquaredNorm: given.statistic(SquaredNorm)})
+    message = "model.layers.0.w: no gradients were collected; list a GradientKind in the needs of the method."
     with pytest.raises(KeyError) as caught:
         method.solve(given)
     assert caught.value.args == (message,)

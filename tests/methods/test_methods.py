@@ -59,7 +59,7 @@ def inputs(columns: int = COLUMNS) -> Tensor:
 def statistics(method: Method, x: Tensor) -> dict[type[Statistic], Statistic]:
     """Everything that a method needs, from two calibration samples."""
     result: dict[type[Statistic], Statistic] = {}
-    for kind in method.needs:
+    for kind in method.inputs:
         statistic = result[kind] = kind.empty(x.shape[1])
         statistic.update(x[: TOKENS // 2], samples=1)
         statistic.update(x[TOKENS // 2 :], samples=1)
@@ -76,8 +76,10 @@ def problem(
 ) -> Problem:
     weight = normal(ROWS, COLUMNS, 0) if weight is None else weight
     x = inputs(weight.shape[1]) if x is None else x
-    gradient = None if method.gradient is None else gradients(method.gradient, weight)
-    return Problem("model.layers.0.mlp.up_proj.weight", weight.to(dtype), pattern, statistics(method, x), gradient)
+    evidence: dict[Any, Any] = dict(statistics(method, x))
+    if method.gradient is not None:
+        evidence[method.gradient] = gradients(method.gradient, weight)
+    return Problem("model.layers.0.mlp.up_proj.weight", weight.to(dtype), pattern, evidence)
 
 
 def gradients(kind: GradientKind, weight: Tensor) -> GradientNorm:
@@ -130,7 +132,7 @@ def test_a_method_is_made_without_arguments_under_its_own_name(name: str) -> Non
     method = METHODS[name]()
     assert method.name == name
     assert isinstance(method.needs, frozenset)
-    assert all(isinstance(kind.empty(3), Statistic) for kind in method.needs)
+    assert all(isinstance(kind.empty(3), Statistic) for kind in method.inputs)
     assert method.per in ("row", "matrix", "search")
     assert METHODS[name].__doc__
 
@@ -155,7 +157,9 @@ def test_contract(name: str, pattern: Pattern, dtype: torch.dtype) -> None:
 def sums(statistic: Any) -> str:
     """All that a statistic holds, as text; a Gram matrix mirrors its triangle when its sum is first looked at."""
     assert statistic.total is not None
-    return json.dumps(vars(statistic), default=Tensor.tolist)
+    return json.dumps(
+        vars(statistic), default=lambda value: value.tolist() if isinstance(value, Tensor) else str(value)
+    )
 
 
 @every_method
@@ -165,10 +169,10 @@ def test_solve_is_pure_and_deterministic(name: str, pattern: Pattern, dtype: tor
     method = METHODS[name]()
     given = problem(method, pattern, dtype)
     weight = given.weight.clone()
-    before = {kind: sums(statistic) for kind, statistic in given.statistics.items()}
+    before = {kind: sums(statistic) for kind, statistic in given.evidence.items()}
     first, second = method.solve(given), METHODS[name]().solve(given)
     assert torch.equal(bits(given.weight), bits(weight))
-    for kind, statistic in given.statistics.items():
+    for kind, statistic in given.evidence.items():
         assert sums(statistic) == before[kind]
     assert torch.equal(bits(first.weight), bits(second.weight))
     assert torch.equal(first.mask, second.mask)
@@ -239,7 +243,7 @@ def test_a_matrix_of_ties(name: str, pattern: Pattern) -> None:
     given = problem(method, pattern, weight=-torch.ones(ROWS, COLUMNS), x=torch.ones(TOKENS, COLUMNS))
     if method.gradient is not None:
         equal = GradientNorm(method.gradient, torch.full((ROWS, COLUMNS), 0.25), TOKENS, 2)
-        given = dataclasses.replace(given, gradient=equal)
+        given = dataclasses.replace(given, evidence={**given.evidence, method.gradient: equal})
     solution = method.solve(given)
     assert_contract(given, solution, method)
     group = with_group(pattern, method.per)
@@ -270,7 +274,7 @@ def test_all_zeros_are_no_error(name: str, pattern: Pattern, nothing: str) -> No
 def test_a_missing_statistic_is_named(name: str) -> None:
     method = METHODS[name]()
     empty = Problem("model.layers.0.mlp.up_proj.weight", normal(ROWS, COLUMNS, 0), NM(2, 4))
-    if not method.needs and method.gradient is None:
+    if not method.needs:
         assert method.solve(empty).mask.sum() == ROWS * COLUMNS / 2
         return
     with pytest.raises(KeyError) as caught:
@@ -278,7 +282,7 @@ def test_a_missing_statistic_is_named(name: str) -> None:
     assert any(
         caught.value.args[0]
         == f"model.layers.0.mlp.up_proj.weight: {kind.__name__} was not collected; list it in the needs of the method."
-        for kind in method.needs
+        for kind in method.inputs
     ) or (method.gradient is not None and "no gradients were collected" in caught.value.args[0])
 
 
@@ -359,7 +363,7 @@ def test_wanda_does_not_depend_on_how_tokens_are_cut_into_samples() -> None:
     given = problem(wanda(), Unstructured(0.5))
     whole = SquaredNorm.empty(COLUMNS)
     whole.update(inputs(), samples=1)
-    other = dataclasses.replace(given, statistics={SquaredNorm: whole})
+    other = dataclasses.replace(given, evidence={SquaredNorm: whole})
     assert torch.equal(wanda().solve(given).mask, wanda().solve(other).mask)
 
 

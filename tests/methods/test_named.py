@@ -140,7 +140,7 @@ FAULTS: dict[str, tuple[secateur.Method, type[SecateurError], str]] = {
     "missing gradient": (
         solved(lambda problem: problem.gradient_norm()),
         MethodError,
-        r"KeyError: {first}: no gradients were collected; name them .* \({here}:\d+, in <lambda>\)",
+        r"KeyError: {first}: no gradients were collected; list a GradientKind .* \({here}:\d+, in <lambda>\)",
     ),
     "no score": (scored(lambda problem: None), MethodError, r"mine gave a NoneType as its scores, .* in {here}:\d+\.$"),
     "score of a row": (

@@ -14,6 +14,7 @@ import reference_solvers
 from layer_problems import correlated, every_pattern, gram_of, normal, problem, start_from, statistics
 from secateur.core import linalg, scores
 from secateur.core.gram import CrossGram, Gram
+from secateur.core.needs import Drift
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.problem import Problem, chain
 from secateur.errors import NumericalError, PatternError
@@ -136,8 +137,8 @@ def test_float64_sums_are_solved_in_float64_whatever_the_dtype_of_the_weights(na
 def test_the_order_of_batches_does_not_matter(name: str) -> None:
     batches = correlated(640, 48).split(64)
     given = problem(normal(12, 48, 1), torch.cat(batches), NM(2, 4))
-    one = dataclasses.replace(given, statistics=statistics(*batches))
-    other = dataclasses.replace(given, statistics=statistics(*reversed(batches)))
+    one = dataclasses.replace(given, evidence=statistics(*batches))
+    other = dataclasses.replace(given, evidence=statistics(*reversed(batches)))
     solutions = [METHODS[name]().solve(each) for each in (one, other)]
     assert torch.equal(solutions[0].mask, solutions[1].mask)
     torch.testing.assert_close(solutions[0].weight, solutions[1].weight, rtol=0, atol=1e-4)
@@ -171,9 +172,9 @@ def test_other_targets_are_fitted(name: str, given_as: str) -> None:
     own = problem(weight, x, Unstructured(0.5))
     cross = CrossGram.empty(48)
     cross.update(x, dense=dense)
-    other = dataclasses.replace(own, statistics={**own.statistics, CrossGram: cross})
+    other = dataclasses.replace(own, evidence={**own.evidence, CrossGram: cross})
     if given_as == "drift":
-        other = dataclasses.replace(own, drift=weight @ (dense - x).T @ x)
+        other = dataclasses.replace(own, evidence={**own.evidence, Drift(1.0): weight @ (dense - x).T @ x})
     if name in SOLVERS:
         method = METHODS[name]()
     elif name == "wanda+exact":
@@ -190,7 +191,7 @@ def test_least_squares_for_dense_targets_is_least_squares_on_the_tokens() -> Non
     given = problem(normal(8, 30, 1), x, Unstructured(0.5), torch.float64)
     cross = CrossGram.empty(30)
     cross.update(x, dense=dense)
-    given = dataclasses.replace(given, statistics={**given.statistics, CrossGram: cross})
+    given = dataclasses.replace(given, evidence={**given.evidence, CrossGram: cross})
     solution = chain(wanda(), least_squares(damping=0.0, exact=True)).solve(given)
     target = dense @ given.weight.T
     expected = reference_solvers.least_squares(given.weight, x, solution.mask, target=target)
@@ -207,7 +208,7 @@ def test_the_weights_that_are_swept_for_other_targets_fit_them_best(damping: flo
     given = problem(normal(6, 20, 1), x, Unstructured(0.5), torch.float64)
     cross = CrossGram.empty(20)
     cross.update(x, dense=dense)
-    given = dataclasses.replace(given, statistics={**given.statistics, CrossGram: cross}, drift=ahead.T @ x)
+    given = dataclasses.replace(given, evidence={**given.evidence, CrossGram: cross, Drift(1.0): ahead.T @ x})
     gram = gram_of(given)
     factor, used = linalg.inverse_factor("w", gram, damping)
     assert used == damping
@@ -227,7 +228,7 @@ def test_other_targets_climb_the_ladder_as_well() -> None:
     given = problem(normal(6, 24, 1), dense, Unstructured(0.5))
     cross = CrossGram.empty(24)
     cross.update(dense, dense=dense * 1.1)
-    given = dataclasses.replace(given, statistics={**given.statistics, CrossGram: cross})
+    given = dataclasses.replace(given, evidence={**given.evidence, CrossGram: cross})
     solution = sparsegpt(damping=0.0).solve(given)
     assert 0 < solution.notes["damping"] <= 1
     assert bool(solution.weight.isfinite().all())

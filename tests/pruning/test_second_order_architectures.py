@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import tiny
-from secateur.collect.block_statistics import sites
+from secateur.collect.sites import sites
 from secateur.core.gram import CrossGram, Gram
 from secateur.methods.sparsegpt import sparsegpt
 from secateur.methods.wanda import wanda

@@ -259,7 +259,7 @@ def test_a_method_of_ones_own(tmp_path):
 
     def solve(problem: Problem) -> Solution:
         names.append(problem.name)
-        assert problem.statistics == {}
+        assert problem.evidence == {}
         mask = problem.pattern.mask(torch.rand(problem.weight.shape, generator=generator))
         return Solution(problem.weight * mask * 2, mask, {"kept": float(mask.float().mean())})
 

@@ -182,7 +182,7 @@ def test_gradients_are_taken_once_and_kept(place: Path, run: Run, tmp_path: Path
     run(methods={"alone": secateur.gradient(norm="l2")}, on_event=events.append)  # reuses the file
     assert backwards() == 0
     run(methods={"token": secateur.select("token", lambda problem: problem.gradient_norm().norm(),
-        gradient=secateur.GradientKind("l1", "token"))}, on_event=events.append)  # fmt: skip
+        needs=frozenset({secateur.GradientKind("l1", "token")}))}, on_event=events.append)  # fmt: skip
     assert backwards() == 1
     assert (tmp_path / "out" / "gradients-token-model.safetensors").exists()
 

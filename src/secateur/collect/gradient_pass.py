@@ -288,6 +288,17 @@ def gradient_batch_size(skeleton: Skeleton, length: int, granularity: Granularit
     return 1
 
 
+def accumulator_bytes(matrices: Sequence[Matrix]) -> int:
+    """Of the float32 sums of gradients of a block, the largest one."""
+    return 4 * max(sum(math.prod(matrix.shape) for matrix in own) for own in _by_block(matrices).values())
+
+
+def graph_bytes(matrices: Sequence[Matrix], tokens: int, itemsize: int) -> int:
+    """What a backward through a block keeps of so many tokens: inputs and outputs of all products, twice."""
+    seen = [matrix for matrix in matrices if matrix.expert in (None, 0)]
+    return 2 * tokens * itemsize * max(sum(sum(matrix.shape) for matrix in own) for own in _by_block(seen).values())
+
+
 @dataclass(frozen=True)
 class ChunkSizes:
     """How the saved inputs of all blocks are held: so many samples at once, in memory or in files of a folder."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.core.needs import gradient_kind, input_statistics
 from secateur.core.own_code import installed
 from secateur.core.problem import Method, Refinement
 from secateur.errors import PatternError
@@ -91,11 +92,13 @@ class _Walk:
         self._part(f"{inside}revision of {value.name}", str(value.revision))
         for option, chosen in value.options.items():
             self._part(f"{inside}option {option}", self._text(chosen, f"option {option}"))
-        kinds = sorted(value.needs, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}")
+        kinds = sorted(input_statistics(value.needs), key=lambda kind: f"{kind.__module__}.{kind.__qualname__}")
         self._part(f"{inside}needs", ", ".join(self._class(kind) for kind in kinds))
         if isinstance(value, Method):
             self._part(f"{inside}per", repr(value.per))
             self._part(f"{inside}gradient", repr(value.gradient))
+        for text in sorted(self._text(need, "a need") for need in value.needs - {*kinds, gradient_kind(value.needs)}):
+            self._part(f"{inside}need", text)
         self._given(value.solve if isinstance(value, Method) else value.refine)
         return value.name
 

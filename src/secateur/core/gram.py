@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.core.statistics import SquaredNorm
+from secateur.core.statistics import Cost, SquaredNorm
 
 NARROW, WIDE = 128, 256  # rows of a Gram matrix that are multiplied at once, up to 1,024 inputs and beyond
 
@@ -126,6 +126,11 @@ class Gram(_SecondMoments):
         self.tokens += x.shape[0]
         self.samples += samples
 
+    @classmethod
+    def cost(cls, in_features: int) -> Cost:
+        """A matrix, of which half is multiplied; factorising and inverting it takes about six of its size."""
+        return Cost(in_features**2, 0.6 * in_features**2, 6 * in_features**2)
+
     def squared_norm(self) -> SquaredNorm:
         """The diagonal, float64, as the statistic of its own that it is."""
         return SquaredNorm(self.total.diagonal().double().clone(), self.tokens, self.samples)
@@ -139,6 +144,11 @@ class CrossGram(_SecondMoments):
 
     Source: the asymmetric targets of GPTAQ (arXiv 2504.02692), here as a sum of its own.
     """
+
+    @classmethod
+    def cost(cls, in_features: int) -> Cost:
+        """A matrix; its products are counted as part of the dense model's forwards."""
+        return Cost(in_features**2)
 
     def update(
         self,

@@ -27,7 +27,7 @@ def working_dtype(problem: Problem) -> torch.dtype:
 
     Half-precision checkpoints are solved in float64 where the model was run in it (`--dtype float64`).
     """
-    gram = problem.statistics.get(Gram)
+    gram = problem.evidence.get(Gram)
     wide = torch.float32 if gram is None else problem.statistic(Gram).total.dtype
     return torch.promote_types(problem.weight.dtype, torch.promote_types(wide, torch.float32))
 
@@ -56,7 +56,7 @@ def right_hand_side(
     that the dense model has: ``B = W C`` with ``C = sum x_dense xᵀ``. A problem with a `drift` makes up for it as well:
     ``B = W G + sum e xᵀ``. `weight` is the problem's `working_weight`, where it has been made already.
     """
-    cross = problem.statistics.get(CrossGram)
+    cross = problem.evidence.get(CrossGram)
     weight = working_weight(problem) if weight is None else weight
     right = weight @ (gram if cross is None else problem.statistic(CrossGram).total.to(gram))
     return right if problem.drift is None else right.add_(problem.drift.to(right))
@@ -73,7 +73,7 @@ def outputs_target(
     outputs.
     """
     weight = working_weight(problem)
-    if CrossGram not in problem.statistics and problem.drift is None:
+    if CrossGram not in problem.evidence and problem.drift is None:
         return weight
     missing = right_hand_side(problem, gram, weight).sub_(weight @ gram)
     return torch.addmm(weight, missing @ factor.t(), factor)

@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.core.choices import Group
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.core.gram import Gram
+from secateur.core.needs import Drift, Need, gradient_kind, input_statistics
 from secateur.core.own_code import written_at
 from secateur.core.patterns import Pattern, with_group
 from secateur.core.statistics import SquaredNorm, Statistic
@@ -28,33 +29,41 @@ Made = TypeVar("Made", "Method", "Refinement")
 class Problem:
     """One matrix: find W' whose zeros obey the pattern, with a small ``||(W - W') X||``.
 
-    `drift`, where there is one, is ``sum e xᵀ`` over tokens: updated weights are to give ``W x + e`` in the place of
-    ``W x``. It is a term of the right-hand side of the normal equations, see `secateur.core.linalg.right_hand_side`.
+    `evidence` is what was collected for each need of the method, and for those of the run's targets.
     """
 
     name: str
     weight: Float[Tensor, "out in"]
     pattern: Pattern
-    statistics: Mapping[type[Statistic], Statistic] = field(default_factory=dict)
-    gradient: GradientNorm | None = None
-    drift: Float[Tensor, "out in"] | None = None
+    evidence: Mapping[Need, Any] = field(default_factory=dict)
 
     def statistic(self, kind: type[S]) -> S:
         """The statistic of that kind, which the method must have listed in its `needs`.
 
         A `Gram` answers for a `SquaredNorm` that was not collected: it is the diagonal.
         """
-        if kind is SquaredNorm and kind not in self.statistics and Gram in self.statistics:
+        if kind is SquaredNorm and kind not in self.evidence and Gram in self.evidence:
             return cast(S, self.statistic(Gram).squared_norm())
-        if kind not in self.statistics:
+        if kind not in self.evidence:
             raise KeyError(f"{self.name}: {kind.__name__} was not collected; list it in the needs of the method.")
-        return cast(S, self.statistics[kind])
+        return cast(S, self.evidence[kind])
 
     def gradient_norm(self) -> GradientNorm:
-        """The statistic of its gradients, which the method must have asked for."""
-        if self.gradient is None:
-            raise KeyError(f"{self.name}: no gradients were collected; name them in the `gradient` of the method.")
-        return self.gradient
+        """The norms of its gradients, of the one kind that the method must have listed in its `needs`."""
+        kind = gradient_kind(self.evidence)
+        if kind is None:
+            raise KeyError(f"{self.name}: no gradients were collected; list a GradientKind in the needs of the method.")
+        return cast(GradientNorm, self.evidence[kind])
+
+    @property
+    def drift(self) -> Float[Tensor, "out in"] | None:
+        """What the outputs are to make up for, see `Drift`: a term of the right-hand side of the normal equations."""
+        return next((value for need, value in self.evidence.items() if isinstance(need, Drift)), None)
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens its inputs were summed over; None where they were not looked at."""
+        return max((self.evidence[kind].tokens for kind in input_statistics(self.evidence)), default=None)
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,8 @@ class Solution:
 class Method:
     """How to solve a problem. `solve` is pure: it never writes to the problem.
 
-    `needs` are the statistics of inputs to collect beforehand, and `gradient` the statistic of gradients; with
-    neither, the method runs without calibration data. `per` is the comparison group of unstructured patterns that
+    `needs` say what to collect beforehand, see `secateur.core.needs`; with none, the method runs without calibration
+    data. `per` is the comparison group of unstructured patterns that
     leave it open. `products` is about how many products of the weights with a Gram matrix a solve takes the time of,
     for estimates. `options` are what it was made with, for the record; `with_options` fills them in. `revision` is
     raised when the same options give other results than before, so that kept results are not taken for new ones.
@@ -84,21 +93,32 @@ class Method:
 
     name: str
     solve: Callable[[Problem], Solution]
-    needs: frozenset[type[Statistic]] = frozenset()
+    needs: frozenset[Need] = frozenset()
     per: Group = "row"
-    gradient: GradientKind | None = None
     products: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     revision: int = 1
+
+    def __post_init__(self) -> None:
+        gradient_kind(self.needs)
+
+    @property
+    def inputs(self) -> frozenset[type[Statistic]]:
+        """The statistics of inputs among its needs."""
+        return input_statistics(self.needs)
+
+    @property
+    def gradient(self) -> GradientKind | None:
+        """The kind of gradients among its needs."""
+        return gradient_kind(self.needs)
 
 
 def select(
     name: str,
     score: Callable[[Problem], Float[Tensor, "out in"]],
     *,
-    needs: frozenset[type[Statistic]] = frozenset(),
+    needs: frozenset[Need] = frozenset(),
     per: Group = "row",
-    gradient: GradientKind | None = None,
 ) -> Method:
     """The method that keeps the weights with the highest scores and changes none of them.
 
@@ -116,7 +136,7 @@ def select(
         mask = with_group(problem.pattern, per).mask(scores)
         return Solution(torch.where(mask, problem.weight, 0), mask, score=scores)
 
-    return Method(name, solve, needs, per, gradient)
+    return Method(name, solve, needs, per)
 
 
 def _check_score(name: str, problem: Problem, score: object, found: object) -> None:
@@ -150,7 +170,7 @@ class Refinement:
 
     name: str
     refine: Callable[[Problem, Solution], Solution]
-    needs: frozenset[type[Statistic]] = frozenset()
+    needs: frozenset[Need] = frozenset()
     products: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     revision: int = 1

@@ -3,7 +3,9 @@
 Sums (never running means) make batching, sharding and resuming exact: update in any split, merge in any order.
 """
 
-from typing import Protocol, Self, runtime_checkable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,9 +14,26 @@ from torch import Tensor
 CHUNK = 256  # tokens that are added in float32 before float64 takes over
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a statistic takes for each input that matrices read, for estimates.
+
+    `numbers` are what it holds, `products` the multiplications for each token, and `solving` the further numbers that a
+    method holds while it solves a matrix with it.
+    """
+
+    numbers: int = 0
+    products: float = 0.0
+    solving: int = 0
+
+
 @runtime_checkable
 class Statistic(Protocol):
-    """A sum over the tokens that a matrix reads. `tokens` and `samples` count what went in."""
+    """A sum over the tokens that a matrix reads. `tokens` and `samples` count what went in.
+
+    A class may also have a class method ``cost(in_features) -> Cost``, without which estimates leave it out, and say
+    ``one_sample_at_a_time = True`` where every `update` has to be one calibration sample.
+    """
 
     tokens: int
     samples: int
@@ -39,6 +58,17 @@ class Statistic(Protocol):
     def is_finite(self) -> bool:
         """Whether no NaN or infinity got in."""
         ...
+
+
+def cost(kind: type[Statistic], in_features: int) -> Cost:
+    """What a kind of statistic takes for an input of this width; nothing where it does not say."""
+    own: Any = getattr(kind, "cost", None)
+    return Cost() if own is None else own(in_features)
+
+
+def by_sample(kinds: Iterable[Any]) -> type[Statistic] | None:
+    """The first of these kinds that has to be given one calibration sample at a time, or None."""
+    return next((kind for kind in kinds if getattr(kind, "one_sample_at_a_time", False)), None)
 
 
 class SquaredNorm:

@@ -32,7 +32,7 @@ def gblm(norm: Norm = "l1", alpha: float = 100.0) -> Method:
         pull = scores.absolute(problem.weight).mul_(problem.gradient_norm().norm()).mul_(alpha)
         return scores.wanda(problem).add_(pull)
 
-    return select("gblm", score, needs=frozenset({SquaredNorm}), gradient=GradientKind(norm))
+    return select("gblm", score, needs=frozenset({SquaredNorm, GradientKind(norm)}))
 
 
 @with_options
@@ -45,7 +45,7 @@ def gblm_inverse(norm: Norm = "l1", alpha: float = 100.0) -> Method:
     def score(problem: Problem) -> Float[Tensor, "out in"]:
         return scores.wanda(problem).div_(problem.gradient_norm().norm().mul(alpha).add_(1e-8))
 
-    return select("gblm_inverse", score, needs=frozenset({SquaredNorm}), gradient=GradientKind(norm))
+    return select("gblm_inverse", score, needs=frozenset({SquaredNorm, GradientKind(norm)}))
 
 
 @with_options
@@ -56,4 +56,4 @@ def gradient(norm: Norm = "l1") -> Method:
         weight = scores.absolute(problem.weight)
         return torch.mul(weight, problem.gradient_norm().norm().to(weight))
 
-    return select("gradient", score, gradient=GradientKind(norm))
+    return select("gradient", score, needs=frozenset({GradientKind(norm)}))

@@ -26,4 +26,4 @@ def pruner_zero(norm: Norm = "l2") -> Method:
         scaled = (gradient - low).div_((high - low).clamp(min=1e-38))
         return scores.absolute(problem.weight).square_().mul_(scaled)
 
-    return select("pruner_zero", score, gradient=GradientKind(norm))
+    return select("pruner_zero", score, needs=frozenset({GradientKind(norm)}))

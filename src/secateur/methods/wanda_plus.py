@@ -28,4 +28,4 @@ def wanda_plus(alpha: float = 100.0) -> Method:
         return scores.absolute(problem.weight).mul_(regional.mul_(alpha).add_(norm.to(regional)))
 
     kind = GradientKind("l2", scope="block")
-    return select("wanda_plus", score, needs=frozenset({SquaredNorm}), gradient=kind)
+    return select("wanda_plus", score, needs=frozenset({SquaredNorm, kind}))

@@ -8,21 +8,20 @@ The next block is read and the last one written while this one is computed.
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.collect.block_statistics import Collected, DenseTwin, First, collect_statistics, sites
-from secateur.collect.gradient_file import GradientFile
-from secateur.collect.shared_statistics import SharedStatistics
+from secateur.collect.collector import Collected
+from secateur.collect.dense_twin import DenseTwin
+from secateur.collect.evidence import RunEvidence
+from secateur.collect.sites import sites
 from secateur.core.checks import check_weight, solved
 from secateur.core.histogram import histogram
 from secateur.core.problem import Problem, Solution
-from secateur.core.statistics import Statistic
-from secateur.models.flow.residual import Writer, residual_writers
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import loaded
@@ -52,29 +51,12 @@ class BlockLoop:
     """One pass over the blocks."""
 
     def __init__(
-        self,
-        ready: Prepared,
-        manifest: Manifest,
-        conveyor: Conveyor,
-        states: Path,
-        gradients: GradientFile | None,
-        shared: SharedStatistics | None,
+        self, ready: Prepared, evidence: RunEvidence, manifest: Manifest, conveyor: Conveyor, states: Path
     ) -> None:
-        """For a prepared run: `gradients` are those given or taken before, and `states` where hidden states may go."""
-        self.ready, self.settings = ready, ready.settings
+        """For a prepared run whose `evidence` may have been added to; `states` is where hidden states may go."""
+        self.ready, self.settings, self.evidence = ready, ready.settings, evidence
         self.skeleton, self.method, self.plan = ready.opened.skeleton, ready.method, ready.plan
         self.manifest, self.conveyor, self.states, self.clock = manifest, conveyor, states, conveyor.clock
-        self.gradients, self.shared = gradients, shared
-
-    @property
-    def regional(self) -> bool:
-        """Whether gradients are taken block by block on the way, rather than read from a file."""
-        return self.method.gradient is not None and self.gradients is None
-
-    @property
-    def reuses(self) -> bool:
-        """Whether an earlier run has left the statistics of all blocks."""
-        return self.shared is not None and self.shared.complete
 
     @torch.no_grad()
     def run(self) -> None:
@@ -85,7 +67,7 @@ class BlockLoop:
             if matrix.name in self.plan:
                 planned[matrix.block].append(matrix)
         last = max(index for index, matrices in enumerate(planned) if matrices)
-        streams = self._streams(last) if self.ready.needs or self.regional else None
+        streams = self._streams(last) if self.evidence.forwards else None
         with contextlib.closing(streams) if streams is not None else contextlib.nullcontext():
             self.conveyor.carry(
                 lambda block, tensors: self._prune_block(block, tensors, planned[block.index], streams, last),
@@ -97,10 +79,10 @@ class BlockLoop:
         started = time.perf_counter()
         self.skeleton.load_outside(head=False)
         batches = self.ready.windows.batches(self.ready.chosen_batch_size)
-        if self.reuses:  # what is left to find out, how far each block's output moves, takes the first batch alone
+        if self.evidence.known:  # how far each block's output moves is left to find out, on the first batch alone
             batches = batches[:1]
         # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.
-        dense = self.settings.targets != "pruned"
+        dense = self.evidence.beside_dense
         tokens = sum(batch.numel() for batch in batches)
         needed = (3 if dense else 1) * tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.settings.offload_states, needed, self.states)
@@ -123,13 +105,14 @@ class BlockLoop:
         tensors = self.skeleton.read(block)
         for matrix in matrices:
             check_weight(matrix.name, matrix.view(tensors))
-        if self.conveyor.output is not None or self.gradients is not None:
+        gradients = self.evidence.given.gradients
+        if self.conveyor.output is not None or gradients is not None:
             for name in dict.fromkeys(matrix.tensor for matrix in matrices):
                 self.manifest.source_tensors[name] = tensor_digest(tensors[name])
-        if self.gradients is not None:
+        if gradients is not None:
             for name in self.skeleton.block_tensors[block.index]:
                 digest = self.manifest.source_tensors.get(name) or tensor_digest(tensors[name])
-                self.gradients.check_tensor(name, digest)
+                gradients.check_tensor(name, digest)
         return tensors
 
     def _prune_block(
@@ -164,30 +147,26 @@ class BlockLoop:
         streams: "Streams",
         changed: dict[str, Tensor],
     ) -> dict[str, Any]:
-        """Statistics, solutions and the way behind the block, once or site by site; what the record says of it."""
-        pruned, twin = streams.pruned, streams.twin
+        """Collect evidence and solve, for all matrices at once or site by site, and move on; returns the record."""
+        pruned, twin, evidence = streams.pruned, streams.twin, self.evidence
         if twin is not None:
             twin.enter(block)
         groups = sites(block, matrices, pruned) if self.settings.within == "site" and matrices else [matrices]
-        first: First | None = None
-        writers = self._residual_writers(block, matrices, pruned)
+        started = time.perf_counter()
+        facts = evidence.enter(block, matrices, pruned)
+        self.clock.add("statistics forward", started)
+        first: tuple[Tensor, Tensor] | None = None  # of the first batch, what goes in and what comes out
         for group in groups:
             started = time.perf_counter()
-            collected = collect_statistics(
+            collected = evidence.collect(
                 block,
                 group,
                 pruned,
-                needs=self._kinds(),
-                gradient=self.method.gradient if self.regional else None,
-                twin=twin,
-                writers=writers,
-                device=self.ready.statistics_device,
+                twin,
                 keep_outputs=self._single_pass(matrices),
                 progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
             )
-            first = first or collected.first
-            if self.shared is not None:
-                collected = self._exchange(self.shared, block, collected)
+            first = first or (collected.input, collected.output)
             self.clock.add("statistics forward", started)
             self._solve(block, group, tensors, collected, changed)
             del collected  # Memory: Gram matrices are gone before the next forward
@@ -198,33 +177,7 @@ class BlockLoop:
         record: dict[str, Any] = {"output_change": self._move_on(block, matrices, pruned, first, streams.last)}
         if self.settings.within == "site":
             record["sites"] = [[matrix.name for matrix in group] for group in groups]
-        if self.settings.targets == "residual":
-            record["residual_writers"] = {name: vars(writer) for name, writer in writers.items()}
-        return record
-
-    def _residual_writers(self, block: Block, matrices: list[Matrix], stream: Stream) -> dict[str, Writer]:
-        """Which of the matrices write to the residual stream, where targets ask for it."""
-        if self.settings.targets != "residual" or not matrices:
-            return {}
-        started = time.perf_counter()
-        every = [matrix for matrix in self.skeleton.matrices if matrix.block == block.index]
-        writers = residual_writers(block, every, stream)
-        self.clock.add("statistics forward", started)
-        return {matrix.name: writers[matrix.name] for matrix in matrices if matrix.name in writers}
-
-    def _kinds(self) -> frozenset[type[Statistic]]:
-        """The statistics to take on the way: those of this run, or of all that share them."""
-        if self.shared is None:
-            return self.ready.needs
-        return frozenset() if self.shared.complete else self.shared.kinds
-
-    def _exchange(self, shared: SharedStatistics, block: Block, collected: Collected) -> Collected:
-        """What was collected, given to the runs that share it or completed with what an earlier one has left."""
-        if shared.complete:
-            return replace(collected, inputs=shared.get(block.index, self.ready.needs))
-        shared.put(block.index, collected.inputs)
-        # Exact: a method must not see what it did not ask for; the diagonal of a Gram matrix is no SquaredNorm.
-        return replace(collected, inputs=collected.inputs.only(self.ready.needs))
+        return record | facts
 
     def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put some matrices' changed tensors, and what makes one parameter with them, into the block's module."""
@@ -248,16 +201,9 @@ class BlockLoop:
         for number, matrix in enumerate(matrices):
             started = time.perf_counter()
             self.conveyor.tell("solve", block, number, len(matrices), matrix.name)
-            statistics = collected.of(matrix) if collected is not None else {}
             weight = matrix.view(tensors).to(self.skeleton.device)
-            gradient = collected.gradients.get(matrix.name) if collected is not None else None
-            if self.gradients is not None:
-                assert self.method.gradient is not None
-                gradient = self.gradients.read(matrix.name, self.method.gradient, weight.device)
-            drift = collected.drifts.get(matrix.name) if collected is not None else None
-            if drift is not None and self.ready.correction is not None:
-                drift.mul_(self.ready.correction)  # in place: a matrix is solved once
-            problem = Problem(matrix.name, weight, self.plan[matrix.name], statistics, gradient, drift)
+            evidence = self.evidence.of(matrix, collected, weight.device)
+            problem = Problem(matrix.name, weight, self.plan[matrix.name], evidence)
             solution = solved(problem, self.method)
             if matrix.tensor not in changed:
                 original = tensors[matrix.tensor]
@@ -267,20 +213,21 @@ class BlockLoop:
                     changed[matrix.tensor].copy_(original)
             # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
             matrix.view(changed).copy_(solution.weight.masked_fill(~solution.mask, 0))
-            tokens = max((statistic.tokens for statistic in statistics.values()), default=None)
             self.manifest.matrices[matrix.name] = _record(matrix, problem, solution) | {
-                "tokens": tokens,
+                "tokens": problem.tokens,
                 "seconds": round(self.clock.add("solve", started), 6),
             }
 
-    def _move_on(self, block: Block, matrices: list[Matrix], stream: Stream, first: First, last: int) -> float | None:
+    def _move_on(
+        self, block: Block, matrices: list[Matrix], stream: Stream, first: tuple[Tensor, Tensor], last: int
+    ) -> float | None:
         """Make the next block's inputs; returns how far the first batch's output moved, relative to its norm."""
         started = time.perf_counter()
         single = self._single_pass(matrices)
         change: float | None = None
         if matrices:
-            pruned = stream.run(block, 0, states=first.input, aside=single)
-            change = relative_change(first.output, pruned)
+            pruned = stream.run(block, 0, states=first[0], aside=single)
+            change = relative_change(first[1], pruned)
             if not single and block.index < last:
                 stream.states.put(0, pruned)
                 self.conveyor.tell("forward", block, 1, len(stream.batches))

@@ -11,7 +11,9 @@ from typing import Any
 from secateur.calibration import Windows
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import collect
+from secateur.collect.survey import facts_of
 from secateur.core.fingerprint import recorded
+from secateur.core.needs import input_statistics
 from secateur.files.names import unique
 from secateur.models.flow.memory import return_large
 from secateur.pruning.block_loop import BlockLoop
@@ -67,7 +69,7 @@ def run(settings: PruneSettings) -> Manifest:
         transaction = None if target is None else stack.enter_context(Transaction(target, settings.overwrite))
         drawing = partial(_tell, on_event, "calibrate")
         ready = stack.enter_context(prepared(settings, target, progress=drawing))
-        opened, windows, given, method = ready.opened, ready.windows, ready.gradients, ready.method
+        opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         skeleton = opened.skeleton
         manifest = _manifest(ready)
         written = None if transaction is None else stack.enter_context(checkpoint_output(transaction, opened))
@@ -81,7 +83,7 @@ def run(settings: PruneSettings) -> Manifest:
             began = time.perf_counter()
             taken = place(unique(f"{name}.gradients"))
             stack.callback(taken.unlink, missing_ok=True)
-            given = collect(
+            file = collect(
                 opened,
                 windows,
                 taken,
@@ -91,11 +93,14 @@ def run(settings: PruneSettings) -> Manifest:
                 offload_states=settings.offload_states,
                 progress=lambda stage, done, total: _tell(on_event, f"gradients: {stage}", done, total),
             )
+            evidence = evidence.replaced(gradients=file)
             clock.add("gradients", began)
-        shared = settings.statistics if ready.needs else None
+        shared = settings.statistics if method.inputs else None
         if shared is not None:
-            shared.begin(ready.needs, _shareable(ready))
-        BlockLoop(ready, manifest, Conveyor(skeleton, written, clock, on_event), states, given, shared).run()
+            assert windows is not None
+            facts = facts_of(opened, windows, ready.matrices, ready.chosen_batch_size, evidence.device)
+            shared.begin(method.inputs, facts)
+        BlockLoop(ready, evidence, manifest, Conveyor(skeleton, written, clock, on_event), states).run()
         if shared is not None:
             shared.complete = True
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
@@ -121,7 +126,7 @@ def _manifest(ready: Prepared) -> Manifest:
         settings={
             "propagate": settings.propagate,
             **_computing(ready),
-            "statistics": sorted(kind.__name__ for kind in ready.needs),
+            "statistics": sorted(kind.__name__ for kind in input_statistics(ready.evidence.needs)),
             "within": settings.within,
             "targets": settings.targets,
             "correction": ready.correction,
@@ -132,14 +137,14 @@ def _manifest(ready: Prepared) -> Manifest:
         plan=ready.plan.to_json(),
         left_out=skeleton.left_out_by_reason(),
         command=list(settings.command) if settings.command is not None else None,
-        calibration=_calibration(ready.windows, ready.gradients),
+        calibration=_calibration(ready.windows, ready.evidence.given.gradients),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
 def _computing(ready: Prepared) -> dict[str, Any]:
     """What sums of statistics depend on besides the tokens, to the last bit."""
-    skeleton, kept_on = ready.opened.skeleton, ready.statistics_device
+    skeleton, kept_on = ready.opened.skeleton, ready.evidence.device
     return {
         "device": str(skeleton.device),
         "dtype": str(skeleton.dtype).removeprefix("torch."),
@@ -155,10 +160,3 @@ def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict
     if gradient is not None:
         return {**gradient.provenance["calibration"], "digest": gradient.provenance["tokens_digest"]}
     return None
-
-
-def _shareable(ready: Prepared) -> dict[str, Any]:
-    """What two runs must have in common to share statistics."""
-    assert ready.windows is not None
-    model, tokens = ready.opened.origin, ready.windows.digest
-    return {"model": model, "tokens": tokens, "matrices": list(ready.plan), **_computing(ready)}

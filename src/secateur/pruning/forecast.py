@@ -8,7 +8,6 @@ from typing import Any
 
 import psutil
 
-from secateur.core.gram import Gram
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan
@@ -98,7 +97,7 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
     memory = memory_of(ready)
     free = psutil.virtual_memory().available
     total = source_bytes(skeleton, skeleton.source.names)
-    disk = total + memory.gradient_file
+    disk = total + memory.file
     notes = [*ready.unchecked, *_memory_notes(ready, memory)]
     if memory.host > free:
         notes.append("This needs more host memory than is free now: use fewer or shorter samples, or --batch-size 1.")
@@ -127,7 +126,7 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
         planned_weights=sum(sizes[name] for name in plan),
         zeros=round(sum(sizes[name] * pattern.sparsity for name, pattern in plan.items())),
         all_weights=all_weights,
-        tokens=ready.samples * ready.length,
+        tokens=ready.extent.tokens,
         device=str(skeleton.device),
         dtype=str(skeleton.dtype).removeprefix("torch."),
         block_bytes=memory.block_stored,
@@ -135,7 +134,7 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
         host_bytes=memory.host,
         device_bytes=memory.device,
         disk_bytes=disk,
-        seconds=opening + run_seconds(ready, passes=memory.passes),
+        seconds=opening + run_seconds(ready, math.prod(before.passes for before in memory.before)),
         available_host_bytes=free,
         notes=notes,
     )
@@ -144,21 +143,21 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
 def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
     """What is worth saying of where memory goes."""
     notes = []
-    if ready.takes_gradients:
-        place = "in memory" if memory.gradient_folder is None else f"in {memory.gradient_folder.parent}"
+    for before in memory.before:
+        place = "in memory" if before.folder is None else f"in {before.folder.parent}"
         parts = (
-            f", for {memory.samples_at_once} samples at a time in {memory.passes} passes over the weights"
-            if memory.passes > 1
+            f", for {before.samples} samples at a time in {before.passes} passes over the weights"
+            if before.passes > 1
             else ""
         )
         notes.append(
-            f"Gradients first: the inputs of all blocks take {bytes_text(memory.saved)} {place}{parts}, and their "
-            f"norms {bytes_text(memory.gradient_file)} in a temporary file beside the output."
+            f"Gradients first: the inputs of all blocks take {bytes_text(before.saved)} {place}{parts}, and their "
+            f"norms {bytes_text(memory.file)} in a temporary file beside the output."
         )
-    if Gram in ready.method.needs:
-        elsewhere = f" on {ready.statistics_device}" if memory.grams_elsewhere else ""
+    if memory.sums or memory.sums_elsewhere:
+        elsewhere = f" on {ready.evidence.device}" if memory.sums_elsewhere else ""
         notes.append(
-            f"The Gram matrices of a block take about {bytes_text(memory.grams + memory.grams_elsewhere)}{elsewhere}, "
+            f"The Gram matrices of a block take about {bytes_text(memory.sums + memory.sums_elsewhere)}{elsewhere}, "
             f"and solving the largest matrix {bytes_text(memory.solving)}."
         )
     if ready.opened.skeleton.resident:

@@ -11,13 +11,14 @@ import torch
 
 from secateur.calibration import Windows
 from secateur.calibration.windows import Progress
+from secateur.collect.collector import Extent, Given
+from secateur.collect.evidence import RunEvidence
 from secateur.collect.gradient_file import GradientFile
-from secateur.collect.gradient_pass import check_loss, gradient_batch_size
 from secateur.collect.model_windows import Foreseen, foreseen_windows, model_windows
 from secateur.core.gram import CrossGram, Gram
+from secateur.core.needs import Drift, Need
 from secateur.core.patterns import with_group
 from secateur.core.problem import Method
-from secateur.core.statistics import Statistic
 from secateur.errors import CalibrationError, ModelStructureError, PatternError
 from secateur.models.flow.residual import residual_writers
 from secateur.models.flow.stream import Stream, default_batch_size
@@ -38,8 +39,8 @@ TRIAL_TOKENS = 8  # that residual targets look for writers with
 class Prepared:
     """A run that nothing speaks against.
 
-    `needs` are the statistics to take, `gradients` the file that was given, `samples` and `length` the size of the
-    calibration windows (0 where no token is looked at), and `batch_size` what was asked for, or what it has to be.
+    `samples` and `length` are the size of the calibration windows (0 where no token is looked at), and `batch_size`
+    what was asked for, or what it has to be.
     `windows` are None where the method looks at no token, and where a dry run has not drawn them; `unchecked` says
     what it left open.
     """
@@ -48,13 +49,11 @@ class Prepared:
     opened: OpenedModel
     method: Method
     plan: Plan
-    needs: frozenset[type[Statistic]]
-    gradients: GradientFile | None
+    evidence: RunEvidence
     windows: Windows | None
     samples: int
     length: int
     batch_size: int | None
-    statistics_device: torch.device | None
     correction: float | None
     target: Path | None
     unchecked: Sequence[str]
@@ -62,12 +61,7 @@ class Prepared:
     @property
     def takes_gradients(self) -> bool:
         """Whether gradients of the model's loss have to be taken before the blocks are pruned."""
-        return self.method.gradient is not None and self.gradients is None and not self.regional
-
-    @property
-    def regional(self) -> bool:
-        """Whether gradients of each block's outputs are taken on the way."""
-        return self.method.gradient is not None and self.gradients is None and self.method.gradient.scope == "block"
+        return any(own.looks_at_samples and not own.forwards for own in self.evidence.collectors)
 
     @property
     def chosen_batch_size(self) -> int:
@@ -78,6 +72,23 @@ class Prepared:
     def matrices(self) -> list[Matrix]:
         """The planned ones."""
         return [matrix for matrix in self.opened.skeleton.matrices if matrix.name in self.plan]
+
+    @property
+    def extent(self) -> Extent:
+        """How large the run is."""
+        return Extent(
+            skeleton=self.opened.skeleton,
+            matrices=self.matrices,
+            samples=self.samples,
+            length=self.length,
+            batch_size=self.batch_size,
+            tokens=self.samples * self.length,
+            batch_tokens=min(self.chosen_batch_size, self.samples) * self.length,
+            number_bytes=max(4, self.opened.skeleton.dtype.itemsize),
+            by_site=self.settings.within == "site",
+            offload=self.settings.offload_states,
+            beside=Path.cwd() / "secateur" if self.target is None else self.target,
+        )
 
 
 def output_of(settings: PruneSettings) -> Path | None:
@@ -105,8 +116,8 @@ def prepared(
     method = as_method(settings.method)
     correction = chosen_correction(settings)
     check_choices(method, settings)
-    shared = settings.statistics is not None
-    if shared and settings.propagate != "dense":
+    survey = settings.statistics
+    if survey is not None and settings.propagate != "dense":
         raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
     kept_on = settings.statistics_device
     statistics_device = None if kept_on is None else choose_device(kept_on, "--statistics-device")
@@ -122,8 +133,12 @@ def prepared(
         plan = make_plan(opened, method, settings.pattern, only=settings.only, skip=settings.skip)
         check_targets(skeleton, plan, settings.targets)
         given = gradient_file(settings.gradient, method, skeleton, plan)
+        needs = method.needs | _for_targets(settings.targets, correction)
+        evidence = RunEvidence(needs, Given(given, survey), statistics_device)
+        if survey is not None and given is None and method.gradient is not None and method.gradient.scope == "block":
+            raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
         seen = Foreseen(None, 0, 0, ())
-        if method.needs or (method.gradient is not None and given is None):
+        if evidence.looks_at_samples:
             seen = (foreseen_windows if dry else _drawn)(
                 opened,
                 settings.calibration,
@@ -137,19 +152,16 @@ def prepared(
             )
             if given is not None and seen.windows is not None:
                 given.check_tokens(seen.windows.digest, seen.samples, seen.length)
-        needs = method.needs | ({CrossGram} if settings.targets == "dense" else frozenset())
         yield Prepared(
             settings=settings,
             opened=opened,
             method=method,
             plan=plan,
-            needs=needs,
-            gradients=given,
+            evidence=evidence,
             windows=seen.windows,
             samples=seen.samples,
             length=seen.length,
-            batch_size=_batch_size(skeleton, method, needs, given, seen.length, settings.batch_size, shared),
-            statistics_device=statistics_device,
+            batch_size=evidence.batch_size(skeleton, seen.length, settings.batch_size),
             correction=correction,
             target=target,
             unchecked=seen.unchecked,
@@ -164,29 +176,11 @@ def _drawn(opened: OpenedModel, calibration: Any, tokenizer: Any, **options: Any
     return Foreseen(windows, windows.samples, windows.length, ())
 
 
-def _batch_size(
-    skeleton: Skeleton,
-    method: Method,
-    needs: frozenset[type[Statistic]],
-    given: GradientFile | None,
-    length: int,
-    asked: int | None,
-    shared: bool,
-) -> int | None:
-    """The samples that go through a block at once, or None for the default; raises for what cannot be."""
-    batch_size = asked
-    if method.gradient is not None and given is None:
-        if method.gradient.scope == "block" and shared:
-            raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
-        check_loss(method.gradient.scope, length)
-        for_gradients = gradient_batch_size(skeleton, length, method.gradient.granularity, asked)
-        batch_size = for_gradients if method.gradient.scope == "block" else asked
-    ordered = next((kind for kind in needs if getattr(kind, "one_sample_at_a_time", False)), None)
-    if ordered is None:
-        return batch_size
-    if batch_size not in (None, 1):
-        raise CalibrationError(f"--batch-size: got {batch_size}, expected 1: {ordered.__name__} goes by samples.")
-    return 1
+def _for_targets(targets: str, correction: float | None) -> frozenset[Need]:
+    """What targets need beside the method's own needs."""
+    if targets == "dense":
+        return frozenset({CrossGram})
+    return frozenset() if correction is None else frozenset({Drift(correction)})
 
 
 def check_targets(skeleton: Skeleton, plan: Plan, targets: str) -> None:
@@ -254,7 +248,7 @@ def check_choices(method: Method, settings: PropagationSettings) -> None:
     if settings.propagate == "dense" and (within == "site" or targets != "pruned"):
         option = "--within site" if within == "site" else f"--targets {targets}"
         raise PatternError(f"{option} is about what pruning did before; with --propagate dense nothing sees that.")
-    if within == "site" and not method.needs:
+    if within == "site" and not method.inputs:
         raise PatternError(f"--within site: {method.name} takes no statistics of inputs, in any order.")
     if within == "site" and method.gradient is not None and method.gradient.scope == "block":
         raise PatternError(f"--within site: {method.name} takes gradients of whole blocks; use --within block.")
@@ -273,7 +267,7 @@ def check_choices(method: Method, settings: PropagationSettings) -> None:
 
 def check_dense_targets(matrices: Sequence[Matrix]) -> None:
     """Raise `PatternError` where an expert is to be fitted to the dense model, which may send it other tokens."""
-    routed = next((matrix.name for matrix in matrices if matrix.expert is not None or ".experts." in matrix.name), None)
+    routed = next((matrix.name for matrix in matrices if matrix.routed), None)
     if routed is not None:
         raise PatternError(
             f"--targets dense: {routed} is an expert, to which the dense model sends other tokens than the pruned one, "

@@ -19,7 +19,7 @@ from secateur.core.choices import Group, Norm
 from secateur.runs.options import Option, Settings
 
 if TYPE_CHECKING:
-    from secateur.collect.shared_statistics import SharedStatistics
+    from secateur.collect.survey import Survey
     from secateur.core.patterns import Pattern
     from secateur.core.problem import Method
     from secateur.plans.plan import Plan
@@ -32,7 +32,7 @@ else:
     MethodLike = str
     MethodOptions = list[str]
     PatternLike = str | None
-    SharedStatistics = OnEvent = Any
+    Survey = OnEvent = Any
 
 MethodName = Literal[  # a test keeps this equal to secateur.methods.METHODS
     "magnitude",
@@ -152,6 +152,6 @@ class PruneSettings(
     ] = None
     output: Annotated[File | None, Option(OPTIONS, "Folder for the pruned checkpoint.", "-o")] = None
     overwrite: Annotated[bool, Option(OPTIONS, "Replace an output that Secateur wrote.")] = False
-    statistics: SharedStatistics | None = None
+    statistics: Survey | None = None
     command: Sequence[str] | None = None
     on_event: OnEvent = lambda event: None

@@ -123,15 +123,15 @@ def estimate_sweep(
             kind = shared_gradient(task.method, options["propagate"])
             reused = options["propagate"] == "dense" and statistics > 0
             if (label, reused) not in alone:
-                method = replace(task.method, gradient=None) if kind is not None else task.method
-                method = replace(method, needs=frozenset()) if reused else method
+                method = replace(task.method, needs=task.method.inputs) if kind is not None else task.method
+                method = replace(method, needs=method.needs - method.inputs) if reused else method
                 alone[label, reused] = estimate(opened, method=method, pattern=task.pattern, **options)
             own = alone[label, reused]
             seconds += own.seconds
             if kind is not None and kind not in shared:
                 both = estimate(opened, method=task.method, pattern=task.pattern, **options)
                 shared[kind] = (max(0.0, both.seconds - own.seconds), both.disk_bytes - own.disk_bytes)
-            if options["propagate"] == "dense" and task.method.needs:
+            if options["propagate"] == "dense" and task.method.inputs:
                 grams = sum(4 * matrix.shape[1] ** 2 for matrix in opened.skeleton.matrices)
                 statistics = max(statistics, grams if Gram in task.method.needs else 1)
         elif error is not None:

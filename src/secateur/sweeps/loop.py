@@ -14,10 +14,10 @@ from secateur.calibration.corpora import is_token_file
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import gradient_batch_size, gradients
 from secateur.collect.model_windows import foreseen_windows, model_evaluation_windows, model_windows
-from secateur.collect.shared_statistics import SharedStatistics
+from secateur.collect.survey import Survey
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.problem import Method
-from secateur.core.statistics import Statistic
+from secateur.core.statistics import Statistic, by_sample
 from secateur.errors import CheckpointError, MethodError, SecateurError
 from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
@@ -74,7 +74,7 @@ class SweepLoop:
     calibration: Windows | None = None
     batch_sizes: dict[str, int | None] = field(default_factory=dict)  # by label
     gradients: dict[tuple[Granularity, Scope], Path | SecateurError] = field(default_factory=dict)
-    statistics: dict[int | None, SharedStatistics] = field(default_factory=dict)  # by batch size
+    statistics: dict[int | None, Survey] = field(default_factory=dict)  # by batch size
     source_tensors: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # estimated, by cell folder
     position: tuple[int, int] = (0, 0)  # cells finished, cells in all
@@ -154,13 +154,13 @@ class SweepLoop:
         known = self.settings["bos_choices"].get("calibration")
         self.calibration = model_windows(opened, calibration, self.tokenizer, known=known, **self._drawing())
         self._note("calibration", self.calibration)
-        for task in (task for task in self.tasks if task.method.needs or task.method.gradient is not None):
+        for task in (task for task in self.tasks if task.method.needs):
             size = _batch_size(opened, task.method, self.calibration.length, self.options["batch_size"])
             self.batch_sizes[task.cell.method] = size
 
     def _looks_at_tokens(self) -> bool:
         """Whether a cell that is still to be pruned needs calibration tokens."""
-        return any(task.method.needs or task.method.gradient is not None for task in self._to_prune())
+        return any(task.method.needs for task in self._to_prune())
 
     def _drawing(self) -> dict[str, Any]:
         """How calibration windows are drawn."""
@@ -289,12 +289,12 @@ class SweepLoop:
             return
         groups: dict[int | None, list[frozenset[type[Statistic]]]] = {}
         for task in self._to_prune():
-            if task.method.needs:
-                groups.setdefault(self.batch_sizes[task.cell.method], []).append(task.method.needs)
+            if task.method.inputs:
+                groups.setdefault(self.batch_sizes[task.cell.method], []).append(task.method.inputs)
         for size, needs in groups.items():
             if len(needs) > 1:
                 folder = self.folder.path / f"statistics-{size}.partial"
-                self.statistics[size] = SharedStatistics(folder, frozenset().union(*needs))
+                self.statistics[size] = Survey(folder, frozenset().union(*needs))
 
     def _run_cell(self, task: Task) -> Cell:
         """Prune and evaluate one cell; whatever goes wrong there is recorded."""
@@ -341,7 +341,7 @@ class SweepLoop:
             pattern=task.pattern,
             calibration=self.calibration if self.calibration is not None else (),
             gradient=gradient,
-            statistics=self.statistics.get(size) if task.method.needs else None,
+            statistics=self.statistics.get(size) if task.method.inputs else None,
             output=self.folder.checkpoint(task.cell),
             command=self.command,
             on_event=lambda event: self._pruning(task.cell, event),
@@ -424,7 +424,7 @@ def _batch_size(opened: OpenedModel, method: Method, length: int, asked: int | N
     """The batch size with which `prune` would run a method by itself, so that sharing changes no bit."""
     if asked is not None:
         return asked
-    if any(getattr(kind, "one_sample_at_a_time", False) for kind in method.needs):
+    if by_sample(method.inputs) is not None:
         return 1
     if method.gradient is not None and method.gradient.scope == "block":
         return gradient_batch_size(opened.skeleton, length, method.gradient.granularity, None)

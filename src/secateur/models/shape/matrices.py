@@ -4,6 +4,7 @@ What is prunable is read off the module: linear layers, transposed `Conv1D`, and
 expert.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,16 @@ class Matrix:
         rows = torch.arange(part.shape[0]) if self.rows is None else self.rows
         columns = torch.arange(part.shape[1]) if self.columns is None else self.columns
         part[rows.to(part.device).unsqueeze(1), columns.to(part.device)] = value.to(part)
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is an expert, which sees only the tokens that a router sends to it."""
+        return self.expert is not None or ".experts." in self.name
+
+    @property
+    def site(self) -> str:
+        """The parameter's name, the same for all experts of a mixture."""
+        return re.sub(r"(experts?\.)\d+\.", r"\1*.", self.parameter)
 
     @property
     def kind(self) -> str:

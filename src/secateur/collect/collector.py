@@ -1,0 +1,242 @@
+"""What all kinds of evidence have in common: what they cost, and how they watch batches run through a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from copy import copy
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.needs import Need
+from secateur.models.flow.stream import Stream
+from secateur.models.flow.tap import Enough, InputTap
+from secateur.models.shape.matrices import Matrix, tapped
+from secateur.models.shape.skeleton import Skeleton
+from secateur.models.shape.structure import Block
+
+if TYPE_CHECKING:
+    from secateur.collect.dense_twin import DenseTwin
+    from secateur.collect.gradient_file import GradientFile
+    from secateur.collect.survey import Survey
+
+Evidence = Mapping[Need, Any]
+"""What was collected of a matrix, by what asked for it."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a run was given beside its calibration samples: a file of gradients, statistics that runs share."""
+
+    gradients: GradientFile | None = None
+    survey: Survey | None = None
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a run is, for what evidence costs in it; `batch_size` is None where none was asked for."""
+
+    skeleton: Skeleton
+    matrices: Sequence[Matrix]
+    samples: int
+    length: int
+    batch_size: int | None
+    tokens: int  # of all samples
+    batch_tokens: int  # of the largest batch
+    number_bytes: int  # of a sum
+    by_site: bool  # evidence is collected site by site
+    offload: str  # where hidden states go
+    beside: Path  # temporary files are made beside it
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What evidence takes in a run. Bytes are those of the block that takes most, forwards are of all samples."""
+
+    held: int = 0  # by sums, from the first forward until the last matrix of the block is solved
+    batch: int = 0  # while a batch runs through the block, where that is more than a forward takes
+    reading: int = 0  # while one matrix is solved
+    states: int = 0  # further sets of hidden states
+    block_copies: int = 0
+    file: int = 0  # on disk, until the run ends
+    forwards: float = 0.0  # beside the two of every run that looks at tokens
+    products: float = 0.0  # multiplications in the dtype of sums
+    computing: float = 0.0  # multiplications in the dtype of the model
+    moved: float = 0.0  # bytes that pass through memory
+    hashings: int = 0  # of all tensors of the checkpoint
+    before: tuple[PassBefore, ...] = ()
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+
+
+@dataclass(frozen=True)
+class PassBefore:
+    """What a pass over the dense model that comes before a run holds, in bytes."""
+
+    working: int  # with one block, beside a forward's activations
+    head: int  # with the model's head
+    saved: int  # of hidden states
+    samples: int  # at once
+    passes: int  # over the weights
+    folder: Path | None  # of hidden states, if not in memory
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where evidence is collected: some matrices of a loaded block, and the batches that run through it.
+
+    `inputs` hands on what the matrices multiply. Sums are kept on `device`, or where the inputs are.
+    """
+
+    block: Block
+    matrices: Sequence[Matrix]
+    stream: Stream
+    twin: DenseTwin | None
+    device: torch.device | None
+    parameters: Mapping[str, tuple[nn.Parameter, bool]]
+    layout: Mapping[str, bool]
+    inputs: InputTap
+
+    @classmethod
+    def of(
+        cls,
+        block: Block,
+        matrices: Sequence[Matrix],
+        stream: Stream,
+        twin: DenseTwin | None = None,
+        device: torch.device | None = None,
+    ) -> Self:
+        """The place with these matrices."""
+        parameters, layout = tapped(block, matrices)
+        return cls(block, matrices, stream, twin, device, parameters, layout, InputTap(parameters))
+
+    @property
+    def samples(self) -> int:
+        """Of all batches."""
+        return sum(len(ids) for ids in self.stream.batches)
+
+
+class Collector:
+    """Collects one kind of evidence. One stands for a whole run; `at` makes those that collect at a place.
+
+    `whole` says that it needs every forward to its end, `ends` that it ends forwards itself with `Enough`, so that
+    nothing else may, and `runs` that it runs batches through the block, because a plain forward will not do.
+    """
+
+    needs: frozenset[Need]  # of the run, that it answers
+    place: Place
+    looks_at_samples = True
+    forwards = True  # whether the samples run through the blocks for it while they are pruned
+    beside_dense = False  # whether the dense model runs beside the pruned one for it
+    known = False  # whether all has been collected before
+    whole = False
+    ends = False
+    runs = False
+
+    @classmethod
+    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
+        """The collector for some of these needs, or None where it answers none."""
+        raise NotImplementedError
+
+    def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
+        """Samples that have to go through a block at once, or what was asked for; raises where that cannot be."""
+        return batch_size
+
+    def cost(self, extent: Extent) -> Cost:
+        """What it takes in a run."""
+        return Cost()
+
+    def solving(self, in_features: int) -> int:
+        """Numbers that are held beside it while a matrix of this width is solved with it."""
+        return 0
+
+    def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
+        """Get to know a loaded block before anything in it changes; returns what the manifest says of it."""
+        return {}
+
+    def at(self, place: Place) -> Self:
+        """The collector at a place, with nothing collected yet."""
+        own = copy(self)
+        own.place = place
+        own.start()
+        return own
+
+    def start(self) -> None:
+        """Get ready to collect at the place."""
+
+    def begin(self, batch: int, *, stop: bool) -> None:
+        """Expect the forward of a batch; with `stop` it may end early."""
+
+    def run(self, batch: int) -> Tensor:
+        """What the block makes of a batch."""
+        return self.place.stream.run(self.place.block, batch)
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Is active during the forward."""
+        return nullcontext()
+
+    def end(self, batch: int, output: Tensor | None) -> None:
+        """Add the batch, whose forward is over; `output` is None where it ended early."""
+
+    def finished(self) -> None:
+        """Take notice of the end of all batches. Raises for evidence that cannot be used."""
+
+    def of(self, matrix: Matrix, device: torch.device) -> Evidence:
+        """What is known of a matrix; what has to be read first is read to `device`."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was collected of some matrices of a block, and what went into it and came out of it for the first batch."""
+
+    collectors: Sequence[Collector]
+    input: Tensor
+    output: Tensor
+
+
+def run_batches(
+    place: Place,
+    collectors: Sequence[Collector],
+    *,
+    keep_outputs: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Collected:
+    """Run all batches through the block while the collectors watch.
+
+    With `keep_outputs` the block's outputs take the place of the stream's states; without, a forward ends as soon as no
+    collector needs more of it.
+    """
+    stream = place.stream
+    run = next((own.run for own in collectors if own.runs), lambda batch: stream.run(place.block, batch))
+    first: Collected | None = None
+    for batch in range(len(stream.batches)):
+        stop = batch > 0 and not keep_outputs and not any(own.whole for own in collectors)
+        for own in collectors:
+            own.begin(batch, stop=stop)
+        place.inputs.begin(stop=stop and not any(own.ends for own in collectors))
+        output: Tensor | None = None
+        with suppress(Enough), ExitStack() as stack:
+            if place.inputs.takers:
+                stack.enter_context(place.inputs)
+            for own in collectors:
+                stack.enter_context(own.watch())
+            output = run(batch)
+        if first is None and output is not None:
+            first = Collected(collectors, stream.states.get(0, stream.device), output)
+        if keep_outputs and output is not None:
+            stream.states.put(batch, output)
+        place.inputs.end()
+        for own in collectors:
+            own.end(batch, output)
+        progress(batch + 1, len(stream.batches))
+    place.inputs.takers.clear()  # Memory: or collectors and what they hold would refer to themselves
+    for own in collectors:
+        own.finished()
+    assert first is not None
+    return first

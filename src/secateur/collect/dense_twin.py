@@ -1,0 +1,78 @@
+"""The dense model beside the pruned one: its hidden states, and a dense copy of the block at hand."""
+
+from collections.abc import Sequence, Set
+from copy import deepcopy
+from pathlib import Path
+
+from torch import Tensor
+
+from secateur.models.flow.residual import ResidualRecorder
+from secateur.models.flow.stream import HiddenStates, Stream
+from secateur.models.flow.tap import InputRecorder, Inputs
+from secateur.models.shape.matrices import Matrix, tapped
+from secateur.models.shape.structure import Block
+
+
+class DenseTwin:
+    """The dense model's hidden states beside those of the pruned one, and a dense copy of the block at hand."""
+
+    def __init__(self, stream: Stream, folder: Path | None) -> None:
+        """`folder` is where hidden states go, if not into memory."""
+        self.stream = stream
+        self._folder = folder
+        self._block: Block | None = None
+        self._after: HiddenStates | None = None
+        self._done = 0
+
+    def enter(self, block: Block) -> None:
+        """Copy a loaded block before anything in it changes."""
+        # Memory: a second block on the device, for as long as the first one is there.
+        self._block = Block(block.index, block.path, deepcopy(block.module))
+        folder = None if self._folder is None else self._folder.with_name(f"{self._folder.name}-{block.index}")
+        self._after = HiddenStates(len(self.stream.batches), folder, pin=self.stream.device.type == "cuda")
+
+    def inputs(self, batch: int, matrices: Sequence[Matrix]) -> Inputs:
+        """What the matrices multiply for a batch in the dense model, in the order of the products."""
+        assert self._block is not None
+        parameters, _ = tapped(self._block, matrices)
+        recorder = InputRecorder(parameters)
+        with recorder:
+            self._run(batch)
+        return recorder.inputs
+
+    def residuals(self, batch: int, places: Set[str | None]) -> dict[str | None, Tensor]:
+        """What goes into some submodules of the dense block for a batch, and what comes out (None)."""
+        assert self._block is not None
+        assert self._after is not None
+        if None in places and len(places) == 1 and batch < self._done:
+            return {None: self._after.get(batch, self.stream.device)}
+        recorder = ResidualRecorder(self._block.module, (place for place in places if place is not None))
+        with recorder:
+            output = self._run(batch)
+        return {**recorder.seen, None: output}
+
+    def _run(self, batch: int) -> Tensor:
+        """A batch through the dense block; batches come in order, and may come again."""
+        assert self._block is not None
+        assert self._after is not None
+        output = self.stream.run(self._block, batch, aside=batch < self._done)
+        if batch >= self._done:
+            self._after.put(batch, output)
+            self._done = batch + 1
+        return output
+
+    def leave(self, block: Block) -> None:
+        """Move on to the next block, also with batches that nobody asked for."""
+        assert self._after is not None
+        for batch in range(self._done, len(self.stream.batches)):
+            self._run(batch)
+        self.stream.states.close()
+        self.stream.states = self._after
+        self.stream.release(block)
+        self._block, self._after, self._done = None, None, 0
+
+    def close(self) -> None:
+        """Drop all hidden states."""
+        self.stream.close()
+        if self._after is not None:
+            self._after.close()

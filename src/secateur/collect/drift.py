@@ -1,0 +1,112 @@
+"""How far the residual stream has drifted from the dense model's where a matrix has written to it: `Drift`."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from secateur.collect.collector import Collector, Cost, Evidence, Extent, Given
+from secateur.core.gram import add_product
+from secateur.core.needs import Drift, Need
+from secateur.errors import CalibrationError
+from secateur.models.flow.residual import ResidualRecorder, Writer, residual_writers
+from secateur.models.flow.stream import Stream
+from secateur.models.flow.tap import InputRecorder, Inputs
+from secateur.models.shape.matrices import Matrix, tapped
+from secateur.models.shape.structure import Block
+
+
+class ResidualDrift(Collector):
+    """The drift of the matrices that write to the residual stream; the others have none."""
+
+    beside_dense = True
+
+    def __init__(self, need: Drift) -> None:
+        self.needs: frozenset[Need] = frozenset({need})
+        self.need = need
+        self._writers: Mapping[str, Writer] = {}
+
+    @classmethod
+    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
+        """A `Drift`."""
+        found = next((need for need in needs if isinstance(need, Drift)), None)
+        return None if found is None else cls(found)
+
+    def cost(self, extent: Extent) -> Cost:
+        """Two more sets of hidden states, a dense copy of the block, its forwards, and sums of the weights' size."""
+        hidden, sums = extent.skeleton.hidden_size, dict[int, int]()
+        for matrix in extent.matrices:
+            if matrix.shape[0] == hidden and matrix.expert is None:
+                sums[matrix.block] = sums.get(matrix.block, 0) + extent.number_bytes * hidden * matrix.shape[1]
+        return Cost(held=max(sums.values(), default=0), states=2, block_copies=1, forwards=2.0)
+
+    def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
+        """Find the writers among the matrices of the block; the manifest lists them."""
+        every = [matrix for matrix in stream.skeleton.matrices if matrix.block == block.index]
+        found = residual_writers(block, every, stream) if matrices else {}
+        self._writers = {matrix.name: found[matrix.name] for matrix in matrices if matrix.name in found}
+        return {"residual_writers": {name: vars(writer) for name, writer in self._writers.items()}}
+
+    def start(self) -> None:
+        """Begin with sums that are zero."""
+        self._matrices = [matrix for matrix in self.place.matrices if matrix.name in self._writers]
+        self._parameters, _ = tapped(self.place.block, self._matrices)
+        self._places = {self._writers[matrix.name].at for matrix in self._matrices}
+        self.ends = bool(self._matrices)
+        # A matrix that writes elsewhere may be multiplied later.
+        self.whole = self.ends and (None in self._places or len(self._matrices) < len(self.place.matrices))
+        self._totals: dict[str, Tensor] = {}
+        self._inputs: Inputs = {}
+        self._seen: dict[str | None, Tensor] = {}
+
+    def begin(self, batch: int, *, stop: bool) -> None:
+        """Remember whether the forward may end."""
+        self._stop = stop
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Records what the writers multiply, and the residual stream after them."""
+        stack = ExitStack()
+        if not self._matrices:
+            return stack
+        inputs = InputRecorder(self._parameters)
+        inside = (at for at in self._places if at is not None)
+        streams = ResidualRecorder(self.place.block.module, inside, stop=self._stop)
+        self._inputs, self._seen = inputs.inputs, streams.seen
+        stack.enter_context(inputs)
+        stack.enter_context(streams)
+        return stack
+
+    def end(self, batch: int, output: Tensor | None) -> None:
+        """Run the batch through the dense block, and add ``e xᵀ``, with e divided by the factor of the writer."""
+        if not self._matrices:
+            return
+        if output is not None:
+            self._seen[None] = output
+        assert self.place.twin is not None
+        dense = self.place.twin.residuals(batch, self._places)
+        for matrix in self._matrices:
+            writer, (x,) = self._writers[matrix.name], self._inputs[matrix.parameter, None]
+            stream = self._seen[writer.at]
+            x = x if matrix.columns is None else x[:, matrix.columns.to(x.device)]
+            wide = torch.promote_types(stream.dtype, torch.float32)
+            drift = (dense[writer.at].to(wide) - stream.to(wide)).flatten(0, -2) / writer.factor
+            if matrix.name not in self._totals:
+                self._totals[matrix.name] = torch.zeros(matrix.shape, device=self.place.device or x.device)
+            self._totals[matrix.name] = add_product(self._totals[matrix.name], drift, x)
+
+    def finished(self) -> None:
+        """Take the share that was asked for. Raises `CalibrationError` for sums that are not finite."""
+        for name, total in self._totals.items():
+            if not bool(total.isfinite().all()):
+                raise CalibrationError(
+                    f"{name}: the residual stream behind it contains NaN or infinity on the calibration samples. Is "
+                    "the model itself sound? Try --dtype float32, or --targets pruned."
+                )
+            total.mul_(self.need.share)
+        self._inputs, self._seen = {}, {}  # Memory: of the last batch
+
+    def of(self, matrix: Matrix, device: torch.device) -> Evidence:
+        """The drift of a writer."""
+        return {self.need: self._totals[matrix.name]} if matrix.name in self._totals else {}

@@ -1,0 +1,110 @@
+"""All evidence of a run: what its needs ask for, each kind by the collector in the table that answers it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+
+from secateur.collect.collector import (
+    Collected,
+    Collector,
+    Cost,
+    Extent,
+    Given,
+    Place,
+    run_batches,
+)
+from secateur.collect.dense_products import DenseProducts
+from secateur.collect.dense_twin import DenseTwin
+from secateur.collect.drift import ResidualDrift
+from secateur.collect.input_sums import InputSums
+from secateur.collect.model_gradients import ModelGradients
+from secateur.collect.regional_gradients import RegionalGradients
+from secateur.core.needs import Need
+from secateur.errors import MethodError
+from secateur.models.flow.stream import Stream
+from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.skeleton import Skeleton
+from secateur.models.shape.structure import Block
+
+COLLECTORS: tuple[type[Collector], ...] = (
+    RegionalGradients,
+    ModelGradients,
+    DenseProducts,
+    InputSums,
+    ResidualDrift,
+)
+"""Each is offered what those before it have not claimed."""
+
+
+class RunEvidence:
+    """The evidence that a run collects, block by block, as its needs ask for it."""
+
+    def __init__(self, needs: frozenset[Need], given: Given, device: torch.device | None = None) -> None:
+        """Sums are kept on `device`, if not where inputs are. Raises `MethodError` for a need that nothing answers."""
+        self.needs = needs
+        self.given = given
+        self.device = device
+        self.collectors: list[Collector] = []
+        open_needs = needs
+        for kind in COLLECTORS:
+            own = kind.claim(open_needs, given)
+            if own is not None:
+                self.collectors.append(own)
+                open_needs -= own.needs
+        for need in open_needs:
+            raise MethodError(f"needs: nothing collects {need!r}; expected a class of statistics or a GradientKind.")
+        self.looks_at_samples = any(own.looks_at_samples for own in self.collectors)
+        running = [own for own in self.collectors if own.forwards]
+        self.forwards = bool(running)  # samples run through the blocks while they are pruned
+        self.beside_dense = any(own.beside_dense for own in running)
+        self.known = all(own.known for own in running)  # so that only the first batch has to run
+
+    def replaced(self, **given: Any) -> Self:
+        """The same with other things given."""
+        return type(self)(self.needs, replace(self.given, **given), self.device)
+
+    def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
+        """Samples that have to go through a block at once, or what was asked for; raises where that cannot be."""
+        for own in self.collectors:
+            batch_size = own.batch_size(skeleton, length, batch_size)
+        return batch_size
+
+    def cost(self, extent: Extent) -> Cost:
+        """What all of it takes in a run."""
+        return sum((own.cost(extent) for own in self.collectors), Cost())
+
+    def solving(self, in_features: int) -> int:
+        """Numbers that are held beside it while a matrix of this width is solved."""
+        return sum(own.solving(in_features) for own in self.collectors)
+
+    def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
+        """Get to know a loaded block before anything in it changes; returns what the manifest says of it."""
+        record: dict[str, Any] = {}
+        for own in self.collectors:
+            record |= own.enter(block, matrices, stream)
+        return record
+
+    def collect(
+        self,
+        block: Block,
+        matrices: Sequence[Matrix],
+        stream: Stream,
+        twin: DenseTwin | None,
+        *,
+        keep_outputs: bool,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Collected:
+        """Run all batches through a loaded block, and collect what is asked of these matrices; see `run_batches`."""
+        place = Place.of(block, matrices, stream, twin, self.device)
+        collectors = [own.at(place) for own in self.collectors if own.forwards]
+        return run_batches(place, collectors, keep_outputs=keep_outputs, progress=progress)
+
+    def of(self, matrix: Matrix, collected: Collected | None, device: torch.device) -> dict[Need, Any]:
+        """All evidence of a matrix; what has to be read first is read to `device`."""
+        evidence: dict[Need, Any] = {}
+        waiting = [own for own in self.collectors if not own.forwards]
+        for own in [*waiting, *(collected.collectors if collected is not None else ())]:
+            evidence |= own.of(matrix, device)
+        return evidence

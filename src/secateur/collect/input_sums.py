@@ -1,0 +1,192 @@
+"""Sums over the inputs of matrices: any class that keeps the contract of `Statistic`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from secateur.collect.collector import Collector, Cost, Evidence, Extent, Given
+from secateur.core.needs import Need, input_statistics
+from secateur.core.statistics import Statistic, by_sample, cost
+from secateur.errors import CalibrationError, ModelStructureError
+from secateur.models.flow.memory import LARGE_BYTES
+from secateur.models.flow.tap import Key
+from secateur.models.shape.matrices import Matrix, numbered_experts
+from secateur.models.shape.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from secateur.collect.survey import Survey
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Statistics of the inputs of some parameters; `leader` is the key under which those of another one are."""
+
+    leader: Mapping[Key, Key]
+    by_leader: dict[Key, dict[type[Statistic], Statistic]]
+
+    def whole(self, matrix: Matrix) -> Mapping[type[Statistic], Statistic]:
+        """The statistics of all inputs of a matrix's parameter; none when no token reached it."""
+        leader = self.leader.get((matrix.parameter, matrix.expert))
+        return self.by_leader[leader] if leader is not None else {}
+
+    def of(self, matrix: Matrix) -> dict[type[Statistic], Statistic]:
+        """The statistics of a matrix's inputs; none when no token reached it."""
+        found = self.whole(matrix)
+        if matrix.columns is None:
+            return dict(found)
+        return {kind: statistic.select(matrix.columns) for kind, statistic in found.items()}
+
+    def only(self, kinds: frozenset[type[Statistic]]) -> Sums:
+        """The statistics of these kinds alone."""
+        kept = {key: {k: own for k, own in found.items() if k in kinds} for key, found in self.by_leader.items()}
+        return Sums(self.leader, kept)
+
+
+class InputSums(Collector):
+    """All statistics of inputs that a run needs, in the same forwards; matrices that read the same input share one.
+
+    With a `survey` that another run has completed they are read there instead; one that is not is filled on the way.
+    """
+
+    def __init__(self, kinds: frozenset[type[Statistic]], survey: Survey | None = None) -> None:
+        self.needs: frozenset[Need] = kinds
+        self.kinds = kinds
+        self.survey = survey
+        self.known = survey is not None and survey.complete
+
+    @classmethod
+    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
+        """All needs that are classes."""
+        kinds = input_statistics(needs)
+        return cls(kinds, given.survey) if kinds else None
+
+    def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
+        """One sample where a statistic goes by samples. Raises `CalibrationError` when more are asked for."""
+        ordered = by_sample(self.kinds)
+        if ordered is None:
+            return batch_size
+        if batch_size not in (None, 1):
+            raise CalibrationError(f"--batch-size: got {batch_size}, expected 1: {ordered.__name__} goes by samples.")
+        return 1
+
+    def cost(self, extent: Extent) -> Cost:
+        """A sum for every input of a block, and its products with every token that is routed there."""
+        return Cost(held=self._held(extent), products=self._products(extent))
+
+    def solving(self, in_features: int) -> int:
+        """As the statistics say."""
+        return sum(cost(kind, in_features).solving for kind in self.kinds)
+
+    def start(self) -> None:
+        """Begin with empty sums."""
+        self.sums = Sums(self.place.inputs.leader, {})
+        self._samples = 0
+        taken = self.kinds if self.survey is None else self.survey.kinds
+        self._taken = sorted(taken, key=lambda kind: kind.__name__)
+        if not self.known:
+            self.place.inputs.takers.append(self._take)
+
+    def _take(self, key: Key, number: int, x: Tensor) -> None:
+        if key not in self.sums.by_leader:
+            device = self.place.device or x.device
+            self.sums.by_leader[key] = {kind: kind.empty(x.shape[1], device) for kind in self._taken}
+        for statistic in self.sums.by_leader[key].values():
+            self.add(statistic, key, number, x)
+
+    def add(self, statistic: Statistic, key: Key, number: int, x: Tensor) -> None:
+        """Add the inputs of a product, the so-and-so-many-th of this forward with that key."""
+        statistic.update(x)
+
+    def end(self, batch: int, output: Tensor | None) -> None:
+        """Count the samples of the batch."""
+        self._samples += len(self.place.stream.batches[batch])
+        # Exact: however often it multiplied, and whether or not a token was routed to it, a matrix has had them all.
+        for statistics in self.sums.by_leader.values():
+            for statistic in statistics.values():
+                statistic.samples = self._samples
+
+    def finished(self) -> None:
+        """Raise unless every matrix saw tokens, and only finite ones; exchange the sums with the survey."""
+        index, matrices = self.place.block.index, self.place.matrices
+        if self.survey is not None and self.known:
+            self.sums = self.survey.block(index, self.kinds) if matrices else self.sums
+            return
+        self._check()
+        if self.survey is not None:
+            self.survey.put(index, matrices, self.sums)
+            # Exact: a method must not see what it did not ask for; the diagonal of a Gram matrix is no SquaredNorm.
+            self.sums = self.sums.only(self.kinds)
+
+    def of(self, matrix: Matrix, device: torch.device) -> Evidence:
+        """The statistics of a matrix's inputs."""
+        return self.sums.of(matrix)
+
+    def _check(self) -> None:
+        sums, matrices = self.sums, self.place.matrices
+        unseen = [matrix.name for matrix in matrices if not any(own.tokens for own in sums.whole(matrix).values())]
+        if unseen:
+            its, it = ("its", "it") if len(unseen) == 1 else ("their", "them")
+            raise ModelStructureError(
+                f"{_some(unseen)}: saw no token of the {self.place.samples} calibration samples, so nothing is known "
+                f"of {its} inputs. Calibrate on more samples (--samples), or leave {it} dense with --skip "
+                f'"{unseen[0]}"{" and so on" if len(unseen) > 1 else ""}.'
+            )
+        # In the order of the forward, so that the first one named is where the trouble begins.
+        order = {key: position for position, key in enumerate(sums.leader)}
+        sound: set[int] = set()  # statistics that other matrices share
+        for matrix in sorted(matrices, key=lambda matrix: order[(matrix.parameter, matrix.expert)]):
+            for statistic in sums.whole(matrix).values():
+                if id(statistic) in sound:
+                    continue
+                if not statistic.is_finite():
+                    raise CalibrationError(
+                        f"{matrix.name}: its inputs on the calibration samples contain NaN or infinity. "
+                        "Is the model itself sound? Try --dtype float32, and check the dense model with secateur eval."
+                    )
+                sound.add(id(statistic))
+
+    def _held(self, extent: Extent) -> int:
+        sums: dict[int, int] = {}
+        for matrix, inputs in inputs_of(extent.matrices):
+            for kind in self.kinds:
+                own = inputs * extent.number_bytes * cost(kind, matrix.shape[1]).numbers
+                # Memory: measured. Many buffers that are too small to be given back at once leave holes of their size.
+                holes = own if matrix.expert is not None and own < LARGE_BYTES else 0
+                sums[matrix.block] = sums.get(matrix.block, 0) + own + holes
+        return max(sums.values(), default=0)
+
+    def _products(self, extent: Extent) -> float:
+        share = _share_of_experts(extent.skeleton)
+        return sum(
+            inputs * extent.tokens * cost(kind, matrix.shape[1]).products * (share if matrix.expert is not None else 1)
+            for matrix, inputs in inputs_of(extent.matrices)
+            for kind in self.kinds
+        )
+
+
+def inputs_of(matrices: Sequence[Matrix]) -> list[tuple[Matrix, int]]:
+    """One matrix for all that read the same input, and how many such inputs of its width its module has.
+
+    Matrices of a module that are equally wide read the same one (q, k and v; gate and up), but for the last of four or
+    more (o).
+    """
+    alike: dict[tuple[int, str, int | None, int], list[Matrix]] = {}
+    for matrix in matrices:
+        module = matrix.name.removesuffix(".weight").rpartition(".")[0]
+        alike.setdefault((matrix.block, module, matrix.expert, matrix.shape[1]), []).append(matrix)
+    return [(found[0], 2 if len(found) > 3 else 1) for found in alike.values()]
+
+
+def _share_of_experts(skeleton: Skeleton) -> float:
+    """The share of a layer's experts that a token is routed to; 1 without experts."""
+    experts = numbered_experts(skeleton.text_config) or 1
+    return (getattr(skeleton.text_config, "num_experts_per_tok", None) or 1) / experts
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

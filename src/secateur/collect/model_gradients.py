@@ -1,0 +1,88 @@
+"""Gradients that come from a file: one that was given, or one that the run takes of the dense model first."""
+
+import math
+from typing import Self
+
+import torch
+
+from secateur.collect.collector import Collector, Cost, Evidence, Extent, Given, PassBefore
+from secateur.collect.gradient_file import GradientFile
+from secateur.collect.gradient_pass import (
+    accumulator_bytes,
+    check_loss,
+    chunk_sizes,
+    gradient_batch_size,
+    graph_bytes,
+)
+from secateur.core.gradients import GradientKind
+from secateur.core.needs import Need, gradient_kind
+from secateur.models.flow.stream import LOGITS_BYTES
+from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.skeleton import Skeleton
+
+
+class ModelGradients(Collector):
+    """Gradients in a file, read matrix by matrix; without a file they are still to be taken, before any block."""
+
+    forwards = False
+
+    def __init__(self, kind: GradientKind, file: GradientFile | None) -> None:
+        self.needs: frozenset[Need] = frozenset({kind})
+        self.kind, self.file = kind, file
+        self.looks_at_samples = file is None
+
+    @classmethod
+    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
+        """Gradients of any kind."""
+        kind = gradient_kind(needs)
+        return None if kind is None else cls(kind, given.gradients)
+
+    def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
+        """What was asked for, checked where gradients are still to be taken."""
+        if self.file is None:
+            check_loss(self.kind.scope, length)
+            gradient_batch_size(skeleton, length, self.kind.granularity, batch_size)
+        return batch_size
+
+    def cost(self, extent: Extent) -> Cost:
+        """The gradients of one matrix while it is solved; and the pass that takes them.
+
+        That is a forward, and a backward of about three. The head runs forwards and back, with logits that pass about
+        six times through memory. Every sample's gradients are added up once, and the model is hashed.
+        """
+        weights = sum(math.prod(matrix.shape) for matrix in extent.matrices)
+        own = Cost(reading=4 * max(math.prod(matrix.shape) for matrix in extent.matrices))
+        if self.file is not None:
+            return own
+        logits = extent.tokens * extent.skeleton.vocabulary_size
+        return own + Cost(
+            file=4 * weights,
+            forwards=4.0,
+            computing=3 * logits * extent.skeleton.hidden_size,
+            moved=24 * logits + 16 * weights * extent.samples,
+            hashings=1,
+            before=(self._pass(extent),),
+        )
+
+    def _pass(self, extent: Extent) -> PassBefore:
+        """The inputs of all blocks are saved for as many samples at once as fit."""
+        skeleton, matrices, scope = extent.skeleton, extent.matrices, self.kind.scope
+        batch = gradient_batch_size(skeleton, extent.length, self.kind.granularity, extent.batch_size)
+        first = min(matrix.block for matrix in matrices)
+        chunk = chunk_sizes(skeleton, extent.samples, extent.length, batch, scope, extent.offload, first, extent.beside)
+        tokens = min(extent.batch_tokens, chunk.samples * extent.length)
+        return PassBefore(
+            working=accumulator_bytes(matrices)
+            + 4 * max(math.prod(matrix.shape) for matrix in matrices)
+            + graph_bytes(matrices, tokens, skeleton.dtype.itemsize),
+            head=3 * LOGITS_BYTES,
+            saved=chunk.bytes,
+            samples=chunk.samples,
+            passes=math.ceil(extent.samples / chunk.samples),
+            folder=chunk.folder,
+        )
+
+    def of(self, matrix: Matrix, device: torch.device) -> Evidence:
+        """The gradients of a matrix. Raises `CheckpointError` when they are not what was written."""
+        assert self.file is not None
+        return {self.kind: self.file.read(matrix.name, self.kind, device)}

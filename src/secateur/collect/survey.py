@@ -1,0 +1,182 @@
+"""A survey: statistics of the inputs of all blocks of the dense model, from one pass over it.
+
+Runs that prune with ``propagate="dense"`` all see these same inputs: the first can leave them here for the others, and
+plans can be made from them before anything is pruned.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration import Windows
+from secateur.collect.collector import Place, run_batches
+from secateur.collect.input_sums import InputSums, Sums
+from secateur.core.needs import Need, input_statistics
+from secateur.core.statistics import Statistic
+from secateur.errors import CalibrationError
+from secateur.files.writer import writing
+from secateur.models.flow.stream import Stream, default_batch_size
+from secateur.models.opening.opened import OpenedModel
+from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.skeleton import loaded
+from secateur.models.shape.structure import Block
+from secateur.runs.conveyor import Conveyor
+
+
+class Survey:
+    """Statistics of the inputs of every matrix of the dense model, of all of `kinds`, read by the matrix's name.
+
+    They lie in `folder`, one file for each block and kind, or in memory where that is None. A survey is `complete` when
+    the run that takes it is finished; it then belongs to that model and those tokens. Good for one process; `close`
+    removes the folder.
+    """
+
+    def __init__(self, folder: Path | None, kinds: frozenset[type[Statistic]]) -> None:
+        self.folder = folder
+        self.kinds = kinds
+        self.complete = False
+        self.facts: Mapping[str, Any] | None = None
+        self._matrices: dict[str, Matrix] = {}
+        self._held: dict[tuple[int, type[Statistic]], Sums] = {}
+        self._last: tuple[int, Sums] | None = None
+
+    def begin(self, needs: frozenset[type[Statistic]], facts: Mapping[str, Any]) -> None:
+        """Start a run that needs these statistics and of which these `facts` hold, see `facts_of`.
+
+        Raises `CalibrationError` when it needs others, or the survey is of other facts.
+        """
+        for kind in needs - self.kinds:
+            raise CalibrationError(f"{kind.__name__} is not among the statistics that these runs share.")
+        for name, value in facts.items():
+            if self.facts is not None and value != self.facts[name]:
+                raise CalibrationError(
+                    f"these statistics are shared by runs with {name} {self.facts[name]}, got {value}. "
+                    "Runs that differ in that need statistics of their own."
+                )
+        self.facts = facts
+        if self.folder is not None:
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, block: int, matrices: Sequence[Matrix], sums: Sums) -> None:
+        """Keep the statistics of these matrices of a block. Raises `CheckpointError` when there is no room for them."""
+        self._matrices |= {matrix.name: matrix for matrix in matrices}
+        for kind in self.kinds:
+            own = sums.only(frozenset({kind}))
+            if self.folder is None:
+                self._held[block, kind] = own
+                continue
+            file = self._file(block, kind)
+            with writing(file), file.open("wb") as stream:
+                # Statistics may be of any class; only this process reads what it wrote here: a pickle does no harm.
+                torch.save(own, stream)
+
+    def block(self, block: int, kinds: frozenset[type[Statistic]]) -> Sums:
+        """Those statistics of a block, on the device where they were taken."""
+        found = [self._held.get((block, kind)) or self._load(block, kind) for kind in kinds]
+        by_leader = {
+            leader: {kind: own for part in found for kind, own in part.by_leader[leader].items()}
+            for leader in found[0].by_leader
+        }
+        return Sums(found[0].leader, by_leader)
+
+    def of(self, matrix: str) -> Mapping[type[Statistic], Statistic]:
+        """The statistics of a matrix, by name. Those of its block stay in memory until another block is asked for.
+
+        Raises `CalibrationError` for a matrix that is not in the survey, or before the survey is complete.
+        """
+        if not self.complete or matrix not in self._matrices:
+            raise CalibrationError(
+                f"{matrix}: is not in the survey, which holds {len(self._matrices)} matrices"
+                f"{'' if self.complete else ' and is not complete'}."
+            )
+        found = self._matrices[matrix]
+        if self._last is None or self._last[0] != found.block:
+            self._last = None  # Memory: gone before the next block is read
+            self._last = (found.block, self.block(found.block, self.kinds))
+        return self._last[1].of(found)
+
+    def close(self) -> None:
+        """Remove what was kept."""
+        self._held.clear()
+        self._last = None
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _load(self, block: int, kind: type[Statistic]) -> Sums:
+        found: Sums = torch.load(self._file(block, kind), weights_only=False)
+        return found
+
+    def _file(self, block: int, kind: type[Statistic]) -> Path:
+        assert self.folder is not None
+        return self.folder / f"block-{block}-{kind.__module__}.{kind.__qualname__}.pt"
+
+
+def facts_of(
+    opened: OpenedModel,
+    windows: Windows,
+    matrices: Sequence[Matrix],
+    batch_size: int,
+    statistics_device: torch.device | None,
+) -> dict[str, Any]:
+    """What two runs must have in common for their statistics of the dense model's inputs to be the same bits."""
+    skeleton = opened.skeleton
+    return {
+        "model": opened.origin,
+        "tokens": windows.digest,
+        "matrices": [matrix.name for matrix in matrices],
+        "device": str(skeleton.device),
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "statistics_device": None if statistics_device is None else str(statistics_device),
+    }
+
+
+@torch.no_grad()
+def survey(
+    opened: OpenedModel,
+    windows: Windows,
+    needs: frozenset[Need],
+    *,
+    matrices: Sequence[Matrix] | None = None,
+    folder: Path | None = None,
+    batch_size: int | None = None,
+    statistics_device: torch.device | None = None,
+    states_folder: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Survey:
+    """The survey of an opened model on these windows, with the statistics of inputs among `needs`.
+
+    It takes one forward through all blocks up to the last of `matrices` (default: all prunable ones), and the memory of
+    one block. `folder` and `states_folder` are where statistics and hidden states go, if not into memory.
+    """
+    kinds, skeleton = input_statistics(needs), opened.skeleton
+    collector = InputSums(kinds)
+    size = collector.batch_size(skeleton, windows.length, batch_size)
+    size = size or default_batch_size(windows.length, skeleton.device)
+    chosen = skeleton.matrices if matrices is None else matrices
+    result = Survey(folder, kinds)
+    result.begin(kinds, facts_of(opened, windows, chosen, size, statistics_device))
+    last = max(matrix.block for matrix in chosen)
+    skeleton.load_outside(head=False)
+    stream = Stream(skeleton, windows.batches(size), states_folder=states_folder)
+    skeleton.unload_outside()
+
+    def take(block: Block, tensors: dict[str, Tensor]) -> None:
+        own = [matrix for matrix in chosen if matrix.block == block.index]
+        with loaded(skeleton, block, tensors):
+            here = collector.at(Place.of(block, own, stream, device=statistics_device))
+            run_batches(here.place, [here], keep_outputs=block.index < last)
+            result.put(block.index, own, here.sums)
+            stream.release(block)
+        progress(block.index + 1, last + 1)
+
+    with closing(stream):
+        Conveyor(skeleton).carry(take, read=skeleton.read, blocks=skeleton.blocks[: last + 1])
+    result.complete = True
+    return result
