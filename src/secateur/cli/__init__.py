@@ -2,6 +2,5 @@
 
 from secateur.cli import pruning, sweeping, recovery, evaluation, comparison, reporting, checking  # noqa: F401, I001 - they register their commands, in this order
 from secateur.cli.app import app, main
-from secateur.cli.options import METHOD_NAMES
 
-__all__ = ["METHOD_NAMES", "app", "main"]
+__all__ = ["app", "main"]

@@ -4,23 +4,60 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-import typer
+from cyclopts import App, CycloptsError
 
 import secateur
-from secateur.cli.streams import guarded_streams
+from secateur.cli.commands import GROUPS, parsed, told
+from secateur.cli.configuration import configured
+from secateur.cli.streams import guarded_streams, print_error
 from secateur.errors import NumericalError, SecateurError
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 
-app = typer.Typer(
+Function = TypeVar("Function", bound=Callable[..., None])
+Json = Annotated[bool, Option(OPTIONS, "Print the result as JSON.", name="json")]
+Config = Annotated[str | None, Option(OPTIONS, "YAML file with these options as keys; options given here win over it.")]
+
+app = App(
     name="secateur",
     help="Prune pretrained large language models in one shot, block by block, without retraining.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    help_format="markdown",
+    help_flags=["--help", "-h"],
+    help_epilogue="--debug, anywhere in a command, shows the traceback of an error.",
+    version=f"secateur {secateur.__version__}",
+    group_arguments=GROUPS[ARGUMENTS],
+    group_parameters=GROUPS[OPTIONS],
+    config=configured,
+    print_error=False,
+    exit_on_error=False,
+    verbose=False,
+    suppress_keyboard_interrupt=False,
+    result_action="return_value",
 )
+app["--help"].group = app["--version"].group = GROUPS[OPTIONS]
+app.register_install_completion_command(help="Complete commands, options and their values in this shell.")
+app["--install-completion"].group = GROUPS[OPTIONS]
+
+
+def command(
+    *examples: str, name: str | None = None, required: Collection[str] = (), hidden: Collection[str] = ()
+) -> Callable[[Function], Function]:
+    """The decorator of a function that makes it a command with these examples at the end of its help.
+
+    Its options are the fields of its settings and its arguments that have an `Option`. `required` names fields that
+    only Python code can do without, `hidden` those that the help does not show.
+    """
+
+    def register(function: Function) -> Function:
+        shown = "**Examples**\n\n" + "\n\n".join(f"`{example}`" for example in examples)
+        own = parsed(function, required=required, hidden=hidden)
+        app.command(own, name=name or function.__name__, help_epilogue=shown)
+        return function
+
+    return register
 
 
 class Interrupted(SystemExit):
@@ -29,33 +66,6 @@ class Interrupted(SystemExit):
     def __init__(self, message: str) -> None:
         super().__init__(130)
         self.message = message
-
-
-def epilog(*commands: str) -> str:
-    """The examples at the end of a command's help."""
-    return "**Examples**\n\n" + "\n\n".join(f"`{command}`" for command in commands)
-
-
-def _show_version(value: bool) -> None:
-    if value:
-        typer.echo(f"secateur {secateur.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Prune pretrained large language models in one shot, block by block, without retraining."""
-    # Libraries read these when they are imported, and torch imports tqdm.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 class _Signals:
@@ -94,40 +104,49 @@ def main() -> None:
     Exits with 2 for the user's mistake, 1 for a failure, 130 for an interruption, 143 for SIGTERM, 129 for SIGHUP.
     """
     with guarded_streams():
-        _run()
+        _prepare_libraries()
+        sys.exit(_run())
 
 
-def _run() -> None:
+def _prepare_libraries() -> None:
+    """Set what libraries read when they are imported; torch imports tqdm."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _run() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
+    debug = len(arguments) < len(sys.argv[1:])
     with _Signals() as signals:
         try:
-            app(args=arguments, prog_name="secateur")
+            app(arguments)
+            return 0 if arguments else 2
+        except CycloptsError as error:
+            print_error(f"Error: {told(error)}")
+            return 2
         except SecateurError as error:
-            if len(arguments) < len(sys.argv[1:]):
+            if debug:
                 raise
-            typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
-            sys.exit(1 if isinstance(error, NumericalError) else 2)
+            print_error(f"Error: {error}")
+            return 1 if isinstance(error, NumericalError) else 2
         except (MemoryError, RuntimeError) as error:
             # torch.OutOfMemoryError, without importing torch for commands that do without
-            if len(arguments) < len(sys.argv[1:]) or not (
-                isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            ):
+            if debug or not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
                 raise
             reason = str(error).partition(". ")[0] or "out of memory"
-            typer.secho(
+            print_error(
                 f"Error: {reason}. What takes less: --batch-size 1, fewer or shorter samples, and for Gram matrices on "
-                "a GPU --statistics-device cpu. secateur plan counts it beforehand.",
-                fg=typer.colors.RED,
-                err=True,
+                "a GPU --statistics-device cpu. secateur plan counts it beforehand."
             )
-            sys.exit(1)
-        except (KeyboardInterrupt, SystemExit) as end:
-            if isinstance(end, SystemExit) and end.code != 130:  # typer's own code for an interruption
-                raise
+            return 1
+        except (KeyboardInterrupt, Interrupted) as end:
             ending = "Interrupted" if signals.received == signal.SIGINT else f"Ended by {signals.received.name}"
             message = (
                 end.message if isinstance(end, Interrupted) else f"{ending}; nothing half-written was left behind."
             )
             with suppress(OSError):  # the terminal may be gone
-                typer.secho(message, err=True)
-            sys.exit(128 + signals.received)
+                print(message, file=sys.stderr)
+            return 128 + signals.received

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from secateur.cli.app import app, epilog
+from secateur.cli.app import Config, Json, command
 from secateur.cli.display import (
     evaluation_progress,
     print_json,
@@ -14,24 +12,8 @@ from secateur.cli.display import (
     quiet_libraries,
     write_csv,
 )
-from secateur.cli.options import (
-    BatchOption,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    EvaluationBosOption,
-    FreshOption,
-    JsonOption,
-    LengthOption,
-    LimitOption,
-    OffloadOption,
-    ShotsOption,
-    TaskDataOption,
-    TasksOption,
-    TrustOption,
-    WindowsOption,
-)
-from secateur.cli.store import evaluation_store, keep, say_reused, task_names
+from secateur.cli.store import evaluation_store, keep, say_reused
+from secateur.evaluate.settings import CompareSettings
 
 if TYPE_CHECKING:
     from secateur.evaluate.agreement import Agreement
@@ -40,62 +22,20 @@ if TYPE_CHECKING:
     from secateur.evaluate.task_results import TaskResults
 
 
-@app.command(
-    epilog=epilog(
-        "secateur compare ./llama ./pruned --data wikitext2",
-        "secateur compare ./llama ./wanda ./gblm --data wikitext2 --data c4 --windows 40 --csv table.csv",
-        "secateur compare ./llama ./wanda --tasks boolq,hellaswag --limit 500 --prompts prompts.txt",
-    )
+@command(
+    "secateur compare ./llama ./pruned --data wikitext2",
+    "secateur compare ./llama ./wanda ./gblm --data wikitext2 --data c4 --windows 40 --csv table.csv",
+    "secateur compare ./llama ./wanda --tasks boolq,hellaswag --limit 500 --prompts prompts.txt",
 )
-def compare(
-    dense: Annotated[str, typer.Argument(help="The dense model: folder, hub id, or GGUF file.", show_default=False)],
-    pruned: Annotated[list[str], typer.Argument(help="Pruned models to compare with it.", show_default=False)],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            "-d",
-            help="As for eval; repeat it for several texts [default: wikitext2, unless --tasks or --prompts is given].",
-            show_default=False,
-        ),
-    ] = None,
-    length: LengthOption = None,
-    windows: WindowsOption = None,
-    bos: EvaluationBosOption = "auto",
-    tasks: TasksOption = None,
-    limit: LimitOption = None,
-    shots: ShotsOption = None,
-    task_data: TaskDataOption = None,
-    fresh: FreshOption = False,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            help='Show how each model goes on from these prompts: a text file, one a line, or .jsonl with a "prompt".',
-            show_default=False,
-        ),
-    ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to go on for, greedily.")] = 64,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    offload_states: OffloadOption = "auto",
-    trust_remote_code: TrustOption = False,
-    config: ConfigOption = None,
-    csv: Annotated[
-        Path | None,
-        typer.Option(
-            "--csv", help="Also write a row for each model and text or task to this file.", show_default=False
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
+def compare(settings: CompareSettings, config: Config = None, as_json: Json = False) -> None:
     """Compare pruned models with the dense one: on the same tokens, the same tasks, the same prompts.
 
     Differences are paired, window by window or document by document. The models run one after the other: texts in the
     memory of one block, tasks and prompts with one whole model in memory.
     """
-    names = task_names(tasks)
+    machine: Any = {name: getattr(settings, name) for name in ("device", "dtype", "trust_remote_code")}
+    names, prompts = list(settings.tasks), settings.prompts
+    dense, pruned = settings.dense, list(settings.pruned)
     answers: list[TaskComparison] = []
     written: list[list[Generation]] = []
     if names or prompts is not None:
@@ -105,22 +45,22 @@ def compare(
             from secateur.evaluate.tasks import tasks as run_tasks
             from secateur.models.opening.whole import WholeModel
 
-            texts = read_prompts(prompts) if prompts is not None else []
+            texts = read_prompts(Path(prompts)) if prompts is not None else []
             answered: list[TaskResults] = []
             for name in (dense, *pruned):
-                with WholeModel(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as whole:
+                with WholeModel(name, **machine) as whole:
                     if names:
                         with evaluation_progress() as show:
                             answered.append(
                                 run_tasks(
                                     whole,
                                     names,
-                                    limit=limit,
-                                    shots=shots,
-                                    task_data=task_data,
-                                    batch_size=batch_size,
+                                    limit=settings.limit,
+                                    shots=settings.shots,
+                                    task_data=settings.task_data,
+                                    batch_size=settings.batch_size,
                                     store=evaluation_store(),
-                                    fresh=fresh,
+                                    fresh=settings.fresh,
                                     progress=_named(show, name),
                                 )
                             )
@@ -128,10 +68,10 @@ def compare(
                     if texts:
                         with evaluation_progress() as show:
                             progress = _named(show, name)
-                            written.append(generations(whole, texts, new_tokens=new_tokens, progress=progress))
+                            written.append(generations(whole, texts, new_tokens=settings.new_tokens, progress=progress))
             answers = [row for own in answered[1:] for row in task_differences(answered[0], own)]
     agreements: list[list[Agreement]] = []
-    if data or not (names or prompts is not None):
+    if settings.data or not (names or prompts is not None):
         with quiet_libraries(), evaluation_progress() as show:
             from secateur.evaluate.agreement import agreement
 
@@ -140,24 +80,22 @@ def compare(
                     dense,
                     pruned,
                     text,
-                    length=length,
-                    windows=windows,
-                    bos=bos,
-                    batch_size=batch_size,
-                    device=device,
-                    dtype=dtype,
-                    offload_states=offload_states,
-                    trust_remote_code=trust_remote_code,
+                    length=settings.length,
+                    windows=settings.windows,
+                    bos=settings.bos,
+                    batch_size=settings.batch_size,
+                    offload_states=settings.offload_states,
+                    **machine,
                     progress=show,
                 )
-                for text in data or ["wikitext2"]
+                for text in settings.data or ["wikitext2"]
             ]
         for row, name in ((row, name) for text in agreements for row, name in zip(text, pruned, strict=True)):
-            key = {"dense": dense, "data": row.data, "length": row.length, "digest": row.digest, "dtype": dtype}
-            key |= {"bos": row.provenance.get("bos", {}).get("used")}
+            key = {"dense": dense, "data": row.data, "length": row.length, "digest": row.digest}
+            key |= {"dtype": settings.dtype, "bos": row.provenance.get("bos", {}).get("used")}
             keep(name, None, "agreement", key, row.to_json())
-    if csv is not None:
-        write_csv(csv, [*_text_rows(agreements), *map(_task_row, answers)])
+    if settings.csv is not None:
+        write_csv(Path(settings.csv), [*_text_rows(agreements), *map(_task_row, answers)])
     if as_json:
         print_json(
             {

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 if TYPE_CHECKING:
     from secateur.runs.events import Event
     from secateur.sweeps.loop import SweepEvent
@@ -40,7 +38,7 @@ def print_tables(content: Any, *, error: bool = False) -> None:
 
 def print_json(value: Any) -> None:
     """Print a JSON object to standard output."""
-    typer.echo(json.dumps(value, indent=2, default=str))
+    print(json.dumps(value, indent=2, default=str))
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -107,11 +105,11 @@ def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iter
         def plain(event: "Event") -> None:
             elapsed = time.perf_counter() - started
             if event.stage == "calibrate" and not event.total:
-                typer.echo("drawing calibration samples", err=True)
+                print("drawing calibration samples", file=sys.stderr)
             elif event.stage.startswith("gradients") and event.done == event.total:
-                typer.echo(f"{event.stage}, {elapsed:.1f} s", err=True)
+                print(f"{event.stage}, {elapsed:.1f} s", file=sys.stderr)
             elif event.stage == "write":
-                typer.echo(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s{note()}", err=True)
+                print(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s{note()}", file=sys.stderr)
 
         yield plain
         return
@@ -173,7 +171,7 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
         def plain(event: "SweepEvent") -> None:
             text = line(event)
             if text is not None:
-                typer.echo(text, err=True)
+                print(text, file=sys.stderr)
 
         yield plain, lambda content: print_tables(content, error=True)
         return
@@ -217,7 +215,7 @@ def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], 
         perplexity = note.partition("perplexity ")[2]
         if stage.startswith("training") and perplexity != measured:
             measured = perplexity
-            typer.echo(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", err=True)
+            print(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
     yield plain, Console(stderr=True, width=200, soft_wrap=True).print
 
@@ -233,7 +231,7 @@ def gradient_progress() -> Iterator[Callable[[str, int, int], None]]:
 
     def plain(stage: str, done: int, total: int) -> None:
         if total and done == total:
-            typer.echo(f"{stage}, {time.perf_counter() - started:.1f} s", err=True)
+            print(f"{stage}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
     yield plain
 

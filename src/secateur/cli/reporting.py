@@ -3,39 +3,37 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from secateur.cli.app import app, epilog
+from secateur.cli.app import command
 from secateur.cli.display import evaluation_progress, quiet_libraries
 from secateur.cli.store import evaluation_store
+from secateur.errors import CheckpointError
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 
 if TYPE_CHECKING:
     from secateur.evaluate.results import Record
     from secateur.record.manifest import Manifest
 
 
-@app.command(
-    epilog=epilog(
-        "secateur report ./pruned --open",
-        "secateur report ./pruned --evaluation compared.json",
-        "secateur report ./my-sweep",
-    )
+@command(
+    "secateur report ./pruned --open",
+    "secateur report ./pruned --evaluation compared.json",
+    "secateur report ./my-sweep",
 )
 def report(
-    output: Annotated[
-        Path, typer.Argument(help="A checkpoint that Secateur wrote, or the folder of a sweep.", show_default=False)
+    folder: Annotated[
+        str, Option(ARGUMENTS, "A checkpoint that Secateur wrote, or the folder of a sweep.", name="output")
     ],
+    *,
     evaluation: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--evaluation",
+        tuple[str, ...],
+        Option(
+            OPTIONS,
+            "A file with what secateur eval --json or compare --json printed, for evaluations made elsewhere; repeat "
+            "it.",
             "-e",
-            help="A file with what secateur eval --json or compare --json printed, for evaluations made elsewhere; "
-            "repeat it.",
-            show_default=False,
         ),
-    ] = None,
-    open_page: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+    ] = (),
+    open_page: Annotated[bool, Option(OPTIONS, "Show the page in the browser.", name="open")] = False,
 ) -> None:
     """Write one page that shows what a run did: figures, sparsity, errors, and the mask of every matrix.
 
@@ -43,13 +41,14 @@ def report(
     is OUTPUT/report/index.html, a single file that fetches nothing; its pictures lie beside it. The weights are read,
     and nothing but the report and the figures in the model card is written.
     """
+    output = Path(folder)
     with quiet_libraries(), evaluation_progress() as show:
         from secateur.report.sweep_page import build_sweep, is_sweep
 
         notes = []
         if is_sweep(output):
             if evaluation:
-                raise typer.BadParameter(f"{output} is a sweep; its sweep.json has the figures of every run.")
+                raise CheckpointError(f"{output} is a sweep; its sweep.json has the figures of every run.")
             page = build_sweep(output, show)
         else:
             from secateur.evaluate.results import model_digest
@@ -60,20 +59,20 @@ def report(
 
             manifest = read_manifest(output)
             found = kept_evaluations(evaluation_store().of(model_digest(output)))
-            found += [item for file in evaluation or () for item in read_evaluations(file, output)]
+            found += [item for file in evaluation for item in read_evaluations(Path(file), output)]
             if any(item["kind"] == "perplexity" for item in found):
                 found = with_dense(found, _kept_of_dense(manifest))
             page = build(output, found, show)
             if found and not refresh_card(output, manifest, found):
                 notes.append("README.md has no place for figures any more and was left as it is.")
-    typer.echo(f"Report: {page}")
+    print(f"Report: {page}")
     for note in notes:
-        typer.echo(note)
+        print(note)
     if open_page:
         import webbrowser
 
         if not webbrowser.open(page.resolve().as_uri()):
-            typer.echo("No browser could be started here; open the page yourself.")
+            print("No browser could be started here; open the page yourself.")
 
 
 def _kept_of_dense(manifest: "Manifest") -> "list[Record]":

@@ -1,11 +1,10 @@
 """Where the command line keeps evaluations, and what it says of them."""
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import typer
 
 from secateur.errors import CheckpointError
 
@@ -28,20 +27,15 @@ def keep(model: str, revision: str | None, kind: "Kind", key: Mapping[str, Any],
     try:
         evaluation_store().add(model_digest(model, revision), kind, key, result)
     except CheckpointError as error:
-        typer.echo(f"Not kept: {error}", err=True)
+        print(f"Not kept: {error}", file=sys.stderr)
 
 
 def say_reused(results: "TaskResults") -> None:
     """Say which tasks were not run again."""
     if results.reused:
         since = min(results.reused.values())
-        typer.echo(
+        print(
             f"{results.model}: {', '.join(results.reused)} not run again: the same model, data and settings were "
             f"evaluated before (since {since}). --fresh runs them again.",
-            err=True,
+            file=sys.stderr,
         )
-
-
-def task_names(tasks: Sequence[str] | None) -> list[str]:
-    """The names that --tasks gives, each with or without others beside it."""
-    return [name.strip() for part in tasks or () for name in part.split(",") if name.strip()]

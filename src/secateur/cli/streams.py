@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+
+def print_error(text: str) -> None:
+    """Print a line to standard error, in red on a terminal."""
+    print(f"\x1b[31m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)
+
+
 BROKEN_PIPE = 141  # what a shell shows for a program that a closed pipe ended
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from secateur.core.choices import Bos, Granularity, Norm, Sampling, Scope
 from secateur.errors import CalibrationError
-from secateur.runs.options import Option, Settings
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     Text = str | Sequence[str] | Tensor | Windows | None
 else:
     File = Model = str
-    Globs = Text = Norms = list[str]
+    Globs = Text = Norms = tuple[str, ...]
     Progress = Any
 
-OPTIONS, WHAT, CALIBRATION, HOW = "Options", "What to prune", "Calibration", "How to run"
+WHAT, CALIBRATION, HOW = "What to prune", "Calibration", "How to run"
+Trust = Annotated[bool, Option(HOW, "Run the code that the model brings along.")]
+Revision = Annotated[str | None, Option(HOW, "Branch, tag or commit on the hub.")]
 BosChoice = Literal["auto", Bos]
 BOS = (
     "Where windows of text have the token that begins a text: papers (before the first window alone), always (before "
@@ -39,17 +41,29 @@ BOS = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ModelSettings(Settings):
-    """Which model, and what it runs on."""
+class DeviceSettings(Settings):
+    """What models run on."""
 
-    model: Annotated[Model, Option(OPTIONS, "A folder, a hub id, or a GGUF file.")] = field(kw_only=False)
     device: Annotated[str, Option(HOW, "auto, cpu, cuda, cuda:1, ...")] = "auto"
+    trust_remote_code: Trust = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DtypeSettings(DeviceSettings):
+    """What models run on, and in which numbers."""
+
     dtype: Annotated[
         str,
         Option(HOW, "To compute in: auto, float32, bfloat16, float16, float64. The output keeps the source's."),
     ] = "auto"
-    revision: Annotated[str | None, Option(HOW, "Branch, tag or commit on the hub.")] = None
-    trust_remote_code: Annotated[bool, Option(HOW, "Run the code that the model brings along.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelSettings(DtypeSettings):
+    """Which model, and what it runs on."""
+
+    model: Annotated[Model, Option(ARGUMENTS, "A folder, a hub id, or a GGUF file.")] = field(kw_only=False)
+    revision: Revision = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

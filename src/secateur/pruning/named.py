@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ from secateur.errors import MethodError, PatternError, SecateurError
 from secateur.methods import METHODS, REFINEMENTS
 from secateur.plans.plan import Plan
 from secateur.pruning.settings import PruneSettings
+from secateur.runs.options import written
 
 _OWN = "; or MODULE:FUNCTION or FILE.py:FUNCTION for one of your own"
 _SHOWN = 12  # names that an error lists
@@ -87,18 +88,6 @@ def as_method(value: object, settings: Sequence[str] | Mapping[str, object] = ()
     if callable(value):
         return _made(f"method {getattr(value, '__name__', type(value).__name__)}", value, {})
     raise PatternError(f"method: got {value!r}, expected a secateur.Method such as secateur.wanda(), or its name.")
-
-
-def written(settings: Sequence[str] | Mapping[str, object], part: str = "") -> Iterator[str]:
-    """Options as text: "damping=0.02" of {"damping": 0.02}, "swaps.limit=1" of {"swaps": {"limit": 1}}."""
-    if not isinstance(settings, Mapping):
-        yield from settings
-        return
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from written(value, f"{part}{name}.")
-        else:
-            yield f"{part}{name}={value}"
 
 
 def as_pattern(value: object, sparsity: float | None = None, per: Group | None = None) -> Any:

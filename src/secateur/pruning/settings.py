@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from secateur.collect.settings import (
     CALIBRATION,
     HOW,
-    OPTIONS,
     WHAT,
     BatchSettings,
     CalibrationSettings,
@@ -16,23 +15,7 @@ from secateur.collect.settings import (
     SelectionSettings,
 )
 from secateur.core.choices import Group, Norm
-from secateur.runs.options import Option, Settings
-
-if TYPE_CHECKING:
-    from secateur.collect.survey import Survey
-    from secateur.core.patterns import Pattern
-    from secateur.core.problem import Method
-    from secateur.plans.plan import Plan
-    from secateur.runs.events import OnEvent
-
-    MethodLike: TypeAlias = Method | str | Callable[[], Method]
-    MethodOptions = Sequence[str] | Mapping[str, object]
-    PatternLike = Pattern | Plan | Mapping[str, Pattern | float | str] | float | str | None
-else:
-    MethodLike = str
-    MethodOptions = list[str]
-    PatternLike = str | None
-    Survey = OnEvent = Any
+from secateur.runs.options import OPTIONS, Option, Settings
 
 MethodName = Literal[  # a test keeps this equal to secateur.methods.METHODS
     "magnitude",
@@ -51,6 +34,23 @@ MethodName = Literal[  # a test keeps this equal to secateur.methods.METHODS
     "alps",
 ]
 RefinementName = Literal["least_squares", "obs_update", "swaps"]  # equal to secateur.methods.REFINEMENTS
+
+if TYPE_CHECKING:
+    from secateur.collect.survey import Survey
+    from secateur.core.patterns import Pattern
+    from secateur.core.problem import Method
+    from secateur.plans.plan import Plan
+    from secateur.runs.events import OnEvent
+
+    MethodLike: TypeAlias = Method | str | Callable[[], Method]
+    MethodOptions = Sequence[str] | Mapping[str, object]
+    PatternLike = Pattern | Plan | Mapping[str, Pattern | float | str] | float | str | None
+else:
+    MethodLike = MethodName | str
+    MethodOptions = tuple[str, ...]
+    PatternLike = Any
+    Survey = OnEvent = Any
+
 Propagate = Literal["pruned", "dense"]
 Within = Literal["block", "site"]
 Targets = Literal["pruned", "dense", "residual"]

@@ -5,8 +5,8 @@ configuration file and the keyword arguments of a Python function.
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
@@ -16,6 +16,9 @@ from secateur.errors import CalibrationError, PatternError
 P = ParamSpec("P")
 S = TypeVar("S")
 R = TypeVar("R")
+
+
+ARGUMENTS, OPTIONS = "Arguments", "Options"  # panels of the help; what is in the first is given without a name
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,7 @@ class Field:
     name: str
     kind: Any
     option: Option
-    default: Any  # dataclasses.MISSING where there is none
-    positional: bool
+    default: Any  # inspect.Parameter.empty where there is none
 
     @property
     def flag(self) -> str:
@@ -61,20 +63,23 @@ def choices(kind: Any) -> tuple[str, ...]:
     if get_origin(kind) is Literal:
         return get_args(kind)
     parts = [part for part in get_args(kind) if part is not NoneType]
-    return choices(parts[0]) if len(parts) == 1 else ()
+    return choices(parts[0]) if len(parts) == 1 and get_origin(kind) is not tuple else ()
+
+
+def options(taker: Any) -> tuple[Field, ...]:
+    """The options among the arguments of a function, or among the fields of a class of settings."""
+    return _options(taker)
 
 
 @cache
-def options(settings: type) -> tuple[Field, ...]:
-    """The options among the fields of a class of settings."""
-    hints = get_type_hints(settings, include_extras=True)
+def _options(taker: Any) -> tuple[Field, ...]:
+    hints = get_type_hints(taker, include_extras=True)
     found = []
-    for field in fields(settings):
-        extras = getattr(hints[field.name], "__metadata__", ())
+    for name, parameter in inspect.signature(taker).parameters.items():
+        extras = getattr(hints.get(name), "__metadata__", ())
         option = next((extra for extra in extras if isinstance(extra, Option)), None)
         if option is not None:
-            kind = hints[field.name].__origin__
-            found.append(Field(field.name, kind, option, field.default, not field.kw_only))
+            found.append(Field(name, hints[name].__origin__, option, parameter.default))
     return tuple(found)
 
 
@@ -83,9 +88,10 @@ class Settings:
     """What every class of settings checks: words that are choices, and numbers with a lowest value."""
 
     def __post_init__(self) -> None:
-        own: type = type(self)
-        for field in options(own):
+        for field in options(type(self)):
             value = getattr(self, field.name)
+            if field.option.words:
+                object.__setattr__(self, field.name, listed(value))
             if value is not None and field.choices and value not in field.choices:
                 raise field.option.error(no_choice(field.flag, value, field.choices))
             if field.option.least is not None and isinstance(value, int) and value < field.option.least:
@@ -128,3 +134,15 @@ def listed(values: Any) -> list[Any]:
     for value in several:
         found += [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else [value]
     return found
+
+
+def written(settings: Sequence[str] | Mapping[str, object], part: str = "") -> Iterator[str]:
+    """Options as text: "damping=0.02" of {"damping": 0.02}, "swaps.limit=1" of {"swaps": {"limit": 1}}."""
+    if not isinstance(settings, Mapping):
+        yield from settings
+        return
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from written(value, f"{part}{name}.")
+        else:
+            yield f"{part}{name}={value}"

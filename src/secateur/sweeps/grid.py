@@ -6,9 +6,9 @@ from secateur.core.choices import Group
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
 from secateur.errors import PatternError
-from secateur.pruning.named import as_method, as_pattern, method_of, written
+from secateur.pruning.named import as_method, as_pattern, method_of
 from secateur.pruning.settings import MethodOptions
-from secateur.runs.options import listed
+from secateur.runs.options import listed, written
 from secateur.sweeps.estimate import Task
 from secateur.sweeps.folder import Cell
 from secateur.sweeps.settings import Methods, Patterns, Sparsities, SweepSettings

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from secateur.collect.settings import (
     HOW,
-    OPTIONS,
     WHAT,
     BatchSettings,
     CalibrationSettings,
@@ -17,7 +16,7 @@ from secateur.collect.settings import (
 from secateur.core.choices import Group
 from secateur.errors import CheckpointError
 from secateur.pruning.settings import MethodLike, MethodOptions, PropagationSettings
-from secateur.runs.options import Option, Settings
+from secateur.runs.options import OPTIONS, Option, Settings
 
 if TYPE_CHECKING:
     from secateur.core.patterns import Pattern
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     OnEstimate: TypeAlias = Callable[[SweepEstimate], None]
     OnSweepEvent: TypeAlias = Callable[[SweepEvent], None]
 else:
-    Methods = Patterns = Sparsities = Words = list[str]
+    Methods = Patterns = Sparsities = Words = tuple[str, ...]
     OnEstimate = OnSweepEvent = Any
 
 EVALUATION = "Evaluation"

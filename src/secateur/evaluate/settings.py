@@ -1,0 +1,77 @@
+"""What `eval` and `compare` take."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from secateur.collect.settings import BOS, BatchSettings, BosChoice, DtypeSettings, ModelSettings
+from secateur.errors import CalibrationError
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
+
+TASKS = "Tasks"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationSettings(Settings):
+    """Which windows of text, and which tasks."""
+
+    length: Annotated[int | None, Option(OPTIONS, "Tokens in each window [default: 2048].", "-l", least=2)] = None
+    windows: Annotated[int | None, Option(OPTIONS, "Use only the first windows [default: all].", "-w", least=1)] = None
+    bos: Annotated[BosChoice, Option(OPTIONS, BOS, error=CalibrationError)] = "auto"
+    tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            TASKS,
+            "Tasks and groups of lm-evaluation-harness, with commas between them; also commonsense7 and commonsense6, "
+            "the means of the papers.",
+            "-t",
+            words=True,
+        ),
+    ] = ()
+    limit: Annotated[int | None, Option(TASKS, "Only the first documents of each task [default: all].", least=1)] = None
+    shots: Annotated[
+        int | None, Option(TASKS, "Examples in each prompt [default: the task's own, mostly 0].", least=0)
+    ] = None
+    task_data: Annotated[
+        str | None, Option(TASKS, "A folder of local files TASK_SPLIT*.jsonl in the place of data sets from the hub.")
+    ] = None
+    fresh: Annotated[bool, Option(TASKS, "Run tasks again that have been run before.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvalSettings(BatchSettings, ModelSettings, EvaluationSettings):
+    """What `eval` takes."""
+
+    data: Annotated[
+        str | None,
+        Option(
+            OPTIONS,
+            "wikitext2, c4, python-docs (its held-out part), hf:NAME..., or a file "
+            "[default: wikitext2, unless --tasks is given].",
+            "-d",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompareSettings(BatchSettings, DtypeSettings, EvaluationSettings):
+    """What `compare` takes."""
+
+    dense: Annotated[str, Option(ARGUMENTS, "The dense model: folder, hub id, or GGUF file.")]
+    pruned: Annotated[tuple[str, ...], Option(ARGUMENTS, "Pruned models to compare with it.")]
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            OPTIONS,
+            "As for eval; repeat it for several texts [default: wikitext2, unless --tasks or --prompts is given].",
+            "-d",
+        ),
+    ] = ()
+    prompts: Annotated[
+        str | None,
+        Option(
+            OPTIONS,
+            'Show how each model goes on from these prompts: a text file, one a line, or .jsonl with a "prompt".',
+        ),
+    ] = None
+    new_tokens: Annotated[int, Option(OPTIONS, "Tokens to go on for, greedily.", least=1)] = 64
+    csv: Annotated[str | None, Option(OPTIONS, "Also write a row for each model and text or task to this file.")] = None
