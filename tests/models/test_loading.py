@@ -13,7 +13,8 @@ from torch import nn
 import secateur
 import tiny
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import SINGLE_FILE, companion_files, left_behind
+from secateur.files.checkpoint import SINGLE_FILE
+from secateur.files.folders import companion_files, left_behind
 from secateur.methods.magnitude import magnitude
 from secateur.models.opening.loading import check_loads
 from secateur.models.opening.opened import open_model

@@ -1,7 +1,7 @@
 """Training windows: documents tokenised one by one, laid end to end and cut, with a part held out."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -24,7 +24,7 @@ def training_windows(
     samples: int,
     length: int | None,
     held_out: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Windows, Windows]:
     """Return at most `samples` windows to train on and `held_out` others, both of `length` (1024) tokens.
 
@@ -52,8 +52,7 @@ def training_windows(
     for ids in _tokenised(corpus, tokenizer):
         parts.append(ids)
         documents, found = documents + 1, found + len(ids)
-        if progress is not None:
-            progress(min(found, needed) // length, needed // length)
+        progress(min(found, needed) // length, needed // length)
         if found >= needed:
             break
     count = min(found, needed) // length
@@ -86,15 +85,8 @@ def _parted(windows: Windows, samples: int, held_out: int, where: str) -> tuple[
 
 def _tokenised(corpus: Corpus, tokenizer: Any) -> Iterator[torch.Tensor]:
     """The token ids of each document that is not blank."""
-    texts = _texts(corpus.documents)
+    texts = (text for text in corpus.documents if text.strip())
     while some := list(islice(texts, DOCUMENTS_AT_ONCE)):
         # `verbose=False` silences the warning about documents longer than the model's context.
         for ids in tokenizer(some, return_attention_mask=False, verbose=False)["input_ids"]:
             yield torch.tensor(ids, dtype=torch.int64)
-
-
-def _texts(documents: Sequence[str]) -> Iterator[str]:
-    for index in range(len(documents)):
-        text = documents[index]
-        if text.strip():
-            yield text

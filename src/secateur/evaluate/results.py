@@ -1,4 +1,4 @@
-"""A store of evaluations, kept by what was evaluated: the digest of the model's files."""
+"""A store of evaluations, by the digest of the files of the model that was evaluated."""
 
 import hashlib
 import json
@@ -15,7 +15,8 @@ from msgspec import Meta
 
 import secateur
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import Checkpoint, companion_files, file_digest, locate
+from secateur.files.checkpoint import Checkpoint, file_digest
+from secateur.files.folders import companion_files, locate
 from secateur.files.names import unique
 from secateur.files.reading import checked, read_json
 
@@ -25,16 +26,15 @@ DECIDING_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")  #
 Kind = Literal["perplexity", "agreement", "tasks"]
 
 
-Count = Annotated[int, Meta(ge=0)]
+_Count = Annotated[int, Meta(ge=0)]
 
 
-class PerplexityResult(TypedDict):
-    """What is read of a kept perplexity."""
-
+# What is read of a kept result.
+class _PerplexityResult(TypedDict):
     data: str
     digest: str
-    windows: Count
-    length: Count
+    windows: _Count
+    length: _Count
     nats: float
     standard_error: float | None
     perplexity: float
@@ -43,13 +43,11 @@ class PerplexityResult(TypedDict):
     provenance: NotRequired[dict[str, Any]]
 
 
-class AgreementResult(TypedDict):
-    """What is read of a kept agreement."""
-
+class _AgreementResult(TypedDict):
     data: str
     digest: str
-    windows: Count
-    length: Count
+    windows: _Count
+    length: _Count
     perplexity: float
     perplexity_dense: float
     difference: float
@@ -61,33 +59,27 @@ class AgreementResult(TypedDict):
     provenance: NotRequired[dict[str, Any]]
 
 
-class MetricValue(TypedDict):
-    """One metric of a task."""
-
+class _MetricValue(TypedDict):
     value: float | None
     error: float | None
 
 
-class KeptTask(TypedDict):
-    """The result of one task."""
-
+class _KeptTask(TypedDict):
     task: str
     shots: NotRequired[int | None]
-    documents: Count
-    metrics: dict[str, MetricValue]
+    documents: _Count
+    metrics: dict[str, _MetricValue]
     scores: NotRequired[dict[str, list[float]]]
     members: NotRequired[dict[str, float]]
     digest: NotRequired[str]
     notes: NotRequired[list[str]]
 
 
-class TasksResult(TypedDict):
-    """What is read of kept tasks."""
-
-    results: list[KeptTask]
+class _TasksResult(TypedDict):
+    results: list[_KeptTask]
 
 
-RESULTS: dict[Kind, Any] = {"perplexity": PerplexityResult, "agreement": AgreementResult, "tasks": TasksResult}
+RESULTS: dict[Kind, Any] = {"perplexity": _PerplexityResult, "agreement": _AgreementResult, "tasks": _TasksResult}
 
 
 @dataclass(frozen=True)
@@ -160,7 +152,7 @@ def _versions() -> dict[str, str]:
 
 
 def _deciding(versions: Mapping[str, str]) -> dict[str, str]:
-    """The versions on which figures depend: ours has a number for that."""
+    """The versions on which figures depend; of Secateur's own code that is `REVISION`."""
     return {"evaluation": "1", **{name: value for name, value in versions.items() if name != "secateur"}}
 
 
@@ -184,7 +176,7 @@ def model_digest(model: str | os.PathLike[str], revision: str | None = None) -> 
             raise CheckpointError(f"{file}: no such file.")
         return file_digest(file)
     folder = locate(name, revision)
-    deciding = [*Checkpoint(folder).files, *(file for file in companion_files(folder) if _decides(file))]
+    deciding = [*Checkpoint(folder).files, *filter(_decides, companion_files(folder))]
     listing = {file.relative_to(folder).as_posix(): file_digest(file) for file in deciding}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 

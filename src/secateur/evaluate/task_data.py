@@ -80,8 +80,10 @@ class LocalData:
         if kind == "GROUP":
             self._write(name, {"include": str(entry.yaml_path), "group": name})
         if kind in ("GROUP", "TAG"):
-            for member in sorted(entry.tags) if kind == "TAG" else _members(entry.cfg):
-                self._configure(member, shots, used)
+            listed = entry.cfg["task"] if kind == "GROUP" else sorted(entry.tags)
+            for member in listed if isinstance(listed, list) else [listed]:
+                name = member if isinstance(member, str) else member.get("task") or member["group"]
+                self._configure(name, shots, used)
             return
         if kind != "TASK":
             raise CalibrationError(f"{name}: a task with code of its own, which takes no local data. Leave it out.")
@@ -187,8 +189,3 @@ class LocalData:
     def _write(self, name: str, configuration: Mapping[str, Any]) -> None:
         text = yaml.safe_dump(dict(configuration), sort_keys=False)
         (self.written / f"{name}.yaml").write_text(text, encoding="utf-8")
-
-
-def _members(config: Mapping[str, Any]) -> list[str]:
-    members = config["task"] if isinstance(config["task"], list) else [config["task"]]
-    return [member if isinstance(member, str) else member.get("task") or member["group"] for member in members]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: tensors read one by one from safetensors shards, local or from the hub's cache.
+"""Checkpoints on disk: tensors read one by one from safetensors shards.
 
 Reading works on the bytes of the format itself (an 8-byte length, a JSON header, then the tensors): `pread` keeps no
 file mapped, so that the memory of a run is that of the tensors it holds.
@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,17 +47,10 @@ SINGLE_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 MODELOPT_FILE = "hf_quant_config.json"  # how weights are packed; dense weights are not
 CARD_FILE = "README.md"
-OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "report")  # of other formats and tools
 HEADER_BYTES = 100_000_000  # what the format itself allows
 NAME_LENGTH = 200  # of a file; file systems allow for some 250 bytes
 DIMENSIONS = 16  # of a tensor; no model has more than six
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 
-DOWNLOADED = ("*LICENSE*", "*LICENCE*", "NOTICE*", "USE_POLICY*")
-DOWNLOADED_SUFFIXES = (
-    *(".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken"),
-    *(".spm", ".vocab", ".bpe", ".yaml", ".yml", ".py"),
-)
 PART_BYTES = 16 << 20  # of a tensor that is read a part at a time
 
 # The shards of a checkpoint: file name, and (tensor name, dtype, shape) in the order of the bytes.
@@ -277,7 +270,7 @@ def read_bytes(record: TensorRecord, buffer: Tensor) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The shard of every tensor. Raises `CheckpointError` for an index that is none, or names files elsewhere."""
+    """The shard of every tensor. Raises `CheckpointError` for a file that is no index, or names files elsewhere."""
     weight_map: dict[str, str] = read_json(index, _Index, advice="Download it again.").weight_map
     for name, file in weight_map.items():
         if file in ("", ".", "..") or len(file) > NAME_LENGTH or any(mark in file for mark in ("/", "\\", "\0")):
@@ -299,7 +292,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.exists():
         files = [folder / name for name in sorted(set(_weight_map(index).values()))]
         for file in files:
-            if not os.path.exists(file):  # which answers for names that no file system takes, too
+            if not os.path.exists(file):  # which also answers for names that no file system takes
                 raise CheckpointError(
                     f"{file}: the shard is missing, and {INDEX_FILE} lists it ({len(files)} shards expected). "
                     "Download the checkpoint again."
@@ -352,90 +345,6 @@ def _bytes_of(flat: Tensor) -> memoryview:
     """A writable view of the memory of a uint8 tensor."""
     array: Any = flat.numpy()
     return memoryview(array) if flat.numel() else memoryview(b"")
-
-
-def locate(source: str, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: the folder itself, or the hub's snapshot in huggingface_hub's cache.
-
-    Raises `CheckpointError` when it is neither, or when the hub cannot be reached.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: give the folder of the checkpoint, not one of its files.")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                source,
-                revision=revision,
-                allow_patterns=[*(f"*{ending}" for ending in DOWNLOADED_SUFFIXES), *DOWNLOADED, CARD_FILE],
-                ignore_patterns=["original/*", "onnx/*", "consolidated*"],
-            )
-        )
-    except HFValidationError:
-        raise CheckpointError(f"{source}: no such folder, and not a hub id (owner/name) either.") from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{source}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and has no copy in "
-            "the cache. Give a local folder, or download it first: hf download " + source
-        ) from None
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"{source}: no such folder, and the hub says: {error}") from None
-
-
-def companion_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint besides its weights, also those in subfolders such as additional_chat_templates.
-
-    Configuration, tokenizer, templates, licence, code; not its model card, and no subfolder with weights of its own.
-    """
-    return _companions(folder)[0]
-
-
-def left_behind(folder: Path, read: Collection[Path]) -> list[str]:
-    """The names of what a folder holds besides companion files and the weight files that are `read`.
-
-    Weights in other formats, whole subfolders (their names end in a slash), links to folders. What tools leave there
-    for themselves (git, caches) is no part of a model, and a model card is written anew.
-    """
-    return [name for name in _companions(folder)[1] if folder / name not in read]
-
-
-def _companions(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files to copy, and the names of what is left."""
-    copied: list[Path] = []
-    left: list[str] = []
-    for entry in sorted(folder.iterdir()):
-        name = entry.name
-        if name.startswith((".git", ".cache", ".DS_Store", ".ipynb_checkpoints")) or name == "__pycache__":
-            continue
-        if name in (CARD_FILE, "secateur.json", INDEX_FILE, MODELOPT_FILE):
-            continue
-        if not entry.is_dir():
-            if _is_companion(entry):
-                copied.append(entry)
-            else:
-                left.append(name)
-            continue
-        inside = [path for path in sorted(entry.rglob("*")) if path.is_symlink() or not path.is_dir()]
-        inside = [path for path in inside if "__pycache__" not in path.parts]
-        if entry.is_symlink() or name in OTHER_FOLDERS or not all(map(_is_companion, inside)):
-            left.append(f"{name}/")
-        else:
-            copied += inside
-    return copied, left
-
-
-def _is_companion(file: Path) -> bool:
-    return (
-        file.is_file()
-        and not file.name.startswith(".")
-        and not file.name.endswith(WEIGHT_SUFFIXES)
-        and file.stat().st_size < 1 << 28
-    )
 
 
 def file_digest(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Names in the file system: renames that replace nothing, the exchange of two, and names that nobody else takes."""
+"""Names in the file system: renames that replace nothing, the exchange of two names, and names that are unique."""
 
 import ctypes
 import errno
@@ -36,7 +36,7 @@ def _rename(source: Path, target: Path, flag: int) -> bool:
 
 
 def unique(name: str) -> str:
-    """The name with a random ending, for what no other process may take for its own."""
+    """The name with a random ending, for a file that no other process may take for its own."""
     return f"{name}-{secrets.token_hex(6)}"
 
 
@@ -59,7 +59,7 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def exchange(source: Path, target: Path, aside: Path) -> None:
-    """Let two files or folders change their names, in one step where the system can; else by way of `aside`.
+    """Let two files or folders change their names, in one step where the system can; else through `aside`.
 
     Raises `FileExistsError` when somebody takes the name `target` between two steps; what had it is then `aside`.
     """

@@ -22,7 +22,7 @@ Raise = type[SecateurError]
 
 
 def open_regular(file: Path, *, error: Raise = CheckpointError) -> BinaryIO:
-    """A regular file, open for reading bytes. Raises `error` for anything else: nothing is waited for, as on a pipe."""
+    """A regular file, open for reading bytes. Raises `error` for anything else, without waiting as a pipe would."""
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def open_regular(file: Path, *, error: Raise = CheckpointError) -> BinaryIO:
 
 
 def read_text(file: Path, *, limit: int = TEXT_BYTES, error: Raise = CheckpointError) -> str:
-    """The text of a UTF-8 file, line ends and all. Raises `error` where it is none, or larger than `limit` bytes."""
+    """The text of a UTF-8 file, line ends and all. Raises `error` for other files, and above `limit` bytes."""
     with open_regular(file, error=error) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:

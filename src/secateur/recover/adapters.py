@@ -31,22 +31,16 @@ PREFIX = "base_model.model."  # of every tensor in an adapter that peft saved
 _WITHOUT = "Remove it to merge the adapter without a record."
 
 
-class BaseRecord(TypedDict):
-    """The checkpoint that an adapter was trained on."""
-
+class _BaseRecord(TypedDict):
     path: str
     digest: str
 
 
-class DataRecord(TypedDict):
-    """The text that an adapter was trained on; no name for token ids."""
-
+class _DataRecord(TypedDict):
     name: str | None
 
 
-class HeldOutRecord(TypedDict):
-    """The windows that were not trained on."""
-
+class _HeldOutRecord(TypedDict):
     samples: Annotated[int, Meta(ge=1)]
     length: Annotated[int, Meta(ge=1)]
     digest: str
@@ -56,9 +50,9 @@ class Record(TypedDict):
     """What merging reads of an adapter's record."""
 
     method: str
-    base: BaseRecord
-    data: DataRecord
-    held_out: HeldOutRecord
+    base: _BaseRecord
+    data: _DataRecord
+    held_out: _HeldOutRecord
 
 
 def require_peft(what: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from secateur.calibration import Windows
 from secateur.collect.model_windows import model_windows
 from secateur.errors import CalibrationError
-from secateur.files.checkpoint import locate
+from secateur.files.folders import locate
 from secateur.files.names import unique
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model

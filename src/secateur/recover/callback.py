@@ -62,7 +62,8 @@ class SparsityCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the model, unless that was done before: a run that failed may have left another model's zeros."""
-        sharded = _sharded(args)
+        kind = PartialState().distributed_type.value.lower()  # as `accelerate launch` says
+        sharded = next((name for name in ("deepspeed", "fsdp") if getattr(args, name, None) or kind == name), "")
         if sharded:
             raise ModelStructureError(
                 f"SparsityCallback: {sharded} keeps parameters in pieces of its own, which no callback sees. Train on "
@@ -115,9 +116,3 @@ class SparsityCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._zeros, self._removed = [], {}, {}
-
-
-def _sharded(args: Any) -> str:
-    """What keeps the parameters in pieces, as the Trainer's arguments or `accelerate launch` say; empty for nothing."""
-    kind = PartialState().distributed_type.value.lower()
-    return next((name for name in ("deepspeed", "fsdp") if getattr(args, name, None) or kind == name), "")

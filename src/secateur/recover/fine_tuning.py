@@ -19,7 +19,7 @@ from secateur.calibration import Windows, check_length, check_predictions, check
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.evaluate.results import model_digest
-from secateur.files.checkpoint import locate
+from secateur.files.folders import locate
 from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
@@ -313,7 +313,7 @@ def _start(work: Path, asked: Mapping[str, Any], resume: bool) -> Path | None:
             state.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
         return None
     held: dict[str, Any] = read_json(state, dict[str, Any], advice="Start over with --overwrite.")
-    checked(held, state, State, advice="Start over with --overwrite.")
+    checked(held, state, _State, advice="Start over with --overwrite.")
     before, now = _comparable(held), _comparable(json.loads(json.dumps(asked)))
     for key, value in now.items():
         if key != "lr" and value != before.get(key):
@@ -330,22 +330,18 @@ def _comparable(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {**asked["settings"], **asked, **digests, "settings": None}
 
 
-class Named(TypedDict):
-    """A model or text, by its digest."""
-
+class _Named(TypedDict):
     digest: str
 
 
-class State(TypedDict):
-    """What an unfinished run was started with."""
-
+class _State(TypedDict):
     method: str
     settings: dict[str, Any]
     dtype: str
     distill: str | None
-    base: Named
-    data: Named
-    held_out: Named
+    base: _Named
+    data: _Named
+    held_out: _Named
 
 
 def _named(progress: Progress, name: str) -> Callable[[str, int, int], None]:

@@ -116,7 +116,7 @@ def keep_from_zero(values: Tensor, kept: Tensor, dtype: torch.dtype) -> tuple[Te
     """The values in a dtype, zero exactly where they are not kept, and how many of the others were nudged.
 
     Weights that are kept and have become zero, by rounding or by chance, get the smallest magnitude that is safe in
-    the dtype, with their sign: which weights are pruned is then still what is zero.
+    the dtype, with their sign, so that exactly the pruned weights are zero.
     """
     result = torch.where(kept, values, 0).to(dtype)
     lost = kept & (result == 0)

@@ -72,7 +72,7 @@ class Budget(TrainerCallback):
         self._evaluated = int(10 * self.share)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Of a run in minutes: stop it in time, and evaluate it each tenth of it."""
+        """Stop a run that is limited by minutes in time, and evaluate it after each tenth of them."""
         self._spend(state)
         if self.minutes is not None:
             tenth = int(10 * self.share)

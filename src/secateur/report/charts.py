@@ -202,7 +202,9 @@ def _for_page(figure: "Figure", prefix: str, chart: Chart) -> str:
             element.set("href", f"#{prefix}-{link.removeprefix('#')}")
         for key, value in element.attrib.items():
             value = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", value)
-            element.set(key, _coloured(value))
+            for name, colour in COLOURS.items():
+                value = value.replace(colour, f"var(--{name})")
+            element.set(key, value)
         if element.tag == f"{{{_SVG}}}text":
             element.set("style", re.sub(r"(font: \S+) [^;]*", r"\1 var(--sans)", element.get("style", "")))
     root.attrib.pop("version", None)
@@ -215,9 +217,3 @@ def _for_page(figure: "Figure", prefix: str, chart: Chart) -> str:
         element.text = words
         root.insert(0, element)
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _coloured(style: str) -> str:
-    for name, colour in COLOURS.items():
-        style = style.replace(colour, f"var(--{name})")
-    return style

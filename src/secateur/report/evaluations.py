@@ -26,7 +26,9 @@ def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
         found = []
     if not found:
         raise CheckpointError(f"{file}: not what secateur eval --json or compare --json prints. {advice}")
-    own = [(kind, result) for model, kind, result in found if model is None or _same(model, pruned)]
+    own = [
+        (kind, result) for model, kind, result in found if model is None or Path(model).resolve() == pruned.resolve()
+    ]
     if not own:
         others = ", ".join(sorted({str(model) for model, _, _ in found}))
         raise CheckpointError(f"{file}: holds results of {others}, none of {pruned}. Give a file of this checkpoint.")
@@ -74,10 +76,6 @@ def _results(content: Mapping[str, Any]) -> Iterator[tuple[str | None, Kind, Map
     for answered in [tasks] if isinstance(tasks, Mapping) else tasks:
         for result in answered["results"]:
             yield answered["model"], "tasks", result
-
-
-def _same(model: str, pruned: Path) -> bool:
-    return Path(model).resolve() == pruned.resolve()
 
 
 def tables(evaluations: Sequence[Evaluation]) -> list[Table]:

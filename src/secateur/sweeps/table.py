@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.calibration import bos_text
-from secateur.sweeps.folder import Cell, Sweep
+from secateur.sweeps.folder import Sweep
 
 CSV_COLUMNS = (
     *("method", "pattern", "sparsity", "status", "data", "windows", "length", "perplexity", "perplexity_error"),
@@ -101,12 +101,7 @@ def table_csv(sweep: Sweep) -> str:
         writer.writerow({"method": "dense", "sparsity": 0.0, "status": "done", **figures, "data": data})
     for cell in sweep.cells:
         for data in sweep.data if cell.status != "done" else cell.figures:
-            writer.writerow(_row(cell, data))
+            own = cell.figures.get(data, {})
+            agreement = {key: value for key, value in own.get("agreement", {}).items() if key in CSV_COLUMNS}
+            writer.writerow({**own, **agreement, **vars(cell), "data": data})
     return stream.getvalue()
-
-
-def _row(cell: Cell, data: str) -> dict[str, Any]:
-    figures = cell.figures.get(data, {})
-    agreement = {key: value for key, value in figures.get("agreement", {}).items() if key.startswith(("kl", "top1"))}
-    own = {"method": cell.method, "pattern": cell.pattern, "sparsity": cell.sparsity, "status": cell.status}
-    return {**figures, **agreement, **own, "data": data, "error": cell.error}

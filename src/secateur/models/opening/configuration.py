@@ -18,8 +18,8 @@ PACKING_ENTRIES = ("quantization_config", "sparsity_config", "compression_config
 
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size")
-MANY_BLOCKS = 256  # as many are built without asking how many the shards have: some models repeat their blocks
-LARGER = 16  # a model that is so many times larger than its shards is not theirs
+MANY_BLOCKS = 256  # so many are built in any case: some models repeat their blocks
+LARGER = 16  # a model so many times larger than its shards does not belong to them
 SMALL_MODEL = 1 << 24  # weights; building them takes no time
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -82,7 +82,7 @@ def _other_model(folder: Path, configured: str, found: str) -> CheckpointError:
 
 @contextlib.contextmanager
 def limited(folder: Path, shapes: Shapes) -> Iterator[None]:
-    """Where a model is built: `CheckpointError` as soon as it is far larger than tensors of these shapes."""
+    """While a model is built, raise `CheckpointError` as soon as it is far larger than tensors of these shapes."""
     held = sum(math.prod(shape) for shape in shapes.values())
     most, built = LARGER * held + SMALL_MODEL, 0
     register = nn.Module.register_parameter

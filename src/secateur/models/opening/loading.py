@@ -1,4 +1,4 @@
-"""What was written, held against what transformers expects: would every parameter get a tensor, of the right shape?"""
+"""Whether an output loads: would every parameter that transformers expects get a tensor of the right shape?"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
-from secateur.files.checkpoint import CARD_FILE, Checkpoint, companion_files, file_digest, left_behind, locate
+from secateur.files.checkpoint import CARD_FILE, Checkpoint, file_digest
+from secateur.files.folders import companion_files, left_behind, locate
 from secateur.files.reading import open_regular, read_json, read_text
 from secateur.files.writer import writing
 from secateur.models.opening.configuration import PACKING_ENTRIES, reason

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import Checkpoint, locate
+from secateur.files.checkpoint import Checkpoint
+from secateur.files.folders import locate
 from secateur.models.flow.memory import trim
 from secateur.models.opening.configuration import reason
 from secateur.models.opening.opened import (

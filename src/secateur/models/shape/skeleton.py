@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ModelStructureError
 from secateur.files.checkpoint import Layout
-from secateur.models.shape.matrices import Matrix, numbered_experts, prunable_parameters
+from secateur.models.shape.inventory import inventory, left_out
+from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.structure import Block, decoder_of, embeddings_of, find_blocks
 from secateur.models.weights.conversion import Conversion, TensorGroup
 
@@ -23,27 +24,21 @@ class Source(Protocol):
     @property
     def names(self) -> Sequence[str]:
         """Tensor names, as a checkpoint has them."""
-        ...
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        ...
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor."""
-        ...
 
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The named tensors, in host memory or where the module keeps them."""
-        ...
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """All entries of a tensor in order, as flat tensors of which one is in memory at a time where it can be."""
-        ...
 
     def layout(self) -> Layout:
         """The shards of an output with the same tensors."""
-        ...
 
 
 class Skeleton:
@@ -117,7 +112,7 @@ class Skeleton:
         """For each block, the names of further tensors that it shares with an earlier block (Zamba does this)."""
         result = []
         for block, own in zip(self.blocks, self.block_tensors, strict=True):
-            sources = (self._tied.get(f"{block.path}.{name}", "") for name, _ in block.module.named_parameters())
+            sources = (self.tied_to(f"{block.path}.{name}") for name, _ in block.module.named_parameters())
             groups = self.conversion.making(source for source in sources if source.startswith(f"{self.path}."))
             result.append([name for group in groups for name in group.names if name not in own])
         return result
@@ -147,33 +142,7 @@ class Skeleton:
     @cached_property
     def left_out(self) -> dict[str, str]:
         """Why each other tensor of two and more dimensions is not prunable: {tensor name: reason}."""
-        reasons: dict[str, str] = {}
-        for block in self.blocks:
-            reasons.update(self._inventory[block.index][1])
-        inside = {name for names in self.block_tensors for name in names}
-        embeddings = {
-            id(module.weight)
-            for module in (
-                embeddings_of(self.model, "get_input_embeddings"),
-                embeddings_of(self.model, "get_output_embeddings"),
-            )
-            if module is not None and hasattr(module, "weight")
-        }
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for name in self.source.names:
-            if name in inside:
-                continue
-            groups = self.conversion.of([name])
-            parameter = parameters.get(groups[0].target) if groups else None
-            if not groups:
-                reasons[name] = "not read by the language model"
-            elif parameter is not None and id(parameter) in embeddings:
-                reasons[name] = "embedding or lm_head"
-            elif len(self.source.shape(name)) < 2:
-                reasons[name] = "bias or norm"
-            else:
-                reasons[name] = "outside the decoder blocks"
-        return reasons
+        return left_out(self, (reasons for _, reasons in self._inventory))
 
     def left_out_by_reason(self) -> list[dict[str, Any]]:
         """One row for each reason: reason, number of tensors and of weights, and an example; most weights first."""
@@ -186,34 +155,11 @@ class Skeleton:
 
     @cached_property
     def _inventory(self) -> list[tuple[list[Matrix], dict[str, str]]]:
-        experts = numbered_experts(getattr(self.model, "config", None))
-        shapes = {name: self.source.shape(name) for name in self.source.names}
-        owners: dict[int, int] = {}
-        for block in self.blocks:
-            for parameter in block.module.parameters():
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        result = []
-        for block in self.blocks:
-            planned, reasons = prunable_parameters(block.module, experts)
-            for name, parameter in block.module.named_parameters():
-                twin = self._tied.get(f"{block.path}.{name}", "")
-                shared = twin.startswith(f"{self.path}.") and not twin.startswith(f"{block.path}.")
-                if (owners[id(parameter)] > 1 or shared) and name in planned:
-                    del planned[name]
-                    reasons[name] = "shared between blocks"
-            transposed = {f"{block.path}.{name}": value for name, value in planned.items()}
-            reasons = {f"{block.path}.{name}": reason for name, reason in reasons.items()}
-            matrices: list[Matrix] = []
-            left_out: dict[str, str] = {}
-            for group in self.conversion.of(self.block_tensors[block.index]):
-                placed = self.conversion.placements(group, shapes, transposed)
-                for name in group.names:
-                    if name not in placed:
-                        vector = "bias or norm" if len(shapes[name]) < 2 else "not a linear matrix"
-                        left_out[name] = reasons.get(group.target, vector)
-                matrices += _matrices(block.index, placed, self.source)
-            result.append((matrices, left_out))
-        return result
+        return inventory(self)
+
+    def tied_to(self, name: str) -> str:
+        """The name of the parameter that a parameter is tied to; empty where there is none."""
+        return str(self._tied.get(name, ""))
 
     @property
     def missing(self) -> list[str]:
@@ -257,7 +203,7 @@ class Skeleton:
     def load_outside(self, *, head: bool = True) -> None:
         """Load the embeddings, the final norm and the head; needed for any forward.
 
-        Without `head`, one of its own (not tied to the embeddings) stays away: a forward can then go as far as to it.
+        Without `head`, one of its own (not tied to the embeddings) is not loaded: a forward can then run up to it.
         """
         if self.resident:
             return
@@ -291,7 +237,7 @@ class Skeleton:
         return self.model
 
     def unload_outside(self) -> None:
-        """Drop what `load_outside` loaded, but for what blocks share: nobody reads it once all calls are recorded."""
+        """Drop what `load_outside` loaded, except what blocks share: nothing reads it once all calls are recorded."""
         if self.resident:
             return
         shared = {id(parameter) for block in self.blocks for parameter in block.module.parameters()}
@@ -336,7 +282,7 @@ class Skeleton:
             self._set(group, tensors)
         self._buffers_to_device(block.module)
         for name, parameter in block.module.named_parameters():
-            source = self._tied.get(f"{block.path}.{name}", "")
+            source = self.tied_to(f"{block.path}.{name}")
             if parameter.is_meta and source.startswith(f"{self.path}."):
                 path, _, leaf = source.rpartition(".")
                 self._assign(f"{block.path}.{name}", self._modules[path]._parameters[leaf])
@@ -364,7 +310,7 @@ class Skeleton:
         """Drop a block's weights, and those of earlier blocks that it shared."""
         if self.resident:
             return
-        shared = [self._tied.get(f"{block.path}.{name}", "") for name, _ in block.module.named_parameters()]
+        shared = [self.tied_to(f"{block.path}.{name}") for name, _ in block.module.named_parameters()]
         owners = {path.rpartition(".")[0] for path in shared if path.startswith(f"{self.path}.")}
         for module in [*block.module.modules(), *(self._modules[path] for path in owners)]:
             for leaf, parameter in module.named_parameters(recurse=False):
@@ -424,30 +370,6 @@ class Skeleton:
 def _on_meta(parameter: Tensor) -> nn.Parameter:
     """A parameter of the same shape without values."""
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-def _matrices(block: int, placed: Mapping[str, Sequence[Any]], source: Source) -> list[Matrix]:
-    result = []
-    for name, places in placed.items():
-        shape = source.shape(name)
-        fused = len(shape) == 3
-        for index, place in enumerate(places):
-            rows, columns = (shape[-1], shape[-2]) if place.transposed else (shape[-2], shape[-1])
-            result.append(
-                Matrix(
-                    name=f"{name}.{index}" if fused else name,
-                    shape=(rows, columns),
-                    block=block,
-                    tensor=name,
-                    index=index if fused else None,
-                    transposed=place.transposed,
-                    parameter=place.parameter,
-                    expert=place.expert,
-                    columns=place.columns,
-                    rows=place.rows,
-                )
-            )
-    return result
 
 
 def _float32_pattern(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:

@@ -89,7 +89,9 @@ class DequantisedCheckpoint:
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The named tensors, in host memory."""
         return {
-            name: self._read(self.packed[name], pin) if name in self.packed else self._plain(name, pin)
+            name: self._read(self.packed[name], pin)
+            if name in self.packed
+            else self.checkpoint.read([name], pin=pin)[name]
             for name in names
         }
 
@@ -99,9 +101,6 @@ class DequantisedCheckpoint:
             yield self._read(self.packed[name], pin=False).view(-1)
         else:
             yield from self.checkpoint.parts(name)
-
-    def _plain(self, name: str, pin: bool) -> Tensor:
-        return self.checkpoint.read([name], pin=pin)[name]
 
     def _read(self, packed: Packed, pin: bool) -> Tensor:
         parts = [name for name in (packed.codes, packed.scales, packed.zero_points) if name is not None]

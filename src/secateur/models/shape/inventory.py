@@ -1,0 +1,87 @@
+"""Which matrices of a model are prunable, block by block, and why every other tensor is not."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from secateur.models.shape.matrices import Matrix, numbered_experts, prunable_parameters
+from secateur.models.shape.structure import embeddings_of
+
+if TYPE_CHECKING:
+    from secateur.models.shape.skeleton import Skeleton, Source
+
+
+def inventory(skeleton: "Skeleton") -> list[tuple[list[Matrix], dict[str, str]]]:
+    """For each block its prunable matrices, and why its other tensors are not prunable."""
+    experts = numbered_experts(getattr(skeleton.model, "config", None))
+    shapes = {name: skeleton.source.shape(name) for name in skeleton.source.names}
+    owners = Counter(id(parameter) for block in skeleton.blocks for parameter in block.module.parameters())
+    result = []
+    for block in skeleton.blocks:
+        planned, reasons = prunable_parameters(block.module, experts)
+        for name, parameter in block.module.named_parameters():
+            twin = skeleton.tied_to(f"{block.path}.{name}")
+            shared = twin.startswith(f"{skeleton.path}.") and not twin.startswith(f"{block.path}.")
+            if (owners[id(parameter)] > 1 or shared) and name in planned:
+                del planned[name]
+                reasons[name] = "shared between blocks"
+        transposed = {f"{block.path}.{name}": value for name, value in planned.items()}
+        reasons = {f"{block.path}.{name}": reason for name, reason in reasons.items()}
+        matrices: list[Matrix] = []
+        left_out: dict[str, str] = {}
+        for group in skeleton.conversion.of(skeleton.block_tensors[block.index]):
+            placed = skeleton.conversion.placements(group, shapes, transposed)
+            for name in group.names:
+                if name not in placed:
+                    vector = "bias or norm" if len(shapes[name]) < 2 else "not a linear matrix"
+                    left_out[name] = reasons.get(group.target, vector)
+            matrices += _matrices(block.index, placed, skeleton.source)
+        result.append((matrices, left_out))
+    return result
+
+
+def _matrices(block: int, placed: Mapping[str, Sequence[Any]], source: "Source") -> list[Matrix]:
+    result = []
+    for name, places in placed.items():
+        shape = source.shape(name)
+        fused = len(shape) == 3
+        for index, place in enumerate(places):
+            rows, columns = (shape[-1], shape[-2]) if place.transposed else (shape[-2], shape[-1])
+            result.append(
+                Matrix(
+                    name=f"{name}.{index}" if fused else name,
+                    shape=(rows, columns),
+                    block=block,
+                    tensor=name,
+                    index=index if fused else None,
+                    transposed=place.transposed,
+                    parameter=place.parameter,
+                    expert=place.expert,
+                    columns=place.columns,
+                    rows=place.rows,
+                )
+            )
+    return result
+
+
+def left_out(skeleton: "Skeleton", of_blocks: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Why each other tensor of two and more dimensions is not prunable: {tensor name: reason}."""
+    reasons = {name: reason for own in of_blocks for name, reason in own.items()}
+    inside = {name for names in skeleton.block_tensors for name in names}
+    both = [embeddings_of(skeleton.model, f"get_{side}_embeddings") for side in ("input", "output")]
+    embeddings = {id(module.weight) for module in both if module is not None and hasattr(module, "weight")}
+    parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    for name in skeleton.source.names:
+        if name in inside:
+            continue
+        groups = skeleton.conversion.of([name])
+        parameter = parameters.get(groups[0].target) if groups else None
+        if not groups:
+            reasons[name] = "not read by the language model"
+        elif parameter is not None and id(parameter) in embeddings:
+            reasons[name] = "embedding or lm_head"
+        elif len(skeleton.source.shape(name)) < 2:
+            reasons[name] = "bias or norm"
+        else:
+            reasons[name] = "outside the decoder blocks"
+    return reasons
