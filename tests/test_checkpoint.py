@@ -30,11 +30,11 @@ from secateur.files.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
-    companion_files,
     read_header,
     shard_names,
     tensor_bytes,
 )
+from secateur.files.folders import companion_files
 from secateur.files.writer import CheckpointWriter
 from secateur.models.flow.memory import trim
 
