@@ -80,14 +80,16 @@ def read_prompts(file: Path) -> list[str]:
     """
     with suppress(RuntimeError):  # nobody of that name
         file = file.expanduser()
-    with open_regular(file, error=CalibrationError) as stream:
-        every = [(number, line.rstrip(b"\r\n")) for number, line in read_lines(stream, file, error=CalibrationError)]
-    every = [(number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line) for number, line in every]
-    lines = [(number, line) for number, line in every if line.strip()]
-    if not lines:
-        raise CalibrationError(f"{file}: no prompt in it. Write one a line.")
     read = _prompt if file.suffix.lower() == ".jsonl" else _text
-    return [read(line, f"{file}, line {number}") for number, line in lines]
+    prompts = []
+    with open_regular(file, error=CalibrationError) as stream:
+        for number, line in read_lines(stream, file, error=CalibrationError):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                prompts.append(read(line.rstrip(b"\r\n"), f"{file}, line {number}"))
+    if not prompts:
+        raise CalibrationError(f"{file}: no prompt in it. Write one a line.")
+    return prompts
 
 
 def _text(line: bytes, where: str) -> str:

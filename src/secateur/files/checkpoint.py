@@ -21,18 +21,10 @@ from secateur.errors import CheckpointError
 from secateur.files.reading import checked, open_regular, parse_json, read_json
 
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
+    **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (64, 32, 16)},
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (64, 32, 16, 8)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
     "BOOL": torch.bool,
     "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,

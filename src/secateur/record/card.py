@@ -245,10 +245,9 @@ def _kinds_table(manifest: Manifest) -> str:
 def _exactness(manifest: Manifest) -> str:
     if manifest.source.get("kind") == "gguf":
         return "dequantised before it was pruned"
-    dequantised = manifest.source.get("dequantised")
-    return (
-        "byte for byte" if dequantised is None else f"with its quantised weights dequantised to {dequantised['dtype']}"
-    )
+    if "dequantised" in manifest.source:
+        return f"with its quantised weights dequantised to {manifest.source['dequantised']['dtype']}"
+    return "byte for byte"
 
 
 def _calibration(manifest: Manifest) -> str:

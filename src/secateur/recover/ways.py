@@ -5,6 +5,7 @@ that are held at zero, and `mask_bytes` the memory of their masks.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,25 @@ from secateur.recover.written import Written, write_trained
 from secateur.runs.transaction import Transaction
 
 
+@dataclass
 class Adapters:
     """LoRA, with its product masked or not."""
 
-    def __init__(
-        self, opened: OpenedModel, manifest: Manifest, base: Path, settings: Settings, *, masked: bool
-    ) -> None:
-        self.opened = opened
-        self.manifest = manifest
-        self.base = base
-        self.settings = settings
-        self.masked = masked
-        self.notes: list[str] = []
-        self.targets = find_targets(opened.skeleton.model, settings.targets)
-        self.kept = self.mask_bytes = 0
+    opened: OpenedModel
+    manifest: Manifest
+    base: Path
+    settings: Settings
+    masked: bool
+    kept: int = 0
+    mask_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        model = self.opened.skeleton.model
+        self.targets = find_targets(model, self.settings.targets)
         self.trainable = sum(
-            settings.rank * sum(parameter.shape)
-            for name, parameter in opened.skeleton.model.named_parameters()
+            self.settings.rank * sum(parameter.shape)
+            for name, parameter in model.named_parameters()
             if name.endswith(".weight")
             and (name.removesuffix(".weight") in self.targets or name.split(".")[-2] in self.targets)
         )
