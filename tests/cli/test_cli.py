@@ -3,7 +3,6 @@
 # ruff: noqa: F811 - fixtures of another file
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -169,7 +168,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown inputs": (["--propagate", "sparse"], '--propagate: got "sparse", expected pruned or dense.'),
     "unknown device": (["--device", "gpu"], 'device "gpu" cannot be used here'),
     "unknown dtype": (["--dtype", "int8"], 'dtype must be auto, float32, bfloat16, float16, float64; got "int8".'),
-    "option typo": (["--sparsty", "0.5"], "No such option: --sparsty (Possible options: --sparsity)"),
+    "option typo": (["--sparsty", "0.5"], "Error: Unknown option: --sparsty. Did you mean --sparsity?"),
 }
 
 
@@ -194,8 +193,8 @@ def test_mistakes_about_files_are_two(call: Call, model: Path, pruned: Path, tmp
         (["prune", model, "-o", model, "-m", "magnitude"], "the output is the source"),
         (["prune", tmp_path / "nope", "-o", tmp_path / "out"], "nope: no such folder, and not a hub id"),
         (["prune", tmp_path / "nope.gguf", "-o", tmp_path / "out"], "nope.gguf: no such file."),
-        (["prune", model, *CALIBRATION], "Missing option '--output' / '-o'."),
-        (["prune"], "Missing argument 'model'"),
+        (["prune", model, *CALIBRATION], "Error: --output is missing: Folder for the pruned checkpoint."),
+        (["prune"], "Error: MODEL is missing: A folder, a hub id, or a GGUF file."),
         (["plan", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
         (["eval", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
         (["eval", model, "--data", tmp_path / "nope.txt"], "nope.txt: no such file."),
@@ -203,7 +202,7 @@ def test_mistakes_about_files_are_two(call: Call, model: Path, pruned: Path, tmp
         (["verify", tmp_path / "nope"], "nope: no such folder. Give one that"),
         (["verify", model], "no secateur.json in it; only checkpoints that Secateur wrote have one."),
         (["verify", pruned, "--source", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
-        (["prnue"], "No such command 'prnue'. Did you mean 'prune'?"),
+        (["prnue"], 'Unknown command "prnue". Did you mean "prune"?'),
     ):
         result = call(*arguments)
         assert (result.code, result.out) == (2, ""), result
@@ -310,19 +309,18 @@ def script() -> str:
 
 
 def test_completion() -> None:
-    def shell(**environment: str) -> str:
-        done = subprocess.run(
-            [script(), "--show-completion", "bash"] if not environment.get("COMP_WORDS") else [script()],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", **environment},
+    def completed(*words: str) -> list[str]:
+        """What bash offers for the last of these words."""
+        line = " ".join(f"'{word}'" for word in words)
+        text = (
+            f'eval "$({script()} --show-completion bash)"; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; '
+            '_secateur; printf "%s\\n" "${COMPREPLY[@]}"'
         )
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done.stdout.split()
 
-    assert "_SECATEUR_COMPLETE=complete_bash" in shell()
-    words = {"_SECATEUR_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
-    assert shell(**words, COMP_WORDS="secateur p").split() == ["plan", "prune"]
-    words["COMP_CWORD"] = "2"
-    assert shell(**words, COMP_WORDS="secateur prune --sam").split() == ["--samples", "--sampling"]
+    assert completed("secateur", "p") == ["plan", "prune"]
+    assert sorted(completed("secateur", "prune", "--sam")) == ["--samples", "--sampling"]
+    assert completed("secateur", "prune", "--targets", "") == ["pruned", "dense", "residual"]
+    assert completed("secateur", "prune", "--method", "wanda_") == ["wanda_variant", "wanda_plus", "wanda_iterative"]

@@ -88,7 +88,7 @@ BOMB = "only:\n- &a [x]\n" + "".join(
         ("sparsity: [0.5\n", "run.yaml: not YAML: "),
         ("- sparsity\n", "run.yaml: expected keys and values, found a list."),
         ("sparsity\n", "run.yaml: expected keys and values, found text."),
-        ("sparsity: half\n", "Invalid value for '--sparsity'"),
+        ("sparsity: half\n", '--sparsity: got "half", expected a number.'),
         ("samples: [1, 2]\n", 'run.yaml: "samples" holds a list, expected one text.'),
         ("skip: [[a], b]\n", 'run.yaml: "skip" holds a list, expected text or a list of texts.'),
         ("skip: {a: b}\n", 'run.yaml: "skip" holds keys and values, expected text or a list of texts.'),
@@ -96,7 +96,7 @@ BOMB = "only:\n- &a [x]\n" + "".join(
         ("a: &a [*a]\n", "run.yaml: not YAML: an alias stands inside what it names"),
         (f"only: {'[' * 2000}\n", "run.yaml: n"),
         (BOMB, "run.yaml: not YAML: more than 100,000 values once its aliases are written out"),
-        ("overwrite: perhaps\n", "Invalid value for '--overwrite'"),
+        ("overwrite: perhaps\n", '--overwrite: got "perhaps", expected true or false.'),
     ],
 )
 def test_a_file_that_cannot_be_used(

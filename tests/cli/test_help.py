@@ -7,11 +7,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
-import typer.main
+from cyclopts.argument import Argument
 
 from command_line import (
     Call,
@@ -64,32 +62,28 @@ OPTIONS = {
     "verify": {"--source", "--json"},
 }
 HIDDEN = {"plan": {"--output", "--overwrite"}}  # checked there, but not written
-COMMANDS: dict[str, click.Command] = dict(vars(typer.main.get_command(cli.app))["commands"])
 
 
-def options(command: str) -> dict[str, Any]:
-    return {
-        max(parameter.opts, key=len): parameter
-        for parameter in COMMANDS[command].params
-        if parameter.param_type_name == "option" and parameter.name != "help"
-    }
+def options(command: str) -> dict[str, Argument]:
+    found = cli.app[command].assemble_argument_collection()
+    return {argument.name: argument for argument in found if argument.name.startswith("--")}
 
 
 def test_the_commands() -> None:
-    assert list(COMMANDS) == list(OPTIONS)
+    assert [name for name in cli.app if not name.startswith("-")] == list(OPTIONS)
 
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_the_options(command: str) -> None:
     found = options(command)
     assert set(found) == OPTIONS[command]
-    assert {name for name, option in found.items() if option.hidden} == HIDDEN.get(command, set())
-    shorts = [short for option in found.values() for short in option.opts if not short.startswith("--")]
+    assert {name for name, option in found.items() if not option.show} == HIDDEN.get(command, set())
+    shorts = [short for option in found.values() for short in option.names if not short.startswith("--")]
     assert len(shorts) == len(set(shorts))
 
 
 def test_plan_takes_every_option_of_prune() -> None:
-    plan, prune = ({name: sorted(option.opts) for name, option in options(c).items()} for c in ("plan", "prune"))
+    plan, prune = ({name: sorted(option.names) for name, option in options(c).items()} for c in ("plan", "prune"))
     assert plan == prune
 
 
@@ -101,8 +95,8 @@ def test_the_help(call: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert (result.code, result.err) == (0, "")
     text = re.sub(r"\x1b\[[0-9;]*m", "", result.out)
     for name, option in options(command).items():
-        assert (f" {name} " in text) == (not option.hidden)
-        assert option.hidden or (option.help and option.help.strip().endswith((".", "].", "..")))
+        assert (f" {name} " in text) == option.show
+        assert (option.parameter.help or "").strip().endswith((".", "].", ".."))
     examples = text[text.index("Examples") :]
     assert len(re.findall(rf"^ *secateur {command} \S+", examples, re.MULTILINE)) >= 2
     assert call(command, "-h").out == result.out
@@ -110,10 +104,10 @@ def test_the_help(call: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_the_examples_are_options_that_exist(command: str) -> None:
-    epilog = COMMANDS[command].epilog or ""
+    epilog = cli.app[command].help_epilogue or ""
     examples = re.findall(r"`(secateur [^`]+)`", epilog)
     assert examples
-    known = {name for option in COMMANDS[command].params for name in option.opts}
+    known = {name for option in options(command).values() for name in option.names}
     for example in examples:
         assert example.split()[1] == command
         assert {word for word in example.split() if re.match(r"--?[a-z]", word)} <= known
@@ -139,7 +133,7 @@ def test_help_and_typos_load_nothing_heavy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     codes, roots = json.loads((tmp_path / "result.json").read_text())
     assert codes == [0, 0, 2, 2, 2] + [0] * len(OPTIONS) + [2] * len(OPTIONS) + [2]
-    assert "typer" in roots
+    assert "cyclopts" in roots
     heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "accelerate", "tokenizers", "datasets"}
     assert heavy.isdisjoint(roots)
 
@@ -147,4 +141,4 @@ def test_help_and_typos_load_nothing_heavy(tmp_path: Path) -> None:
 def test_nothing_asked_shows_the_help(call: Call) -> None:
     result = call()
     assert result.code == 2
-    assert "Usage: secateur [OPTIONS] COMMAND" in result.out + result.err
+    assert "Usage: secateur COMMAND" in result.out + result.err

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from secateur import cli
 from secateur.errors import MethodError
 from secateur.files.checkpoint import SINGLE_FILE
 from secateur.methods import METHODS, REFINEMENTS
+from secateur.pruning.settings import MethodName, RefinementName
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,9 +186,10 @@ def test_too_little_memory_is_told_without_a_traceback(
 
 
 def test_the_names_of_methods() -> None:
-    assert tuple(METHODS) == cli.METHOD_NAMES
+    assert tuple(METHODS) == get_args(MethodName)
+    assert tuple(REFINEMENTS) == get_args(RefinementName)
     text = (ROOT / "docs" / "methods.md").read_text()
-    table = text[text.index("| name |") : text.index("The lowest scores go.")]
+    table = text[text.index("| name |") : text.index("The weights with the lowest scores are removed.")]
     assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == list(METHODS)
     for name, make in METHODS.items():
         assert make().name == name

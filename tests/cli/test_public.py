@@ -85,7 +85,7 @@ def test_importing_secateur_imports_nothing_heavy() -> None:
     )
     assert "secateur" in loaded
     roots = {name.split(".")[0] for name in loaded}
-    assert roots.isdisjoint({"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "typer", "rich"})
+    assert roots.isdisjoint({"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "cyclopts", "rich"})
     assert {name for name in loaded if name.startswith("secateur.")} == {"secateur.errors"}
 
 

@@ -78,7 +78,7 @@ def test_chunks_are_whole_batches_and_never_none(llama, monkeypatch):
     def sizes(available: int, **changed: Any) -> Any:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
         given = {"samples": 100, "batch_size": 4, "scope": "model", "offload": "auto", "first": 0} | changed
-        return chunk_sizes(skeleton, length=LENGTH, scratch=scratch, **given)
+        return chunk_sizes(skeleton, length=LENGTH, place=scratch, **given)
 
     assert (sizes(10**12).samples, sizes(10**12).bytes, sizes(10**12).folder) == (100, 100 * each, None)
     assert sizes(2 * 11 * each).samples == 8, "whole batches only"

@@ -109,4 +109,5 @@ def test_plans_that_do_not_fit(model: Path, refused: Refused) -> None:
 
 
 def test_propagate_is_spelled_wrong(model: Path, refused: Refused) -> None:
-    refused(PatternError, '--propagate: got "prunned", expected pruned or dense.', model, propagate="prunned")
+    message = '--propagate: got "prunned", expected pruned or dense. Did you mean "pruned"?'
+    refused(PatternError, message, model, propagate="prunned")

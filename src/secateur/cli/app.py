@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import App, CycloptsError
 
@@ -42,6 +42,12 @@ app.register_install_completion_command(help="Complete commands, options and the
 app["--install-completion"].group = GROUPS[OPTIONS]
 
 
+@app.command(name="--show-completion", group=GROUPS[OPTIONS])
+def _show_completion(shell: Literal["bash", "zsh", "fish", "powershell"]) -> None:
+    """Print the script that completes commands in this shell."""
+    print(app.generate_completion(shell=shell))
+
+
 def command(
     *examples: str, name: str | None = None, required: Collection[str] = (), hidden: Collection[str] = ()
 ) -> Callable[[Function], Function]:
@@ -54,7 +60,8 @@ def command(
     def register(function: Function) -> Function:
         shown = "**Examples**\n\n" + "\n\n".join(f"`{example}`" for example in examples)
         own = parsed(function, required=required, hidden=hidden)
-        app.command(own, name=name or function.__name__, help_epilogue=shown)
+        order = len(list(app))  # as they are registered, not by the alphabet
+        app.command(own, name=name or function.__name__, help_epilogue=shown, sort_key=order)
         return function
 
     return register

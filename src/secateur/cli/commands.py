@@ -1,15 +1,16 @@
 """From settings to commands: what their options are called, and the sentences for those that are none."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
-from cyclopts import CoercionError, CycloptsError, Group, MissingArgumentError, Parameter, UnusedCliTokensError
+from cyclopts import CoercionError, CycloptsError, Group, MissingArgumentError, Parameter, Token, UnusedCliTokensError
 
 from secateur.collect.settings import CALIBRATION, HOW, WHAT
 from secateur.runs.options import ARGUMENTS, OPTIONS, Field, Settings, choices, no_choice, options
 
 PANELS = (ARGUMENTS, OPTIONS, WHAT, CALIBRATION)  # first in the help, in this order; how to run comes last
+KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 EMPTY = inspect.Parameter.empty
 
 
@@ -66,6 +67,8 @@ def _parameter(field: Field, required: bool, hidden: bool) -> inspect.Parameter:
         help=option.help,
         group=GROUPS[option.panel],
         negative="",
+        converter=_whole if field.kind in (int, int | None) else None,
+        allow_repeating=None if get_origin(field.kind) is tuple else True,  # the last one counts
         required=True if required else None,
         show=False if hidden else None,
         show_default=_default if field.default and field.default is not EMPTY else False,
@@ -73,6 +76,14 @@ def _parameter(field: Field, required: bool, hidden: bool) -> inspect.Parameter:
     kind = inspect.Parameter.POSITIONAL_ONLY if positional else inspect.Parameter.KEYWORD_ONLY
     default = EMPTY if required else field.default
     return inspect.Parameter(field.name, kind, default=default, annotation=Annotated[field.kind, shown])
+
+
+def _whole(kind: Any, tokens: Sequence[Token]) -> int:
+    """The whole number of an option; cyclopts itself takes 1.5 for 1."""
+    try:
+        return int(tokens[-1].value)
+    except ValueError:
+        raise CoercionError(token=tokens[-1], target_type=int) from None
 
 
 def _default(value: Any) -> str:
@@ -86,8 +97,13 @@ def told(error: CycloptsError) -> str:
     argument = error.argument
     if argument is None:
         return str(error)
-    if isinstance(error, MissingArgumentError) and not argument.tokens and error.keyword is None:
+    if isinstance(error, MissingArgumentError):
+        if error.keyword is not None or argument.tokens:
+            return f"{error.keyword or argument.name} needs a value."
         return f"{argument.name} is missing: {argument.parameter.help}"
-    if isinstance(error, CoercionError) and get_origin(error.target_type) is Literal and error.token is not None:
-        return no_choice(error.token.keyword or argument.name, error.token.value, choices(error.target_type))
+    if isinstance(error, CoercionError) and error.token is not None:
+        if get_origin(error.target_type) is Literal:
+            return no_choice(argument.name, error.token.value, choices(error.target_type))
+        if error.target_type in KINDS:
+            return f'{argument.name}: got "{error.token.value}", expected {KINDS[error.target_type]}.'
     return str(error)

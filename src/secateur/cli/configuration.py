@@ -56,7 +56,7 @@ def _tokens(file: Path, key: str, item: Any, argument: Argument) -> Iterator[Tok
     """What a key of the file gives to an option, as if it stood on the command line."""
     several = get_origin(argument.hint) is tuple
     keyword, source = f"--{key.replace('_', '-')}", str(file)
-    if isinstance(item, Mapping) and argument.hint is Any:
+    if isinstance(item, Mapping) and argument.field_info.is_any:
         yield Token(keyword=keyword, source=source, implicit_value=item)
         return
     if isinstance(item, Mapping) and several and key == "option":

@@ -88,7 +88,12 @@ class MethodSettings(Settings):
     ] = None
     pattern: Annotated[
         PatternLike,
-        Option(WHAT, "N:M, such as 2:4: keep at most 2 of every 4 weights, instead of --sparsity.", "-p"),
+        Option(
+            WHAT,
+            "N:M, such as 2:4: keep at most 2 of every 4 weights; or a sparsity, such as 50%. A file of --config may "
+            "name one for each glob.",
+            "-p",
+        ),
     ] = None
     per: Annotated[
         Group | None,

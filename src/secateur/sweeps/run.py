@@ -27,11 +27,11 @@ from secateur.sweeps.settings import SweepSettings
 def sweep(settings: SweepSettings) -> Sweep:
     """The grid of all `methods` with all `patterns`: every cell pruned, evaluated and recorded in the folder `output`.
 
-    `methods` are named by their own names, or by the keys of a mapping: the same method with other options needs a
-    name of its own. `patterns` are those of `prune`: 0.5, "2:4". The dense model and every cell are evaluated on each
-    data set of `data` in `windows` windows of `eval_length` tokens; with `agreement`, cells are also compared with the
-    dense model's predictions. `keep` says which pruned checkpoints stay: "none", "best" (for each pattern the one with
-    the lowest perplexity on the first data set) or "all".
+    `methods` are named by their own names ("wanda", "wanda+swaps"), or by the keys of a mapping: the same method with
+    other options needs a name of its own. `patterns` are those of `prune`: 0.5, "2:4". The dense model and every cell
+    are evaluated on each data set of `data` in `windows` windows of `eval_length` tokens; with `agreement`, cells are
+    also compared with the dense model's predictions. `keep` says which pruned checkpoints stay: "none", "best" (for
+    each pattern the one with the lowest perplexity on the first data set) or "all".
     The other options are those of `prune`. With ``bos="auto"`` the dense model decides once for each text and for the
     calibration, and the sweep goes on with that.
 
