@@ -103,6 +103,47 @@ def test_the_signature_and_the_words_are_those_of_the_function() -> None:
     for function in (secateur.prune, secateur.sweep, secateur.estimate):
         assert "method" in str(inspect.signature(function))
         assert '"wanda+swaps"' in str(function.__doc__)
+    parameters = inspect.signature(secateur.prune).parameters
+    assert next(iter(parameters)) == "model"
+    assert parameters["model"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    others = list(parameters.values())[1:]
+    assert {parameter.kind for parameter in others} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {"pattern", "sparsity", "calibration", "tokenizer", "on_event", "statistics"} <= set(parameters)
+    assert parameters["within"].default == "block"
+    assert inspect.signature(secateur.estimate).parameters == parameters
+    with pytest.raises(TypeError, match="sparsty"):
+        secateur.prune("model", sparsty=0.5)  # type: ignore[call-arg]
+
+
+def test_options_of_a_named_method(model: Path) -> None:
+    damping = {"least_squares": {"damping": 0.25}}
+    assert as_method("wanda+least_squares", damping).options["least_squares.damping"] == 0.25
+    assert as_method("sparsegpt", ["damping=0.5"]).options["damping"] == 0.5
+    with pytest.raises(PatternError, match="^norm: is for a method that is named; give it to the function that makes"):
+        secateur.estimate(model, method=secateur.gblm(), norm="l2")
+    with pytest.raises(PatternError, match="--sparsity 0.25 and --pattern 0.5 were both given"):
+        as_pattern(0.5, 0.25)
+    assert as_pattern(0.25, per="matrix") == as_pattern(None, 0.25, "matrix") == secateur.Unstructured(0.25, "matrix")
+    with pytest.raises(PatternError, match="--per row has no meaning for --pattern 2:4: N:M compares within groups"):
+        as_pattern("2:4", per="row")
+
+
+def test_a_pattern_for_each_glob(model: Path) -> None:
+    patterns = {"*.1.mlp.down_proj": secateur.NM(4, 8), "*.down_proj.weight": "2:4", "*.mlp.*": 0.25}
+    plan = secateur.estimate(model, method="magnitude", pattern=patterns, skip="*.2.*").plan
+    assert not any(".2." in name or "attn" in name for name in plan)  # what no glob matches stays dense
+    found = {name.removeprefix("model.layers.").removesuffix(".weight"): str(own) for name, own in plan.items()}
+    assert found["0.mlp.down_proj"] == "2:4"
+    assert found["1.mlp.down_proj"] == "4:8"
+    assert plan["model.layers.0.mlp.up_proj.weight"] == secateur.Unstructured(0.25, "matrix")
+    for wrong, message in (
+        ({"*.dwn_proj": 0.5}, 'pattern "*.dwn_proj" matches none of 21 matrices. Did you mean "*.down_proj"?'),
+        ({"*": 0.5, "*.mlp.*": 0.25}, 'pattern "*.mlp.*": earlier globs match all of its matrices.'),
+        ({"*": [0.5]}, "pattern: got [0.5], expected"),
+        ({}, "nothing is left to prune: no glob of the pattern matches any of 21 matrices."),
+    ):
+        with pytest.raises(PatternError, match=re.escape(message)):
+            secateur.estimate(model, method="magnitude", pattern=wrong)  # type: ignore[arg-type]
 
 
 # What a method of one's own may do wrong
