@@ -233,7 +233,7 @@ def test_stories260k_keeps_its_published_figure() -> None:
 def test_no_forward_where_nothing_is_to_be_decided(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from secateur.collect import model_windows as module
 
-    def refuse(*args: Any) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("a forward was run")
 
     monkeypatch.setattr(module, "after_the_last_block", refuse)
