@@ -1,6 +1,7 @@
 """Gradients of all blocks, one block in memory: forwards through them, and back."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor, nn
 
 from secateur.core.choices import Granularity, Norm
 from secateur.models.flow.backward import (
-    BlockGradients,
     GradientTap,
     SavedInputs,
     StateGradients,
@@ -23,119 +23,111 @@ from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
 
 Parameters = Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]]
-Take = Callable[[BlockGradients], None]
+Take = Callable[[Block, Mapping[tuple[str, Norm], Tensor]], None]
 Progress = Callable[[str, int, int], None]
 
 
-def model_gradients(
-    skeleton: Skeleton,
-    batches: Sequence[Tensor],
-    parameters: Parameters,
-    take: Take,
-    *,
-    norms: Collection[Norm],
-    granularity: Granularity = "sample",
-    first: int = 0,
-    states_folder: Path | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> None:
-    """Call `take` with the gradient norms of the language-model loss, block by block from the last to `first`.
+@dataclass(frozen=True)
+class GradientPass:
+    """Passes over a model that call `take` with each block from `first` on and its sums, by parameter and norm.
 
-    The loss of a sample is the mean cross-entropy of its next-token predictions. `batches` are those of `Stream`,
-    `parameters(block)` the parameters of interest of a loaded block. Equal to full autograd up to rounding.
-
-    Raises `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
+    `parameters(block)` are those of interest of a loaded block. Batches are those of `Stream`; `folder` is where hidden
+    states go, if not into memory. Raises `NumericalError` for gradients that are not finite, `ModelStructureError`
+    where they cannot be taken.
     """
-    blocks = skeleton.blocks
-    conveyor = Conveyor(skeleton)
-    skeleton.load_outside()
-    stream = Stream(
-        skeleton,
-        batches,
-        states_folder=_within(states_folder, "0"),
-        progress=lambda done, total: progress("record", done, total),
-    )
-    saved: dict[int, SavedInputs] = {}
-    outgoing: StateGradients | None = None
 
-    @torch.no_grad()
-    def forwards(block: Block, tensors: dict[str, Tensor]) -> None:
-        with loaded(skeleton, block, tensors):
-            saved[block.index] = forward_saving_inputs(stream, block, _within(states_folder, str(block.index + 1)))
-        if block.index < first:
-            saved.pop(block.index).states.close()
-        progress("forward", block.index + 1, len(blocks))
+    skeleton: Skeleton
+    parameters: Parameters
+    take: Take
+    norms: Collection[Norm]
+    granularity: Granularity = "sample"
+    first: int = 0
+    progress: Progress = lambda stage, done, total: None
 
-    def backwards(block: Block, tensors: dict[str, Tensor]) -> None:
-        assert outgoing is not None
-        with loaded(skeleton, block, tensors):
-            tap = GradientTap(parameters(block), norms, granularity)
-            own = saved.pop(block.index)
-            try:
-                for batch in range(len(stream.batches)):
-                    backward(stream, block, batch, own, outgoing, tap)
-            finally:
-                own.states.close()
-            stream.release(block)
-            take(BlockGradients(block, tap.totals))
-        progress("backward", len(blocks) - block.index, len(blocks) - first)
+    def of_model(self, batches: Sequence[Tensor], folder: Path | None = None) -> None:
+        """Take gradients of the language-model loss, from the last block to the first.
 
-    try:
-        conveyor.carry(forwards, read=skeleton.read)
-        outgoing = head_gradients(stream, _within(states_folder, "head"), progress)
+        The loss of a sample is the mean cross-entropy of its next-token predictions. Equal to full autograd up to
+        rounding.
+        """
+        skeleton, blocks = self.skeleton, self.skeleton.blocks
+        conveyor = Conveyor(skeleton)
+        skeleton.load_outside()
+        stream = self._stream(batches, _within(folder, "0"))
+        saved: dict[int, SavedInputs] = {}
+        outgoing: StateGradients | None = None
+
+        @torch.no_grad()
+        def forwards(block: Block, tensors: dict[str, Tensor]) -> None:
+            with loaded(skeleton, block, tensors):
+                saved[block.index] = forward_saving_inputs(stream, block, _within(folder, str(block.index + 1)))
+            if block.index < self.first:
+                saved.pop(block.index).states.close()
+            self.progress("forward", block.index + 1, len(blocks))
+
+        def backwards(block: Block, tensors: dict[str, Tensor]) -> None:
+            assert outgoing is not None
+            with loaded(skeleton, block, tensors):
+                tap = GradientTap(self.parameters(block), self.norms, self.granularity)
+                own = saved.pop(block.index)
+                try:
+                    for batch in range(len(stream.batches)):
+                        backward(stream, block, batch, own, outgoing, tap)
+                finally:
+                    own.states.close()
+                stream.release(block)
+                self.take(block, tap.totals)
+            self.progress("backward", len(blocks) - block.index, len(blocks) - self.first)
+
+        try:
+            conveyor.carry(forwards, read=skeleton.read)
+            outgoing = head_gradients(stream, _within(folder, "head"), self.progress)
+            skeleton.unload_outside()
+            stream.states.close()
+            conveyor.carry(backwards, read=skeleton.read, blocks=blocks[self.first :][::-1])
+        finally:
+            for rest in saved.values():
+                rest.states.close()
+            if outgoing is not None:
+                outgoing.states.close()
+            stream.close()
+
+    def of_blocks(self, batches: Sequence[Tensor], folder: Path | None = None) -> None:
+        """Take gradients of each block's own output norm, from the first block to the last.
+
+        The loss of a sample is the Euclidean norm of the block's output for it; blocks see the outputs of the dense
+        blocks before them. One pass: nothing is saved.
+
+        Source: the regional gradient of Wanda++ (arXiv 2503.04992), section 4.1.
+        """
+        skeleton = self.skeleton
+        skeleton.load_outside(head=False)
+        stream = self._stream(batches, folder)
         skeleton.unload_outside()
-        stream.states.close()
-        conveyor.carry(backwards, read=skeleton.read, blocks=blocks[first:][::-1])
-    finally:
-        for rest in saved.values():
-            rest.states.close()
-        if outgoing is not None:
-            outgoing.states.close()
-        stream.close()
 
+        def both(block: Block, tensors: dict[str, Tensor]) -> None:
+            with loaded(skeleton, block, tensors):
+                taken = block.index >= self.first
+                tap = GradientTap(self.parameters(block), self.norms, self.granularity) if taken else None
+                for batch in range(len(stream.batches)):
+                    stream.states.put(batch, regional_gradient(stream, block, batch, tap))
+                stream.release(block)
+                if tap is not None:
+                    self.take(block, tap.totals)
+            self.progress("forward and backward", block.index + 1, len(skeleton.blocks))
 
-def regional_gradients(
-    skeleton: Skeleton,
-    batches: Sequence[Tensor],
-    parameters: Parameters,
-    take: Take,
-    *,
-    norms: Collection[Norm],
-    granularity: Granularity = "sample",
-    first: int = 0,
-    states_folder: Path | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> None:
-    """Call `take` with the gradient norms of each block's own output norm, block by block from `first` to the last.
+        try:
+            Conveyor(skeleton).carry(both, read=skeleton.read)
+        finally:
+            stream.close()
 
-    The loss of a sample is the Euclidean norm of the block's output for it; blocks see the outputs of the dense
-    blocks before them. One pass: nothing is saved. Parameters and errors are those of `model_gradients`.
-
-    Source: the regional gradient of Wanda++ (arXiv 2503.04992), section 4.1.
-    """
-    skeleton.load_outside(head=False)
-    stream = Stream(
-        skeleton,
-        batches,
-        states_folder=states_folder,
-        progress=lambda done, total: progress("record", done, total),
-    )
-    skeleton.unload_outside()
-
-    def both(block: Block, tensors: dict[str, Tensor]) -> None:
-        with loaded(skeleton, block, tensors):
-            tap = GradientTap(parameters(block), norms, granularity) if block.index >= first else None
-            for batch in range(len(stream.batches)):
-                stream.states.put(batch, regional_gradient(stream, block, batch, tap))
-            stream.release(block)
-            if tap is not None:
-                take(BlockGradients(block, tap.totals))
-        progress("forward and backward", block.index + 1, len(skeleton.blocks))
-
-    try:
-        Conveyor(skeleton).carry(both, read=skeleton.read)
-    finally:
-        stream.close()
+    def _stream(self, batches: Sequence[Tensor], folder: Path | None) -> Stream:
+        return Stream(
+            self.skeleton,
+            batches,
+            states_folder=folder,
+            progress=lambda done, total: self.progress("record", done, total),
+        )
 
 
 def _within(folder: Path | None, name: str) -> Path | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.core.needs import Need
-from secateur.models.flow.stream import Stream
+from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.flow.tap import Enough, InputTap
 from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.skeleton import Skeleton
@@ -29,28 +29,41 @@ Evidence = Mapping[Need, Any]
 
 
 @dataclass(frozen=True)
-class Given:
-    """What a run was given beside its calibration samples: a file of gradients, statistics that runs share."""
-
-    gradients: GradientFile | None = None
-    survey: Survey | None = None
-
-
-@dataclass(frozen=True)
 class Extent:
-    """How large a run is, for what evidence costs in it; `batch_size` is None where none was asked for."""
+    """How large a run is, for what evidence costs in it.
+
+    `samples` and `length` are the size of the calibration windows (0 where no token is looked at), `batch_size` is what
+    was asked for, or what it has to be.
+    """
 
     skeleton: Skeleton
-    matrices: Sequence[Matrix]
+    matrices: Sequence[Matrix]  # the planned ones
     samples: int
     length: int
     batch_size: int | None
-    tokens: int  # of all samples
-    batch_tokens: int  # of the largest batch
-    number_bytes: int  # of a sum
     by_site: bool  # evidence is collected site by site
     offload: str  # where hidden states go
     beside: Path  # temporary files are made beside it
+
+    @property
+    def chosen_batch_size(self) -> int:
+        """Samples that go through a block at once while it is pruned."""
+        return self.batch_size or default_batch_size(max(self.length, 1), self.skeleton.device)
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples."""
+        return self.samples * self.length
+
+    @property
+    def batch_tokens(self) -> int:
+        """Of the largest batch."""
+        return min(self.chosen_batch_size, self.samples) * self.length
+
+    @property
+    def number_bytes(self) -> int:
+        """Of a sum."""
+        return max(4, self.skeleton.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class PassBefore:
     folder: Path | None  # of hidden states, if not in memory
 
 
-@dataclass(frozen=True)
+@dataclass
 class Place:
     """Where evidence is collected: some matrices of a loaded block, and the batches that run through it.
 
@@ -96,29 +109,13 @@ class Place:
     block: Block
     matrices: Sequence[Matrix]
     stream: Stream
-    twin: DenseTwin | None
-    device: torch.device | None
-    parameters: Mapping[str, tuple[nn.Parameter, bool]]
-    layout: Mapping[str, bool]
-    inputs: InputTap
+    twin: DenseTwin | None = None
+    device: torch.device | None = None
 
-    @classmethod
-    def of(
-        cls,
-        block: Block,
-        matrices: Sequence[Matrix],
-        stream: Stream,
-        twin: DenseTwin | None = None,
-        device: torch.device | None = None,
-    ) -> Self:
-        """The place with these matrices."""
-        parameters, layout = tapped(block, matrices)
-        return cls(block, matrices, stream, twin, device, parameters, layout, InputTap(parameters))
-
-    @property
-    def samples(self) -> int:
-        """Of all batches."""
-        return sum(len(ids) for ids in self.stream.batches)
+    def __post_init__(self) -> None:
+        self.parameters, self.layout = tapped(self.block, self.matrices)
+        self.inputs = InputTap(self.parameters)
+        self.samples = sum(len(ids) for ids in self.stream.batches)
 
 
 class Collector:
@@ -139,8 +136,11 @@ class Collector:
     runs = False
 
     @classmethod
-    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
-        """The collector for some of these needs, or None where it answers none."""
+    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
+        """The collector for some of these needs, or None where it answers none.
+
+        A run may be given a file of `gradients`, and a `survey`: statistics that runs share.
+        """
         raise NotImplementedError
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
@@ -155,7 +155,7 @@ class Collector:
         """Numbers that are held beside it while a matrix of this width is solved with it."""
         return 0
 
-    def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
+    def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> Mapping[str, Any]:
         """Get to know a loaded block before anything in it changes; returns what the manifest says of it."""
         return {}
 

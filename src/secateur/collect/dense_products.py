@@ -4,8 +4,10 @@ from typing import Self
 
 from torch import Tensor
 
-from secateur.collect.collector import Cost, Extent, Given
+from secateur.collect.collector import Cost, Extent
+from secateur.collect.gradient_file import GradientFile
 from secateur.collect.input_sums import InputSums
+from secateur.collect.survey import Survey
 from secateur.core.gram import CrossGram
 from secateur.core.needs import Need
 from secateur.core.statistics import Statistic
@@ -23,7 +25,7 @@ class DenseProducts(InputSums):
     _dense: Inputs
 
     @classmethod
-    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
+    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
         """`CrossGram` alone."""
         return cls(frozenset({CrossGram})) if CrossGram in needs else None
 

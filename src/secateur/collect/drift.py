@@ -7,7 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from secateur.collect.collector import Collector, Cost, Evidence, Extent, Given
+from secateur.collect.collector import Collector, Cost, Evidence, Extent
+from secateur.collect.gradient_file import GradientFile
+from secateur.collect.survey import Survey
 from secateur.core.gram import add_product
 from secateur.core.needs import Drift, Need
 from secateur.errors import CalibrationError
@@ -29,7 +31,7 @@ class ResidualDrift(Collector):
         self._writers: Mapping[str, Writer] = {}
 
     @classmethod
-    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
+    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
         """A `Drift`."""
         found = next((need for need in needs if isinstance(need, Drift)), None)
         return None if found is None else cls(found)

@@ -1,8 +1,8 @@
 """All evidence of a run: what its needs ask for, each kind by the collector in the table that answers it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,16 +11,17 @@ from secateur.collect.collector import (
     Collector,
     Cost,
     Extent,
-    Given,
     Place,
     run_batches,
 )
 from secateur.collect.dense_products import DenseProducts
 from secateur.collect.dense_twin import DenseTwin
 from secateur.collect.drift import ResidualDrift
+from secateur.collect.gradient_file import GradientFile
 from secateur.collect.input_sums import InputSums
 from secateur.collect.model_gradients import ModelGradients
 from secateur.collect.regional_gradients import RegionalGradients
+from secateur.collect.survey import Survey
 from secateur.core.needs import Need
 from secateur.errors import MethodError
 from secateur.models.flow.stream import Stream
@@ -38,18 +39,24 @@ COLLECTORS: tuple[type[Collector], ...] = (
 """Each is offered what those before it have not claimed."""
 
 
+@dataclass
 class RunEvidence:
-    """The evidence that a run collects, block by block, as its needs ask for it."""
+    """The evidence that a run collects, block by block, as its needs ask for it.
 
-    def __init__(self, needs: frozenset[Need], given: Given, device: torch.device | None = None) -> None:
-        """Sums are kept on `device`, if not where inputs are. Raises `MethodError` for a need that nothing answers."""
-        self.needs = needs
-        self.given = given
-        self.device = device
+    A run may be given a file of `gradients`, and a `survey`: statistics that runs share. Sums are kept on `device`, if
+    not where inputs are. Raises `MethodError` for a need that nothing answers.
+    """
+
+    needs: frozenset[Need]
+    gradients: GradientFile | None = None
+    survey: Survey | None = None
+    device: torch.device | None = None
+
+    def __post_init__(self) -> None:
         self.collectors: list[Collector] = []
-        open_needs = needs
+        open_needs = self.needs
         for kind in COLLECTORS:
-            own = kind.claim(open_needs, given)
+            own = kind.claim(open_needs, self.gradients, self.survey)
             if own is not None:
                 self.collectors.append(own)
                 open_needs -= own.needs
@@ -60,10 +67,6 @@ class RunEvidence:
         self.forwards = bool(running)  # samples run through the blocks while they are pruned
         self.beside_dense = any(own.beside_dense for own in running)
         self.known = all(own.known for own in running)  # so that only the first batch has to run
-
-    def replaced(self, **given: Any) -> Self:
-        """The same with other things given."""
-        return type(self)(self.needs, replace(self.given, **given), self.device)
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """Samples that have to go through a block at once, or what was asked for; raises where that cannot be."""
@@ -97,7 +100,7 @@ class RunEvidence:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Collected:
         """Run all batches through a loaded block, and collect what is asked of these matrices; see `run_batches`."""
-        place = Place.of(block, matrices, stream, twin, self.device)
+        place = Place(block, matrices, stream, twin, self.device)
         collectors = [own.at(place) for own in self.collectors if own.forwards]
         return run_batches(place, collectors, keep_outputs=keep_outputs, progress=progress)
 

@@ -187,16 +187,13 @@ class GradientWriter:
             raise
         self._records: Mapping[str, TensorRecord] = read_header(path).tensors
 
-    def add(self, matrix: str, norm: Norm, total: Tensor) -> None:
-        """Add what was seen of a matrix."""
+    def add(self, matrix: str, norm: Norm, total: Tensor) -> Tensor:
+        """Add what was seen of a matrix; returns what that makes with what was added before."""
         name = f"{norm}:{matrix}"
         if name in self._writer.digests:
             total = total.cpu() + read_tensor(self._records[name])
         self._writer.write(name, total)
-
-    def read(self, matrix: str, norm: Norm) -> Tensor:
-        """What has been added of a matrix so far."""
-        return read_tensor(self._records[f"{norm}:{matrix}"])
+        return total
 
     def _metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
         digest = _digest(self._provenance, digests)

@@ -4,7 +4,7 @@ import datetime
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import secateur
 from secateur.calibration import Windows, check_predictions
-from secateur.collect.block_gradients import model_gradients, regional_gradients
+from secateur.collect.block_gradients import GradientPass, Progress
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.collect.model_windows import model_windows
 from secateur.collect.settings import File, GradientSettings, Model
@@ -24,19 +24,17 @@ from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.files.names import unique
-from secateur.models.flow.backward import BlockGradients
 from secateur.models.flow.memory import return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.matrices import Matrix, numbered_experts, tapped
 from secateur.models.shape.skeleton import Skeleton
+from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest, tensor_digest
 from secateur.runs.options import taking
 from secateur.runs.output import check_writable, resolved
 from secateur.runs.transaction import Transaction
-
-Progress = Callable[[str, int, int], None]
 
 
 @taking(GradientSettings)
@@ -71,15 +69,7 @@ def take(settings: GradientSettings) -> GradientFile:
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
         windows = model_windows(
-            opened,
-            settings.calibration,
-            settings.tokenizer,
-            samples=settings.samples,
-            length=settings.length,
-            seed=settings.seed,
-            sampling=settings.sampling,
-            bos=settings.bos,
-            progress=lambda done, total: settings.progress("calibrate", done, total),
+            opened, settings, progress=lambda done, total: settings.progress("calibrate", done, total)
         )
         collect(
             opened,
@@ -142,13 +132,12 @@ def collect(
     skeleton = opened.skeleton
     granularity, scope = kinds[0].granularity, kinds[0].scope
     norms: list[Norm] = list(dict.fromkeys(kind.norm for kind in kinds))
-    if {(kind.granularity, kind.scope) for kind in kinds} != {(granularity, scope)}:
-        raise CalibrationError("one pass takes gradients of one granularity and one scope.")
     if scope == "model":
         check_predictions(windows)
     batch_size = gradient_batch_size(skeleton, windows.length, granularity, batch_size)
-    first = min(matrix.block for matrix in matrices)
-    source_tensors = _digests(skeleton, matrices)
+    by_block = _by_block(matrices)
+    first = min(by_block)
+    source_tensors = _digests(skeleton, by_block)
     provenance = {
         "norms": norms,
         "granularity": granularity,
@@ -171,26 +160,28 @@ def collect(
         sizes = chunk_sizes(skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first, place)
         folder = sizes.folder
         parts = _parts(windows.batches(batch_size), sizes.samples)
-        by_block = _by_block(matrices)
 
-        def take_block(found: BlockGradients) -> None:
-            own = by_block.get(found.block.index, [])
-            _add(writer, found, own, norms)
-            if number + 1 == len(parts):
-                _check(writer, own, norms, windows.samples)
+        def take_block(block: Block, totals: Mapping[tuple[str, Norm], Tensor]) -> None:
+            own = by_block.get(block.index, [])
+            _, layout = tapped(block, own)
+            for matrix in own:
+                for norm in norms:
+                    total = matrix.of_parameter(totals[matrix.parameter, norm], layout[matrix.parameter])
+                    total = writer.add(matrix.name, norm, total)
+                    if number + 1 == len(parts):
+                        check_gradient(matrix.name, total, windows.samples)
 
         for number, part in enumerate(parts):
-            (model_gradients if scope == "model" else regional_gradients)(
+            one = GradientPass(
                 skeleton,
-                part,
                 lambda block: tapped(block, by_block.get(block.index, []))[0],
                 take_block,
-                norms=norms,
-                granularity=granularity,
-                first=first,
-                states_folder=folder,
-                progress=_in_part(progress, number, len(parts)),
+                norms,
+                granularity,
+                first,
+                _in_part(progress, number, len(parts)),
             )
+            (one.of_model if scope == "model" else one.of_blocks)(part, folder)
         progress("write", 1, 1)
         writer.close()
     finally:
@@ -210,9 +201,8 @@ def _parts(batches: Sequence[Tensor], samples: int) -> list[list[Tensor]]:
     return parts
 
 
-def _digests(skeleton: Skeleton, matrices: Sequence[Matrix]) -> dict[str, str]:
+def _digests(skeleton: Skeleton, by_block: Mapping[int, Sequence[Matrix]]) -> dict[str, str]:
     """sha256 of every tensor that a forward reads, for gradients depend on all; each matrix is checked on the way."""
-    by_block = _by_block(matrices)
     result: dict[str, str] = {}
     for index, names in enumerate(skeleton.block_tensors):
         for name in names:
@@ -232,20 +222,6 @@ def _by_block(matrices: Sequence[Matrix]) -> dict[int, list[Matrix]]:
     return result
 
 
-def _add(writer: GradientWriter, found: BlockGradients, matrices: Sequence[Matrix], norms: Sequence[Norm]) -> None:
-    _, layout = tapped(found.block, matrices)
-    for matrix in matrices:
-        for norm in norms:
-            total = found.totals[matrix.parameter, norm]
-            writer.add(matrix.name, norm, matrix.of_parameter(total, layout[matrix.parameter]))
-
-
-def _check(writer: GradientWriter, matrices: Sequence[Matrix], norms: Sequence[Norm], samples: int) -> None:
-    for matrix in matrices:
-        for norm in norms:
-            check_gradient(matrix.name, writer.read(matrix.name, norm), samples)
-
-
 def check_gradient(name: str, total: Tensor, samples: int) -> None:
     """Raise `CalibrationError` for gradients that are zero throughout, or not finite."""
     if not bool(total.isfinite().all()):
@@ -260,19 +236,11 @@ def check_gradient(name: str, total: Tensor, samples: int) -> None:
         )
 
 
-def check_loss(scope: Scope, length: int) -> None:
-    """Raise `CalibrationError` for windows in which no next token can be predicted, where the loss is of that."""
-    if length < 2 and scope == "model":
-        raise CalibrationError("--length: got 1, expected at least 2: the loss is that of predicting the next token.")
-
-
 def gradient_batch_size(skeleton: Skeleton, length: int, granularity: Granularity, asked: int | None) -> int:
     """Samples that go through a block at once: one in models that route tokens to experts, where samples mix.
 
     Raises `CalibrationError` when more are asked for there.
     """
-    if asked is not None and asked < 1:
-        raise CalibrationError(f"--batch-size: got {asked}, expected at least 1.")
     experts = numbered_experts(getattr(skeleton.model, "config", None))
     routes = any(matrix.expert is not None for matrix in skeleton.matrices) or (
         experts is not None and "router" in skeleton.left_out.values()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from secateur.collect.collector import Collector, Cost, Evidence, Extent, Given
+from secateur.collect.collector import Collector, Cost, Evidence, Extent
 from secateur.core.needs import Need, input_statistics
 from secateur.core.statistics import Statistic, by_sample, cost
 from secateur.errors import CalibrationError, ModelStructureError
@@ -19,6 +19,7 @@ from secateur.models.shape.matrices import Matrix, numbered_experts
 from secateur.models.shape.skeleton import Skeleton
 
 if TYPE_CHECKING:
+    from secateur.collect.gradient_file import GradientFile
     from secateur.collect.survey import Survey
 
 
@@ -60,10 +61,10 @@ class InputSums(Collector):
         self.known = survey is not None and survey.complete
 
     @classmethod
-    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
+    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
         """All needs that are classes."""
         kinds = input_statistics(needs)
-        return cls(kinds, given.survey) if kinds else None
+        return cls(kinds, survey) if kinds else None
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """One sample where a statistic goes by samples. Raises `CalibrationError` when more are asked for."""

@@ -5,17 +5,18 @@ from typing import Self
 
 import torch
 
-from secateur.collect.collector import Collector, Cost, Evidence, Extent, Given, PassBefore
+from secateur.collect.collector import Collector, Cost, Evidence, Extent, PassBefore
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import (
     accumulator_bytes,
-    check_loss,
     chunk_sizes,
     gradient_batch_size,
     graph_bytes,
 )
+from secateur.collect.survey import Survey
 from secateur.core.gradients import GradientKind
 from secateur.core.needs import Need, gradient_kind
+from secateur.errors import CalibrationError
 from secateur.models.flow.stream import LOGITS_BYTES
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
@@ -32,15 +33,18 @@ class ModelGradients(Collector):
         self.looks_at_samples = file is None
 
     @classmethod
-    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
+    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
         """Gradients of any kind."""
         kind = gradient_kind(needs)
-        return None if kind is None else cls(kind, given.gradients)
+        return None if kind is None else cls(kind, gradients)
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """What was asked for, checked where gradients are still to be taken."""
         if self.file is None:
-            check_loss(self.kind.scope, length)
+            if length < 2 and self.kind.scope == "model":
+                raise CalibrationError(
+                    "--length: got 1, expected at least 2: the loss is that of predicting the next token."
+                )
             gradient_batch_size(skeleton, length, self.kind.granularity, batch_size)
         return batch_size
 

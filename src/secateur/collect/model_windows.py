@@ -25,6 +25,7 @@ from secateur.calibration.corpora import is_token_file
 from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from secateur.calibration.quick import quick_windows
 from secateur.calibration.windows import Progress
+from secateur.collect.settings import CalibrationSettings
 from secateur.core.choices import Bos
 from secateur.files.reading import read_json
 from secateur.models.opening.opened import OpenedModel
@@ -38,37 +39,31 @@ _log = logging.getLogger("secateur")
 
 def model_windows(
     opened: OpenedModel,
-    calibration: Any,
-    tokenizer: Any,
+    asked: CalibrationSettings,
     *,
-    samples: int | None,
-    length: int | None,
-    seed: int,
-    sampling: str | None,
     progress: Progress,
-    bos: str = "auto",
     known: Mapping[str, Any] | None = None,
     dense: Callable[[], OpenedModel] | None = None,
 ) -> Windows:
-    """`calibration_windows` for an opened model, with its own tokenizer where there is text and none is given.
+    """The windows that are asked for, with the model's own tokenizer where there is text and none is given.
 
-    `bos` is a word for `calibration_windows`, or "auto": "papers", unless the first window reads more than 0.1 nats
-    better with BOS in front, which means "always". The model itself decides, or the one that `dense` opens; `known` is
-    what was decided and recorded before. That, and fewer samples than asked for, are said in a line each.
+    BOS is where they ask for it. "auto" means as in the papers, unless the first window reads more than 0.1 nats better
+    with BOS in front, which means "always". The model itself decides, or the one that `dense` opens; `known` is what
+    was decided and recorded before. That, and fewer samples than asked for, are said in a line each.
 
     Raises `CalibrationError` for token ids outside its vocabulary, and for windows longer than its positions.
     """
-    text = _is_text(calibration)
-    tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
+    text = _is_text(asked.calibration)
+    tokenizer = opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer
 
     def draw(where: str) -> Windows:
         windows = calibration_windows(
-            calibration,
+            asked.calibration,  # type: ignore[arg-type]  # checked there
             tokenizer,
-            samples=samples,
-            length=length,
-            seed=seed,
-            sampling=sampling,  # type: ignore[arg-type]  # checked there
+            samples=asked.samples,
+            length=asked.length,
+            seed=asked.seed,
+            sampling=asked.sampling,
             bos=where,  # type: ignore[arg-type]
             progress=progress,
         )
@@ -76,8 +71,8 @@ def model_windows(
         check_length(windows, opened.skeleton.positions)
         return windows
 
-    windows = _placed(draw, bos, known, "calibration", dense or (lambda: opened), text)
-    _say_fewer(windows, "samples", samples)
+    windows = _placed(draw, asked.bos, known, "calibration", dense or (lambda: opened), text)
+    _say_fewer(windows, "samples", asked.samples)
     return windows
 
 
@@ -94,39 +89,26 @@ class Foreseen:
     unchecked: Sequence[str]
 
 
-def foreseen_windows(
-    opened: OpenedModel,
-    calibration: Any,
-    tokenizer: Any,
-    *,
-    samples: int | None,
-    length: int | None,
-    seed: int,
-    sampling: str | None,
-    bos: str = "auto",
-    progress: Progress = lambda done, total: None,
-) -> Foreseen:
+def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foreseen:
     """What `model_windows` would draw, as far as it is quick to find out; raises the same where that shows an error.
 
-    Without `calibration` only the length is checked.
+    Without a calibration text only the length is checked.
     """
-    check_bos(bos, BOS_WORDS)
     unchecked: Sequence[str] = ()
     windows = None
-    if calibration is not None:
-        if tokenizer is None and _is_text(calibration):
-            tokenizer = opened.load_tokenizer()
+    if asked.calibration is not None:
+        text = _is_text(asked.calibration)
         windows, unchecked = quick_windows(
-            calibration,
-            tokenizer,
-            samples=samples,
-            length=length,
-            seed=seed,
-            sampling=sampling,
-            bos="papers" if bos == "auto" else bos,
+            asked.calibration,
+            opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer,
+            samples=asked.samples,
+            length=asked.length,
+            seed=asked.seed,
+            sampling=asked.sampling,
+            bos="papers" if asked.bos == "auto" else asked.bos,
         )
     if windows is None:
-        samples, length = samples or DEFAULT_SAMPLES, length or DEFAULT_LENGTH
+        samples, length = asked.samples or DEFAULT_SAMPLES, asked.length or DEFAULT_LENGTH
         check_length(Windows(torch.zeros(1, length, dtype=torch.int64), {}), opened.skeleton.positions)
         return Foreseen(None, samples, length, unchecked)
     check_vocabulary(windows, opened.skeleton.vocabulary_size)

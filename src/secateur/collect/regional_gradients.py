@@ -5,8 +5,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from secateur.collect.collector import Collector, Cost, Evidence, Extent, Given
+from secateur.collect.collector import Collector, Cost, Evidence, Extent
+from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import accumulator_bytes, check_gradient, gradient_batch_size, graph_bytes
+from secateur.collect.survey import Survey
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.core.needs import Need, gradient_kind
 from secateur.models.flow.backward import GradientTap, regional_gradient
@@ -22,10 +24,10 @@ class RegionalGradients(Collector):
         self.kind = kind
 
     @classmethod
-    def claim(cls, needs: frozenset[Need], given: Given) -> Self | None:
+    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
         """Gradients of scope "block", where there is no file of them."""
         kind = gradient_kind(needs)
-        return cls(kind) if kind is not None and kind.scope == "block" and given.gradients is None else None
+        return cls(kind) if kind is not None and kind.scope == "block" and gradients is None else None
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """One sample where tokens are routed to experts. Raises `CalibrationError` when more are asked for."""

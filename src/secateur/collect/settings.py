@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from secateur.calibration import Windows
-    from secateur.collect.gradient_pass import Progress
+    from secateur.collect.block_gradients import Progress
     from secateur.models.opening.opened import OpenedModel
 
     File = str | os.PathLike[str]

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from secateur.collect.collector import Place
 from secateur.models.flow.stream import Stream
-from secateur.models.shape.matrices import Matrix
+from secateur.models.flow.tap import InputTap
+from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.structure import Block
 
 
@@ -13,7 +13,7 @@ def sites(block: Block, matrices: Sequence[Matrix], stream: Stream) -> list[list
 
     All experts of a mixture make one group for each of their inputs. Found by running the first batch.
     """
-    inputs = Place.of(block, matrices, stream).inputs
+    inputs = InputTap(tapped(block, matrices)[0])
     inputs.begin(stop=False)
     with inputs:
         stream.run(block, 0, aside=True)

@@ -170,7 +170,7 @@ def survey(
     def take(block: Block, tensors: dict[str, Tensor]) -> None:
         own = [matrix for matrix in chosen if matrix.block == block.index]
         with loaded(skeleton, block, tensors):
-            here = collector.at(Place.of(block, own, stream, device=statistics_device))
+            here = collector.at(Place(block, own, stream, device=statistics_device))
             run_batches(here.place, [here], keep_outputs=block.index < last)
             result.put(block.index, own, here.sums)
             stream.release(block)

@@ -44,7 +44,9 @@ def fingerprint(method: Method) -> dict[str, str]:
     of which that cannot be said, such as an open file.
     """
     try:
-        return {"revision": str(REVISION), **_Walk(method.name).of(method)}
+        walk = _Walk(method.name)
+        walk.follow(method, "")
+        return {"revision": str(REVISION), **walk.parts}
     except RecursionError:
         raise PatternError(f"{method.name}: what it depends on is nested too deeply to be told apart later.") from None
 
@@ -83,11 +85,7 @@ class _Walk:
         self.alive: list[Any] = []  # so that no identity is used twice
         self.packages: set[str] = set()  # to follow although they are installed
 
-    def of(self, method: Method) -> dict[str, str]:
-        self._method(method, "")
-        return self.parts
-
-    def _method(self, value: Method | Refinement, inside: str) -> str:
+    def follow(self, value: Method | Refinement, inside: str) -> str:
         self._part(f"{inside}name", repr(value.name))
         self._part(f"{inside}revision of {value.name}", str(value.revision))
         for option, chosen in value.options.items():
@@ -124,7 +122,10 @@ class _Walk:
 
     def _object(self, value: Any, where: str) -> str:
         if isinstance(value, Tensor):
-            return self._tensor(value, where)
+            if value.layout != torch.strided or value.device.type == "meta":
+                raise self._unknown(where, value)
+            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return f"{value.dtype} {tuple(value.shape)} {_digest(data)}"
         if isinstance(value, Mapping):
             items = [(self._text(key, where), self._text(item, f"{where}[{key!r}]")) for key, item in value.items()]
             return _short(f"{type(value).__name__}({items})")
@@ -132,7 +133,7 @@ class _Walk:
             texts = [self._text(item, where) for item in value]
             return _short(f"{type(value).__name__}({sorted(texts) if isinstance(value, set | frozenset) else texts})")
         if isinstance(value, Method | Refinement):
-            return self._method(value, f"{value.name}: ")
+            return self.follow(value, f"{value.name}: ")
         if isinstance(value, types.ModuleType):
             return self._module(value)
         if isinstance(value, type):
@@ -150,12 +151,6 @@ class _Walk:
         if inspect.isroutine(value) and not hasattr(value, "__wrapped__"):
             return f"{getattr(value, '__module__', None)}.{value.__qualname__}"
         return self._instance(value, where)
-
-    def _tensor(self, value: Tensor, where: str) -> str:
-        if value.layout != torch.strided or value.device.type == "meta":
-            raise self._unknown(where, value)
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return f"{value.dtype} {tuple(value.shape)} {_digest(data)}"
 
     def _instance(self, value: Any, where: str) -> str:
         """Any other object, by its class and by what a copy of it would be made of."""

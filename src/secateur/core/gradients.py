@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.core.choices import Granularity, Norm, Scope
+from secateur.core.statistics import Sum
 from secateur.errors import CalibrationError
 
 
@@ -37,7 +38,7 @@ class GradientKind:
         return f"{self.norm} per {self.granularity}, {self.scope}"
 
 
-class GradientNorm:
+class GradientNorm(Sum):
     """Sum over samples of the absolute or squared gradient of each weight of one (out, in) matrix.
 
     ``total_ij = sum_n |g_nij|`` for l1, ``sum_n g_nij ** 2`` for l2, float32 (float64 for float64 models).
@@ -47,10 +48,8 @@ class GradientNorm:
     """
 
     def __init__(self, kind: GradientKind, total: Float[Tensor, "out in"], tokens: int = 0, samples: int = 0) -> None:
+        super().__init__(total, tokens, samples)
         self.kind = kind
-        self.total = total
-        self.tokens = tokens
-        self.samples = samples
 
     @classmethod
     def empty(
@@ -76,13 +75,7 @@ class GradientNorm:
                 f"gradients ({other.kind}) of a matrix {tuple(other.total.shape)} cannot be merged into ({self.kind}) "
                 f"{tuple(self.total.shape)}."
             )
-        self.total += other.total.to(self.total.device)
-        self.tokens += other.tokens
-        self.samples += other.samples
-
-    def is_finite(self) -> bool:
-        """Whether every sum is a finite number."""
-        return bool(self.total.isfinite().all())
+        super().merge(other)
 
     def norm(self) -> Float[Tensor, "out in"]:
         """``||G_ij||`` over samples: the total itself for l1, its square root for l2."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.core.statistics import Cost, SquaredNorm
+from secateur.core.statistics import Cost, SquaredNorm, Sum
 
 NARROW, WIDE = 128, 256  # rows of a Gram matrix that are multiplied at once, up to 1,024 inputs and beyond
 
@@ -44,36 +44,18 @@ def full_precision() -> _GeneratorContextManager[None]:
     return float32_products(tf32=False)
 
 
-class _SecondMoments:
-    """What sums of outer products have in common: a `total` of shape (in, in), and counts."""
-
-    def __init__(self, total: Float[Tensor, "in in"], tokens: int = 0, samples: int = 0) -> None:
-        self.total = total
-        self.tokens = tokens
-        self.samples = samples
+class _SecondMoments(Sum):
+    """What sums of outer products have in common: a `total` of shape (in, in)."""
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
         """The statistic of no tokens: zeros of shape (in_features, in_features), float32."""
         return cls(torch.zeros(in_features, in_features, device=device))
 
-    def merge(self, other: Self) -> None:
-        """Add what `other` has seen. Raises `ValueError` for another width."""
-        if other.total.shape != self.total.shape:
-            raise ValueError(f"a statistic of {len(other.total)} columns cannot be merged into {len(self.total)}.")
-        wide = torch.promote_types(self.total.dtype, other.total.dtype)
-        self.total = self.total.to(wide).add_(other.total.to(self.total.device))
-        self.tokens += other.tokens
-        self.samples += other.samples
-
     def select(self, columns: Int[Tensor, " selected"]) -> Self:
         """The sums for these inputs among each other."""
         columns = columns.to(self.total.device)
         return type(self)(self.total[columns.unsqueeze(1), columns], self.tokens, self.samples)
-
-    def is_finite(self) -> bool:
-        """Whether every sum is a finite number."""
-        return bool(self.total.isfinite().all())
 
 
 def _panels(width: int) -> list[tuple[int, int]]:

@@ -92,12 +92,6 @@ def _bracketed(score: Float[Tensor, "1 columns"], count: int) -> Float[Tensor, "
     return between.kthvalue(count - below).values.view(1, 1)
 
 
-def _check_sparsity(sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
-        hint = f" Did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
-        raise PatternError(f"sparsity must be at least 0 and below 1, got {sparsity:g}.{hint}")
-
-
 @dataclass(frozen=True)
 class Unstructured:
     """Zeros anywhere: exactly floor(n * sparsity) of every comparison group of n weights.
@@ -110,7 +104,9 @@ class Unstructured:
     per: Group | None = None
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
+        if not 0 <= self.sparsity < 1:
+            hint = f" Did you mean {self.sparsity / 100:g}?" if 2 <= self.sparsity < 100 else ""
+            raise PatternError(f"sparsity must be at least 0 and below 1, got {self.sparsity:g}.{hint}")
         if self.per not in (None, "row", "matrix", "search"):
             raise PatternError(f"per must be row, matrix or search, got {self.per!r}.")
 

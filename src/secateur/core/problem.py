@@ -127,11 +127,13 @@ def select(
 
     def solve(problem: Problem) -> Solution:
         scores = score(problem)
-        _check_score(name, problem, score, scores)
+        place = written_at(score)
+        _check_score(name, problem, scores, "" if place is None else f" The score is computed in {place}.")
         if not bool(scores.isfinite().all()):
+            why = "their product overflows float32." if place is None else f"they are computed in {place}."
             raise NumericalError(
                 f"{problem.name}: {int((~scores.isfinite()).sum())} of {scores.numel()} {name} scores are not finite "
-                f"although weights and statistics are: {_overflow(score)}"
+                f"although weights and statistics are: {why}"
             )
         mask = with_group(problem.pattern, per).mask(scores)
         return Solution(torch.where(mask, problem.weight, 0), mask, score=scores)
@@ -139,11 +141,9 @@ def select(
     return Method(name, solve, needs, per)
 
 
-def _check_score(name: str, problem: Problem, score: object, found: object) -> None:
+def _check_score(name: str, problem: Problem, found: object, end: str) -> None:
     """Raise `MethodError` for scores that are no tensor of numbers, one for each weight, beside the weight."""
     weight = problem.weight
-    place = written_at(score)
-    end = f" The score is computed in {place}." if place is not None else ""
     if not isinstance(found, Tensor):
         raise MethodError(
             f"{problem.name}: {name} gave a {type(found).__name__} as its scores, expected a tensor of "
@@ -154,11 +154,6 @@ def _check_score(name: str, problem: Problem, score: object, found: object) -> N
             f"{problem.name}: {name} gave {found.dtype} scores of shape {tuple(found.shape)} on {found.device}, "
             f"expected real ones of {tuple(weight.shape)} on {weight.device}: one for each weight.{end}"
         )
-
-
-def _overflow(score: object) -> str:
-    place = written_at(score)
-    return "their product overflows float32." if place is None else f"they are computed in {place}."
 
 
 @dataclass(frozen=True)

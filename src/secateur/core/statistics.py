@@ -71,7 +71,29 @@ def by_sample(kinds: Iterable[Any]) -> type[Statistic] | None:
     return next((kind for kind in kinds if getattr(kind, "one_sample_at_a_time", False)), None)
 
 
-class SquaredNorm:
+class Sum:
+    """What the sums of this package have in common: a `total`, and how many tokens and samples went into it."""
+
+    def __init__(self, total: Tensor, tokens: int = 0, samples: int = 0) -> None:
+        self.total = total
+        self.tokens = tokens
+        self.samples = samples
+
+    def merge(self, other: Self) -> None:
+        """Add what `other` has seen. Raises `ValueError` for another width."""
+        if other.total.shape != self.total.shape:
+            raise ValueError(f"a statistic of {len(other.total)} columns cannot be merged into {len(self.total)}.")
+        wide = torch.promote_types(self.total.dtype, other.total.dtype)
+        self.total = self.total.to(wide).add_(other.total.to(self.total.device))
+        self.tokens += other.tokens
+        self.samples += other.samples
+
+    def is_finite(self) -> bool:
+        """Whether every sum is a finite number."""
+        return bool(self.total.isfinite().all())
+
+
+class SquaredNorm(Sum):
     """Sum over tokens of the square of each input coordinate: ``total_j = sum_t x_tj ** 2``.
 
     Each 256 tokens are reduced in float32 and added in float64, so that a million tokens lose nothing.
@@ -80,10 +102,7 @@ class SquaredNorm:
     ``total_j / samples``; see `per_sample`.
     """
 
-    def __init__(self, total: Float[Tensor, " in"], tokens: int = 0, samples: int = 0) -> None:
-        self.total = total
-        self.tokens = tokens
-        self.samples = samples
+    total: Float[Tensor, " in"]
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
@@ -103,21 +122,9 @@ class SquaredNorm:
         self.tokens += x.shape[0]
         self.samples += samples
 
-    def merge(self, other: Self) -> None:
-        """Add what `other` has seen. Raises `ValueError` for another width."""
-        if other.total.shape != self.total.shape:
-            raise ValueError(f"a statistic of {len(other.total)} columns cannot be merged into {len(self.total)}.")
-        self.total += other.total.to(self.total.device)
-        self.tokens += other.tokens
-        self.samples += other.samples
-
     def select(self, columns: Int[Tensor, " selected"]) -> Self:
         """The sums of these columns."""
         return type(self)(self.total[columns.to(self.total.device)], self.tokens, self.samples)
-
-    def is_finite(self) -> bool:
-        """Whether every sum is a finite number."""
-        return bool(self.total.isfinite().all())
 
     def norm(self) -> Float[Tensor, " in"]:
         """``||X_j||_2`` over all tokens, float32: the norm in Wanda's equation 1."""

@@ -63,9 +63,8 @@ class BlockLoop:
         """Prune block by block, and write everything. Raises what the method and the checks raise."""
         skeleton = self.skeleton
         planned: list[list[Matrix]] = [[] for _ in skeleton.blocks]
-        for matrix in skeleton.matrices:
-            if matrix.name in self.plan:
-                planned[matrix.block].append(matrix)
+        for matrix in self.ready.extent.matrices:
+            planned[matrix.block].append(matrix)
         last = max(index for index, matrices in enumerate(planned) if matrices)
         streams = self._streams(last) if self.evidence.forwards else None
         with contextlib.closing(streams) if streams is not None else contextlib.nullcontext():
@@ -78,7 +77,7 @@ class BlockLoop:
         assert self.ready.windows is not None
         started = time.perf_counter()
         self.skeleton.load_outside(head=False)
-        batches = self.ready.windows.batches(self.ready.chosen_batch_size)
+        batches = self.ready.windows.batches(self.ready.extent.chosen_batch_size)
         if self.evidence.known:  # how far each block's output moves is left to find out, on the first batch alone
             batches = batches[:1]
         # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.
@@ -105,7 +104,7 @@ class BlockLoop:
         tensors = self.skeleton.read(block)
         for matrix in matrices:
             check_weight(matrix.name, matrix.view(tensors))
-        gradients = self.evidence.given.gradients
+        gradients = self.evidence.gradients
         if self.conveyor.output is not None or gradients is not None:
             for name in dict.fromkeys(matrix.tensor for matrix in matrices):
                 self.manifest.source_tensors[name] = tensor_digest(tensors[name])

@@ -3,7 +3,7 @@
 import datetime
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ def run(settings: PruneSettings) -> Manifest:
         drawing = partial(_tell, on_event, "calibrate")
         ready = stack.enter_context(prepared(settings, target, progress=drawing))
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
+        extent = ready.extent
         skeleton = opened.skeleton
         manifest = _manifest(ready)
         written = None if transaction is None else stack.enter_context(checkpoint_output(transaction, opened))
@@ -88,17 +89,17 @@ def run(settings: PruneSettings) -> Manifest:
                 windows,
                 taken,
                 [method.gradient],
-                ready.matrices,
-                batch_size=ready.batch_size,
-                offload_states=settings.offload_states,
+                extent.matrices,
+                batch_size=extent.batch_size,
+                offload_states=extent.offload,
                 progress=lambda stage, done, total: _tell(on_event, f"gradients: {stage}", done, total),
             )
-            evidence = evidence.replaced(gradients=file)
+            evidence = replace(evidence, gradients=file)
             clock.add("gradients", began)
         shared = settings.statistics if method.inputs else None
         if shared is not None:
             assert windows is not None
-            facts = facts_of(opened, windows, ready.matrices, ready.chosen_batch_size, evidence.device)
+            facts = facts_of(opened, windows, extent.matrices, extent.chosen_batch_size, evidence.device)
             shared.begin(method.inputs, facts)
         BlockLoop(ready, evidence, manifest, Conveyor(skeleton, written, clock, on_event), states).run()
         if shared is not None:
@@ -137,7 +138,7 @@ def _manifest(ready: Prepared) -> Manifest:
         plan=ready.plan.to_json(),
         left_out=skeleton.left_out_by_reason(),
         command=list(settings.command) if settings.command is not None else None,
-        calibration=_calibration(ready.windows, ready.evidence.given.gradients),
+        calibration=_calibration(ready.windows, ready.evidence.gradients),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
@@ -148,7 +149,7 @@ def _computing(ready: Prepared) -> dict[str, Any]:
     return {
         "device": str(skeleton.device),
         "dtype": str(skeleton.dtype).removeprefix("torch."),
-        "batch_size": ready.chosen_batch_size,
+        "batch_size": ready.extent.chosen_batch_size,
         "statistics_device": None if kept_on is None else str(kept_on),
     }
 

@@ -120,12 +120,13 @@ def _activations(skeleton: Skeleton, tokens: int) -> int:
 def _solving(ready: Prepared, cost: Cost) -> int:
     """While the largest matrix is solved; and dense copies of the block beside."""
     skeleton, evidence = ready.opened.skeleton, ready.evidence
-    if not any(evidence.solving(matrix.shape[1]) for matrix in ready.matrices):
-        return SELECTING * max(math.prod(matrix.shape) for matrix in ready.matrices)
+    planned = ready.extent.matrices
+    if not any(evidence.solving(matrix.shape[1]) for matrix in planned):
+        return SELECTING * max(math.prod(matrix.shape) for matrix in planned)
     item = max(4, skeleton.dtype.itemsize)
     # Memory: measured. Iterative methods hold eight copies of the weights, the others about five; libraries buffer.
     copies = 8 if ready.method.products > 10 else 5
-    solving = max(item * (evidence.solving(m.shape[1]) + copies * math.prod(m.shape)) for m in ready.matrices)
+    solving = max(item * (evidence.solving(m.shape[1]) + copies * math.prod(m.shape)) for m in planned)
     weights: dict[int, int] = {}
     for matrix in skeleton.matrices:
         weights[matrix.block] = weights.get(matrix.block, 0) + math.prod(matrix.shape)

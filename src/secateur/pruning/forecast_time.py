@@ -24,10 +24,10 @@ def run_seconds(ready: Prepared, passes: int) -> float:
     skeleton, method = ready.opened.skeleton, ready.method
     extent = ready.extent
     cost = ready.evidence.cost(extent)
-    planned = ready.matrices
+    planned = extent.matrices
     last = max(matrix.block for matrix in planned)
-    own = pace(skeleton, method, ready.plan[planned[0].name], ready.length, ready.chosen_batch_size)
-    batches = math.ceil(ready.samples / ready.chosen_batch_size)
+    own = pace(skeleton, method, ready.plan[planned[0].name], extent.length, extent.chosen_batch_size)
+    batches = math.ceil(extent.samples / extent.chosen_batch_size)
     once = sum(token * extent.tokens + batch * batches for token, batch in own.forwards[: last + 1])
     forwards = 2.0 + extent.by_site if ready.evidence.forwards else 0.0
     bytes_ = source_bytes(skeleton, skeleton.source.names)

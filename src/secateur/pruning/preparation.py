@@ -11,17 +11,17 @@ import torch
 
 from secateur.calibration import Windows
 from secateur.calibration.windows import Progress
-from secateur.collect.collector import Extent, Given
+from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.model_windows import Foreseen, foreseen_windows, model_windows
 from secateur.core.gram import CrossGram, Gram
-from secateur.core.needs import Drift, Need
+from secateur.core.needs import Drift
 from secateur.core.patterns import with_group
 from secateur.core.problem import Method
 from secateur.errors import CalibrationError, ModelStructureError, PatternError
 from secateur.models.flow.residual import residual_writers
-from secateur.models.flow.stream import Stream, default_batch_size
+from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton, loaded
@@ -39,8 +39,6 @@ TRIAL_TOKENS = 8  # that residual targets look for writers with
 class Prepared:
     """A run that nothing speaks against.
 
-    `samples` and `length` are the size of the calibration windows (0 where no token is looked at), and `batch_size`
-    what was asked for, or what it has to be.
     `windows` are None where the method looks at no token, and where a dry run has not drawn them; `unchecked` says
     what it left open.
     """
@@ -51,9 +49,7 @@ class Prepared:
     plan: Plan
     evidence: RunEvidence
     windows: Windows | None
-    samples: int
-    length: int
-    batch_size: int | None
+    extent: Extent
     correction: float | None
     target: Path | None
     unchecked: Sequence[str]
@@ -62,33 +58,6 @@ class Prepared:
     def takes_gradients(self) -> bool:
         """Whether gradients of the model's loss have to be taken before the blocks are pruned."""
         return any(own.looks_at_samples and not own.forwards for own in self.evidence.collectors)
-
-    @property
-    def chosen_batch_size(self) -> int:
-        """Samples that go through a block at once while it is pruned."""
-        return self.batch_size or default_batch_size(max(self.length, 1), self.opened.skeleton.device)
-
-    @property
-    def matrices(self) -> list[Matrix]:
-        """The planned ones."""
-        return [matrix for matrix in self.opened.skeleton.matrices if matrix.name in self.plan]
-
-    @property
-    def extent(self) -> Extent:
-        """How large the run is."""
-        return Extent(
-            skeleton=self.opened.skeleton,
-            matrices=self.matrices,
-            samples=self.samples,
-            length=self.length,
-            batch_size=self.batch_size,
-            tokens=self.samples * self.length,
-            batch_tokens=min(self.chosen_batch_size, self.samples) * self.length,
-            number_bytes=max(4, self.opened.skeleton.dtype.itemsize),
-            by_site=self.settings.within == "site",
-            offload=self.settings.offload_states,
-            beside=Path.cwd() / "secateur" if self.target is None else self.target,
-        )
 
 
 def output_of(settings: PruneSettings) -> Path | None:
@@ -131,25 +100,21 @@ def prepared(
     try:
         skeleton = opened.skeleton
         plan = make_plan(opened, method, settings.pattern, only=settings.only, skip=settings.skip)
-        check_targets(skeleton, plan, settings.targets)
-        given = gradient_file(settings.gradient, method, skeleton, plan)
-        needs = method.needs | _for_targets(settings.targets, correction)
-        evidence = RunEvidence(needs, Given(given, survey), statistics_device)
+        planned = [matrix for matrix in skeleton.matrices if matrix.name in plan]
+        needs = method.needs
+        if settings.targets == "dense":
+            check_dense_targets(planned)
+            needs |= {CrossGram}
+        if correction is not None:
+            check_residual_targets(skeleton, planned)
+            needs |= {Drift(correction)}
+        given = gradient_file(settings.gradient, method, skeleton, planned)
+        evidence = RunEvidence(needs, given, survey, statistics_device)
         if survey is not None and given is None and method.gradient is not None and method.gradient.scope == "block":
             raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
         seen = Foreseen(None, 0, 0, ())
         if evidence.looks_at_samples:
-            seen = (foreseen_windows if dry else _drawn)(
-                opened,
-                settings.calibration,
-                settings.tokenizer,
-                samples=settings.samples,
-                length=settings.length,
-                seed=settings.seed,
-                sampling=settings.sampling,
-                bos=settings.bos,
-                progress=progress,
-            )
+            seen = foreseen_windows(opened, settings) if dry else _drawn(opened, settings, progress)
             if given is not None and seen.windows is not None:
                 given.check_tokens(seen.windows.digest, seen.samples, seen.length)
         yield Prepared(
@@ -159,9 +124,16 @@ def prepared(
             plan=plan,
             evidence=evidence,
             windows=seen.windows,
-            samples=seen.samples,
-            length=seen.length,
-            batch_size=evidence.batch_size(skeleton, seen.length, settings.batch_size),
+            extent=Extent(
+                skeleton,
+                planned,
+                seen.samples,
+                seen.length,
+                batch_size=evidence.batch_size(skeleton, seen.length, settings.batch_size),
+                by_site=settings.within == "site",
+                offload=settings.offload_states,
+                beside=target or Path.cwd() / "secateur",
+            ),
             correction=correction,
             target=target,
             unchecked=seen.unchecked,
@@ -170,26 +142,10 @@ def prepared(
         opened.restore()
 
 
-def _drawn(opened: OpenedModel, calibration: Any, tokenizer: Any, **options: Any) -> Foreseen:
-    options["progress"](0, 0)
-    windows = model_windows(opened, calibration, tokenizer, **options)
+def _drawn(opened: OpenedModel, settings: PruneSettings, progress: Progress) -> Foreseen:
+    progress(0, 0)
+    windows = model_windows(opened, settings, progress=progress)
     return Foreseen(windows, windows.samples, windows.length, ())
-
-
-def _for_targets(targets: str, correction: float | None) -> frozenset[Need]:
-    """What targets need beside the method's own needs."""
-    if targets == "dense":
-        return frozenset({CrossGram})
-    return frozenset() if correction is None else frozenset({Drift(correction)})
-
-
-def check_targets(skeleton: Skeleton, plan: Plan, targets: str) -> None:
-    """Raise `PatternError` or `ModelStructureError` where the planned matrices cannot be fitted to these targets."""
-    planned = [matrix for matrix in skeleton.matrices if matrix.name in plan]
-    if targets == "dense":
-        check_dense_targets(planned)
-    if targets == "residual":
-        check_residual_targets(skeleton, planned)
 
 
 def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:
@@ -276,7 +232,7 @@ def check_dense_targets(matrices: Sequence[Matrix]) -> None:
 
 
 def gradient_file(
-    gradient: str | os.PathLike[str] | None, method: Method, skeleton: Skeleton, plan: Plan
+    gradient: str | os.PathLike[str] | None, method: Method, skeleton: Skeleton, planned: Sequence[Matrix]
 ) -> GradientFile | None:
     """The given file of gradients, checked against the method and the model: the names and shapes of the planned
     matrices, what lies outside the blocks, and one block.
@@ -287,8 +243,8 @@ def gradient_file(
         raise CalibrationError(f"--gradient {gradient}: the method {method.name} uses no gradients. Leave it out.")
     file = GradientFile(gradient)
     file.check_kind(method.gradient)
-    file.check_shapes({matrix.name: matrix.shape for matrix in skeleton.matrices if matrix.name in plan})
-    first = min(matrix.block for matrix in skeleton.matrices if matrix.name in plan)
+    file.check_shapes({matrix.name: matrix.shape for matrix in planned})
+    first = min(matrix.block for matrix in planned)
     for name in (*skeleton.outside_tensors, *skeleton.block_tensors[first]):
         file.check_tensor(name, source_digest(skeleton.source, name))
     return file

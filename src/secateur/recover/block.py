@@ -20,6 +20,7 @@ from torch import Tensor
 
 from secateur.calibration import Windows
 from secateur.collect.model_windows import model_windows
+from secateur.collect.settings import CalibrationSettings
 from secateur.errors import CalibrationError
 from secateur.files.folders import locate
 from secateur.files.names import unique
@@ -110,13 +111,15 @@ def reconstruct(
         on_event(Event("calibrate"))
         windows = model_windows(
             opened,
-            calibration,
-            tokenizer,
-            samples=samples,
-            length=length,
-            seed=seed,
-            sampling=sampling,
-            bos=bos,
+            CalibrationSettings(
+                calibration=calibration,
+                tokenizer=tokenizer,
+                samples=samples,
+                length=length,
+                seed=seed,
+                sampling=sampling,  # type: ignore[arg-type]  # checked there
+                bos=bos,  # type: ignore[arg-type]
+            ),
             dense=lambda: open_model(
                 original.path,
                 device=str(skeleton.device),

@@ -14,6 +14,7 @@ from secateur.calibration.corpora import is_token_file
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import gradient_batch_size, gradients
 from secateur.collect.model_windows import foreseen_windows, model_evaluation_windows, model_windows
+from secateur.collect.settings import CalibrationSettings
 from secateur.collect.survey import Survey
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.problem import Method
@@ -151,8 +152,12 @@ class SweepLoop:
         """Draw the calibration tokens, if a cell that has not been pruned yet needs any."""
         if not self._looks_at_tokens():
             return
-        known = self.settings["bos_choices"].get("calibration")
-        self.calibration = model_windows(opened, calibration, self.tokenizer, known=known, **self._drawing())
+        self.calibration = model_windows(
+            opened,
+            self._drawing(calibration),
+            known=self.settings["bos_choices"].get("calibration"),
+            progress=lambda done, total: self._stage(None, "calibration", done, total),
+        )
         self._note("calibration", self.calibration)
         for task in (task for task in self.tasks if task.method.needs):
             size = _batch_size(opened, task.method, self.calibration.length, self.options["batch_size"])
@@ -162,10 +167,10 @@ class SweepLoop:
         """Whether a cell that is still to be pruned needs calibration tokens."""
         return any(task.method.needs for task in self._to_prune())
 
-    def _drawing(self) -> dict[str, Any]:
+    def _drawing(self, calibration: str | Sequence[str] | Windows) -> CalibrationSettings:
         """How calibration windows are drawn."""
         held = {key: self.settings[key] for key in ("samples", "length", "seed", "sampling", "bos")}
-        return {**held, "progress": lambda done, total: self._stage(None, "calibration", done, total)}
+        return CalibrationSettings(calibration=calibration, tokenizer=self.tokenizer, **held)
 
     def _note(self, what: str, windows: Windows) -> None:
         if "bos" in windows.provenance:
@@ -179,7 +184,7 @@ class SweepLoop:
         text = {"calibration": None, "samples": self.settings["samples"], "length": self.settings["length"]}
         unchecked: Sequence[str] = ()
         if self._looks_at_tokens():
-            seen = foreseen_windows(opened, calibration, self.tokenizer, **self._drawing())
+            seen = foreseen_windows(opened, self._drawing(calibration))
             text = {"calibration": seen.windows, "samples": seen.samples, "length": seen.length}
             unchecked = seen.unchecked
         tokens = {data: windows.tokens for data, windows in self.texts.items()}

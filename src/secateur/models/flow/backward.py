@@ -178,14 +178,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass
-class BlockGradients:
-    """The gradients of one block: `totals[parameter, norm]`, laid out like the parameter."""
-
-    block: Block
-    totals: Mapping[tuple[str, Norm], Tensor]
-
-
-@dataclass
 class SavedInputs:
     """What is needed to run a block again: its inputs, and what earlier blocks had left for it, by batch."""
 
