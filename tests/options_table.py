@@ -7,8 +7,8 @@ from secateur.runs.options import ARGUMENTS, Field, options
 
 HEAD = """# Options of prune
 
-`secateur prune` and `secateur plan` take these on the command line, as keys of the file that `--config` names, and as keyword
-arguments of `secateur.prune` and `secateur.estimate` (with underscores: `batch_size`). Written from the code by
+`secateur prune` and `secateur plan` take these on the command line, as keys of the file that `--config` names, and as
+keyword arguments of `secateur.prune` and `secateur.estimate` (with underscores: `batch_size`). Written from the code by
 `python tests/options_table.py > docs/options.md`.
 
 | option | default | what it does |

@@ -119,9 +119,9 @@ def test_options_of_a_named_method(model: Path) -> None:
     damping = {"least_squares": {"damping": 0.25}}
     assert as_method("wanda+least_squares", damping).options["least_squares.damping"] == 0.25
     assert as_method("sparsegpt", ["damping=0.5"]).options["damping"] == 0.5
-    with pytest.raises(PatternError, match="^norm: is for a method that is named; give it to the function that makes"):
+    with pytest.raises(PatternError, match=r"^norm: is for a method that is named; give it to the function that makes"):
         secateur.estimate(model, method=secateur.gblm(), norm="l2")
-    with pytest.raises(PatternError, match="--sparsity 0.25 and --pattern 0.5 were both given"):
+    with pytest.raises(PatternError, match=r"--sparsity 0.25 and --pattern 0.5 were both given"):
         as_pattern(0.5, 0.25)
     assert as_pattern(0.25, per="matrix") == as_pattern(None, 0.25, "matrix") == secateur.Unstructured(0.25, "matrix")
     with pytest.raises(PatternError, match="--per row has no meaning for --pattern 2:4: N:M compares within groups"):

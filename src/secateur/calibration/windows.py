@@ -42,7 +42,7 @@ class Windows:
                 "expected (samples, length) in torch.int64."
             )
         if self.attention_mask is not None:
-            ids, mask = _padded_behind(self.input_ids, self.attention_mask)
+            ids, mask = _padded_at_the_end(self.input_ids, self.attention_mask)
             object.__setattr__(self, "input_ids", ids)
             object.__setattr__(self, "attention_mask", mask)
 
@@ -105,7 +105,7 @@ class Windows:
         return batches
 
 
-def _padded_behind(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _padded_at_the_end(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return (ids, mask) with the padding after the tokens, or (ids, None) when all samples have the same length."""
     mask = _checked_mask(ids, mask)
     lengths = mask.sum(dim=1)

@@ -193,7 +193,7 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
 
 @contextmanager
 def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], Callable[[Any], None]]]:
-    """(show, say): a bar for each stage with a note behind it; what is said stands above it.
+    """(show, say): a bar for each stage, followed by a note; what is said stands above it.
 
     In a pipe there is a line whenever a stage is done or a new perplexity was measured, and all of it on stderr.
     """

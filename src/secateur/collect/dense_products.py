@@ -45,7 +45,7 @@ class DenseProducts(InputSums):
         seen = self._dense.get(key, [])
         if number >= len(seen) or seen[number].shape != x.shape:
             raise ModelStructureError(
-                f"{key[0]}: multiplies {x.shape[0]} tokens behind the pruned blocks, and "
+                f"{key[0]}: multiplies {x.shape[0]} tokens after the pruned blocks, and "
                 f"{seen[number].shape[0] if number < len(seen) else 'none'} in the dense model: tokens are routed "
                 "differently there. Use --targets pruned for this model, or leave its experts out with --skip."
             )

@@ -103,7 +103,7 @@ class ResidualDrift(Collector):
         for name, total in self._totals.items():
             if not bool(total.isfinite().all()):
                 raise CalibrationError(
-                    f"{name}: the residual stream behind it contains NaN or infinity on the calibration samples. Is "
+                    f"{name}: the residual stream after it contains NaN or infinity on the calibration samples. Is "
                     "the model itself sound? Try --dtype float32, or --targets pruned."
                 )
             total.mul_(self.need.share)

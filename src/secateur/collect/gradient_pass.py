@@ -87,7 +87,7 @@ def take(settings: GradientSettings) -> GradientFile:
 
 
 def _check_file(output: File, model: Model, overwrite: bool) -> Path:
-    """The absolute path of the file to write, behind all links. Raises `CheckpointError` when it is not safe to write.
+    """The absolute path of the file to write, links resolved. Raises `CheckpointError` when it is not safe to write.
 
     What is overwritten must be a file of gradients.
     """

@@ -202,7 +202,7 @@ def _placed(
 def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | None:
     """The loss of the first window of text with BOS in front and without, in nats for each of the same tokens.
 
-    These are the window's tokens behind the first; BOS takes the place of its own first token, or of its last. None
+    These are the window's tokens after the first; BOS takes the place of its own first token, or of its last. None
     where the tokenizer has no BOS, where every window begins with it anyway, or where nothing is left to compare. Takes
     one pass over the weights.
     """

@@ -250,7 +250,7 @@ class _Walk:
         return name
 
     def _given(self, value: Any) -> None:
-        """What a function of ours was given by others: the code behind a method, and its parts."""
+        """What a function of ours was given by others: the code of a method, and its parts."""
         if isinstance(value, tuple | list):
             for item in value:
                 self._given(item)

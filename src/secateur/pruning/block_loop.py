@@ -34,7 +34,7 @@ from secateur.runs.events import Event
 
 @dataclass
 class Streams:
-    """The calibration samples on their way behind the pruned blocks, and, where targets need it, the dense ones."""
+    """The calibration samples between two blocks of the pruned model, and, where targets need it, of the dense one."""
 
     pruned: Stream
     twin: DenseTwin | None
@@ -122,7 +122,7 @@ class BlockLoop:
         streams: "Streams | None",
         last: int,
     ) -> dict[str, Tensor]:
-        """The checkpoint tensors of the finished block; the streams have moved on behind it."""
+        """The checkpoint tensors of the finished block; the streams have moved on to the next."""
         own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
         if block.index > last:
             return own

@@ -37,18 +37,23 @@ def prune(settings: PruneSettings) -> Manifest:
     its name ("wanda", "wanda+swaps") with its options in `option`, `norm` and `alpha`. `pattern` is one pattern for
     every matrix that `only` and `skip` leave (0.5, "50%", "2:4" or a `Pattern`; default: half the weights), a mapping
     from globs to such patterns, of which the first that matches counts, or a whole `Plan`; `sparsity` and `per` say
-    one in two words. `samples` (128) windows of `length` (2048) tokens are drawn from `calibration`: corpora, or token
-    ids of shape (samples, length); `sampling` is "document", "concat", or None for what the papers do with that corpus,
-    and `bos` "papers", "always", "never" or "auto", as for `perplexity`. `propagate` says whether each block sees the
-    outputs of the pruned blocks before it ("pruned", as published) or of the dense ones. `within` says whether the
-    statistics of a block are all of the block as it was ("block", as published), or each of the block behind its
-    matrices that were pruned already ("site": true sequential order). `targets` says which outputs methods that update
-    weights fit: those that a matrix would have on its own inputs ("pruned", as published), those that it has in the
-    dense model ("dense"), or its own with `correction` (0.5) of what the residual stream behind it lacks of the dense
-    model's ("residual", with ``within="site"``). `statistics_device` is where statistics are kept. `statistics` are
-    shared with other runs on the same model and tokens, with `propagate="dense"`: the first one takes them, and the
-    others need no forward for them. `gradient` is a file that `gradients` wrote for this model and these tokens;
-    without it, a method that needs gradients takes them first.
+    one in two words.
+
+    `samples` (128) windows of `length` (2048) tokens are drawn from `calibration`: corpora, or token ids of shape
+    (samples, length). `sampling` is "document", "concat", or None for what the papers do with that corpus, and `bos`
+    "papers", "always", "never" or "auto", as for `perplexity`. `gradient` is a file that `gradients` wrote for this
+    model and these tokens; without it, a method that needs gradients takes them first.
+
+    `propagate` says whether each block sees the outputs of the pruned blocks before it ("pruned", as published) or of
+    the dense ones. With `within` "block" all statistics of a block are taken before any of it is pruned, as published;
+    with "site" they are taken input by input, each after the matrices before it were pruned: true sequential order.
+    `targets` says which outputs methods that update weights fit: those that a matrix would have on its own inputs
+    ("pruned", as published), those that it has in the dense model ("dense"), or its own plus the share `correction`
+    (0.5) of the difference between the dense model's residual stream and this one, taken after the matrix ("residual",
+    with ``within="site"``).
+
+    `statistics_device` is where statistics are kept. `statistics` is a `Survey` that runs on the same model and tokens
+    share, with `propagate="dense"`: the first run fills it, and the others need no forward for it.
 
     The source is never written to, and `output` appears under its name only when it is complete.
 

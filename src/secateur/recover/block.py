@@ -80,7 +80,7 @@ def reconstruct(
     them is never trained on, and judges after each of at most `epochs` epochs whether a block got better. With
     `minutes` a block is tuned for its share of the time at most, and its learning rate falls with the clock. Each step
     of Adam sees `step` samples; `learning_rate` is relative to the root mean square of each parameter's kept weights.
-    `targets` says what a block should give: what the dense block gives behind the dense blocks before it ("dense"), or
+    `targets` says what a block should give: the dense block's outputs after the dense blocks before it ("dense"), or
     what it gives on the inputs that the tuned blocks leave it ("pruned"). `only` and `skip` choose among the pruned
     matrices. At most `batch_size` samples run through a block at once, which changes no result but for rounding.
 
@@ -173,7 +173,7 @@ def reconstruct(
             minutes=minutes,
             targets=targets,
             offload=offload_states,
-            scratch=transaction.place(unique(f"{target.name}.states")),
+            states_place=transaction.place(unique(f"{target.name}.states")),
             manifest=manifest,
             on_block=on_block,
         ).run()

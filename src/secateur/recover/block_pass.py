@@ -42,7 +42,7 @@ class BlockPass:
     minutes: float | None
     targets: str
     offload: str
-    scratch: Path
+    states_place: Path
     manifest: Manifest
     on_block: OnBlock
     first_tuned: tuple[int, float] | None = None  # its index, and when
@@ -74,7 +74,7 @@ class BlockPass:
         began = time.perf_counter()
         self.skeleton.load_outside(head=False)
         each = sum(batch.numel() for batch in self.batches) * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
-        folder = states_folder(self.offload, (3 if self.targets == "dense" else 2) * each, self.scratch)
+        folder = states_folder(self.offload, (3 if self.targets == "dense" else 2) * each, self.states_place)
         made = []
         for name in ("pruned", "dense")[: 2 if self.targets == "dense" else 1]:
             made.append(
@@ -98,7 +98,7 @@ class BlockPass:
         streams: "_Streams",
         last: int,
     ) -> dict[str, Tensor]:
-        """The checkpoint tensors of the finished block; the streams have moved on behind it."""
+        """The checkpoint tensors of the finished block; the streams have moved on to the next."""
         own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
         if block.index > last:
             return own
@@ -129,7 +129,7 @@ class BlockPass:
         return own | changed
 
     def _targets(self, block: Block, original: dict[str, Tensor], streams: "_Streams") -> Targets:
-        """What the dense block gives: behind the dense blocks, or on the inputs of the pruned one."""
+        """The outputs of the dense block: after the dense blocks before it, or on the inputs of the pruned one."""
         began = time.perf_counter()
         stream = streams.dense or streams.pruned
         folder = None if streams.folder is None else streams.folder.with_name(f"{streams.folder.name}-{block.index}")
@@ -241,7 +241,7 @@ class BlockPass:
 
 @dataclass
 class _Streams:
-    """The samples behind the tuned blocks, and, where targets are dense, behind the dense ones."""
+    """The samples between two blocks of the tuned model, and, where targets are dense, of the dense one."""
 
     pruned: Stream
     dense: Stream | None

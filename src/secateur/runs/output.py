@@ -37,7 +37,7 @@ def check_output(
 
 
 def resolved(output: str | os.PathLike[str]) -> Path:
-    """The absolute path of an output behind all symbolic links. Raises `CheckpointError` for one that leads nowhere."""
+    """The absolute path of an output, links resolved. Raises `CheckpointError` for a link that leads nowhere."""
     path = Path(output).expanduser().absolute()
     for part in (path, *path.parents):
         if part.is_symlink() and not part.exists():

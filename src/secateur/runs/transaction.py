@@ -157,7 +157,7 @@ class Transaction:
                 os.close(descriptor)
 
     def _replace(self) -> None:
-        """Put the result in the place of what was there at the start, which then lies in the scratch folder."""
+        """Put the result in the place of what was there at the start, which then lies in `OUT.partial`."""
         aside = self.target.with_name(unique(f"{self.target.name}.replaced"))
         exchange(self.folder, self.target, aside)
         if _listing(self.folder) != self._found:  # changed between the look and the exchange

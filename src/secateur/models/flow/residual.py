@@ -1,7 +1,7 @@
 """Which matrices write to the residual stream, and where: found from derivatives, in any architecture.
 
 Names of modules say nothing that holds everywhere. What is added to the stream, however, has the same constant
-derivative in every entry of it, and behind a norm, a gate or a router it has not. The stream itself is what the block's
+derivative in every entry of it, and after a norm, a gate or a router it has not. The stream itself is what the block's
 input reaches without passing through a product.
 
 For targets that make up for damage done before. Arai and Ichikawa, "Quantization Error Propagation" (arXiv 2504.09629),

@@ -112,17 +112,17 @@ class HiddenStates:
                 self._folder.rmdir()
 
 
-def states_folder(offload: str, bytes_needed: int, scratch: Path) -> Path | None:
+def states_folder(offload: str, bytes_needed: int, place: Path) -> Path | None:
     """Where hidden states go: None for host memory, else a folder for memory-mapped files.
 
-    "auto" maps a file in `scratch` when the states would take more than half of the memory that is available now,
+    "auto" maps a file in `place` when the states would take more than half of the memory that is available now,
     "never" stays in memory, anything else names a folder.
     """
     if offload == "never":
         return None
     if offload == "auto":
-        return scratch if bytes_needed > psutil.virtual_memory().available // 2 else None
-    return Path(offload).expanduser() / scratch.name
+        return place if bytes_needed > psutil.virtual_memory().available // 2 else None
+    return Path(offload).expanduser() / place.name
 
 
 def default_batch_size(length: int, device: torch.device) -> int:
@@ -235,7 +235,7 @@ class Stream:
         return wrappers
 
     def _check_causal(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise `ModelStructureError` when a token of this call depends on the one behind it."""
+        """Raise `ModelStructureError` when a token of this call depends on the next one."""
         states, rest, keyword = _hidden_states(args, kwargs)
         if states.shape[-2] < 2:
             return
