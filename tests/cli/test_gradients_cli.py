@@ -109,4 +109,4 @@ def test_options_of_other_methods(arguments, message, call, tmp_path):
 
 def test_a_norm_that_does_not_exist(call, tmp_path):
     told = call("gradients", tmp_path, "-o", tmp_path / "g", "--norm", "l1,l3")
-    assert (told.code, told.message) == (2, 'Error: --norm: got "l3", expected l1 or l2.')
+    assert (told.code, told.message) == (2, 'Error: norm: got "l3", expected l1 or l2.')

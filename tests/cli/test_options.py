@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -25,12 +28,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_the_help_shows_the_values_of_every_choice(call: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "1000")
-    text = call(command, "--help").out
+def test_the_help_shows_the_values_of_every_choice(command: str) -> None:
+    """In a process of its own, whose terminal is wide enough for one line per option."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "secateur", command, "--help"],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "COLUMNS": "1000", "PYTHONIOENCODING": "utf-8"},
+        timeout=60,
+    ).stdout
     for name, option in options(command).items():
         if option.show and (values := option.get_choices()):
-            line = next(line for line in text.splitlines() if f" {name} " in line)
+            line = next(line for line in shown.splitlines() if f" {name} " in line)
             assert f"[choices: {', '.join(values)}]" in line
 
 
