@@ -228,7 +228,9 @@ def run_batches(
                 stack.enter_context(own.watch())
             output = run(batch)
         if first is None and output is not None:
-            first = Collected(collectors, stream.states.get(0, stream.device), output)
+            before = stream.states.get(0, stream.device)
+            # Exact: states in a mapped file are overwritten in place.
+            first = Collected(collectors, before.clone() if keep_outputs else before, output)
         if keep_outputs and output is not None:
             stream.states.put(batch, output)
         place.inputs.end()
