@@ -100,7 +100,7 @@ def test_what_a_survey_does_not_hold(tmp_path: Path) -> None:
 
 
 def test_the_statistic_in_the_documentation(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     names: dict[str, Any] = {}
     exec(re.findall(r"^```python\n(.*?)^```$", text[text.index("## Statistics") :], re.M | re.S)[0], names)
     kind = names["LargestInput"]

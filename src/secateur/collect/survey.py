@@ -23,7 +23,7 @@ from secateur.files.writer import writing
 from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.matrices import Matrix
-from secateur.models.shape.skeleton import loaded
+from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
 
@@ -73,12 +73,14 @@ class Survey:
                 continue
             file = self._file(block, kind)
             with writing(file), file.open("wb") as stream:
-                # Statistics may be of any class; only this process reads what it wrote here: a pickle does no harm.
                 torch.save(own, stream)
 
     def block(self, block: int, kinds: frozenset[type[Statistic]]) -> Sums:
         """Those statistics of a block, on the device where they were taken."""
-        found = [self._held.get((block, kind)) or self._load(block, kind) for kind in kinds]
+        # Statistics may be of any class; only this process reads what it wrote here: a pickle does no harm.
+        found = [
+            self._held.get((block, kind)) or torch.load(self._file(block, kind), weights_only=False) for kind in kinds
+        ]
         by_leader = {
             leader: {kind: own for part in found for kind, own in part.by_leader[leader].items()}
             for leader in found[0].by_leader
@@ -108,10 +110,6 @@ class Survey:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _load(self, block: int, kind: type[Statistic]) -> Sums:
-        found: Sums = torch.load(self._file(block, kind), weights_only=False)
-        return found
-
     def _file(self, block: int, kind: type[Statistic]) -> Path:
         assert self.folder is not None
         return self.folder / f"block-{block}-{kind.__module__}.{kind.__qualname__}.pt"
@@ -125,11 +123,17 @@ def facts_of(
     statistics_device: torch.device | None,
 ) -> dict[str, Any]:
     """What two runs must have in common for their statistics of the dense model's inputs to be the same bits."""
-    skeleton = opened.skeleton
     return {
         "model": opened.origin,
         "tokens": windows.digest,
         "matrices": [matrix.name for matrix in matrices],
+        **computing(opened.skeleton, batch_size, statistics_device),
+    }
+
+
+def computing(skeleton: Skeleton, batch_size: int, statistics_device: torch.device | None) -> dict[str, Any]:
+    """What sums of statistics depend on besides model and tokens, to the last bit."""
+    return {
         "device": str(skeleton.device),
         "dtype": str(skeleton.dtype).removeprefix("torch."),
         "batch_size": batch_size,

@@ -5,10 +5,8 @@ solve every matrix, write the block, and run the samples through the pruned bloc
 The next block is read and the last one written while this one is computed.
 """
 
-import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +30,6 @@ from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Event
 
 
-@dataclass
-class Streams:
-    """The calibration samples on their way behind the pruned blocks, and, where targets need it, the dense ones."""
-
-    pruned: Stream
-    twin: DenseTwin | None
-    last: int  # the last block with a planned matrix
-
-    def close(self) -> None:
-        """Drop all hidden states."""
-        self.pruned.close()
-        if self.twin is not None:
-            self.twin.close()
-
-
 class BlockLoop:
     """One pass over the blocks."""
 
@@ -57,23 +40,26 @@ class BlockLoop:
         self.ready, self.settings, self.evidence = ready, ready.settings, evidence
         self.skeleton, self.method, self.plan = ready.opened.skeleton, ready.method, ready.plan
         self.manifest, self.conveyor, self.states, self.clock = manifest, conveyor, states, conveyor.clock
+        self.planned: list[list[Matrix]] = [[] for _ in self.skeleton.blocks]
+        for matrix in ready.extent.matrices:
+            self.planned[matrix.block].append(matrix)
+        self.last = max(matrix.block for matrix in ready.extent.matrices)
+        self.stream: Stream | None = None  # the calibration samples on their way behind the pruned blocks
+        self.twin: DenseTwin | None = None  # and, where targets need it, behind the dense ones
 
     @torch.no_grad()
     def run(self) -> None:
         """Prune block by block, and write everything. Raises what the method and the checks raise."""
-        skeleton = self.skeleton
-        planned: list[list[Matrix]] = [[] for _ in skeleton.blocks]
-        for matrix in self.ready.extent.matrices:
-            planned[matrix.block].append(matrix)
-        last = max(index for index, matrices in enumerate(planned) if matrices)
-        streams = self._streams(last) if self.evidence.forwards else None
-        with contextlib.closing(streams) if streams is not None else contextlib.nullcontext():
-            self.conveyor.carry(
-                lambda block, tensors: self._prune_block(block, tensors, planned[block.index], streams, last),
-                read=lambda block: self._read(block, planned[block.index]),
-            )
+        try:
+            if self.evidence.forwards:
+                self._open_streams()
+            self.conveyor.carry(self._prune_block, read=self._read)
+        finally:
+            for opened in (self.stream, self.twin):
+                if opened is not None:
+                    opened.close()
 
-    def _streams(self, last: int) -> "Streams":
+    def _open_streams(self) -> None:
         assert self.ready.windows is not None
         started = time.perf_counter()
         self.skeleton.load_outside(head=False)
@@ -91,17 +77,17 @@ class BlockLoop:
                 self.skeleton,
                 batches,
                 states_folder=own,
-                progress=lambda done, total: self.conveyor.on_event(Event("record", 0, last + 1, done, total)),
+                progress=lambda done, total: self.conveyor.on_event(Event("record", 0, self.last + 1, done, total)),
             )
             for own in folders[: 1 + dense]
         ]
         self.skeleton.unload_outside()
         self.clock.add("record calls", started)
-        return Streams(made[0], DenseTwin(made[1], folders[1]) if dense else None, last)
+        self.stream, self.twin = made[0], DenseTwin(made[1], folders[1]) if dense else None
 
-    def _read(self, block: Block, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
+    def _read(self, block: Block) -> dict[str, Tensor]:
         """In the background: a block's checkpoint tensors, their planned matrices checked and digested."""
-        tensors = self.skeleton.read(block)
+        tensors, matrices = self.skeleton.read(block), self.planned[block.index]
         for matrix in matrices:
             check_weight(matrix.name, matrix.view(tensors))
         gradients = self.evidence.gradients
@@ -114,27 +100,21 @@ class BlockLoop:
                 gradients.check_tensor(name, digest)
         return tensors
 
-    def _prune_block(
-        self,
-        block: Block,
-        tensors: dict[str, Tensor],
-        matrices: list[Matrix],
-        streams: "Streams | None",
-        last: int,
-    ) -> dict[str, Tensor]:
+    def _prune_block(self, block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The checkpoint tensors of the finished block; the streams have moved on behind it."""
         own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
-        if block.index > last:
+        if block.index > self.last:
             return own
+        matrices = self.planned[block.index]
         record: dict[str, Any] = {"index": block.index, "path": block.path, "matrices": len(matrices)}
         changed: dict[str, Tensor] = {}
-        if streams is None:
+        if self.stream is None:
             self._solve(block, matrices, tensors, None, changed)
             if self.skeleton.resident:
                 self._update(matrices, changed, tensors)
         else:
             with loaded(self.skeleton, block, tensors):
-                record |= self._prune_loaded(block, tensors, matrices, streams, changed)
+                record |= self._prune_loaded(block, tensors, matrices, self.stream, changed)
         self.manifest.blocks.append(record)
         return own | changed
 
@@ -143,26 +123,28 @@ class BlockLoop:
         block: Block,
         tensors: dict[str, Tensor],
         matrices: list[Matrix],
-        streams: "Streams",
+        stream: Stream,
         changed: dict[str, Tensor],
     ) -> dict[str, Any]:
         """Collect evidence and solve, for all matrices at once or site by site, and move on; returns the record."""
-        pruned, twin, evidence = streams.pruned, streams.twin, self.evidence
+        twin, by_site = self.twin, self.settings.within == "site"
         if twin is not None:
             twin.enter(block)
-        groups = sites(block, matrices, pruned) if self.settings.within == "site" and matrices else [matrices]
+        groups = sites(block, matrices, stream) if by_site and matrices else [matrices]
+        # Whether the outputs of the dense block are the next block's inputs, so that no second pass is needed.
+        single = self.settings.propagate == "dense" or not matrices
         started = time.perf_counter()
-        facts = evidence.enter(block, matrices, pruned)
+        facts = self.evidence.enter(block, matrices, stream)
         self.clock.add("statistics forward", started)
         first: tuple[Tensor, Tensor] | None = None  # of the first batch, what goes in and what comes out
         for group in groups:
             started = time.perf_counter()
-            collected = evidence.collect(
+            collected = self.evidence.collect(
                 block,
                 group,
-                pruned,
+                stream,
                 twin,
-                keep_outputs=self._single_pass(matrices),
+                keep_outputs=single,
                 progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
             )
             first = first or (collected.input, collected.output)
@@ -173,8 +155,8 @@ class BlockLoop:
         if twin is not None:
             twin.leave(block)
         assert first is not None
-        record: dict[str, Any] = {"output_change": self._move_on(block, matrices, pruned, first, streams.last)}
-        if self.settings.within == "site":
+        record: dict[str, Any] = {"output_change": self._move_on(block, stream, first, single)}
+        if by_site:
             record["sites"] = [[matrix.name for matrix in group] for group in groups]
         return record | facts
 
@@ -183,10 +165,6 @@ class BlockLoop:
         groups = self.skeleton.conversion.of(matrix.tensor for matrix in matrices)
         names = [name for group in groups for name in group.names]
         self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
-
-    def _single_pass(self, matrices: list[Matrix]) -> bool:
-        """Whether the outputs of the dense block are the next block's inputs, so that no second pass is needed."""
-        return self.settings.propagate == "dense" or not matrices
 
     def _solve(
         self,
@@ -217,23 +195,17 @@ class BlockLoop:
                 "seconds": round(self.clock.add("solve", started), 6),
             }
 
-    def _move_on(
-        self, block: Block, matrices: list[Matrix], stream: Stream, first: tuple[Tensor, Tensor], last: int
-    ) -> float | None:
+    def _move_on(self, block: Block, stream: Stream, first: tuple[Tensor, Tensor], single: bool) -> float | None:
         """Make the next block's inputs; returns how far the first batch's output moved, relative to its norm."""
         started = time.perf_counter()
-        single = self._single_pass(matrices)
         change: float | None = None
-        if matrices:
+        if self.planned[block.index]:
             pruned = stream.run(block, 0, states=first[0], aside=single)
             change = relative_change(first[1], pruned)
-            if not single and block.index < last:
-                stream.states.put(0, pruned)
-                self.conveyor.tell("forward", block, 1, len(stream.batches))
-        if not single and block.index < last:
-            for batch in range(1, len(stream.batches)):
-                stream.states.put(batch, stream.run(block, batch))
-                self.conveyor.tell("forward", block, batch + 1, len(stream.batches))
+            if not single and block.index < self.last:
+                for batch in range(len(stream.batches)):
+                    stream.states.put(batch, pruned if batch == 0 else stream.run(block, batch))
+                    self.conveyor.tell("forward", block, batch + 1, len(stream.batches))
         stream.release(block)
         self.clock.add("propagation forward", started)
         return change

@@ -11,7 +11,7 @@ from typing import Any
 from secateur.calibration import Windows
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import collect
-from secateur.collect.survey import facts_of
+from secateur.collect.survey import computing, facts_of
 from secateur.core.fingerprint import recorded
 from secateur.core.needs import input_statistics
 from secateur.files.names import unique
@@ -24,7 +24,7 @@ from secateur.record.manifest import Manifest
 from secateur.record.versions import run_versions
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor
-from secateur.runs.events import Clock, Event, OnEvent
+from secateur.runs.events import Clock, Event
 from secateur.runs.options import taking
 from secateur.runs.transaction import Transaction
 
@@ -63,12 +63,15 @@ def run(settings: PruneSettings) -> Manifest:
     started = time.perf_counter()
     settings = resolved(settings)
     on_event = settings.on_event
+
+    def tell(stage: str, done: int, total: int) -> None:
+        on_event(Event(stage, done=done, total=total))
+
     target = output_of(settings)
     return_large()
     with ExitStack() as stack:
         transaction = None if target is None else stack.enter_context(Transaction(target, settings.overwrite))
-        drawing = partial(_tell, on_event, "calibrate")
-        ready = stack.enter_context(prepared(settings, target, progress=drawing))
+        ready = stack.enter_context(prepared(settings, target, progress=partial(tell, "calibrate")))
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
@@ -92,7 +95,7 @@ def run(settings: PruneSettings) -> Manifest:
                 extent.matrices,
                 batch_size=extent.batch_size,
                 offload_states=extent.offload,
-                progress=lambda stage, done, total: _tell(on_event, f"gradients: {stage}", done, total),
+                progress=lambda stage, done, total: tell(f"gradients: {stage}", done, total),
             )
             evidence = replace(evidence, gradients=file)
             clock.add("gradients", began)
@@ -113,10 +116,6 @@ def run(settings: PruneSettings) -> Manifest:
     return manifest
 
 
-def _tell(on_event: OnEvent, stage: str, done: int, total: int) -> None:
-    on_event(Event(stage, done=done, total=total))
-
-
 def _manifest(ready: Prepared) -> Manifest:
     """The manifest at the start of a run: what was asked, and what that means for this model."""
     settings, method, skeleton = ready.settings, ready.method, ready.opened.skeleton
@@ -126,7 +125,7 @@ def _manifest(ready: Prepared) -> Manifest:
         source=ready.opened.origin,
         settings={
             "propagate": settings.propagate,
-            **_computing(ready),
+            **computing(skeleton, ready.extent.chosen_batch_size, ready.evidence.device),
             "statistics": sorted(kind.__name__ for kind in input_statistics(ready.evidence.needs)),
             "within": settings.within,
             "targets": settings.targets,
@@ -141,17 +140,6 @@ def _manifest(ready: Prepared) -> Manifest:
         calibration=_calibration(ready.windows, ready.evidence.gradients),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-
-
-def _computing(ready: Prepared) -> dict[str, Any]:
-    """What sums of statistics depend on besides the tokens, to the last bit."""
-    skeleton, kept_on = ready.opened.skeleton, ready.evidence.device
-    return {
-        "device": str(skeleton.device),
-        "dtype": str(skeleton.dtype).removeprefix("torch."),
-        "batch_size": ready.extent.chosen_batch_size,
-        "statistics_device": None if kept_on is None else str(kept_on),
-    }
 
 
 def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict[str, Any] | None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import psutil
 
-from secateur.models.opening.opened import OpenedModel
+from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan
 from secateur.pruning.forecast_memory import Memory, memory_of, source_bytes
-from secateur.pruning.forecast_time import model_forward_seconds, run_seconds
+from secateur.pruning.forecast_time import run_seconds
 from secateur.pruning.named import resolved
 from secateur.pruning.preparation import Prepared, output_of, prepared
 from secateur.pruning.settings import PruneSettings
@@ -168,24 +168,15 @@ def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
 
 
 def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
-    rows: dict[str, KindRow] = {}
+    kinds: dict[str, list[Matrix]] = {}
     for matrix in skeleton.matrices:
-        known = rows.get(matrix.kind)
-        pattern = str(plan[matrix.name]) if matrix.name in plan else None
-        rows[matrix.kind] = KindRow(
-            matrix.kind,
-            (known.pattern if known and known.pattern else pattern),
-            (known.matrices if known else 0) + 1,
-            (known.planned if known else 0) + (pattern is not None),
-            matrix.shape,
-            (known.weights if known else 0) + matrix.shape[0] * matrix.shape[1],
-        )
-    return list(rows.values())
-
-
-def forward_seconds(opened: OpenedModel, tokens: int) -> float:
-    """About how long one forward of a whole opened model takes, its head included."""
-    return model_forward_seconds(opened.skeleton, tokens)
+        kinds.setdefault(matrix.kind, []).append(matrix)
+    rows = []
+    for kind, own in kinds.items():
+        patterns = [str(plan[matrix.name]) for matrix in own if matrix.name in plan]
+        weights = sum(math.prod(matrix.shape) for matrix in own)
+        rows.append(KindRow(kind, next(iter(patterns), None), len(own), len(patterns), own[-1].shape, weights))
+    return rows
 
 
 def bytes_text(count: float) -> str:

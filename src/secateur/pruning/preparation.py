@@ -25,8 +25,8 @@ from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton, loaded
-from secateur.plans.plan import Plan, by_glob, uniform
-from secateur.pruning.named import as_method, resolved
+from secateur.plans.plan import Plan
+from secateur.plans.uniform import by_glob, uniform
 from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
 from secateur.runs.output import check_output
@@ -75,14 +75,14 @@ def prepared(
     dry: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Iterator[Prepared]:
-    """The run that settings ask for; a module in memory is put back at the end as it was.
+    """The run that `resolved` settings ask for; a module in memory is put back at the end as it was.
 
     `target` is where the output will be. A `dry` run reads no weights but the few that a check asks for, and draws its
     windows only where that is quick; without `calibration` it takes their size from `samples` and `length`. Raises
     everything that `prune` raises before its work starts.
     """
-    settings = resolved(settings)
-    method = as_method(settings.method)
+    method = settings.method
+    assert isinstance(method, Method)
     correction = chosen_correction(settings)
     check_choices(method, settings)
     survey = settings.statistics
@@ -99,7 +99,7 @@ def prepared(
     )
     try:
         skeleton = opened.skeleton
-        plan = make_plan(opened, method, settings.pattern, only=settings.only, skip=settings.skip)
+        plan = make_plan(skeleton, method, settings)
         planned = [matrix for matrix in skeleton.matrices if matrix.name in plan]
         needs = method.needs
         if settings.targets == "dense":
@@ -113,10 +113,14 @@ def prepared(
         if survey is not None and given is None and method.gradient is not None and method.gradient.scope == "block":
             raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
         seen = Foreseen(None, 0, 0, ())
-        if evidence.looks_at_samples:
-            seen = foreseen_windows(opened, settings) if dry else _drawn(opened, settings, progress)
-            if given is not None and seen.windows is not None:
-                given.check_tokens(seen.windows.digest, seen.samples, seen.length)
+        if evidence.looks_at_samples and dry:
+            seen = foreseen_windows(opened, settings)
+        elif evidence.looks_at_samples:
+            progress(0, 0)
+            windows = model_windows(opened, settings, progress=progress)
+            seen = Foreseen(windows, windows.samples, windows.length, ())
+        if given is not None and seen.windows is not None:
+            given.check_tokens(seen.windows.digest, seen.samples, seen.length)
         yield Prepared(
             settings=settings,
             opened=opened,
@@ -140,12 +144,6 @@ def prepared(
         )
     finally:
         opened.restore()
-
-
-def _drawn(opened: OpenedModel, settings: PruneSettings, progress: Progress) -> Foreseen:
-    progress(0, 0)
-    windows = model_windows(opened, settings, progress=progress)
-    return Foreseen(windows, windows.samples, windows.length, ())
 
 
 def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:
@@ -189,10 +187,10 @@ def chosen_correction(settings: PropagationSettings) -> float | None:
     Raises `PatternError` for one that is no share, or that would not be used.
     """
     targets, correction = settings.targets, settings.correction
-    if targets != "residual":
-        if correction is not None:
-            raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
+    if targets != "residual" and correction is None:
         return None
+    if targets != "residual":
+        raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
     if correction is not None and not 0 < correction <= 1:
         raise PatternError(f"--correction: got {correction:g}, expected a share above 0 and up to 1.")
     return CORRECTION if correction is None else correction
@@ -250,25 +248,16 @@ def gradient_file(
     return file
 
 
-def make_plan(
-    opened: OpenedModel,
-    method: Method,
-    pattern: Any,
-    *,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-) -> Plan:
-    """The plan for a model: a given `Plan`, checked, or a pattern for every matrix that the globs leave.
-
-    `pattern` may be one for all of them, or a mapping from globs to patterns.
-    """
-    shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
+def make_plan(skeleton: Skeleton, method: Method, settings: PruneSettings) -> Plan:
+    """The plan for a model: a given `Plan`, checked, or a pattern for every matrix that the globs leave."""
+    shapes = {matrix.name: matrix.shape for matrix in skeleton.matrices}
+    pattern: Any = settings.pattern
     if isinstance(pattern, Plan):
-        if only or skip:
+        if settings.only or settings.skip:
             raise PatternError("a whole plan already says which matrices to prune; leave out only and skip.")
         if not pattern:
             raise PatternError("the plan is empty: it names no matrix, so nothing is left to prune.")
         pattern.check(shapes)
         return Plan({name: with_group(own, method.per) for name, own in pattern.items()})
     make = by_glob if isinstance(pattern, Mapping) else uniform
-    return make(shapes, pattern, only=only, skip=skip, per=method.per)
+    return make(shapes, pattern, only=settings.only, skip=settings.skip, per=method.per)
