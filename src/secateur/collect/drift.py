@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
-from secateur.collect.gradient_file import GradientFile
-from secateur.collect.survey import Survey
 from secateur.core.gram import add_product
-from secateur.core.needs import Drift, Need
+from secateur.core.needs import Drift
 from secateur.errors import CalibrationError
 from secateur.models.flow.residual import ResidualRecorder, Writer, residual_writers
 from secateur.models.flow.stream import Stream
@@ -26,15 +24,9 @@ class ResidualDrift(Collector):
     beside_dense = True
 
     def __init__(self, need: Drift) -> None:
-        self.needs: frozenset[Need] = frozenset({need})
+        self.needs = frozenset({need})
         self.need = need
         self._writers: Mapping[str, Writer] = {}
-
-    @classmethod
-    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
-        """A `Drift`."""
-        found = next((need for need in needs if isinstance(need, Drift)), None)
-        return None if found is None else cls(found)
 
     def cost(self, extent: Extent) -> Cost:
         """Two more sets of hidden states, a dense copy of the block, its forwards, and sums of the weights' size."""

@@ -97,7 +97,7 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
     memory = memory_of(ready)
     free = psutil.virtual_memory().available
     total = source_bytes(skeleton, skeleton.source.names)
-    disk = total + memory.file
+    disk = total + memory.cost.file
     notes = [*ready.unchecked, *_memory_notes(ready, memory)]
     if memory.host > free:
         notes.append("This needs more host memory than is free now: use fewer or shorter samples, or --batch-size 1.")
@@ -134,7 +134,7 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
         host_bytes=memory.host,
         device_bytes=memory.device,
         disk_bytes=disk,
-        seconds=opening + run_seconds(ready, math.prod(before.passes for before in memory.before)),
+        seconds=opening + run_seconds(ready, math.prod(before.passes for before in memory.cost.before)),
         available_host_bytes=free,
         notes=notes,
     )
@@ -143,7 +143,7 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
 def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
     """What is worth saying of where memory goes."""
     notes = []
-    for before in memory.before:
+    for before in memory.cost.before:
         place = "in memory" if before.folder is None else f"in {before.folder.parent}"
         parts = (
             f", for {before.samples} samples at a time in {before.passes} passes over the weights"
@@ -152,7 +152,7 @@ def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
         )
         notes.append(
             f"Gradients first: the inputs of all blocks take {bytes_text(before.saved)} {place}{parts}, and their "
-            f"norms {bytes_text(memory.file)} in a temporary file beside the output."
+            f"norms {bytes_text(memory.cost.file)} in a temporary file beside the output."
         )
     if memory.sums or memory.sums_elsewhere:
         elsewhere = f" on {ready.evidence.device}" if memory.sums_elsewhere else ""

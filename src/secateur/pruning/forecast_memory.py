@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from secateur.collect.collector import Cost, PassBefore
+from secateur.collect.collector import Cost
 from secateur.models.flow.memory import trim
 from secateur.models.flow.stream import states_folder
 from secateur.models.shape.skeleton import Skeleton
@@ -29,8 +29,7 @@ class Memory:
     sums: int  # of a block, where the model is
     sums_elsewhere: int  # and on another device
     solving: int
-    file: int  # beside the output until the run ends
-    before: Sequence[PassBefore]
+    cost: Cost  # of the evidence
     offloaded: bool
 
 
@@ -104,8 +103,7 @@ def memory_of(ready: Prepared) -> Memory:
         sums=sums,
         sums_elsewhere=elsewhere,
         solving=solving,
-        file=cost.file,
-        before=cost.before,
+        cost=cost,
         offloaded=offloaded,
     )
 

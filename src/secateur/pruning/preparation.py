@@ -54,11 +54,6 @@ class Prepared:
     target: Path | None
     unchecked: Sequence[str]
 
-    @property
-    def takes_gradients(self) -> bool:
-        """Whether gradients of the model's loss have to be taken before the blocks are pruned."""
-        return any(own.looks_at_samples and not own.forwards for own in self.evidence.collectors)
-
 
 def output_of(settings: PruneSettings) -> Path | None:
     """Where the output will be, or None without one; raises `CheckpointError` when it is not safe to write."""
