@@ -14,7 +14,7 @@ from secateur.errors import CalibrationError
 from secateur.models.flow.residual import ResidualRecorder, Writer, residual_writers
 from secateur.models.flow.stream import Stream
 from secateur.models.flow.tap import InputRecorder, Inputs
-from secateur.models.shape.matrices import Matrix, tapped
+from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.structure import Block
 
 
@@ -30,11 +30,10 @@ class ResidualDrift(Collector):
 
     def cost(self, extent: Extent) -> Cost:
         """Two more sets of hidden states, a dense copy of the block, its forwards, and sums of the weights' size."""
-        hidden, sums = extent.skeleton.hidden_size, dict[int, int]()
-        for matrix in extent.matrices:
-            if matrix.shape[0] == hidden and matrix.expert is None:
-                sums[matrix.block] = sums.get(matrix.block, 0) + extent.number_bytes * hidden * matrix.shape[1]
-        return Cost(held=max(sums.values(), default=0), states=2, block_copies=1, forwards=2.0)
+        hidden = extent.skeleton.hidden_size
+        fitting = by_block(own for own in extent.matrices if own.shape[0] == hidden and own.expert is None)
+        widths = max((sum(matrix.shape[1] for matrix in own) for own in fitting.values()), default=0)
+        return Cost(held=extent.number_bytes * hidden * widths, states=2, block_copies=1, forwards=2.0)
 
     def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
         """Find the writers among the matrices of the block; the manifest lists them."""

@@ -23,7 +23,7 @@ from secateur.errors import CalibrationError, ModelStructureError, PatternError
 from secateur.models.flow.residual import residual_writers
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
-from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.plans.plan import Plan
 from secateur.plans.uniform import by_glob, uniform
@@ -146,19 +146,16 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
 
     A few tokens show it: derivatives do not depend on them.
     """
-    kinds: dict[int, set[str]] = {}
-    for matrix in planned:
-        kinds.setdefault(matrix.block, set()).add(matrix.kind)
-    alike = {frozenset(found): skeleton.blocks[index] for index, found in reversed(kinds.items())}
+    kinds = {index: frozenset(matrix.kind for matrix in own) for index, own in by_block(planned).items()}
+    alike = {found: skeleton.blocks[index] for index, found in reversed(kinds.items())}
     ids = (torch.arange(TRIAL_TOKENS) + 3).unsqueeze(0) % skeleton.vocabulary_size
     skeleton.load_outside(head=False)
     stream = Stream(skeleton, [ids])
     some = False
     try:
         for block in alike.values():
-            every = [matrix for matrix in skeleton.matrices if matrix.block == block.index]
             with loaded(skeleton, block, skeleton.read(block)):
-                writers = residual_writers(block, every, stream)
+                writers = residual_writers(block, by_block(skeleton.matrices)[block.index], stream)
             some = some or bool(writers)
             if any(matrix.name in writers for matrix in planned):
                 return
