@@ -27,6 +27,7 @@ from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.plans.plan import Plan
 from secateur.plans.uniform import by_glob, uniform
+from secateur.pruning.named import resolved
 from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
 from secateur.runs.output import check_output
@@ -70,12 +71,13 @@ def prepared(
     dry: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Iterator[Prepared]:
-    """The run that `resolved` settings ask for; a module in memory is put back at the end as it was.
+    """The run that settings ask for; a module in memory is put back at the end as it was.
 
     `target` is where the output will be. A `dry` run reads no weights but the few that a check asks for, and draws its
     windows only where that is quick; without `calibration` it takes their size from `samples` and `length`. Raises
     everything that `prune` raises before its work starts.
     """
+    settings = resolved(settings)
     method = settings.method
     assert isinstance(method, Method)
     correction = chosen_correction(settings)
