@@ -73,12 +73,12 @@ def test_a_zero_in_one_part_is_no_zero_in_the_whole(tmp_path, monkeypatch):
 def test_chunks_are_whole_batches_and_never_none(llama, monkeypatch):
     skeleton = open_model(llama).skeleton
     each = (tiny.BLOCKS + 3) * LENGTH * tiny.HIDDEN * 4
-    scratch = Path("/nowhere/g.states-1")
+    place = Path("/nowhere/g.states-1")
 
     def sizes(available: int, **changed: Any) -> Any:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
         given = {"samples": 100, "batch_size": 4, "scope": "model", "offload": "auto", "first": 0} | changed
-        return chunk_sizes(skeleton, length=LENGTH, place=scratch, **given)
+        return chunk_sizes(skeleton, length=LENGTH, place=place, **given)
 
     assert (sizes(10**12).samples, sizes(10**12).bytes, sizes(10**12).folder) == (100, 100 * each, None)
     assert sizes(2 * 11 * each).samples == 8, "whole batches only"

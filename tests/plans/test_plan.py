@@ -7,7 +7,8 @@ import pytest
 
 from secateur.core.patterns import NM, Unstructured
 from secateur.errors import PatternError
-from secateur.plans.plan import Plan, matches, uniform
+from secateur.plans.plan import Plan, matches
+from secateur.plans.uniform import uniform
 
 SHAPES = {
     f"model.layers.{layer}.{leaf}.weight": shape

@@ -21,8 +21,6 @@ from secateur.models.shape.structure import Block
 
 if TYPE_CHECKING:
     from secateur.collect.dense_twin import DenseTwin
-    from secateur.collect.gradient_file import GradientFile
-    from secateur.collect.survey import Survey
 
 Evidence = Mapping[Need, Any]
 """What was collected of a matrix, by what asked for it."""
@@ -134,14 +132,6 @@ class Collector:
     whole = False
     ends = False
     runs = False
-
-    @classmethod
-    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
-        """The collector for some of these needs, or None where it answers none.
-
-        A run may be given a file of `gradients`, and a `survey`: statistics that runs share.
-        """
-        raise NotImplementedError
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """Samples that have to go through a block at once, or what was asked for; raises where that cannot be."""

@@ -1,15 +1,10 @@
 """Products of the dense model's inputs with those of the pruned one: `CrossGram`, for ``targets="dense"``."""
 
-from typing import Self
-
 from torch import Tensor
 
 from secateur.collect.collector import Cost, Extent
-from secateur.collect.gradient_file import GradientFile
 from secateur.collect.input_sums import InputSums
-from secateur.collect.survey import Survey
 from secateur.core.gram import CrossGram
-from secateur.core.needs import Need
 from secateur.core.statistics import Statistic
 from secateur.errors import ModelStructureError
 from secateur.models.flow.tap import Inputs, Key
@@ -23,11 +18,6 @@ class DenseProducts(InputSums):
 
     beside_dense = True
     _dense: Inputs
-
-    @classmethod
-    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
-        """`CrossGram` alone."""
-        return cls(frozenset({CrossGram})) if CrossGram in needs else None
 
     def cost(self, extent: Extent) -> Cost:
         """A dense copy of the block, the states before and after it, and its forwards."""

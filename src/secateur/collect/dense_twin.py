@@ -16,13 +16,13 @@ from secateur.models.shape.structure import Block
 class DenseTwin:
     """The dense model's hidden states beside those of the pruned one, and a dense copy of the block at hand."""
 
+    _block: Block  # a dense copy of the one at hand
+
     def __init__(self, stream: Stream, folder: Path | None) -> None:
         """`folder` is where hidden states go, if not into memory."""
         self.stream = stream
         self._folder = folder
-        self._block: Block | None = None
         self._after: HiddenStates | None = None
-        self._done = 0
 
     def enter(self, block: Block) -> None:
         """Copy a loaded block before anything in it changes."""
@@ -30,10 +30,10 @@ class DenseTwin:
         self._block = Block(block.index, block.path, deepcopy(block.module))
         folder = None if self._folder is None else self._folder.with_name(f"{self._folder.name}-{block.index}")
         self._after = HiddenStates(len(self.stream.batches), folder, pin=self.stream.device.type == "cuda")
+        self._done = 0
 
     def inputs(self, batch: int, matrices: Sequence[Matrix]) -> Inputs:
         """What the matrices multiply for a batch in the dense model, in the order of the products."""
-        assert self._block is not None
         parameters, _ = tapped(self._block, matrices)
         recorder = InputRecorder(parameters)
         with recorder:
@@ -42,9 +42,8 @@ class DenseTwin:
 
     def residuals(self, batch: int, places: Set[str | None]) -> dict[str | None, Tensor]:
         """What goes into some submodules of the dense block for a batch, and what comes out (None)."""
-        assert self._block is not None
-        assert self._after is not None
         if None in places and len(places) == 1 and batch < self._done:
+            assert self._after is not None
             return {None: self._after.get(batch, self.stream.device)}
         recorder = ResidualRecorder(self._block.module, (place for place in places if place is not None))
         with recorder:
@@ -53,7 +52,6 @@ class DenseTwin:
 
     def _run(self, batch: int) -> Tensor:
         """A batch through the dense block; batches come in order, and may come again."""
-        assert self._block is not None
         assert self._after is not None
         output = self.stream.run(self._block, batch, aside=batch < self._done)
         if batch >= self._done:
@@ -69,7 +67,8 @@ class DenseTwin:
         self.stream.states.close()
         self.stream.states = self._after
         self.stream.release(block)
-        self._block, self._after, self._done = None, None, 0
+        self._after = None
+        del self._block  # Memory: the copy goes with the block
 
     def close(self) -> None:
         """Drop all hidden states."""

@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
-from secateur.collect.gradient_file import GradientFile
-from secateur.collect.survey import Survey
 from secateur.core.gram import add_product
-from secateur.core.needs import Drift, Need
+from secateur.core.needs import Drift
 from secateur.errors import CalibrationError
 from secateur.models.flow.residual import ResidualRecorder, Writer, residual_writers
 from secateur.models.flow.stream import Stream
 from secateur.models.flow.tap import InputRecorder, Inputs
-from secateur.models.shape.matrices import Matrix, tapped
+from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.structure import Block
 
 
@@ -26,23 +24,16 @@ class ResidualDrift(Collector):
     beside_dense = True
 
     def __init__(self, need: Drift) -> None:
-        self.needs: frozenset[Need] = frozenset({need})
+        self.needs = frozenset({need})
         self.need = need
         self._writers: Mapping[str, Writer] = {}
 
-    @classmethod
-    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
-        """A `Drift`."""
-        found = next((need for need in needs if isinstance(need, Drift)), None)
-        return None if found is None else cls(found)
-
     def cost(self, extent: Extent) -> Cost:
         """Two more sets of hidden states, a dense copy of the block, its forwards, and sums of the weights' size."""
-        hidden, sums = extent.skeleton.hidden_size, dict[int, int]()
-        for matrix in extent.matrices:
-            if matrix.shape[0] == hidden and matrix.expert is None:
-                sums[matrix.block] = sums.get(matrix.block, 0) + extent.number_bytes * hidden * matrix.shape[1]
-        return Cost(held=max(sums.values(), default=0), states=2, block_copies=1, forwards=2.0)
+        hidden = extent.skeleton.hidden_size
+        fitting = by_block(own for own in extent.matrices if own.shape[0] == hidden and own.expert is None)
+        widths = max((sum(matrix.shape[1] for matrix in own) for own in fitting.values()), default=0)
+        return Cost(held=extent.number_bytes * hidden * widths, states=2, block_copies=1, forwards=2.0)
 
     def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
         """Find the writers among the matrices of the block; the manifest lists them."""

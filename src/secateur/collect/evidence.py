@@ -1,4 +1,4 @@
-"""All evidence of a run: what its needs ask for, each kind by the collector in the table that answers it."""
+"""All evidence of a run: what its needs ask for, each kind by the collector that answers it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,21 +22,31 @@ from secateur.collect.input_sums import InputSums
 from secateur.collect.model_gradients import ModelGradients
 from secateur.collect.regional_gradients import RegionalGradients
 from secateur.collect.survey import Survey
-from secateur.core.needs import Need
+from secateur.core.gram import CrossGram
+from secateur.core.needs import Drift, Need, gradient_kind, input_statistics
 from secateur.errors import MethodError
 from secateur.models.flow.stream import Stream
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 
-COLLECTORS: tuple[type[Collector], ...] = (
-    RegionalGradients,
-    ModelGradients,
-    DenseProducts,
-    InputSums,
-    ResidualDrift,
-)
-"""Each is offered what those before it have not claimed."""
+
+def collectors_of(needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> list[Collector]:
+    """A collector for every kind of needs. Raises `MethodError` for a need that nothing answers."""
+    found: list[Collector] = []
+    kind = gradient_kind(needs)
+    if kind is not None and kind.scope == "block" and gradients is None:
+        found.append(RegionalGradients(kind))
+    elif kind is not None:
+        found.append(ModelGradients(kind, gradients))
+    if CrossGram in needs:
+        found.append(DenseProducts(frozenset({CrossGram})))
+    if kinds := input_statistics(needs - {CrossGram}):
+        found.append(InputSums(kinds, survey))
+    found += [ResidualDrift(need) for need in needs if isinstance(need, Drift)]
+    for need in needs.difference(*(own.needs for own in found)):
+        raise MethodError(f"needs: nothing collects {need!r}; expected a class of statistics or a GradientKind.")
+    return found
 
 
 @dataclass
@@ -53,15 +63,7 @@ class RunEvidence:
     device: torch.device | None = None
 
     def __post_init__(self) -> None:
-        self.collectors: list[Collector] = []
-        open_needs = self.needs
-        for kind in COLLECTORS:
-            own = kind.claim(open_needs, self.gradients, self.survey)
-            if own is not None:
-                self.collectors.append(own)
-                open_needs -= own.needs
-        for need in open_needs:
-            raise MethodError(f"needs: nothing collects {need!r}; expected a class of statistics or a GradientKind.")
+        self.collectors = collectors_of(self.needs, self.gradients, self.survey)
         self.looks_at_samples = any(own.looks_at_samples for own in self.collectors)
         running = [own for own in self.collectors if own.forwards]
         self.forwards = bool(running)  # samples run through the blocks while they are pruned

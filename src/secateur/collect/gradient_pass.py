@@ -27,7 +27,7 @@ from secateur.files.names import unique
 from secateur.models.flow.memory import return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
-from secateur.models.shape.matrices import Matrix, numbered_experts, tapped
+from secateur.models.shape.matrices import Matrix, by_block, numbered_experts, tapped
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
@@ -135,9 +135,9 @@ def collect(
     if scope == "model":
         check_predictions(windows)
     batch_size = gradient_batch_size(skeleton, windows.length, granularity, batch_size)
-    by_block = _by_block(matrices)
-    first = min(by_block)
-    source_tensors = _digests(skeleton, by_block)
+    of_block = by_block(matrices)
+    first = min(of_block)
+    source_tensors = _digests(skeleton, of_block)
     provenance = {
         "norms": norms,
         "granularity": granularity,
@@ -162,7 +162,7 @@ def collect(
         parts = _parts(windows.batches(batch_size), sizes.samples)
 
         def take_block(block: Block, totals: Mapping[tuple[str, Norm], Tensor]) -> None:
-            own = by_block.get(block.index, [])
+            own = of_block.get(block.index, [])
             _, layout = tapped(block, own)
             for matrix in own:
                 for norm in norms:
@@ -174,7 +174,7 @@ def collect(
         for number, part in enumerate(parts):
             one = GradientPass(
                 skeleton,
-                lambda block: tapped(block, by_block.get(block.index, []))[0],
+                lambda block: tapped(block, of_block.get(block.index, []))[0],
                 take_block,
                 norms,
                 granularity,
@@ -201,24 +201,17 @@ def _parts(batches: Sequence[Tensor], samples: int) -> list[list[Tensor]]:
     return parts
 
 
-def _digests(skeleton: Skeleton, by_block: Mapping[int, Sequence[Matrix]]) -> dict[str, str]:
+def _digests(skeleton: Skeleton, of_block: Mapping[int, Sequence[Matrix]]) -> dict[str, str]:
     """sha256 of every tensor that a forward reads, for gradients depend on all; each matrix is checked on the way."""
     result: dict[str, str] = {}
     for index, names in enumerate(skeleton.block_tensors):
         for name in names:
             tensors = skeleton.source.read([name])  # Memory: one tensor at a time
             result[name] = tensor_digest(tensors[name])
-            for matrix in by_block.get(index, []):
+            for matrix in of_block.get(index, []):
                 if matrix.tensor == name:
                     check_weight(matrix.name, matrix.view(tensors))
     result.update({name: source_digest(skeleton.source, name) for name in skeleton.outside_tensors})
-    return result
-
-
-def _by_block(matrices: Sequence[Matrix]) -> dict[int, list[Matrix]]:
-    result: dict[int, list[Matrix]] = {}
-    for matrix in matrices:
-        result.setdefault(matrix.block, []).append(matrix)
     return result
 
 
@@ -258,13 +251,13 @@ def gradient_batch_size(skeleton: Skeleton, length: int, granularity: Granularit
 
 def accumulator_bytes(matrices: Sequence[Matrix]) -> int:
     """Of the float32 sums of gradients of a block, the largest one."""
-    return 4 * max(sum(math.prod(matrix.shape) for matrix in own) for own in _by_block(matrices).values())
+    return 4 * max(sum(math.prod(matrix.shape) for matrix in own) for own in by_block(matrices).values())
 
 
 def graph_bytes(matrices: Sequence[Matrix], tokens: int, itemsize: int) -> int:
     """What a backward through a block keeps of so many tokens: inputs and outputs of all products, twice."""
     seen = [matrix for matrix in matrices if matrix.expert in (None, 0)]
-    return 2 * tokens * itemsize * max(sum(sum(matrix.shape) for matrix in own) for own in _by_block(seen).values())
+    return 2 * tokens * itemsize * max(sum(sum(matrix.shape) for matrix in own) for own in by_block(seen).values())
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
-from secateur.core.needs import Need, input_statistics
 from secateur.core.statistics import Statistic, by_sample, cost
 from secateur.errors import CalibrationError, ModelStructureError
 from secateur.models.flow.memory import LARGE_BYTES
@@ -19,7 +18,6 @@ from secateur.models.shape.matrices import Matrix, numbered_experts
 from secateur.models.shape.skeleton import Skeleton
 
 if TYPE_CHECKING:
-    from secateur.collect.gradient_file import GradientFile
     from secateur.collect.survey import Survey
 
 
@@ -55,16 +53,10 @@ class InputSums(Collector):
     """
 
     def __init__(self, kinds: frozenset[type[Statistic]], survey: Survey | None = None) -> None:
-        self.needs: frozenset[Need] = kinds
+        self.needs = kinds
         self.kinds = kinds
         self.survey = survey
         self.known = survey is not None and survey.complete
-
-    @classmethod
-    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
-        """All needs that are classes."""
-        kinds = input_statistics(needs)
-        return cls(kinds, survey) if kinds else None
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """One sample where a statistic goes by samples. Raises `CalibrationError` when more are asked for."""

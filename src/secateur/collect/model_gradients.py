@@ -1,7 +1,6 @@
 """Gradients that come from a file: one that was given, or one that the run takes of the dense model first."""
 
 import math
-from typing import Self
 
 import torch
 
@@ -13,9 +12,7 @@ from secateur.collect.gradient_pass import (
     gradient_batch_size,
     graph_bytes,
 )
-from secateur.collect.survey import Survey
 from secateur.core.gradients import GradientKind
-from secateur.core.needs import Need, gradient_kind
 from secateur.errors import CalibrationError
 from secateur.models.flow.stream import LOGITS_BYTES
 from secateur.models.shape.matrices import Matrix
@@ -28,15 +25,9 @@ class ModelGradients(Collector):
     forwards = False
 
     def __init__(self, kind: GradientKind, file: GradientFile | None) -> None:
-        self.needs: frozenset[Need] = frozenset({kind})
+        self.needs = frozenset({kind})
         self.kind, self.file = kind, file
         self.looks_at_samples = file is None
-
-    @classmethod
-    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
-        """Gradients of any kind."""
-        kind = gradient_kind(needs)
-        return None if kind is None else cls(kind, gradients)
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """What was asked for, checked where gradients are still to be taken."""

@@ -1,16 +1,11 @@
 """Gradients of the norm of each block's own output, taken on inputs that come through the pruned blocks before it."""
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
-from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import accumulator_bytes, check_gradient, gradient_batch_size, graph_bytes
-from secateur.collect.survey import Survey
 from secateur.core.gradients import GradientKind, GradientNorm
-from secateur.core.needs import Need, gradient_kind
 from secateur.models.flow.backward import GradientTap, regional_gradient
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
@@ -20,14 +15,8 @@ class RegionalGradients(Collector):
     """Regional gradients, in the forwards of the statistics and a backward through the block after each."""
 
     def __init__(self, kind: GradientKind) -> None:
-        self.needs: frozenset[Need] = frozenset({kind})
+        self.needs = frozenset({kind})
         self.kind = kind
-
-    @classmethod
-    def claim(cls, needs: frozenset[Need], gradients: GradientFile | None, survey: Survey | None) -> Self | None:
-        """Gradients of scope "block", where there is no file of them."""
-        kind = gradient_kind(needs)
-        return cls(kind) if kind is not None and kind.scope == "block" and gradients is None else None
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """One sample where tokens are routed to experts. Raises `CalibrationError` when more are asked for."""

@@ -22,7 +22,7 @@ from secateur.errors import CalibrationError
 from secateur.files.writer import writing
 from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import OpenedModel
-from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
@@ -166,13 +166,14 @@ def survey(
     chosen = skeleton.matrices if matrices is None else matrices
     result = Survey(folder, kinds)
     result.begin(kinds, facts_of(opened, windows, chosen, size, statistics_device))
-    last = max(matrix.block for matrix in chosen)
+    of_block = by_block(chosen)
+    last = max(of_block)
     skeleton.load_outside(head=False)
     stream = Stream(skeleton, windows.batches(size), states_folder=states_folder)
     skeleton.unload_outside()
 
     def take(block: Block, tensors: dict[str, Tensor]) -> None:
-        own = [matrix for matrix in chosen if matrix.block == block.index]
+        own = of_block.get(block.index, [])
         with loaded(skeleton, block, tensors):
             here = collector.at(Place(block, own, stream, device=statistics_device))
             run_batches(here.place, [here], keep_outputs=block.index < last)

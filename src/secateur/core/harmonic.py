@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.core.statistics import SquaredNorm
+from secateur.errors import PatternError
 
 
 class HarmonicNorm(SquaredNorm):
@@ -29,6 +30,17 @@ class HarmonicNorm(SquaredNorm):
         self.tokens += own.tokens
         self.samples += samples
 
+    def per_sample(self) -> Float[Tensor, " in"]:
+        """The sum itself: each sample has its weight already."""
+        return self.total
+
     def merge(self, other: Self) -> None:
         """Raise `ValueError`: what was added first would count twice."""
         raise ValueError("sums in which samples count by their order cannot be merged.")
+
+
+def weighted(weighting: str) -> type[SquaredNorm]:
+    """The statistic in which samples count alike ("equal") or by their order ("published"). Raises `PatternError`."""
+    if weighting not in ("equal", "published"):
+        raise PatternError(f'weighting: got "{weighting}", expected equal or published.')
+    return SquaredNorm if weighting == "equal" else HarmonicNorm

@@ -248,17 +248,14 @@ def search_rows(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor,
         threshold = ascending.gather(1, (under - 1).clamp(min=0))
         return (score <= threshold) & (under > 0)
 
-    low, high, alpha = 0.0, 0.8, 0.4
-    removed = removed_at(alpha)
+    low, high = 0.0, 0.8
     while True:
+        alpha = (low + high) / 2
+        removed = removed_at(alpha)
         achieved = float(removed.sum()) / removed.numel()
         if abs(achieved - sparsity) <= 0.001 or high - low < 0.001:
             return ~removed
-        if achieved > sparsity:
-            low, high, alpha = low, alpha, (alpha + low) / 2
-        else:
-            low, high, alpha = alpha, high, (alpha + high) / 2
-        removed = removed_at(alpha)
+        low, high = (low, alpha) if achieved > sparsity else (alpha, high)
 
 
 def parse_pattern(text: str) -> NM:

@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.core.harmonic import HarmonicNorm
 from secateur.core.problem import Problem
 from secateur.core.statistics import SquaredNorm
 
@@ -19,20 +18,15 @@ def magnitude(problem: Problem) -> Float[Tensor, "out in"]:
     return absolute(problem.weight)
 
 
-def wanda(problem: Problem) -> Float[Tensor, "out in"]:
+def wanda(problem: Problem, kind: type[SquaredNorm] = SquaredNorm) -> Float[Tensor, "out in"]:
     """``S_ij = |W_ij| * sqrt(s_j)`` with ``s_j`` the sum of squares of input j over a sample, averaged over samples.
 
     Paper: equation 1 of Wanda has ``||X_j||_2`` over all tokens, which is ``sqrt(samples * s_j)``. One factor for the
     whole matrix changes no mask; with the published scale the scores can be compared between calibrations.
+    `kind` is a `HarmonicNorm` for the norms of the published ablations.
     """
     weight = absolute(problem.weight)
-    return weight.mul_(problem.statistic(SquaredNorm).per_sample().sqrt().to(weight))
-
-
-def wanda_by_order(problem: Problem) -> Float[Tensor, "out in"]:
-    """Wanda's score with the norms of its published ablations, see `HarmonicNorm`."""
-    weight = absolute(problem.weight)
-    return weight.mul_(problem.statistic(HarmonicNorm).total.sqrt().to(weight))
+    return weight.mul_(problem.statistic(kind).per_sample().sqrt().to(weight))
 
 
 def ria(problem: Problem, exponent: float = 0.5) -> Float[Tensor, "out in"]:

@@ -13,12 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.core.gram import Gram
-from secateur.core.harmonic import HarmonicNorm
+from secateur.core.harmonic import weighted
 from secateur.core.linalg import working_dtype
 from secateur.core.problem import Method, Problem, Refinement, Solution, at_least, with_options
 from secateur.core.statistics import SquaredNorm
 from secateur.core.sweep import BLOCK, Score, column_method, follow, update
-from secateur.errors import PatternError
 
 
 @with_options
@@ -49,16 +48,11 @@ def wanda_iterative(*, damping: float = 0.01, weighting: str = "equal") -> Metho
 
     `weighting` as in `wanda`.
     """
-    if weighting not in ("equal", "published"):
-        raise PatternError(f'weighting: got "{weighting}", expected equal or published.')
+    kind = weighted(weighting)
 
     def score(problem: Problem, pivots: Float[Tensor, " in"]) -> Score:
-        if weighting == "published":
-            norm = problem.statistic(HarmonicNorm).total.sqrt()
-        else:
-            norm = problem.statistic(SquaredNorm).per_sample().sqrt()
-        norm = norm.to(problem.weight.device, working_dtype(problem))
+        norm = problem.statistic(kind).per_sample().sqrt().to(problem.weight.device, working_dtype(problem))
         return lambda first, weight: weight.abs() * norm[first : first + weight.shape[1]]
 
     method = column_method("wanda_iterative", damping, score)
-    return method if weighting == "equal" else replace(method, needs=method.needs | {HarmonicNorm})
+    return method if kind is SquaredNorm else replace(method, needs=method.needs | {kind})  # a Gram has its diagonal

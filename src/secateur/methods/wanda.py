@@ -4,16 +4,10 @@ Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language 
 the variant with searched row thresholds is in the published code only.
 """
 
-from collections.abc import Callable
-
-from jaxtyping import Float
-from torch import Tensor
-
 from secateur.core import scores
-from secateur.core.harmonic import HarmonicNorm
-from secateur.core.problem import Method, Problem, select, with_options
+from secateur.core.harmonic import weighted
+from secateur.core.problem import Method, select, with_options
 from secateur.core.statistics import SquaredNorm
-from secateur.errors import PatternError
 
 
 @with_options
@@ -23,15 +17,8 @@ def wanda(*, weighting: str = "equal") -> Method:
     `weighting` "equal" counts every calibration sample alike. "published" counts the j-th one ``1 / j``, as the
     published ablations with weight updates do (and nothing else in that code): to compare with `wanda+obs_update`.
     """
-    score, statistic = weighted(weighting)
-    return select("wanda", score, needs=frozenset({statistic}), per="row")
-
-
-def weighted(weighting: str) -> tuple[Callable[[Problem], Float[Tensor, "out in"]], type[SquaredNorm]]:
-    """Wanda's score with samples weighted in this way, and the statistic that it needs."""
-    if weighting not in ("equal", "published"):
-        raise PatternError(f'weighting: got "{weighting}", expected equal or published.')
-    return (scores.wanda, SquaredNorm) if weighting == "equal" else (scores.wanda_by_order, HarmonicNorm)
+    kind = weighted(weighting)
+    return select("wanda", lambda problem: scores.wanda(problem, kind), needs=frozenset({kind}), per="row")
 
 
 def wanda_variant() -> Method:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from secateur.core.choices import Group
-from secateur.core.patterns import Pattern, pattern_from_json, with_group
+from secateur.core.patterns import Pattern, pattern_from_json
 from secateur.errors import PatternError
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -45,51 +44,8 @@ class Plan(Mapping[str, Pattern]):
         """Raise `PatternError` for an unknown matrix, or one that cannot hold its pattern."""
         for name, pattern in self.patterns.items():
             if name not in shapes:
-                raise PatternError(f"{name}: no prunable matrix of this name in the model.{_nearest(name, shapes)}")
+                raise PatternError(f"{name}: no prunable matrix of this name in the model.{nearest(name, shapes)}")
             pattern.check(name, shapes[name])
-
-
-def uniform(
-    shapes: Shapes, pattern: Pattern, *, only: Sequence[str] = (), skip: Sequence[str] = (), per: Group = "row"
-) -> Plan:
-    """The plan with one pattern for every matrix that some `only` glob matches (all, without one) and no `skip` glob.
-
-    Globs match whole names, with or without a final ".weight". `per` is the comparison group for an unstructured
-    pattern that leaves it open. Raises `PatternError` for a glob that matches nothing and for an empty plan.
-    """
-    plan = Plan(dict.fromkeys(matching(shapes, only=only, skip=skip), with_group(pattern, per)))
-    plan.check(shapes)
-    return plan
-
-
-def by_glob(
-    shapes: Shapes,
-    patterns: Mapping[str, Pattern],
-    *,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    per: Group = "row",
-) -> Plan:
-    """The plan with the pattern of the first glob that matches a matrix; what no glob matches stays dense.
-
-    `only`, `skip` and `per` are those of `uniform`. Raises `PatternError` for a glob that matches nothing, or nothing
-    that earlier globs have left, and for an empty plan.
-    """
-    left = {name: shapes[name] for name in matching(shapes, only=only, skip=skip)}
-    found: dict[str, Pattern] = {}
-    for glob, pattern in patterns.items():
-        if not any(matches(name, glob) for name in shapes):
-            raise PatternError(f'pattern "{glob}" matches none of {len(shapes)} matrices.{_nearest(glob, shapes)}')
-        own = [name for name in left if matches(name, glob)]
-        if own and all(name in found for name in own):
-            raise PatternError(f'pattern "{glob}": earlier globs match all of its matrices. Put it before them.')
-        for name in own:
-            found.setdefault(name, with_group(pattern, per))
-    plan = Plan({name: found[name] for name in left if name in found})
-    if not plan:
-        raise PatternError(f"nothing is left to prune: no glob of the pattern matches any of {len(left)} matrices.")
-    plan.check(shapes)
-    return plan
 
 
 def matching(
@@ -102,7 +58,7 @@ def matching(
     for option, globs in (("--only", only), ("--skip", skip)):
         for glob in globs:
             if not any(matches(name, glob) for name in shapes):
-                raise PatternError(f'{option} "{glob}" matches none of {len(shapes)} matrices.{_nearest(glob, shapes)}')
+                raise PatternError(f'{option} "{glob}" matches none of {len(shapes)} matrices.{nearest(glob, shapes)}')
     names = [
         name
         for name in shapes
@@ -118,7 +74,8 @@ def matches(name: str, glob: str) -> bool:
     return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
 
 
-def _nearest(name: str, shapes: Shapes) -> str:
+def nearest(name: str, shapes: Shapes) -> str:
+    """A sentence on the name or glob of a matrix that is most like this one, to follow one on what is wrong."""
     plain = name.replace("*", "")
     leaves = {part for known in shapes for part in known.split(".") if not part.isdigit() and part != "weight"}
     near = difflib.get_close_matches(name, list(shapes), 1) or [

@@ -21,7 +21,7 @@ from secateur.core.checks import check_weight, solved
 from secateur.core.histogram import histogram
 from secateur.core.problem import Problem, Solution
 from secateur.models.flow.stream import Stream, states_folder
-from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.pruning.preparation import Prepared
@@ -40,10 +40,8 @@ class BlockLoop:
         self.ready, self.settings, self.evidence = ready, ready.settings, evidence
         self.skeleton, self.method, self.plan = ready.opened.skeleton, ready.method, ready.plan
         self.manifest, self.conveyor, self.states, self.clock = manifest, conveyor, states, conveyor.clock
-        self.planned: list[list[Matrix]] = [[] for _ in self.skeleton.blocks]
-        for matrix in ready.extent.matrices:
-            self.planned[matrix.block].append(matrix)
-        self.last = max(matrix.block for matrix in ready.extent.matrices)
+        self.planned = by_block(ready.extent.matrices)
+        self.last = max(self.planned)
         self.stream: Stream | None = None  # the calibration samples between two blocks of the pruned model
         self.twin: DenseTwin | None = None  # and, where targets need it, of the dense one
 
@@ -87,7 +85,7 @@ class BlockLoop:
 
     def _read(self, block: Block) -> dict[str, Tensor]:
         """In the background: a block's checkpoint tensors, their planned matrices checked and digested."""
-        tensors, matrices = self.skeleton.read(block), self.planned[block.index]
+        tensors, matrices = self.skeleton.read(block), self.planned.get(block.index, [])
         for matrix in matrices:
             check_weight(matrix.name, matrix.view(tensors))
         gradients = self.evidence.gradients
@@ -105,7 +103,7 @@ class BlockLoop:
         own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
         if block.index > self.last:
             return own
-        matrices = self.planned[block.index]
+        matrices = self.planned.get(block.index, [])
         record: dict[str, Any] = {"index": block.index, "path": block.path, "matrices": len(matrices)}
         changed: dict[str, Tensor] = {}
         if self.stream is None:
@@ -199,7 +197,7 @@ class BlockLoop:
         """Make the next block's inputs; returns how far the first batch's output moved, relative to its norm."""
         started = time.perf_counter()
         change: float | None = None
-        if self.planned[block.index]:
+        if block.index in self.planned:
             pruned = stream.run(block, 0, states=first[0], aside=single)
             change = relative_change(first[1], pruned)
             if not single and block.index < self.last:

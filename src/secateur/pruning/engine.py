@@ -86,7 +86,7 @@ def run(settings: PruneSettings) -> Manifest:
         name = "secateur" if target is None else target.name
         states = place(unique(f"{name}.states"))
         clock = Clock(synchronise=skeleton.device.type == "cuda")
-        if ready.takes_gradients:
+        if any(own.looks_at_samples and not own.forwards for own in evidence.collectors):
             assert windows is not None
             assert method.gradient is not None
             began = time.perf_counter()

@@ -8,11 +8,11 @@ from typing import Any
 
 import psutil
 
-from secateur.models.opening.opened import OpenedModel
+from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan
 from secateur.pruning.forecast_memory import Memory, memory_of, source_bytes
-from secateur.pruning.forecast_time import model_forward_seconds, run_seconds
+from secateur.pruning.forecast_time import run_seconds
 from secateur.pruning.named import resolved
 from secateur.pruning.preparation import Prepared, output_of, prepared
 from secateur.pruning.settings import PruneSettings
@@ -97,7 +97,7 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
     memory = memory_of(ready)
     free = psutil.virtual_memory().available
     total = source_bytes(skeleton, skeleton.source.names)
-    disk = total + memory.file
+    disk = total + memory.cost.file
     notes = [*ready.unchecked, *_memory_notes(ready, memory)]
     if memory.host > free:
         notes.append("This needs more host memory than is free now: use fewer or shorter samples, or --batch-size 1.")
@@ -134,7 +134,7 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
         host_bytes=memory.host,
         device_bytes=memory.device,
         disk_bytes=disk,
-        seconds=opening + run_seconds(ready, math.prod(before.passes for before in memory.before)),
+        seconds=opening + run_seconds(ready, math.prod(before.passes for before in memory.cost.before)),
         available_host_bytes=free,
         notes=notes,
     )
@@ -143,7 +143,7 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
 def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
     """What is worth saying of where memory goes."""
     notes = []
-    for before in memory.before:
+    for before in memory.cost.before:
         place = "in memory" if before.folder is None else f"in {before.folder.parent}"
         parts = (
             f", for {before.samples} samples at a time in {before.passes} passes over the weights"
@@ -152,7 +152,7 @@ def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
         )
         notes.append(
             f"Gradients first: the inputs of all blocks take {bytes_text(before.saved)} {place}{parts}, and their "
-            f"norms {bytes_text(memory.file)} in a temporary file beside the output."
+            f"norms {bytes_text(memory.cost.file)} in a temporary file beside the output."
         )
     if memory.sums or memory.sums_elsewhere:
         elsewhere = f" on {ready.evidence.device}" if memory.sums_elsewhere else ""
@@ -168,24 +168,15 @@ def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
 
 
 def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
-    rows: dict[str, KindRow] = {}
+    kinds: dict[str, list[Matrix]] = {}
     for matrix in skeleton.matrices:
-        known = rows.get(matrix.kind)
-        pattern = str(plan[matrix.name]) if matrix.name in plan else None
-        rows[matrix.kind] = KindRow(
-            matrix.kind,
-            (known.pattern if known and known.pattern else pattern),
-            (known.matrices if known else 0) + 1,
-            (known.planned if known else 0) + (pattern is not None),
-            matrix.shape,
-            (known.weights if known else 0) + matrix.shape[0] * matrix.shape[1],
-        )
-    return list(rows.values())
-
-
-def forward_seconds(opened: OpenedModel, tokens: int) -> float:
-    """About how long one forward of a whole opened model takes, its head included."""
-    return model_forward_seconds(opened.skeleton, tokens)
+        kinds.setdefault(matrix.kind, []).append(matrix)
+    rows = []
+    for kind, own in kinds.items():
+        patterns = [str(plan[matrix.name]) for matrix in own if matrix.name in plan]
+        weights = sum(math.prod(matrix.shape) for matrix in own)
+        rows.append(KindRow(kind, next(iter(patterns), None), len(own), len(patterns), own[-1].shape, weights))
+    return rows
 
 
 def bytes_text(count: float) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import psutil
 
-from secateur.collect.collector import Cost, PassBefore
+from secateur.collect.collector import Cost
 from secateur.models.flow.memory import trim
 from secateur.models.flow.stream import states_folder
+from secateur.models.shape.matrices import by_block
 from secateur.models.shape.skeleton import Skeleton
 from secateur.pruning.preparation import Prepared
 
@@ -29,8 +30,7 @@ class Memory:
     sums: int  # of a block, where the model is
     sums_elsewhere: int  # and on another device
     solving: int
-    file: int  # beside the output until the run ends
-    before: Sequence[PassBefore]
+    cost: Cost  # of the evidence
     offloaded: bool
 
 
@@ -72,29 +72,26 @@ def memory_of(ready: Prepared) -> Memory:
         sums, elsewhere = 0, sums
     solving = _solving(ready, cost)
 
-    def both(working: int, weights: int, held: int) -> tuple[int, int]:
-        """(host, device) of a stage: what is computed with, blocks as stored, and hidden states."""
-        copied = (computed if converted and not skeleton.resident else 0) if not on_gpu else 0
-        if not on_gpu:
-            return working + copied + weights * stored + held, 0
-        return weights * stored + held, working + 2 * computed
+    copied = computed if converted and not skeleton.resident else 0
 
-    waiting = 0 if skeleton.resident else min(3, 1 + len(blocks))  # the block at hand, the next one, what has changed
+    def both(working: int, weights: int, held: int, outside: int = 0) -> tuple[int, int]:
+        """(host, device) of a stage: what is computed with, blocks as stored, hidden states, tensors outside blocks."""
+        if on_gpu:
+            return weights * stored + held, working + 2 * computed + outside
+        return working + copied + weights * stored + held + outside, 0
+
+    waiting = 1 if skeleton.resident else min(3, 1 + len(blocks))  # the block at hand, the next one, what has changed
     # A graph holds the activations of its batch too.
     pruning = sums + max(activations, cost.batch, solving + cost.reading)
     in_memory = 0 if offloaded else states
-    stages = [both(pruning, waiting + (1 if skeleton.resident else 0), in_memory + elsewhere)]
+    stages = [both(pruning, waiting, in_memory + elsewhere)]
     if extent.tokens and not skeleton.resident:
         # Memory: embeddings are gone again when the calls are recorded; blocks come one at a time until then.
-        embeddings = sum(outside.values()) - head
-        host, device = both(max(activations // 4, 0), 0, in_memory)
-        stages.append((host + (0 if on_gpu else embeddings), device + (embeddings if on_gpu else 0)))
+        stages.append(both(activations // 4, 0, in_memory, sum(outside.values()) - head))
     for before in cost.before:
         held = 0 if before.folder is not None else before.saved
         stages.append(both(before.working + activations, min(2, len(blocks)), held))
-        host, device = both(before.head, 0, held)
-        whole = 0 if skeleton.resident else sum(outside.values())
-        stages.append((host + (0 if on_gpu else whole), device + (whole if on_gpu else 0)))
+        stages.append(both(before.head, 0, held, 0 if skeleton.resident else sum(outside.values())))
     base = resident_bytes() + LIBRARY_BYTES
     return Memory(
         host=base + max(host for host, _ in stages),
@@ -104,8 +101,7 @@ def memory_of(ready: Prepared) -> Memory:
         sums=sums,
         sums_elsewhere=elsewhere,
         solving=solving,
-        file=cost.file,
-        before=cost.before,
+        cost=cost,
         offloaded=offloaded,
     )
 
@@ -123,11 +119,9 @@ def _solving(ready: Prepared, cost: Cost) -> int:
     planned = ready.extent.matrices
     if not any(evidence.solving(matrix.shape[1]) for matrix in planned):
         return SELECTING * max(math.prod(matrix.shape) for matrix in planned)
-    item = max(4, skeleton.dtype.itemsize)
+    item = ready.extent.number_bytes
     # Memory: measured. Iterative methods hold eight copies of the weights, the others about five; libraries buffer.
     copies = 8 if ready.method.products > 10 else 5
     solving = max(item * (evidence.solving(m.shape[1]) + copies * math.prod(m.shape)) for m in planned)
-    weights: dict[int, int] = {}
-    for matrix in skeleton.matrices:
-        weights[matrix.block] = weights.get(matrix.block, 0) + math.prod(matrix.shape)
-    return solving + FACTORISING_BYTES + cost.block_copies * max(weights.values()) * skeleton.dtype.itemsize
+    weights = max(sum(math.prod(m.shape) for m in own) for own in by_block(skeleton.matrices).values())
+    return solving + FACTORISING_BYTES + cost.block_copies * weights * skeleton.dtype.itemsize

@@ -43,10 +43,10 @@ def run_seconds(ready: Prepared, passes: int) -> float:
     return max(busy, disk + hashing / 2) + AROUND_SECONDS
 
 
-def model_forward_seconds(skeleton: Skeleton, tokens: int, length: int = LENGTH) -> float:
+def forward_seconds(skeleton: Skeleton, tokens: int) -> float:
     """About how long one forward of a whole model takes, its head included."""
     multiply, move = multiplying(skeleton, skeleton.dtype), moving(skeleton.device)
-    length = min(length, skeleton.positions or length)
+    length = min(LENGTH, skeleton.positions or LENGTH)
     size = default_batch_size(length, skeleton.device)
     tried = forwards(skeleton, length, size, multiply)
     blocks = sum(token + batch / (length * size) for token, batch in tried)

@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,6 @@ from secateur.runs.options import written
 
 _OWN = "; or MODULE:FUNCTION or FILE.py:FUNCTION for one of your own"
 _SHOWN = 12  # names that an error lists
-Factory = Callable[..., Any]
 
 
 def method_of(name: str, settings: Sequence[str] = (), **options: object) -> Method:
@@ -156,14 +156,14 @@ def _setting(text: str, method: str, factories: Mapping[str, Any]) -> tuple[str,
     kind: Any = type(default) if default is not known[option].empty else type(None)
     if ":" in part and kind in (int, type(None)):
         return part, option, _guessed(value, numbers_only=kind is int, text=text)
-    words: dict[str, object] = {"true": True, "false": False}
     try:
-        return part, option, words[value.lower()] if kind is bool else kind(value)
+        return part, option, _TRUTH[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError, TypeError):
         raise PatternError(f'--option {text}: got "{value}", expected {_KINDS.get(kind, kind.__name__)}.') from None
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+_TRUTH = {"true": True, "false": False}
 
 
 def _guessed(value: str, numbers_only: bool, text: str) -> object:
@@ -175,8 +175,7 @@ def _guessed(value: str, numbers_only: bool, text: str) -> object:
             continue
     if numbers_only:
         raise PatternError(f'--option {text}: got "{value}", expected a number.')
-    words: dict[str, object] = {"true": True, "false": False}
-    return words.get(value.lower(), value)
+    return _TRUTH.get(value.lower(), value)
 
 
 def _check_known(name: str, known: Mapping[str, object], kind: str, also: str = "") -> None:
@@ -208,18 +207,15 @@ def _module(name: str, module: str) -> ModuleType:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+    with _blamed(f"--method {name}: the module {module} cannot be imported"):
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise
             there = sorted(file.stem for file in Path(here).glob("*.py"))
             what = f" There are {', '.join(there[:_SHOWN])}." if there else ""
             raise PatternError(f"--method {name}: {error}. Looked in {here} and on the Python path.{what}") from None
-        raise _failed(f"--method {name}: the module {module} cannot be imported", error) from error
-    except Exception as error:
-        if isinstance(error, MemoryError | SecateurError) or type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise _failed(f"--method {name}: the module {module} cannot be imported", error) from error
 
 
 def _file(name: str, text: str) -> ModuleType:
@@ -243,11 +239,10 @@ def _file(name: str, text: str) -> ModuleType:
     made = importlib.util.module_from_spec(specification)
     sys.modules[module] = made
     try:
-        specification.loader.exec_module(made)
-    except BaseException as error:
+        with _blamed(f"--method {name}: {file} cannot be imported"):
+            specification.loader.exec_module(made)
+    except BaseException:
         del sys.modules[module]
-        if isinstance(error, Exception) and not isinstance(error, SecateurError | MemoryError):
-            raise _failed(f"--method {name}: {file} cannot be imported", error) from error
         raise
     return made
 
@@ -262,12 +257,8 @@ def _made(where: str, found: Any, options: Mapping[str, object]) -> Method:
                 f"{where}: expected a secateur.Method, or a function without arguments that returns one, and "
                 f"this one cannot be called so ({error}). See docs/methods.md."
             ) from None
-        try:
+        with _blamed(f"{where} failed"):
             found = found(**options)
-        except Exception as error:
-            if isinstance(error, SecateurError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
-                raise
-            raise _failed(f"{where} failed", error) from error
         if options and isinstance(found, Method) and not found.options:
             found = replace(found, options=dict(options))
     if not isinstance(found, Method):
@@ -275,9 +266,16 @@ def _made(where: str, found: Any, options: Mapping[str, object]) -> Method:
     return found
 
 
-def _failed(what: str, error: Exception) -> MethodError:
-    place = raised_at(error)
-    if place is None and isinstance(error, SyntaxError) and error.filename:
-        place = f"{error.filename}:{error.lineno}"
-    where = f" ({place})" if place is not None else ""
-    return MethodError(f"{what}: {type(error).__name__}: {error}{where}. --debug shows the traceback.")
+@contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Turns errors of somebody's own code into a `MethodError` that says what failed, and where."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SecateurError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        place = raised_at(error)
+        if place is None and isinstance(error, SyntaxError) and error.filename:
+            place = f"{error.filename}:{error.lineno}"
+        where = f" ({place})" if place is not None else ""
+        raise MethodError(f"{what}: {type(error).__name__}: {error}{where}. --debug shows the traceback.") from error

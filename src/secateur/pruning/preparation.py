@@ -23,10 +23,11 @@ from secateur.errors import CalibrationError, ModelStructureError, PatternError
 from secateur.models.flow.residual import residual_writers
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
-from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
-from secateur.plans.plan import Plan, by_glob, uniform
-from secateur.pruning.named import as_method, resolved
+from secateur.plans.plan import Plan
+from secateur.plans.uniform import by_glob, uniform
+from secateur.pruning.named import resolved
 from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
 from secateur.runs.output import check_output
@@ -54,11 +55,6 @@ class Prepared:
     target: Path | None
     unchecked: Sequence[str]
 
-    @property
-    def takes_gradients(self) -> bool:
-        """Whether gradients of the model's loss have to be taken before the blocks are pruned."""
-        return any(own.looks_at_samples and not own.forwards for own in self.evidence.collectors)
-
 
 def output_of(settings: PruneSettings) -> Path | None:
     """Where the output will be, or None without one; raises `CheckpointError` when it is not safe to write."""
@@ -82,7 +78,8 @@ def prepared(
     everything that `prune` raises before its work starts.
     """
     settings = resolved(settings)
-    method = as_method(settings.method)
+    method = settings.method
+    assert isinstance(method, Method)
     correction = chosen_correction(settings)
     check_choices(method, settings)
     survey = settings.statistics
@@ -99,7 +96,7 @@ def prepared(
     )
     try:
         skeleton = opened.skeleton
-        plan = make_plan(opened, method, settings.pattern, only=settings.only, skip=settings.skip)
+        plan = make_plan(skeleton, method, settings)
         planned = [matrix for matrix in skeleton.matrices if matrix.name in plan]
         needs = method.needs
         if settings.targets == "dense":
@@ -113,10 +110,14 @@ def prepared(
         if survey is not None and given is None and method.gradient is not None and method.gradient.scope == "block":
             raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
         seen = Foreseen(None, 0, 0, ())
-        if evidence.looks_at_samples:
-            seen = foreseen_windows(opened, settings) if dry else _drawn(opened, settings, progress)
-            if given is not None and seen.windows is not None:
-                given.check_tokens(seen.windows.digest, seen.samples, seen.length)
+        if evidence.looks_at_samples and dry:
+            seen = foreseen_windows(opened, settings)
+        elif evidence.looks_at_samples:
+            progress(0, 0)
+            windows = model_windows(opened, settings, progress=progress)
+            seen = Foreseen(windows, windows.samples, windows.length, ())
+        if given is not None and seen.windows is not None:
+            given.check_tokens(seen.windows.digest, seen.samples, seen.length)
         yield Prepared(
             settings=settings,
             opened=opened,
@@ -142,30 +143,21 @@ def prepared(
         opened.restore()
 
 
-def _drawn(opened: OpenedModel, settings: PruneSettings, progress: Progress) -> Foreseen:
-    progress(0, 0)
-    windows = model_windows(opened, settings, progress=progress)
-    return Foreseen(windows, windows.samples, windows.length, ())
-
-
 def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:
     """Raise where no planned matrix writes to the residual stream, as far as a block of each make-up shows.
 
     A few tokens show it: derivatives do not depend on them.
     """
-    kinds: dict[int, set[str]] = {}
-    for matrix in planned:
-        kinds.setdefault(matrix.block, set()).add(matrix.kind)
-    alike = {frozenset(found): skeleton.blocks[index] for index, found in reversed(kinds.items())}
+    kinds = {index: frozenset(matrix.kind for matrix in own) for index, own in by_block(planned).items()}
+    alike = {found: skeleton.blocks[index] for index, found in reversed(kinds.items())}
     ids = (torch.arange(TRIAL_TOKENS) + 3).unsqueeze(0) % skeleton.vocabulary_size
     skeleton.load_outside(head=False)
     stream = Stream(skeleton, [ids])
     some = False
     try:
         for block in alike.values():
-            every = [matrix for matrix in skeleton.matrices if matrix.block == block.index]
             with loaded(skeleton, block, skeleton.read(block)):
-                writers = residual_writers(block, every, stream)
+                writers = residual_writers(block, by_block(skeleton.matrices)[block.index], stream)
             some = some or bool(writers)
             if any(matrix.name in writers for matrix in planned):
                 return
@@ -189,10 +181,10 @@ def chosen_correction(settings: PropagationSettings) -> float | None:
     Raises `PatternError` for one that is no share, or that would not be used.
     """
     targets, correction = settings.targets, settings.correction
-    if targets != "residual":
-        if correction is not None:
-            raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
+    if targets != "residual" and correction is None:
         return None
+    if targets != "residual":
+        raise PatternError(f"--correction is for --targets residual, and targets are {targets}.")
     if correction is not None and not 0 < correction <= 1:
         raise PatternError(f"--correction: got {correction:g}, expected a share above 0 and up to 1.")
     return CORRECTION if correction is None else correction
@@ -250,25 +242,16 @@ def gradient_file(
     return file
 
 
-def make_plan(
-    opened: OpenedModel,
-    method: Method,
-    pattern: Any,
-    *,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-) -> Plan:
-    """The plan for a model: a given `Plan`, checked, or a pattern for every matrix that the globs leave.
-
-    `pattern` may be one for all of them, or a mapping from globs to patterns.
-    """
-    shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
+def make_plan(skeleton: Skeleton, method: Method, settings: PruneSettings) -> Plan:
+    """The plan for a model: a given `Plan`, checked, or a pattern for every matrix that the globs leave."""
+    shapes = {matrix.name: matrix.shape for matrix in skeleton.matrices}
+    pattern: Any = settings.pattern
     if isinstance(pattern, Plan):
-        if only or skip:
+        if settings.only or settings.skip:
             raise PatternError("a whole plan already says which matrices to prune; leave out only and skip.")
         if not pattern:
             raise PatternError("the plan is empty: it names no matrix, so nothing is left to prune.")
         pattern.check(shapes)
         return Plan({name: with_group(own, method.per) for name, own in pattern.items()})
     make = by_glob if isinstance(pattern, Mapping) else uniform
-    return make(shapes, pattern, only=only, skip=skip, per=method.per)
+    return make(shapes, pattern, only=settings.only, skip=settings.skip, per=method.per)

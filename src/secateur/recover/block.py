@@ -26,7 +26,7 @@ from secateur.files.folders import locate
 from secateur.files.names import unique
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
-from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan, matching
 from secateur.record.manifest import Manifest, read_manifest
@@ -262,11 +262,7 @@ def _matrices(
     plan = Plan.from_json(manifest.plan)
     plan.check(shapes)
     chosen = set(matching({name: shapes[name] for name in plan}, only=only, skip=skip))
-    result: dict[int, list[Matrix]] = {}
-    for matrix in skeleton.matrices:
-        if matrix.name in chosen:
-            result.setdefault(matrix.block, []).append(matrix)
-    return result
+    return by_block(matrix for matrix in skeleton.matrices if matrix.name in chosen)
 
 
 def forwards(epochs: float, trained: float) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from secateur.calibration import Windows
 from secateur.models.opening.opened import OpenedModel, open_source
-from secateur.pruning.forecast import forward_seconds
+from secateur.pruning.forecast_time import forward_seconds
 from secateur.recover.settings import Settings
 from secateur.recover.ways import Way
 
@@ -97,7 +97,7 @@ def forecast(
         held_out=held.samples,
         length=train.length,
         passes=None if steps is None else steps * per_step / train.samples,
-        seconds=None if steps is None else forwards * forward_seconds(opened, steps * per_step * train.length),
+        seconds=None if steps is None else forwards * forward_seconds(opened.skeleton, steps * per_step * train.length),
         parameters=parameters,
         trainable=way.trainable,
         targets=way.targets,

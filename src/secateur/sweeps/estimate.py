@@ -13,7 +13,8 @@ from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
 from secateur.errors import SecateurError
 from secateur.models.opening.opened import OpenedModel
-from secateur.pruning.forecast import Estimate, estimate, forward_seconds
+from secateur.pruning.forecast import Estimate, estimate
+from secateur.pruning.forecast_time import forward_seconds
 from secateur.pruning.preparation import prepared
 from secateur.pruning.settings import PruneSettings
 from secateur.sweeps.folder import Cell
@@ -112,7 +113,7 @@ def estimate_sweep(
     errors = [error for error in refusals.values() if error is not None]
     if tasks and len(errors) == len(tasks):
         raise errors[0]
-    token_seconds = forward_seconds(opened, 10**6) / 10**6 if tasks or dense_tokens else 0.0
+    token_seconds = forward_seconds(opened.skeleton, 10**6) / 10**6 if tasks or dense_tokens else 0.0
     alone: dict[tuple[str, bool], Estimate] = {}  # by label, and whether the statistics are there already
     shared: dict[tuple[Granularity, Scope], tuple[float, int]] = {}
     cells, statistics = [], 0

@@ -5,7 +5,7 @@ expert.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,14 @@ def prunable_parameters(block: nn.Module, experts: int | None) -> tuple[dict[str
             else:
                 left_out[name] = f"not a linear matrix ({class_name}.{leaf})"
     return planned, left_out
+
+
+def by_block(matrices: Iterable[Matrix]) -> dict[int, list[Matrix]]:
+    """The matrices of each block that has some."""
+    result: dict[int, list[Matrix]] = {}
+    for matrix in matrices:
+        result.setdefault(matrix.block, []).append(matrix)
+    return result
 
 
 def tapped(block: Block, matrices: Sequence[Matrix]) -> tuple[dict[str, tuple[nn.Parameter, bool]], dict[str, bool]]:
