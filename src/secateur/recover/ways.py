@@ -21,7 +21,7 @@ from secateur.record.manifest import Manifest
 from secateur.recover.adapters import find_targets, read_adapter, with_adapters, write_record
 from secateur.recover.callback import SparsityCallback
 from secateur.recover.merge import MergedCheckpoint
-from secateur.recover.settings import Settings
+from secateur.recover.settings import RecoverSettings
 from secateur.recover.written import Written, write_trained
 from secateur.runs.transaction import Transaction
 
@@ -30,7 +30,7 @@ class Adapters:
     """LoRA, with its product masked or not."""
 
     def __init__(
-        self, opened: OpenedModel, manifest: Manifest, base: Path, settings: Settings, *, masked: bool
+        self, opened: OpenedModel, manifest: Manifest, base: Path, settings: RecoverSettings, *, masked: bool
     ) -> None:
         self.opened = opened
         self.manifest = manifest
@@ -90,7 +90,7 @@ class Adapters:
 class FullWeights:
     """All weights, or those that the globs leave; zeros stay zero."""
 
-    def __init__(self, opened: OpenedModel, manifest: Manifest, base: Path, settings: Settings) -> None:
+    def __init__(self, opened: OpenedModel, manifest: Manifest, base: Path, settings: RecoverSettings) -> None:
         self.opened = opened
         self.manifest = manifest
         self.base = base
@@ -107,7 +107,7 @@ class FullWeights:
         source = opened.skeleton.source
         self.trainable = sum(torch.Size(source.shape(name)).numel() for name in self.targets) - self.kept
 
-    def _choose(self, settings: Settings) -> list[TensorGroup]:
+    def _choose(self, settings: RecoverSettings) -> list[TensorGroup]:
         skeleton = self.opened.skeleton
         source = skeleton.source
         parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))

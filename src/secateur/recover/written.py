@@ -10,7 +10,6 @@ from torch import Tensor
 from secateur.errors import CheckpointError, NumericalError
 from secateur.models.opening.opened import OpenedModel
 from secateur.record.manifest import Manifest, mask_digest, tensor_digest, view_of
-from secateur.record.versions import run_versions
 from secateur.recover.masks import keep_from_zero
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.transaction import Transaction
@@ -103,12 +102,3 @@ def write_trained(
         }
         output.seal(new)
     return Written(new, weights, before, after, nudged)
-
-
-def versions() -> dict[str, str]:
-    """The versions of what takes part in training."""
-    try:
-        import peft
-    except ImportError:
-        return run_versions()
-    return run_versions() | {"peft": peft.__version__}
