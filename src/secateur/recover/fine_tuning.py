@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,17 +54,6 @@ class Recovery:
     def to_json(self) -> dict[str, Any]:
         """All fields; perplexities as `eval` prints them."""
         return {**vars(self), "before": self.before.to_json(), "after": self.after.to_json()}
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """What a Trainer did."""
-
-    model: Any
-    steps: int
-    best_step: int | None
-    seconds: float
-    curve: list[dict[str, Any]]
 
 
 @taking(RecoverSettings)
@@ -141,22 +129,12 @@ def run(settings: RecoverSettings) -> Recovery:
         start = _start(work, asked, settings.resume)
         how: dict[str, Any] = {"batch_size": settings.batch_size}
         before = perplexity(opened, held, **how, progress=_named(progress, "perplexity before"))
-        dense = None if distill is None else _load_dense(distill, opened, half, settings.trust_remote_code)
-        trained = _train(
-            way,
-            load_whole(base.resolve(), way.load_dtype(half), trust_remote_code=settings.trust_remote_code),
-            dense,
-            settings,
-            train,
-            held,
-            made=made,
-            start=start,
-            device=chosen,
-        )
-        result = way.write(trained.model, transaction)
+        dense = None if distill is None else _load_dense(settings, opened, half, chosen)
+        whole = load_whole(base.resolve(), way.load_dtype(half), trust_remote_code=settings.trust_remote_code)
+        model, done = _train(way, whole, dense, settings, train, held, made, start)
+        result = way.write(model, transaction)
         # Memory: the model was written; a whole one less while the result is measured.
-        trained = replace(trained, model=None)
-        del dense
+        del model, whole, dense
         gc.collect()
         after = perplexity(result, held, **how, progress=_named(progress, "perplexity after"))
         parameters = count_parameters(opened)
@@ -164,11 +142,7 @@ def run(settings: RecoverSettings) -> Recovery:
             **asked,
             "preset": settings.preset,
             "targets": way.targets if method != "full" else None,
-            "steps": trained.steps,
-            "best_step": trained.best_step,
-            "tokens": trained.steps * settings.batch_size * settings.accumulation * train.length,
-            "seconds": trained.seconds,
-            "curve": trained.curve,
+            **done,
             "trainable": way.trainable,
             "parameters": parameters,
             "share": way.trainable / parameters,
@@ -207,12 +181,10 @@ def _train(
     settings: RecoverSettings,
     train: Windows,
     held: Windows,
-    *,
     made: TrainingArguments,
     start: Path | None,
-    device: torch.device,
-) -> _Trained:
-    """The model after a Trainer's run, as it was at its best."""
+) -> tuple[Any, dict[str, Any]]:
+    """The model after a Trainer's run, as it was at its best, and what the record says of the run."""
     from transformers import set_seed
 
     set_seed(settings.seed)  # adapters are drawn at random before the Trainer sets it
@@ -221,7 +193,7 @@ def _train(
     trainer = RecoveryTrainer(
         settings=settings,
         budget=budget,
-        dense=None if dense is None else dense.to(device),
+        dense=dense,
         model=prepared,
         args=made,
         train_dataset=Rows(train),
@@ -230,7 +202,13 @@ def _train(
     )
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     state = trainer.state
-    return _Trained(prepared, state.global_step, state.best_global_step, budget.seconds, _curve(state.log_history))
+    return prepared, {
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "tokens": state.global_step * settings.batch_size * settings.accumulation * train.length,
+        "seconds": budget.seconds,
+        "curve": _curve(state.log_history),
+    }
 
 
 def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -247,18 +225,17 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [points[step] for step in sorted(points)]
 
 
-def _load_dense(distill: str | os.PathLike[str], opened: OpenedModel, half: bool, trust_remote_code: bool) -> nn.Module:
+def _load_dense(settings: RecoverSettings, opened: OpenedModel, half: bool, device: torch.device) -> nn.Module:
     """The dense model to learn from, frozen. Raises `CheckpointError` when its tokens are others."""
-    name = os.fspath(distill)
-    dtype = torch.bfloat16 if half else torch.float32
-    dense: Any = load_whole(locate(name), dtype, trust_remote_code=trust_remote_code)
+    name, dtype = str(settings.distill), torch.bfloat16 if half else torch.float32
+    dense: Any = load_whole(locate(name), dtype, trust_remote_code=settings.trust_remote_code)
     own, held = dense.get_input_embeddings().weight.shape[0], opened.skeleton.vocabulary_size
     if own != held:
         raise CheckpointError(
             f"--distill {name}: has a vocabulary of {own} tokens, the pruned model has {held}. Give the model that it "
             "was pruned from."
         )
-    return dense.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return dense.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
 
 
 def _half(dtype: str, device: torch.device) -> bool:

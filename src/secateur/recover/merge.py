@@ -173,7 +173,7 @@ def run(settings: MergeSettings) -> Merge:
         opened = open_model(folder, **how)
         source = MergedCheckpoint(opened, found, keep=mask == "keep")
         text = _windows(settings, found, opened) if settings.evaluate else None
-        written = write_trained(
+        merged = write_trained(
             transaction,
             opened,
             manifest,
@@ -197,6 +197,7 @@ def run(settings: MergeSettings) -> Merge:
         if not checked.ok:
             raise CheckpointError(f"{settings.output}: not what it should be after merging: {checked.problems[0]}")
         results: dict[str, Perplexity] = {}
+        recovery = merged.recoveries[0]
         if text is not None:
             whole = MergedCheckpoint(opened, found, keep=found.masked)
             for key, model in (
@@ -207,20 +208,19 @@ def run(settings: MergeSettings) -> Merge:
                 results[key] = perplexity(
                     model, text, batch_size=settings.batch_size, progress=_named(progress, f"perplexity, {key}")
                 )
-            assert written.manifest.recovery is not None
-            written.manifest.recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
-            written.manifest.recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
-            written.manifest.write(transaction.folder)
-        write_card(transaction.folder, written.manifest, target.name)
+            recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
+            recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
+            merged.write(transaction.folder)
+        write_card(transaction.folder, merged, target.name)
         transaction.commit()
     return Merge(
         output=str(settings.output),
         mask=mask,
         tensors=len(source.merged),
-        weights=written.weights,
-        zeros_before=written.zeros_before,
-        zeros=written.zeros,
-        nudged=written.nudged,
+        weights=manifest.totals["weights"],
+        zeros_before=recovery["zeros_before"],
+        zeros=recovery["zeros"],
+        nudged=recovery["nudged"],
         seconds=time.perf_counter() - started,
         base=results.get("base"),
         unmerged=results.get("unmerged"),

@@ -22,7 +22,7 @@ from secateur.recover.adapters import find_targets, read_adapter, with_adapters,
 from secateur.recover.callback import SparsityCallback
 from secateur.recover.merge import MergedCheckpoint
 from secateur.recover.settings import RecoverSettings
-from secateur.recover.written import Written, write_trained
+from secateur.recover.written import write_trained
 from secateur.runs.transaction import Transaction
 
 
@@ -96,7 +96,6 @@ class FullWeights:
         self.base = base
         self.notes: list[str] = []
         self._inverse = Inverse(opened.skeleton)
-        self._written: Written | None = None
         self.groups = self._choose(settings)
         names = {name for group in self.groups for name in group.names}
         self.parameters = {name for group in self.groups for name in group.parameters}
@@ -157,21 +156,19 @@ class FullWeights:
         def value(name: str) -> Tensor:
             return self._inverse.tensors(groups[name], parameters)[name]
 
-        self._written = write_trained(transaction, self.opened, self.manifest, self.targets, value, section={})
-        if self._written.nudged:
+        self.manifest = write_trained(transaction, self.opened, self.manifest, self.targets, value, section={})
+        if nudged := self.manifest.recoveries[0]["nudged"]:
             self.notes.append(
-                f"{self._written.nudged} kept weights were too small for the checkpoint's dtype; they were written as "
+                f"{nudged} kept weights were too small for the checkpoint's dtype; they were written as "
                 "its smallest number rather than as zero."
             )
         return self.opened.reading(Checkpoint(transaction.folder))
 
     def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
         """Write the record into the manifest; returns the zeros of all planned weights."""
-        assert self._written is not None
-        manifest = self._written.manifest
-        manifest.recovery = {**(manifest.recovery or {}), **record}
-        manifest.write(folder)
-        return self._written.zeros
+        self.manifest.recovery = {**(self.manifest.recovery or {}), **record}
+        self.manifest.write(folder)
+        return int(self.manifest.totals["zeros"])
 
 
 Way = Adapters | FullWeights
