@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -57,10 +56,6 @@ class Forecast:
     def bytes(self) -> int:
         """All of them together. Activations come on top, and grow with batch size and length."""
         return self.weight_bytes + self.gradient_bytes + self.moment_bytes + self.mask_bytes + self.dense_bytes
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, and the bytes together."""
-        return {**vars(self), "bytes": self.bytes}
 
 
 def forecast(

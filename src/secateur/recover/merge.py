@@ -47,6 +47,8 @@ class MergedCheckpoint:
         for module in adapter.modules:
             group = self._group(module)
             self._groups |= dict.fromkeys(group.names, group)
+        self.names = list(self.base.names)
+        self.merged = [name for name in self.names if name in self._groups]  # what the adapter changes
 
     def _group(self, module: str) -> TensorGroup:
         if module not in self._modules:
@@ -61,16 +63,6 @@ class MergedCheckpoint:
                 "converted while loading), so nothing can be merged into it."
             )
         return groups[0]
-
-    @property
-    def names(self) -> list[str]:
-        """All tensor names: those of the base."""
-        return list(self.base.names)
-
-    @property
-    def merged(self) -> list[str]:
-        """Names of the tensors that the adapter changes."""
-        return [name for name in self.base.names if name in self._groups]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""

@@ -21,10 +21,12 @@ from secateur.core.statistics import Statistic, by_sample
 from secateur.errors import CheckpointError, MethodError, SecateurError
 from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
+from secateur.files.reading import read_text
 from secateur.models.flow.memory import trim
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.pruning.engine import prune
+from secateur.record.manifest import FILE_NAME
 from secateur.runs.events import Event
 from secateur.sweeps.estimate import SweepEstimate, Task, estimate_sweep, shared_gradient
 from secateur.sweeps.folder import Cell, Sweep, SweepFolder, check_settings, plain
@@ -164,7 +166,6 @@ class SweepLoop:
         return any(task.method.needs for task in self._to_prune())
 
     def _drawing(self) -> dict[str, Any]:
-        """How calibration windows are drawn."""
         held = {key: self.settings[key] for key in ("samples", "length", "seed", "sampling", "bos")}
         return {**held, "progress": lambda done, total: self._stage(None, "calibration", done, total)}
 
@@ -290,7 +291,7 @@ class SweepLoop:
                 if cell.figures:
                     self._tell(SweepEvent("again", cell))
                 self._prune(task)
-            self.folder.keep_manifest(cell)
+            self.folder.write(f"{cell.folder}/{FILE_NAME}", read_text(self.folder.checkpoint(cell) / FILE_NAME))
             for data in self.lacking(cell):
                 figures = {**cell.figures, data: self._figures(cell, data)}
                 cell = replace(cell, figures=figures, seconds=before + time.perf_counter() - began)
@@ -312,7 +313,6 @@ class SweepLoop:
         return cell
 
     def _prune(self, task: Task) -> None:
-        """Make the checkpoint of a cell."""
         kind = shared_gradient(task.method, self.options["propagate"])
         gradient = self.gradients[kind] if kind is not None else None
         if isinstance(gradient, SecateurError):
@@ -339,7 +339,6 @@ class SweepLoop:
                 )
 
     def _figures(self, cell: Cell, data: str) -> dict[str, Any]:
-        """The evaluations of a cell's checkpoint on a data set."""
         figures = dict(cell.figures.get(data, {}))
         checkpoint = self.folder.checkpoint(cell)
         if "perplexity" not in figures:
