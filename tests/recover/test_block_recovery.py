@@ -305,7 +305,12 @@ def test_too_few_minutes_for_the_forwards_alone(llama, tmp_path):
 def test_what_blocks_take_beside_tuning_comes_off_the_time():
     def minute(index: int, first: tuple[int, float] | None, tuned: float, forward: float = 2.0) -> float | None:
         run = SimpleNamespace(
-            minutes=1.0, started=now - 20, matrices={0: [], 5: [], 11: []}, first_tuned=first, tuning_seconds=tuned
+            settings=SimpleNamespace(minutes=1.0),
+            started=now - 20,
+            matrices={0: [], 5: [], 11: []},
+            last=11,
+            first_tuned=first,
+            tuning_seconds=tuned,
         )
         return BlockPass._seconds(run, SimpleNamespace(index=index, path=f"block {index}"), forward)
 
@@ -604,7 +609,7 @@ def test_a_dense_model_whose_outputs_are_not_finite(tmp_path):
         ({"step": 0}, r"^--batch-size: got 0"),
         ({"patience": 0}, r"^--patience: got 0"),
         ({"batch_size": 0}, r"^--batch-size: got 0"),
-        ({"learning_rate": 0.0}, r"^--lr: got 0\.0, expected a positive number"),
+        ({"learning_rate": 0.0}, r"^--lr: got 0, expected a positive number"),
         ({"learning_rate": math.nan}, r"^--lr: got nan"),
         ({"minutes": 0}, r"^--minutes: got 0, expected a positive number"),
         ({"held_out": 1.0}, r"^--held-out: got 1\.0, expected a share between 0 and 1"),

@@ -24,7 +24,7 @@ from secateur.errors import CalibrationError, CheckpointError, NumericalError, P
 from secateur.models.opening.opened import open_source
 from secateur.record.manifest import read_manifest
 from secateur.recover.masked_lora import masked
-from secateur.recover.settings import PRESETS, choose
+from secateur.recover.settings import PRESETS, RecoverSettings, with_preset
 from secateur.recover.training import Budget, last_checkpoint
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -364,12 +364,13 @@ def test_a_masked_adapter_is_trained_under_the_mask(tmp_path: Path) -> None:
 
 def test_the_published_settings() -> None:
     # finetune_lm.py and its README: defaults of LoRA, block_size, max_train_samples, learning_rate, one epoch.
-    settings = choose("lora", "paper", {})
+    settings = with_preset(RecoverSettings("base", "out"))
     assert (settings.rank, settings.alpha, settings.dropout, settings.lr) == (8, 16, 0.05, 1e-4)
     assert (settings.length, settings.windows, settings.total_steps, settings.held_out) == (1024, 30_000, 30_000, 128)
     assert (settings.schedule, settings.warmup, settings.weight_decay, settings.clip) == ("linear", 0, 0, 1)
-    assert choose("lora", "paper", {"batch_size": 4, "accumulation": 2}).total_steps == 3750
-    assert choose("full", "short", {"minutes": 3}).total_steps is None
+    assert with_preset(RecoverSettings("base", "out", batch_size=4, accumulation=2)).total_steps == 3750
+    short = RecoverSettings("base", "out", method="full", preset="short", minutes=3)
+    assert with_preset(short).total_steps is None
     assert all(set(preset) == {"lora", "sparse-lora", "full"} for preset in PRESETS.values())
 
 
@@ -571,8 +572,7 @@ def test_gradient_checkpointing_changes_memory_alone(base: Path, tmp_path: Path,
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[SecateurError], str]] = {
-    "setting": ({"learning_rate": 1e-3}, PatternError, 'no setting "learning_rate"; there are steps, minutes, '),
-    "method": ({"method": "qlora"}, PatternError, '--method: got "qlora", expected lora, sparse-lora or full.'),
+    "method": ({"method": "qlora"}, PatternError, '--method: got "qlora", expected lora, sparse-lora, full or block.'),
     "preset": ({"preset": "long"}, PatternError, '--preset: got "long", expected paper or short.'),
     "other method": ({"rank": 4}, PatternError, "--rank: has no meaning for --method full; lora and sparse-lora would"),
     "globs": ({"method": "lora", "only": ["*"]}, PatternError, "--only: has no meaning for --method lora; full would"),

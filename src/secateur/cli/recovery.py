@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from secateur.cli.app import Config, Interrupted, Json, command
 from secateur.cli.display import (
@@ -15,9 +16,16 @@ from secateur.cli.display import (
     recovery_progress,
 )
 from secateur.errors import CalibrationError, PatternError
-from secateur.recover.options import MergeSettings, RecoverSettings
+from secateur.recover.settings import MergeSettings, RecoverSettings
+from secateur.runs.options import OPTIONS, Option, options
 
-BLOCK_ONLY = ("dense", "samples", "bos", "epochs")
+if TYPE_CHECKING:
+    from secateur.recover.forecast import Forecast
+
+# What of the options of `recover` has a meaning for block, and what `reconstruct` calls it.
+SHARED = {name: name for name in ("pruned", "output", "seed", "device", "dtype", "trust_remote_code", "overwrite")}
+TAKEN = {name: name for name in ("only", "skip", "length", "held_out", "samples", "epochs", "minutes")}
+TAKEN |= {"batch_size": "step", "lr": "learning_rate", "patience": "patience", "dense": "dense", "bos": "bos"}
 
 
 @command(
@@ -33,45 +41,24 @@ def recover(settings: RecoverSettings, config: Config = None, as_json: Json = Fa
     The loss and the perplexity on held-out windows are shown while it runs; the best checkpoint is the result. Training
     is that of transformers' Trainer. An interrupted run goes on with --resume.
     """
-    given = {name: value for name, value in vars(settings).items() if value is not None and value != ()}
-    for name, usual in (("resume", False), ("gradient_checkpointing", False), ("preset", "paper")):
-        if given[name] == usual:
-            del given[name]
-    method, pruned, output = (given.pop(name) for name in ("method", "pruned", "output"))
-    shared = ("data", "seed", "device", "dtype", "trust_remote_code", "overwrite")
-    run = {name: given.pop(name) for name in shared} | {"command": ["secateur", *sys.argv[1:]]}
-    if method == "block":
-        _tune_blocks(pruned, output, given, run, as_json)
-    else:
-        _train(method, pruned, output, given, run, as_json)
-
-
-def _train(
-    method: str, pruned: str, output: str, given: Mapping[str, Any], run: Mapping[str, Any], as_json: bool
-) -> None:
-    """Adapters and full training, by a Trainer."""
-    for name in BLOCK_ONLY:
-        if name in given:
-            raise PatternError(f"--{name}: has no meaning for --method {method}; block would use it.")
+    if settings.method == "block":
+        _tune_blocks(settings, as_json)
+        return
     try:
         with quiet_libraries(), recovery_progress() as (show, say):
-            from secateur.recover.fine_tuning import fine_tune
+            from secateur.recover.fine_tuning import run
             from secateur.report.recovery import forecast_table, recovery_tables
 
-            result = fine_tune(
-                pruned,
-                output,
-                method=method,
-                **run,
-                **given,
-                announce=lambda forecast: say(forecast_table(forecast)),
-                progress=show,
-            )
+            def announce(forecast: "Forecast") -> None:
+                say(forecast_table(forecast))
+
+            command = ["secateur", *sys.argv[1:]]
+            result = run(replace(settings, command=command, announce=announce, progress=show))
     except KeyboardInterrupt:
         from secateur.recover.training import last_checkpoint
         from secateur.runs.output import resolved
 
-        last = last_checkpoint(Path(f"{resolved(output)}.training"))
+        last = last_checkpoint(Path(f"{resolved(settings.output)}.training"))
         if last is None:
             raise
         raise Interrupted(
@@ -83,27 +70,24 @@ def _train(
         print_tables(recovery_tables(result))
 
 
-def _tune_blocks(pruned: str, output: str, given: Mapping[str, Any], run: Mapping[str, Any], as_json: bool) -> None:
+def _tune_blocks(settings: RecoverSettings, as_json: bool) -> None:
     """Block by block, without a Trainer."""
-    taken = {"only", "skip", "length", "held_out", "samples", "epochs", "minutes"}
-    taken |= {"batch_size", "lr", "patience", "dense", "bos"}
-    for name in given:
-        if name not in taken:
-            known = ", ".join(f"--{other.replace('_', '-')}" for other in sorted(taken))
-            raise PatternError(f"--{name.replace('_', '-')}: has no meaning for --method block, which takes {known}.")
-    names = {"lr": "learning_rate", "batch_size": "step"}
-    values = {names.get(name, name): value for name, value in given.items()}
-    samples, epochs = values.get("samples", 128), values.get("epochs", 10)
-    if samples < 1:
-        raise CalibrationError(f"--samples: got {samples}, expected at least 1.")
+    values: dict[str, Any] = {}
+    for field in options(RecoverSettings):
+        value = getattr(settings, field.name)
+        if value == field.default or field.name in ("method", "data"):
+            continue
+        if field.name not in SHARED | TAKEN:
+            known = ", ".join(f"--{other.replace('_', '-')}" for other in sorted(TAKEN))
+            raise PatternError(f"{field.flag}: has no meaning for --method block, which takes {known}.")
+        values[(SHARED | TAKEN)[field.name]] = value
+    samples, epochs = settings.samples or 128, settings.epochs or 10
     if "held_out" in values:
-        if not 0 < values["held_out"] < samples:
+        if not values["held_out"] < samples:
             raise CalibrationError(
                 f"--held-out: got {values['held_out']} of {samples} windows, expected at least 1 and fewer than all."
             )
         values["held_out"] /= samples
-    values["calibration"] = run["data"]
-    values |= {name: value for name, value in run.items() if name != "data"}
     latest = ""
 
     def on_block(record: Mapping[str, Any]) -> None:
@@ -117,11 +101,14 @@ def _tune_blocks(pruned: str, output: str, given: Mapping[str, Any], run: Mappin
         most = forwards(epochs, 1 - values.get("held_out", 0.125))
         within = f", within {values['minutes']:g} minutes" if "minutes" in values else ""
         print(f"at most {most:.1f} forwards of {samples} samples through the blocks{within}", file=sys.stderr)
-        manifest = reconstruct(pruned, output=output, on_event=on_event, on_block=on_block, **values)
+        command = ["secateur", *sys.argv[1:]]
+        manifest = reconstruct(
+            **values, calibration=settings.data, command=command, on_event=on_event, on_block=on_block
+        )
     if as_json:
         print_json(manifest.to_json())
     else:
-        print_tables(block_tables(manifest, output))
+        print_tables(block_tables(manifest, str(settings.output)))
 
 
 @command(
@@ -129,17 +116,22 @@ def _tune_blocks(pruned: str, output: str, given: Mapping[str, Any], run: Mappin
     "secateur merge ./adapter --base ./pruned -o ./merged --data wikitext2 --windows 40",
     "secateur merge ./adapter --base ./pruned -o ./dense --mask drop --no-eval",
 )
-def merge(settings: MergeSettings, config: Config = None, as_json: Json = False) -> None:
+def merge(
+    settings: MergeSettings,
+    *,
+    no_eval: Annotated[bool, Option(OPTIONS, "Do not measure perplexity.")] = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
     """Merge a LoRA adapter into its pruned base, tensor by tensor, and keep the zeros.
 
     What that costs is measured: the perplexity of the base, of base and adapter side by side, and of the result.
     """
     with quiet_libraries(), evaluation_progress() as show:
-        from secateur.recover.merge import merge as run
+        from secateur.recover.merge import run
 
-        options = dict(vars(settings))
-        evaluate = not options.pop("no_eval")
-        result = run(**options, evaluate=evaluate, command=["secateur", *sys.argv[1:]], progress=show)
+        command = ["secateur", *sys.argv[1:]]
+        result = run(replace(settings, evaluate=not no_eval, command=command, progress=show))
     if as_json:
         print_json(result.to_json())
     else:

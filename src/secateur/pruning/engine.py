@@ -1,6 +1,5 @@
 """`prune`: from a model to a pruned checkpoint and its manifest."""
 
-import datetime
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -21,7 +20,7 @@ from secateur.pruning.named import resolved
 from secateur.pruning.preparation import Prepared, output_of, prepared
 from secateur.pruning.settings import PruneSettings
 from secateur.record.manifest import Manifest
-from secateur.record.versions import run_versions
+from secateur.record.versions import run_facts
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Clock, Event
@@ -125,7 +124,6 @@ def _manifest(ready: Prepared) -> Manifest:
     """The manifest at the start of a run: what was asked, and what that means for this model."""
     settings, method, skeleton = ready.settings, ready.method, ready.opened.skeleton
     return Manifest(
-        versions=run_versions(),
         method=method.name,
         source=ready.opened.origin,
         settings={
@@ -141,9 +139,8 @@ def _manifest(ready: Prepared) -> Manifest:
         },
         plan=ready.plan.to_json(),
         left_out=skeleton.left_out_by_reason(),
-        command=list(settings.command) if settings.command is not None else None,
         calibration=_calibration(ready.windows, ready.evidence.gradients),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **run_facts(settings.command),
     )
 
 

@@ -49,7 +49,9 @@ class _UnmaskedEntry(TypedDict):
     weights: _Size
 
 
-class _BaseEntry(TypedDict):
+class BaseEntry(TypedDict):
+    """The checkpoint that was trained, or that an adapter was trained on."""
+
     path: str
     digest: str
 
@@ -65,7 +67,7 @@ class _CurvePoint(TypedDict):
 
 class _Recovery(TypedDict):
     method: NotRequired[str]
-    base: NotRequired[_BaseEntry]
+    base: NotRequired[BaseEntry]
     trained: NotRequired[dict[str, str]]
     masks: NotRequired[dict[str, str]]
     unmasked: NotRequired[dict[str, _UnmaskedEntry]]

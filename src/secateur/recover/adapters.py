@@ -20,6 +20,7 @@ from secateur.files.writer import writing
 from secateur.models.shape.matrices import matrix_kind
 from secateur.plans.plan import matches
 from secateur.record.manifest import Manifest
+from secateur.record.manifest_schema import BaseEntry
 from secateur.recover.masks import matrix_parameters
 from secateur.runs.output import ADAPTER_RECORD
 
@@ -29,11 +30,6 @@ PREFIX = "base_model.model."  # of every tensor in an adapter that peft saved
 
 
 _WITHOUT = "Remove it to merge the adapter without a record."
-
-
-class _BaseRecord(TypedDict):
-    path: str
-    digest: str
 
 
 class _DataRecord(TypedDict):
@@ -50,7 +46,7 @@ class Record(TypedDict):
     """What merging reads of an adapter's record."""
 
     method: str
-    base: _BaseRecord
+    base: BaseEntry
     data: _DataRecord
     held_out: _HeldOutRecord
 

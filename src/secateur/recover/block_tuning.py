@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import ModelStructureError, NumericalError
+from secateur.calibration import Windows
+from secateur.errors import CalibrationError, ModelStructureError, NumericalError
 from secateur.models.flow.stream import HiddenStates, Stream
 from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.structure import Block
 from secateur.recover.masks import keep_from_zero
+from secateur.recover.settings import BlockSettings
 
 BETAS = (0.9, 0.95)  # of Adam: a few hundred steps are too few for an average over a thousand
 WARM_UP = 0.05  # of all steps
@@ -27,32 +29,38 @@ LEAST_LENGTH = 1e-6  # of a token's target, squared, relative to the mean
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """How every block is tuned.
+class Split:
+    """Which samples are trained on, in steps of whole batches; the rest, which come last, is held out."""
 
-    At most `epochs` over the `steps`, each of which is a range of batches that make one step of Adam, in an order drawn
-    from `seed`. `learning_rate` is relative to the root mean square of each parameter's kept weights; it rises over
-    the first twentieth of all steps and then falls in a straight line. Tuning ends early after `patience` epochs that
-    were no better on the batches `held_out`.
-    """
+    batches: Sequence[Tensor]  # of token ids, in all
+    steps: Sequence[range]  # of batches, each of which makes one step of Adam
+    held_out: range  # of batches
+    trained: int  # samples
+    step: int
+    batch_size: int
 
-    steps: Sequence[range]
-    held_out: range
-    epochs: int
-    learning_rate: float
-    patience: int
-    seed: int
+    @classmethod
+    def of(cls, windows: Windows, held_out: float, step: int, batch_size: int) -> "Split":
+        """Whole steps only: what does not fill one is held out too. A batch is the largest that steps divide into.
 
-    @property
-    def total(self) -> int:
-        """Steps of all epochs."""
-        return self.epochs * len(self.steps)
-
-    def rate(self, step: float) -> float:
-        """The factor of the learning rate after so many steps."""
-        total = self.total
-        rising = max(1, round(WARM_UP * total))
-        return min((step + 1) / rising, (total - step) / max(total - rising, 1))
+        Raises `CalibrationError` when there are too few samples to train on some and hold others out.
+        """
+        most = windows.samples - max(1, round(windows.samples * held_out))
+        if most < 1:
+            raise CalibrationError(
+                f"{windows.samples} calibration sample{'s' if windows.samples > 1 else ''} with --held-out {held_out}: "
+                "none is left to train on. Use more --samples (128 is usual)."
+            )
+        step = min(step, most)
+        size = max(divisor for divisor in range(1, min(step, batch_size) + 1) if step % divisor == 0)
+        batches: list[Tensor] = []
+        ranges = []
+        trained = most // step * step
+        for first, last in [*((first, first + step) for first in range(0, trained, step)), (trained, None)]:
+            own = windows.part(first, last).batches(size)
+            ranges.append(range(len(batches), len(batches) + len(own)))
+            batches += own
+        return cls(batches, ranges[:-1], ranges[-1], trained, step, size)
 
 
 @dataclass
@@ -100,7 +108,8 @@ def tune(
     tensors: Mapping[str, Tensor],
     stream: Stream,
     targets: Targets,
-    tuning: Tuning,
+    split: Split,
+    settings: BlockSettings,
     seconds: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuned:
@@ -108,7 +117,8 @@ def tune(
 
     `tensors` are the block's checkpoint tensors. After each epoch the weights are judged on the held-out samples as
     they would be written, rounded; the best ones are the result, those at the start included. With `seconds`, tuning
-    ends at the latest when they are over, and the learning rate falls with them.
+    ends at the latest when they are over, and the learning rate falls with them; it rises over the first twentieth of
+    all steps and then falls in a straight line.
 
     Source: block reconstruction after pruning, as in EBFT (arXiv 2402.12419) and "Rethinking pruning large language
     models" (EMNLP 2024), with their Adam and linear decay. Raises `NumericalError` for a loss that is not finite at the
@@ -119,7 +129,7 @@ def tune(
     for name, (parameter, transposed) in tapped(block, matrices)[0].items():
         own = [matrix for matrix in matrices if matrix.parameter == name]
         copies.append(_Copy(name[len(block.path) + 1 :], parameter, own, tensors, transposed))
-    loss = _Loss(block, stream, targets, tuning)
+    loss = _Loss(block, stream, targets, split.held_out)
     best = [copy.rounded() for copy in copies]
     before = after = loss.held_out(copies, best)
     if not math.isfinite(before):
@@ -128,32 +138,39 @@ def tune(
             "and check both models with secateur eval."
         )
     optimizer = torch.optim.Adam(
-        [{"params": [copy.master], "lr": tuning.learning_rate * copy.scale()} for copy in copies], betas=BETAS
+        [{"params": [copy.master], "lr": settings.learning_rate * copy.scale()} for copy in copies], betas=BETAS
     )
     began = time.perf_counter()
+    total = settings.epochs * len(split.steps)
+    rising = max(1, round(WARM_UP * total))
 
     def spent(steps: int) -> float:
         """How much of the budget is spent, in steps."""
         elapsed = time.perf_counter() - began
         share = 0.0 if seconds is None else elapsed / seconds if elapsed < seconds else 1.0
-        return max(steps, share * tuning.total)
+        return max(steps, share * total)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: tuning.rate(spent(step)))
-    generator = torch.Generator().manual_seed(tuning.seed)
+    def rate(step: int) -> float:
+        """The factor of the learning rate after so many steps."""
+        done = spent(step)
+        return min((done + 1) / rising, (total - done) / max(total - rising, 1))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    generator = torch.Generator().manual_seed(settings.seed)
     step = epoch = chosen = 0
     diverged = None
-    while spent(step) < tuning.total and epoch - chosen < tuning.patience:
+    while spent(step) < total and epoch - chosen < settings.patience:
         sums = []
-        for number in torch.randperm(len(tuning.steps), generator=generator).tolist():
-            sums.append(loss.backward(copies, tuning.steps[number]))
+        for number in torch.randperm(len(split.steps), generator=generator).tolist():
+            sums.append(loss.backward(copies, split.steps[number]))
             for copy in copies:
                 copy.mask_gradient()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             step += 1
-            progress(step, tuning.total)
-            if spent(step) >= tuning.total:
+            progress(step, total)
+            if spent(step) >= total:
                 break
         epoch += 1
         if not math.isfinite(float(torch.stack(sums).sum())):
@@ -168,7 +185,7 @@ def tune(
         if chosen:
             copy.write(state, tensors, changed)
     nudged = sum(count for _, count in best) if chosen else 0
-    return Tuned(changed, before, after, step / len(tuning.steps), chosen, nudged, diverged)
+    return Tuned(changed, before, after, step / len(split.steps), chosen, nudged, diverged)
 
 
 class _Copy:
@@ -233,8 +250,8 @@ class _Copy:
 class _Loss:
     """The loss of a block: the mean over tokens of |output - target|² / |target|²."""
 
-    def __init__(self, block: Block, stream: Stream, targets: Targets, tuning: Tuning) -> None:
-        self._block, self._stream, self._targets, self._held_out = block, stream, targets, tuning.held_out
+    def __init__(self, block: Block, stream: Stream, targets: Targets, held_out: range) -> None:
+        self._block, self._stream, self._targets, self._held_out = block, stream, targets, held_out
         # A token whose target is next to nothing does not outweigh all others.
         self._least = LEAST_LENGTH * sum(targets.squares) / sum(targets.tokens)
 

@@ -1,6 +1,7 @@
 """The callback that keeps zeros zero in any Trainer."""
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class SparsityCallback(TrainerCallback):
             self._zeros[name] = (parameter, int(removed.sum()))
             if parameter.requires_grad:
                 self._removed[name] = (parameter, removed)
-                self._hooks.append(self._watch(name, parameter))
+                hooked: Any = parameter
+                self._hooks.append(hooked.register_post_accumulate_grad_hook(partial(self._mask_gradient, name)))
         self.zeros = sum(count for _, count in self._zeros.values())
 
     @torch.no_grad()
@@ -103,14 +105,9 @@ class SparsityCallback(TrainerCallback):
             self._removed[name] = (parameter, removed)
         return removed
 
-    def _watch(self, name: str, parameter: Any) -> Any:
-        """The hook that zeroes the gradient of pruned weights whenever one has been accumulated."""
-
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                parameter.grad.masked_fill_(self._removed_from(name), 0)
-
-        return parameter.register_post_accumulate_grad_hook(hook)
+    def _mask_gradient(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(self._removed_from(name), 0)
 
     def _detach(self) -> None:
         for hook in self._hooks:

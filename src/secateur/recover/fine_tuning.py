@@ -1,10 +1,8 @@
 """`fine_tune`: from a pruned checkpoint to an adapter for it, or to one with the same zeros and better weights."""
 
-import datetime
 import gc
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainingArguments
 
 from secateur.calibration import Windows, check_length, check_predictions, check_vocabulary, training_windows
@@ -27,20 +25,18 @@ from secateur.models.opening.whole import load_whole
 from secateur.record.card import write_card
 from secateur.record.manifest import read_manifest
 from secateur.record.verify import verify
+from secateur.record.versions import run_facts
 from secateur.recover.adapters import require_peft
-from secateur.recover.forecast import Forecast, count_parameters, forecast
-from secateur.recover.settings import Settings, choose, require_one_process, to_json
-from secateur.recover.training import Budget, RecoveryTrainer, Rows, arguments, last_checkpoint
+from secateur.recover.forecast import count_parameters, forecast
+from secateur.recover.settings import RecoverSettings, require_one_process, with_preset
+from secateur.recover.training import Budget, Progress, RecoveryTrainer, Rows, arguments, last_checkpoint
 from secateur.recover.ways import Adapters, FullWeights, Way
-from secateur.recover.written import versions
+from secateur.runs.options import taking
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
 
 REVISION = 1  # of how recovery trains; raise it when a run that goes on would mix two ways
 STATE = "recovery.json"  # in the folder of an unfinished run: what it was started with
-
-# progress(stage, done, in all, note)
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -60,42 +56,14 @@ class Recovery:
         return {**vars(self), "before": self.before.to_json(), "after": self.after.to_json()}
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """What a Trainer did."""
-
-    model: Any
-    steps: int
-    best_step: int | None
-    seconds: float
-    curve: list[dict[str, Any]]
-
-
-def fine_tune(
-    pruned: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    method: str = "lora",
-    data: str | Tensor | Windows = "c4",
-    preset: str = "paper",
-    distill: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    resume: bool = False,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    command: Sequence[str] | None = None,
-    announce: Callable[[Forecast], None] = lambda forecast: None,
-    progress: Progress = lambda stage, done, total, note: None,
-    **given: Any,
-) -> Recovery:
+@taking(RecoverSettings)
+def fine_tune(settings: RecoverSettings) -> Recovery:
     """Train a pruned checkpoint that Secateur wrote, with the result in `output`; returns what training did.
 
     `method` is "lora" or "sparse-lora" (the output is an adapter, as peft saves it), or "full" (the output is a pruned
-    checkpoint with the same zeros). `given` are fields of `recover.settings.Settings`; the others come from the
-    `preset`. `data` is a corpus or token ids; its first windows are held out. `distill` is a dense model to learn the
-    predictions of as well. Products are computed in `dtype`, while trained weights and the optimizer are in float32.
-    `announce` is called before anything long begins.
+    checkpoint with the same zeros). What is left out comes from the `preset`. `data` is a corpus or token ids; its
+    first windows are held out. `distill` is a dense model to learn the predictions of as well. Products are computed in
+    `dtype`, while trained weights and the optimizer are in float32. `announce` is called before anything long begins.
 
     While it runs, the folder `OUTPUT.training` keeps the Trainer's latest and best checkpoints; it is removed when the
     output is complete. After an interruption `resume` goes on from there.
@@ -103,29 +71,35 @@ def fine_tune(
     Raises `NumericalError` when training diverges, and `CheckpointError`, `PatternError` or `CalibrationError` for
     anything that cannot work.
     """
-    settings = choose(method, preset, given)
+    return run(settings)
+
+
+def run(settings: RecoverSettings) -> Recovery:
+    """What `fine_tune` does, from its settings."""
+    asked_length, settings = settings.length, with_preset(settings)
+    method, data, progress = settings.method, settings.data, settings.progress
     require_one_process()
     if method != "full":
         require_peft(f"--method {method}")
-    base = Path(pruned)
+    base = Path(settings.pruned)
     manifest = read_manifest(base)
-    target = check_output(output, base, overwrite)
+    target = check_output(settings.output, base, settings.overwrite)
     assert target is not None
     work = target.with_name(f"{target.name}.training")
-    _check_work(work, resume, overwrite)
-    with Transaction(target, overwrite) as transaction:
-        chosen = choose_device(device)
-        half = _half(dtype, chosen)
+    _check_work(work, settings.resume, settings.overwrite)
+    with Transaction(target, settings.overwrite) as transaction:
+        chosen = choose_device(settings.device)
+        half = _half(settings.dtype, chosen)
         made = arguments(settings, work, chosen, half)
-        opened = open_model(base, device=device, trust_remote_code=trust_remote_code)
+        opened = open_model(base, device=settings.device, trust_remote_code=settings.trust_remote_code)
         text = isinstance(data, str)
-        if "length" not in given or given["length"] is None:
+        if asked_length is None:
             settings = replace(settings, length=min(settings.length, opened.skeleton.positions or settings.length))
         train, held = training_windows(
             data,
             opened.load_tokenizer() if text else None,
             samples=settings.training_windows,
-            length=settings.length if text else given.get("length"),
+            length=settings.length if text else asked_length,
             held_out=settings.held_out,
             progress=lambda done, total: progress("packing text", done, total, ""),
         )
@@ -139,10 +113,11 @@ def fine_tune(
             way = FullWeights(opened, manifest, base, settings)
         else:
             way = Adapters(opened, manifest, base, settings, masked=method == "sparse-lora")
-        announce(forecast(method, settings, way, opened, train, held, chosen, half, distill))
+        settings.announce(forecast(settings, way, opened, train, held, chosen, half))
+        distill = settings.distill
         asked = {
             "method": method,
-            "settings": to_json(settings, method),
+            "settings": settings.to_json(),
             "dtype": "bfloat16" if half else "float32",
             "revision": REVISION,
             "distill": None if distill is None else str(distill),
@@ -151,38 +126,23 @@ def fine_tune(
             "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
             "held_out": {**held.provenance, "digest": held.digest},
         }
-        start = _start(work, asked, resume)
+        start = _start(work, asked, settings.resume)
         how: dict[str, Any] = {"batch_size": settings.batch_size}
         before = perplexity(opened, held, **how, progress=_named(progress, "perplexity before"))
-        dense = None if distill is None else _load_dense(distill, opened, half, trust_remote_code)
-        trained = _train(
-            way,
-            load_whole(base.resolve(), way.load_dtype(half), trust_remote_code=trust_remote_code),
-            dense,
-            settings,
-            train,
-            held,
-            made=made,
-            start=start,
-            device=chosen,
-            progress=progress,
-        )
-        result = way.write(trained.model, transaction)
+        dense = None if distill is None else _load_dense(settings, opened, half, chosen)
+        whole = load_whole(base.resolve(), way.load_dtype(half), trust_remote_code=settings.trust_remote_code)
+        model, done = _train(way, whole, dense, settings, train, held, made, start)
+        result = way.write(model, transaction)
         # Memory: the model was written; a whole one less while the result is measured.
-        trained = replace(trained, model=None)
-        del dense
+        del model, whole, dense
         gc.collect()
         after = perplexity(result, held, **how, progress=_named(progress, "perplexity after"))
         parameters = count_parameters(opened)
         record = {
             **asked,
-            "preset": preset,
+            "preset": settings.preset,
             "targets": way.targets if method != "full" else None,
-            "steps": trained.steps,
-            "best_step": trained.best_step,
-            "tokens": trained.steps * settings.batch_size * settings.accumulation * train.length,
-            "seconds": trained.seconds,
-            "curve": trained.curve,
+            **done,
             "trainable": way.trainable,
             "parameters": parameters,
             "share": way.trainable / parameters,
@@ -190,15 +150,13 @@ def fine_tune(
             "perplexity_error": {
                 key: value.to_json()["perplexity_error"] for key, value in (("before", before), ("after", after))
             },
-            "versions": versions(),
-            "command": None if command is None else list(command),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **run_facts(settings.command, peft=True),
         }
         zeros = way.finish(transaction.folder, record)
         if method == "full":
             checked = verify(transaction.folder, progress=lambda done, total: progress("verifying", done, total, ""))
             if not checked.ok:
-                raise CheckpointError(f"{output}: not what it should be after training: {checked.problems[0]}")
+                raise CheckpointError(f"{settings.output}: not what it should be after training: {checked.problems[0]}")
             write_card(transaction.folder, read_manifest(transaction.folder), target.name)
         transaction.commit()
     shutil.rmtree(work, ignore_errors=True)
@@ -206,7 +164,7 @@ def fine_tune(
         way.notes.append("The held-out perplexity did not fall. Try a lower --lr, more steps, or other data.")
     totals = manifest.totals
     return Recovery(
-        output=str(output),
+        output=str(settings.output),
         record=record,
         before=before,
         after=after,
@@ -220,25 +178,22 @@ def _train(
     way: Way,
     model: nn.Module,
     dense: nn.Module | None,
-    settings: Settings,
+    settings: RecoverSettings,
     train: Windows,
     held: Windows,
-    *,
     made: TrainingArguments,
     start: Path | None,
-    device: torch.device,
-    progress: Progress,
-) -> _Trained:
-    """The model after a Trainer's run, as it was at its best."""
+) -> tuple[Any, dict[str, Any]]:
+    """The model after a Trainer's run, as it was at its best, and what the record says of the run."""
     from transformers import set_seed
 
     set_seed(settings.seed)  # adapters are drawn at random before the Trainer sets it
     prepared, callbacks = way.prepare(model)
-    budget = Budget(settings, progress)
+    budget = Budget(settings)
     trainer = RecoveryTrainer(
         settings=settings,
         budget=budget,
-        dense=None if dense is None else dense.to(device),
+        dense=dense,
         model=prepared,
         args=made,
         train_dataset=Rows(train),
@@ -247,7 +202,13 @@ def _train(
     )
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     state = trainer.state
-    return _Trained(prepared, state.global_step, state.best_global_step, budget.seconds, _curve(state.log_history))
+    return prepared, {
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "tokens": state.global_step * settings.batch_size * settings.accumulation * train.length,
+        "seconds": budget.seconds,
+        "curve": _curve(state.log_history),
+    }
 
 
 def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -264,18 +225,17 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [points[step] for step in sorted(points)]
 
 
-def _load_dense(distill: str | os.PathLike[str], opened: OpenedModel, half: bool, trust_remote_code: bool) -> nn.Module:
+def _load_dense(settings: RecoverSettings, opened: OpenedModel, half: bool, device: torch.device) -> nn.Module:
     """The dense model to learn from, frozen. Raises `CheckpointError` when its tokens are others."""
-    name = os.fspath(distill)
-    dtype = torch.bfloat16 if half else torch.float32
-    dense: Any = load_whole(locate(name), dtype, trust_remote_code=trust_remote_code)
+    name, dtype = str(settings.distill), torch.bfloat16 if half else torch.float32
+    dense: Any = load_whole(locate(name), dtype, trust_remote_code=settings.trust_remote_code)
     own, held = dense.get_input_embeddings().weight.shape[0], opened.skeleton.vocabulary_size
     if own != held:
         raise CheckpointError(
             f"--distill {name}: has a vocabulary of {own} tokens, the pruned model has {held}. Give the model that it "
             "was pruned from."
         )
-    return dense.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return dense.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
 
 
 def _half(dtype: str, device: torch.device) -> bool:

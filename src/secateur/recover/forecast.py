@@ -1,16 +1,14 @@
 """What a recovery will train and take, before it starts."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from secateur.calibration import Windows
 from secateur.models.opening.opened import OpenedModel, open_source
 from secateur.pruning.forecast_time import forward_seconds
-from secateur.recover.settings import Settings
+from secateur.recover.settings import RecoverSettings
 from secateur.recover.ways import Way
 
 # Bytes of moments for each trainable weight where it is not two numbers in float32, by the Trainer's name.
@@ -59,37 +57,31 @@ class Forecast:
         """All of them together. Activations come on top, and grow with batch size and length."""
         return self.weight_bytes + self.gradient_bytes + self.moment_bytes + self.mask_bytes + self.dense_bytes
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields, and the bytes together."""
-        return {**vars(self), "bytes": self.bytes}
-
 
 def forecast(
-    method: str,
-    settings: Settings,
+    settings: RecoverSettings,
     way: Way,
     opened: OpenedModel,
     train: Windows,
     held: Windows,
     device: torch.device,
     half: bool,
-    distill: str | os.PathLike[str] | None,
 ) -> Forecast:
     """The dry run of a recovery, from shapes and a moment's measurement of the machine."""
     parameters = count_parameters(opened)
     steps = settings.total_steps
     per_step = settings.batch_size * settings.accumulation
-    full = method == "full"
+    full = settings.method == "full"
     allocated = way.trainable + way.kept
     dense = 0
-    if distill is not None:
-        source = open_source(os.fspath(distill))
+    if settings.distill is not None:
+        source = open_source(str(settings.distill))
         weights = sum(torch.Size(source.shape(name)).numel() for name in source.names)
         dense = weights * (2 if half else 4)
     # A backward is one forward's work for what comes in, and another for what is trained.
-    forwards = (3 if full else 2) + settings.gradient_checkpointing + (distill is not None)
+    forwards = (3 if full else 2) + settings.gradient_checkpointing + (settings.distill is not None)
     return Forecast(
-        method=method,
+        method=settings.method,
         steps=steps,
         minutes=settings.minutes,
         tokens_per_step=per_step * train.length,

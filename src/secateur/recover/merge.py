@@ -1,9 +1,7 @@
 """`merge`: an adapter into its pruned base, with the mask kept or dropped, tensor by tensor."""
 
-import datetime
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,14 @@ from secateur.models.weights.inverse import Inverse
 from secateur.record.card import write_card
 from secateur.record.manifest import read_manifest
 from secateur.record.verify import verify
+from secateur.record.versions import run_facts
 from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
-from secateur.recover.written import versions, write_trained
+from secateur.recover.settings import MergeSettings
+from secateur.recover.written import write_trained
+from secateur.runs.forward import Progress
+from secateur.runs.options import taking
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
-
-Progress = Callable[[str, int, int], None]
 
 
 class MergedCheckpoint:
@@ -47,6 +47,8 @@ class MergedCheckpoint:
         for module in adapter.modules:
             group = self._group(module)
             self._groups |= dict.fromkeys(group.names, group)
+        self.names = list(self.base.names)
+        self.merged = [name for name in self.names if name in self._groups]  # what the adapter changes
 
     def _group(self, module: str) -> TensorGroup:
         if module not in self._modules:
@@ -61,16 +63,6 @@ class MergedCheckpoint:
                 "converted while loading), so nothing can be merged into it."
             )
         return groups[0]
-
-    @property
-    def names(self) -> list[str]:
-        """All tensor names: those of the base."""
-        return list(self.base.names)
-
-    @property
-    def merged(self) -> list[str]:
-        """Names of the tensors that the adapter changes."""
-        return [name for name in self.base.names if name in self._groups]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -136,24 +128,8 @@ class Merge:
         return {**vars(self), **sparsity, **perplexities}
 
 
-def merge(
-    adapter: str | os.PathLike[str],
-    base: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    mask: str = "keep",
-    data: str | Tensor | Windows | None = None,
-    length: int | None = None,
-    windows: int | None = None,
-    evaluate: bool = True,
-    batch_size: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    command: Sequence[str] | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> Merge:
+@taking(MergeSettings)
+def merge(settings: MergeSettings) -> Merge:
     """Merge a LoRA adapter into a pruned checkpoint, written to `output`; returns what that did.
 
     `mask="keep"` writes (W + s BA) ⊙ M with the mask M of the base, so that the zeros are exactly those of the base
@@ -166,27 +142,30 @@ def merge(
     Raises `CheckpointError` when the adapter belongs to another base, `PatternError` for a mask dropped from an
     adapter that was trained with one, and `CalibrationError` for a text that cannot be measured on.
     """
+    return run(settings)
+
+
+def run(settings: MergeSettings) -> Merge:
+    """What `merge` does, from its settings."""
     started = time.perf_counter()
     require_peft("merge")
-    if mask not in ("keep", "drop"):
-        raise PatternError(f'--mask: got "{mask}", expected keep or drop.')
-    folder = Path(base)
+    folder, mask, progress = Path(settings.base), settings.mask, settings.progress
     manifest = read_manifest(folder)
-    found = read_adapter(adapter)
+    found = read_adapter(settings.adapter)
     check_base(found, manifest, folder)
     if mask == "drop" and found.masked:
         raise PatternError(
             f"--mask drop: {found.folder} was trained with its product masked (sparse-lora); without the mask it is "
             "another model, which nobody trained. Use --mask keep, which is exact."
         )
-    target = check_output(output, folder, overwrite)
+    target = check_output(settings.output, folder, settings.overwrite)
     assert target is not None
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    with Transaction(target, overwrite) as transaction:
+    how: dict[str, Any] = {name: getattr(settings, name) for name in ("device", "dtype", "trust_remote_code")}
+    with Transaction(target, settings.overwrite) as transaction:
         opened = open_model(folder, **how)
         source = MergedCheckpoint(opened, found, keep=mask == "keep")
-        text = _windows(data, found, opened, length, windows) if evaluate else None
-        written = write_trained(
+        text = _windows(settings, found, opened) if settings.evaluate else None
+        merged = write_trained(
             transaction,
             opened,
             manifest,
@@ -202,16 +181,15 @@ def merge(
                     "configuration": _plain(found),
                     "record": found.record,
                 },
-                "versions": versions(),
-                "command": None if command is None else list(command),
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                **run_facts(settings.command, peft=True),
             },
             progress=lambda done, total: progress("merge", done, total),
         )
         checked = verify(transaction.folder, progress=lambda done, total: progress("verify", done, total))
         if not checked.ok:
-            raise CheckpointError(f"{output}: not what it should be after merging: {checked.problems[0]}")
+            raise CheckpointError(f"{settings.output}: not what it should be after merging: {checked.problems[0]}")
         results: dict[str, Perplexity] = {}
+        recovery = merged.recoveries[0]
         if text is not None:
             whole = MergedCheckpoint(opened, found, keep=found.masked)
             for key, model in (
@@ -220,22 +198,21 @@ def merge(
                 ("merged", open_model(transaction.folder, **how)),
             ):
                 results[key] = perplexity(
-                    model, text, batch_size=batch_size, progress=_named(progress, f"perplexity, {key}")
+                    model, text, batch_size=settings.batch_size, progress=_named(progress, f"perplexity, {key}")
                 )
-            assert written.manifest.recovery is not None
-            written.manifest.recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
-            written.manifest.recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
-            written.manifest.write(transaction.folder)
-        write_card(transaction.folder, written.manifest, target.name)
+            recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
+            recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
+            merged.write(transaction.folder)
+        write_card(transaction.folder, merged, target.name)
         transaction.commit()
     return Merge(
-        output=str(output),
+        output=str(settings.output),
         mask=mask,
         tensors=len(source.merged),
-        weights=written.weights,
-        zeros_before=written.zeros_before,
-        zeros=written.zeros,
-        nudged=written.nudged,
+        weights=manifest.totals["weights"],
+        zeros_before=recovery["zeros_before"],
+        zeros=recovery["zeros"],
+        nudged=recovery["nudged"],
         seconds=time.perf_counter() - started,
         base=results.get("base"),
         unmerged=results.get("unmerged"),
@@ -256,16 +233,15 @@ def _plain(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _windows(
-    data: str | Tensor | Windows | None, adapter: Adapter, opened: OpenedModel, length: int | None, windows: int | None
-) -> Windows:
+def _windows(settings: MergeSettings, adapter: Adapter, opened: OpenedModel) -> Windows:
     """The windows to measure on: of the text asked for, else those held out while the adapter was trained.
 
     Raises `CalibrationError` when these cannot be drawn again, or are too few.
     """
-    if data is None and adapter.record is not None and adapter.record["data"]["name"] is not None:
+    length, windows = settings.length, settings.windows
+    if settings.data is None and adapter.record is not None and adapter.record["data"]["name"] is not None:
         return _held_out(adapter.record, opened, length, windows)
-    text = "wikitext2" if data is None else data
+    text = "wikitext2" if settings.data is None else settings.data
     return model_evaluation_windows(opened, text, None, length=length, windows=windows)
 
 

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from secateur.calibration import Windows
 from secateur.errors import CheckpointError, NumericalError, PatternError
 from secateur.evaluate.perplexity import exponential
-from secateur.recover.settings import Settings
+from secateur.recover.settings import RecoverSettings
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, in all, note
 
@@ -48,9 +48,9 @@ class Rows(Dataset[dict[str, Tensor]]):
 class Budget(TrainerCallback):
     """The clock of a run: how much of the budget is spent, when to evaluate, and when to stop."""
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    def __init__(self, settings: RecoverSettings) -> None:
         self.minutes = settings.minutes
-        self.progress = progress
+        self.progress = settings.progress
         self.seconds_before = 0.0  # of the run that is resumed
         self.share = 0.0
         self._steps = settings.total_steps
@@ -165,7 +165,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 class RecoveryTrainer(Trainer):
     """A Trainer whose schedule may go by the clock, whose loss must be finite, and with a dense model to learn from."""
 
-    def __init__(self, *, settings: Settings, budget: Budget, dense: nn.Module | None = None, **options: Any) -> None:
+    def __init__(
+        self, *, settings: RecoverSettings, budget: Budget, dense: nn.Module | None = None, **options: Any
+    ) -> None:
         if ":" in settings.optimizer:
             own = optimizer_arguments(settings.optimizer_args)
             options["optimizer_cls_and_kwargs"] = (optimizer_class(settings.optimizer), {"lr": settings.lr, **own})
@@ -265,7 +267,7 @@ class RecoveryTrainer(Trainer):
             )
 
 
-def arguments(settings: Settings, folder: Path, device: torch.device, half: bool) -> TrainingArguments:
+def arguments(settings: RecoverSettings, folder: Path, device: torch.device, half: bool) -> TrainingArguments:
     """The Trainer's arguments. Raises `CheckpointError` for an optimizer or schedule that it does not know."""
     optimizer_arguments(settings.optimizer_args)
     if ":" in settings.optimizer:

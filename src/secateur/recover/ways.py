@@ -22,8 +22,8 @@ from secateur.record.manifest import Manifest
 from secateur.recover.adapters import find_targets, read_adapter, with_adapters, write_record
 from secateur.recover.callback import SparsityCallback
 from secateur.recover.merge import MergedCheckpoint
-from secateur.recover.settings import Settings
-from secateur.recover.written import Written, write_trained
+from secateur.recover.settings import RecoverSettings
+from secateur.recover.written import write_trained
 from secateur.runs.transaction import Transaction
 
 
@@ -34,7 +34,7 @@ class Adapters:
     opened: OpenedModel
     manifest: Manifest
     base: Path
-    settings: Settings
+    settings: RecoverSettings
     masked: bool
     kept: int = 0
     mask_bytes: int = 0
@@ -93,13 +93,12 @@ class Adapters:
 class FullWeights:
     """All weights, or those that the globs leave; zeros stay zero."""
 
-    def __init__(self, opened: OpenedModel, manifest: Manifest, base: Path, settings: Settings) -> None:
+    def __init__(self, opened: OpenedModel, manifest: Manifest, base: Path, settings: RecoverSettings) -> None:
         self.opened = opened
         self.manifest = manifest
         self.base = base
         self.notes: list[str] = []
         self._inverse = Inverse(opened.skeleton)
-        self._written: Written | None = None
         self.groups = self._choose(settings)
         names = {name for group in self.groups for name in group.names}
         self.parameters = {name for group in self.groups for name in group.parameters}
@@ -110,7 +109,7 @@ class FullWeights:
         source = opened.skeleton.source
         self.trainable = sum(torch.Size(source.shape(name)).numel() for name in self.targets) - self.kept
 
-    def _choose(self, settings: Settings) -> list[TensorGroup]:
+    def _choose(self, settings: RecoverSettings) -> list[TensorGroup]:
         skeleton = self.opened.skeleton
         source = skeleton.source
         parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
@@ -160,21 +159,19 @@ class FullWeights:
         def value(name: str) -> Tensor:
             return self._inverse.tensors(groups[name], parameters)[name]
 
-        self._written = write_trained(transaction, self.opened, self.manifest, self.targets, value, section={})
-        if self._written.nudged:
+        self.manifest = write_trained(transaction, self.opened, self.manifest, self.targets, value, section={})
+        if nudged := self.manifest.recoveries[0]["nudged"]:
             self.notes.append(
-                f"{self._written.nudged} kept weights were too small for the checkpoint's dtype; they were written as "
+                f"{nudged} kept weights were too small for the checkpoint's dtype; they were written as "
                 "its smallest number rather than as zero."
             )
         return self.opened.reading(Checkpoint(transaction.folder))
 
     def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
         """Write the record into the manifest; returns the zeros of all planned weights."""
-        assert self._written is not None
-        manifest = self._written.manifest
-        manifest.recovery = {**(manifest.recovery or {}), **record}
-        manifest.write(folder)
-        return self._written.zeros
+        self.manifest.recovery = {**(self.manifest.recovery or {}), **record}
+        self.manifest.write(folder)
+        return int(self.manifest.totals["zeros"])
 
 
 Way = Adapters | FullWeights

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,21 +9,9 @@ from torch import Tensor
 from secateur.errors import CheckpointError, NumericalError
 from secateur.models.opening.opened import OpenedModel
 from secateur.record.manifest import Manifest, mask_digest, tensor_digest, view_of
-from secateur.record.versions import run_versions
 from secateur.recover.masks import keep_from_zero
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.transaction import Transaction
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was written: zeros of the planned weights before and after, and kept weights that would have become zero."""
-
-    manifest: Manifest
-    weights: int
-    zeros_before: int
-    zeros: int
-    nudged: int
 
 
 def write_trained(
@@ -37,13 +24,13 @@ def write_trained(
     section: Mapping[str, Any],
     keep: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Written:
-    """What a pruned checkpoint became, written into a transaction's folder with its manifest.
+) -> Manifest:
+    """The manifest of what a pruned checkpoint became, written into a transaction's folder.
 
     `value(name)` gives the new value of each `trained` tensor, in any dtype; every other tensor is copied byte for
     byte. With `keep`, zeros of planned matrices stay zero and nothing else becomes zero, so that each mask is what it
     was; without, no pattern is promised for the matrices that were trained. `section` is the manifest's new section
-    on recovery, to which the digests that `verify` needs are added.
+    on recovery, to which the digests that `verify` needs and the counts of zeros are added.
 
     Raises `CheckpointError` when the base is not what its manifest says, `NumericalError` for values not finite.
     """
@@ -52,7 +39,6 @@ def write_trained(
     planned: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, entry in new.matrices.items():
         planned.setdefault(entry["tensor"], []).append((name, entry))
-    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest.matrices.values())
     before = sum(entry["zeros"] for entry in manifest.matrices.values())
     digests: dict[str, str] = {}
     masks: dict[str, str] = {}
@@ -102,13 +88,4 @@ def write_trained(
             "earlier": manifest.recovery,
         }
         output.seal(new)
-    return Written(new, weights, before, after, nudged)
-
-
-def versions() -> dict[str, str]:
-    """The versions of what takes part in training."""
-    try:
-        import peft
-    except ImportError:
-        return run_versions()
-    return run_versions() | {"peft": peft.__version__}
+    return new

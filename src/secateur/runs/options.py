@@ -5,6 +5,7 @@ configuration file and the keyword arguments of a Python function.
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,8 @@ class Option:
     """What a command line and the documentation say of a field. A field without one is for Python code alone.
 
     `panel` is where the help shows it, `short` a second name such as "-m", `name` the first one where it is not that of
-    the field. `least` is the lowest number that it may be; `words` says that several may be separated by commas.
+    the field. `least` is the lowest whole number that it may be, `positive` says that it must be above zero,
+    and `words` that several may be separated by commas.
     """
 
     panel: str
@@ -34,8 +36,9 @@ class Option:
     short: str = ""
     name: str = ""
     least: int | None = None
+    positive: bool = False
     words: bool = False
-    error: type[Exception] = PatternError  # of a word that is no choice
+    error: type[Exception] = PatternError  # of a word that is no choice, and of a number that is not positive
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Settings:
                 raise field.option.error(no_choice(field.flag, value, field.choices))
             if field.option.least is not None and isinstance(value, int) and value < field.option.least:
                 raise CalibrationError(f"{field.flag}: got {value}, expected at least {field.option.least}.")
+            if field.option.positive and value is not None and not 0 < value < math.inf:
+                raise field.option.error(f"{field.flag}: got {value:g}, expected a positive number.")
 
 
 def no_choice(flag: str, value: object, known: tuple[str, ...]) -> str:

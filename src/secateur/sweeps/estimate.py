@@ -1,11 +1,10 @@
 """What a sweep would run and cost, before it starts."""
 
-import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from secateur.core.choices import Granularity, Scope
 from secateur.core.gram import Gram
@@ -18,6 +17,9 @@ from secateur.pruning.forecast_time import forward_seconds
 from secateur.pruning.preparation import prepared
 from secateur.pruning.settings import PruneSettings
 from secateur.sweeps.folder import Cell
+
+if TYPE_CHECKING:
+    from secateur.sweeps.loop import SweepLoop
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,7 @@ class SweepEstimate:
             {"method": own.cell.method, "pattern": own.cell.pattern, **vars(own), "cell": own.cell.folder}
             for own in self.cells
         ]
-        value = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return {**value, "folder": str(self.folder), "cells": cells, "seconds": self.seconds}
+        return {**vars(self), "folder": str(self.folder), "cells": cells, "seconds": self.seconds}
 
 
 def shared_gradient(method: Method, propagate: str) -> tuple[Granularity, Scope] | None:
@@ -90,36 +91,32 @@ def refusal(opened: OpenedModel, task: Task, options: Mapping[str, Any]) -> Seca
 
 
 def estimate_sweep(
-    opened: OpenedModel,
-    folder: Path,
-    tasks: Sequence[Task],
-    *,
-    pruned: Sequence[Cell],
-    finished: int,
-    evaluations: Mapping[str, int],
-    dense_tokens: int,
-    checkpoints: int,
-    options: Mapping[str, Any],
-    unchecked: Sequence[str] = (),
+    loop: "SweepLoop", opened: OpenedModel, options: Mapping[str, Any], unchecked: Sequence[str] = ()
 ) -> SweepEstimate:
-    """The estimate of the `tasks` that are still to be done.
+    """The estimate of the tasks of a loop that are still to be done.
 
-    `pruned` are the cells whose checkpoint is there, `evaluations` the tokens to evaluate by cell folder,
-    `dense_tokens` those of the dense model, `checkpoints` how many are on disk at once, `options` those of
-    `forecast.estimate`, and `unchecked` what is not known of the calibration text. Raises the error of the first task
-    when none can be run.
+    `options` are those of `forecast.estimate`, and `unchecked` is what is not known of the calibration text. Raises the
+    error of the first task when none can be run.
     """
+    tasks = loop.pending
+    pruned = [task.cell for task in tasks if loop.pruned(task.cell)]
     refusals = {task.cell.folder: None if task.cell in pruned else refusal(opened, task, options) for task in tasks}
     errors = [error for error in refusals.values() if error is not None]
     if tasks and len(errors) == len(tasks):
         raise errors[0]
+    tokens = {data: windows.tokens for data, windows in loop.texts.items()}
+    dense_tokens = sum(count for data, count in tokens.items() if data not in loop.dense)
+    # Agreement runs the dense model beside the pruned one.
+    passes = 3 if loop.settings["agreement"] else 1
+    # Beside the one at hand.
+    kept = {"none": 0, "best": len({task.cell.pattern for task in loop.tasks}), "all": len(tasks) - 1}
     token_seconds = forward_seconds(opened.skeleton, 10**6) / 10**6 if tasks or dense_tokens else 0.0
     alone: dict[tuple[str, bool], Estimate] = {}  # by label, and whether the statistics are there already
     shared: dict[tuple[Granularity, Scope], tuple[float, int]] = {}
     cells, statistics = [], 0
     for task in tasks:
         error, label = refusals[task.cell.folder], task.cell.method
-        seconds = token_seconds * evaluations[task.cell.folder]
+        seconds = token_seconds * passes * sum(tokens[data] for data in loop.lacking(task.cell))
         if error is None and task.cell not in pruned:
             kind = shared_gradient(task.method, options["propagate"])
             reused = options["propagate"] == "dense" and statistics > 0
@@ -139,7 +136,8 @@ def estimate_sweep(
             seconds = 0.0
         cells.append(CellEstimate(task.cell, seconds, task.cell not in pruned, str(error) if error else None))
     checkpoint = max((own.disk_bytes for own in alone.values()), default=0)
-    disk = checkpoints * checkpoint + sum(size for _, size in shared.values()) + statistics
+    disk = (1 + kept[loop.settings["keep"]]) * checkpoint + sum(size for _, size in shared.values()) + statistics
+    folder = loop.folder.path
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free
     notes = [*unchecked, *(f"{own.cell.name} will fail: {own.refusal}" for own in cells if own.refusal is not None)]
@@ -150,7 +148,7 @@ def estimate_sweep(
     return SweepEstimate(
         folder=folder,
         cells=cells,
-        finished=finished,
+        finished=len(loop.tasks) - len(tasks),
         shared_seconds=token_seconds * dense_tokens + sum(seconds for seconds, _ in shared.values()),
         disk_bytes=disk,
         free_disk_bytes=free,

@@ -17,7 +17,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from secateur.core.fingerprint import difference
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.errors import CheckpointError
-from secateur.files.reading import checked, read_json, read_text
+from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.output import check_apart, check_writable
@@ -253,10 +253,6 @@ class SweepFolder:
     def checkpoint(self, cell: Cell) -> Path:
         """Where the pruned checkpoint of a cell is, or would be."""
         return self.path / cell.folder / CHECKPOINT
-
-    def keep_manifest(self, cell: Cell) -> None:
-        """Copy the manifest of a cell's checkpoint beside it, where it stays."""
-        self.write(f"{cell.folder}/{FILE_NAME}", read_text(self.checkpoint(cell) / FILE_NAME))
 
     def source_tensors(self, cells: Sequence[Cell]) -> dict[str, str]:
         """sha256 of the source's planned tensors as the first of these cells with a manifest saw them."""

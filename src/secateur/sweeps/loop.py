@@ -1,10 +1,9 @@
 """The one loop over the cells of a sweep: prune, evaluate, record, and drop what is not to be kept."""
 
 import math
-import os
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from secateur.calibration.corpora import is_token_file
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import gradient_batch_size, gradients
 from secateur.collect.model_windows import foreseen_windows, model_evaluation_windows, model_windows
-from secateur.collect.settings import CalibrationSettings
+from secateur.collect.settings import CalibrationSettings, Model
 from secateur.collect.survey import Survey
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.problem import Method
@@ -22,13 +21,16 @@ from secateur.core.statistics import Statistic, by_sample
 from secateur.errors import CheckpointError, MethodError, SecateurError
 from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
+from secateur.files.reading import read_text
 from secateur.models.flow.memory import trim
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.pruning.engine import prune
+from secateur.record.manifest import FILE_NAME
 from secateur.runs.events import Event
 from secateur.sweeps.estimate import SweepEstimate, Task, estimate_sweep, shared_gradient
 from secateur.sweeps.folder import Cell, Sweep, SweepFolder, check_settings, plain
+from secateur.sweeps.settings import SweepSettings
 from secateur.sweeps.table import markdown, table_csv
 
 EVALUATION_OPTIONS = ("batch_size", "device", "dtype", "offload_states", "trust_remote_code")
@@ -60,14 +62,11 @@ class SweepLoop:
     """One run of a sweep: what it was asked for, what is known so far, and what the cells share."""
 
     folder: SweepFolder
-    model: str | os.PathLike[str]
+    asked: SweepSettings
     tasks: list[Task]
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # as they are recorded
     options: dict[str, Any]  # of prune
     tokenizer: Any
-    command: Sequence[str] | None
-    on_event: Callable[[SweepEvent], None]
-    again: Collection[str] = ()  # labels whose cells are to be run anew
     outdated: set[str] = field(default_factory=set)  # folders of cells with a checkpoint of another method
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)  # by folder; also those that were not asked for this time
@@ -89,10 +88,13 @@ class SweepLoop:
     def join(self, known: Sweep | None) -> None:
         """Go on from what is on the disk. Raises `CheckpointError` when that was made with other settings."""
         if known is not None:
-            finished = {cell.method for cell in known.cells if cell.figures} - set(self.again)
+            finished = {cell.method for cell in known.cells if cell.figures} - set(self.asked.again)
             check_settings(self.folder.path, known.settings, self.settings, finished)
             held = known.settings["methods"]
-            changed = {*self.again, *(key for key, own in self.settings["methods"].items() if held.get(key) != own)}
+            changed = {
+                *self.asked.again,
+                *(key for key, own in self.settings["methods"].items() if held.get(key) != own),
+            }
             for key in ("methods", "digests", "bos_choices"):
                 self.settings[key] = {**known.settings.get(key, {}), **self.settings[key]}
             self.settings["data"] = list(dict.fromkeys([*known.data, *self.settings["data"]]))
@@ -117,9 +119,9 @@ class SweepLoop:
     def pending(self) -> list[Task]:
         """The tasks that are not finished, first those whose checkpoint is there."""
         tasks = [task for task in self.tasks if self.lacking(self.cells[task.cell.folder])]
-        return sorted(tasks, key=lambda task: not self._pruned(task.cell))
+        return sorted(tasks, key=lambda task: not self.pruned(task.cell))
 
-    def _pruned(self, cell: Cell) -> bool:
+    def pruned(self, cell: Cell) -> bool:
         """Whether the checkpoint of a cell is there."""
         return cell.folder not in self.outdated and self.folder.checkpoint(cell).exists()
 
@@ -187,25 +189,7 @@ class SweepLoop:
             seen = foreseen_windows(opened, self._drawing(calibration))
             text = {"calibration": seen.windows, "samples": seen.samples, "length": seen.length}
             unchecked = seen.unchecked
-        tokens = {data: windows.tokens for data, windows in self.texts.items()}
-        # Agreement runs the dense model beside the pruned one.
-        passes = 3 if self.settings["agreement"] else 1
-        pending = self.pending
-        kept = {"none": 0, "best": len({task.cell.pattern for task in self.tasks}), "all": len(pending) - 1}
-        estimate = estimate_sweep(
-            opened,
-            self.folder.path,
-            pending,
-            pruned=[task.cell for task in pending if self._pruned(task.cell)],
-            finished=len(self.tasks) - len(pending),
-            evaluations={
-                task.cell.folder: passes * sum(tokens[data] for data in self.lacking(task.cell)) for task in pending
-            },
-            dense_tokens=sum(count for data, count in tokens.items() if data not in self.dense),
-            checkpoints=1 + kept[self.settings["keep"]],
-            options={**self.options, **text},
-            unchecked=unchecked,
-        )
+        estimate = estimate_sweep(self, opened, {**self.options, **text}, unchecked)
         self.seconds = {own.cell.folder: own.seconds for own in estimate.cells}
         return estimate
 
@@ -219,7 +203,7 @@ class SweepLoop:
         self.folder.write_sweep(self.sweep)
         for data in self.texts:
             if data not in self.dense:
-                self.dense[data] = self._perplexity(self.model, data, None)
+                self.dense[data] = self._perplexity(self.asked.model, data, None)
                 self.folder.write_sweep(self.sweep)
                 self._tell(SweepEvent("dense", stage=data))
         self._take_gradients()
@@ -249,7 +233,7 @@ class SweepLoop:
             statistics.close()
 
     def _to_prune(self) -> list[Task]:
-        return [task for task in self.pending if not self._pruned(task.cell)]
+        return [task for task in self.pending if not self.pruned(task.cell)]
 
     def _take_gradients(self) -> None:
         """One pass over the dense model for each kind of gradients that cells share; cells record its failure."""
@@ -276,7 +260,7 @@ class SweepLoop:
             norms = norms | held
         options = {key: value for key, value in self.options.items() if key in GRADIENT_OPTIONS}
         gradients(
-            self.model,
+            self.asked.model,
             path,
             norms=sorted(norms),
             granularity=granularity,
@@ -312,7 +296,7 @@ class SweepLoop:
                 if cell.figures:
                     self._tell(SweepEvent("again", cell))
                 self._prune(task)
-            self.folder.keep_manifest(cell)
+            self.folder.write(f"{cell.folder}/{FILE_NAME}", read_text(self.folder.checkpoint(cell) / FILE_NAME))
             for data in self.lacking(cell):
                 figures = {**cell.figures, data: self._figures(cell, data)}
                 cell = replace(cell, figures=figures, seconds=before + time.perf_counter() - began)
@@ -334,21 +318,20 @@ class SweepLoop:
         return cell
 
     def _prune(self, task: Task) -> None:
-        """Make the checkpoint of a cell."""
         kind = shared_gradient(task.method, self.options["propagate"])
         gradient = self.gradients[kind] if kind is not None else None
         if isinstance(gradient, SecateurError):
             raise gradient
         size = self.batch_sizes.get(task.cell.method, self.options["batch_size"])
         manifest = prune(
-            self.model,
+            self.asked.model,
             method=task.method,
             pattern=task.pattern,
             calibration=self.calibration if self.calibration is not None else (),
             gradient=gradient,
             statistics=self.statistics.get(size) if task.method.inputs else None,
             output=self.folder.checkpoint(task.cell),
-            command=self.command,
+            command=self.asked.command,
             on_event=lambda event: self._pruning(task.cell, event),
             **{**self.options, "batch_size": size},
         )
@@ -361,7 +344,6 @@ class SweepLoop:
                 )
 
     def _figures(self, cell: Cell, data: str) -> dict[str, Any]:
-        """The evaluations of a cell's checkpoint on a data set."""
         figures = dict(cell.figures.get(data, {}))
         checkpoint = self.folder.checkpoint(cell)
         if "perplexity" not in figures:
@@ -371,7 +353,7 @@ class SweepLoop:
         if self.settings["agreement"]:
             how = {key: self.options[key] for key in ("device", "dtype", "revision", "trust_remote_code")}
             (found,) = agreement(
-                open_model(self.model, **how),
+                open_model(self.asked.model, **how),
                 [checkpoint],
                 self.texts[data],
                 progress=lambda stage, done, total: self._stage(cell, f"{data}: {stage}", done, total),
@@ -380,7 +362,7 @@ class SweepLoop:
             figures["agreement"] = {key: plain(value) for key, value in vars(found).items() if key in AGREEMENT}
         return figures
 
-    def _perplexity(self, model: str | os.PathLike[str], data: str, cell: Cell | None) -> dict[str, Any]:
+    def _perplexity(self, model: Model, data: str, cell: Cell | None) -> dict[str, Any]:
         revision = self.options["revision"] if cell is None else None
         found = perplexity(
             model,
@@ -418,7 +400,7 @@ class SweepLoop:
 
     def _tell(self, event: SweepEvent) -> None:
         finished, cells = self.position
-        self.on_event(replace(event, finished=finished, cells=cells))
+        self.asked.on_event(replace(event, finished=finished, cells=cells))
 
 
 class _ChangedModelError(CheckpointError):

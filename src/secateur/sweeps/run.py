@@ -56,8 +56,7 @@ def run(settings: SweepSettings) -> Sweep:
             "Save it with save_pretrained, and give the folder."
         )
     tasks = grid(settings)
-    again, data = list(settings.again), list(settings.data)
-    if not data:
+    if not settings.data:
         raise CalibrationError("--data: got none, expected at least one text to evaluate on.")
     folder = SweepFolder(settings.output, model)
     what = {
@@ -68,12 +67,13 @@ def run(settings: SweepSettings) -> Sweep:
         "targets": settings.targets,
         "correction": chosen_correction(settings),
     }
-    opening: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
-    opening |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    opening: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("device", "dtype", "revision", "trust_remote_code")
+    }
     running = {"statistics_device": settings.statistics_device, "batch_size": settings.batch_size}
     with ExitStack() as stack:
         opened = open_model(model, **opening)
-        unknown = set(again) - {task.cell.method for task in tasks}
+        unknown = set(settings.again) - {task.cell.method for task in tasks}
         if unknown:
             known = ", ".join(dict.fromkeys(task.cell.method for task in tasks))
             raise PatternError(f"--again {min(unknown)}: is no method of this call; it has {known}.")
@@ -94,7 +94,7 @@ def run(settings: SweepSettings) -> Sweep:
             "windows": settings.windows,
             "keep": settings.keep,
             "agreement": settings.agreement,
-            "data": list(dict.fromkeys(data)),
+            "data": list(dict.fromkeys(settings.data)),
             "methods": {task.cell.method: _described(task.method) for task in tasks},
             "digests": {},
         }
@@ -102,14 +102,11 @@ def run(settings: SweepSettings) -> Sweep:
             stack.enter_context(folder.locked())
         loop = SweepLoop(
             folder=folder,
-            model=model,
+            asked=settings,
             tasks=tasks,
             settings=recorded,
             options={**what, **running, **opening, "offload_states": settings.offload_states},
             tokenizer=settings.tokenizer or opened.load_tokenizer(),
-            command=settings.command,
-            on_event=settings.on_event,
-            again=again,
         )
         loop.join(folder.found())
         loop.cut_texts(opened, decide=not settings.dry_run)
@@ -127,10 +124,6 @@ def _described(method: Method) -> dict[str, Any]:
     plain = (str, int, float, bool, type(None))
     options = {key: value if isinstance(value, plain) else str(value) for key, value in method.options.items()}
     return {"name": method.name, "options": options, "fingerprint": fingerprint(method)}
-
-
-def _json_value(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def _calibration_settings(calibration: str | Sequence[str] | Windows, settings: SweepSettings) -> dict[str, Any]:
