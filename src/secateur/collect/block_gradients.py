@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from secateur.core.choices import Granularity, Norm
 from secateur.models.flow.backward import (
-    BlockGradients,
     GradientTap,
     SavedInputs,
     StateGradients,
@@ -23,7 +22,9 @@ from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
 
 Parameters = Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]]
-Take = Callable[[BlockGradients], None]
+Take = Callable[[Block, Mapping[tuple[str, Norm], Tensor]], None]
+"""Is given a block and its gradients by parameter and norm, laid out like the parameter."""
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,7 +78,7 @@ def model_gradients(
             finally:
                 own.states.close()
             stream.release(block)
-            take(BlockGradients(block, tap.totals))
+            take(block, tap.totals)
         progress("backward", len(blocks) - block.index, len(blocks) - first)
 
     try:
@@ -129,7 +130,7 @@ def regional_gradients(
                 stream.states.put(batch, regional_gradient(stream, block, batch, tap))
             stream.release(block)
             if tap is not None:
-                take(BlockGradients(block, tap.totals))
+                take(block, tap.totals)
         progress("forward and backward", block.index + 1, len(skeleton.blocks))
 
     try:

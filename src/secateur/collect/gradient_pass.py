@@ -4,9 +4,10 @@ import datetime
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -24,12 +25,12 @@ from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.files.names import unique
-from secateur.models.flow.backward import BlockGradients
 from secateur.models.flow.memory import return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.matrices import Matrix, numbered_experts, tapped
 from secateur.models.shape.skeleton import Skeleton
+from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest, tensor_digest
 from secateur.runs.options import taking
@@ -173,11 +174,15 @@ def collect(
         parts = _parts(windows.batches(batch_size), sizes.samples)
         by_block = _by_block(matrices)
 
-        def take_block(found: BlockGradients) -> None:
-            own = by_block.get(found.block.index, [])
-            _add(writer, found, own, norms)
+        def take_block(block: Block, totals: Mapping[tuple[str, Norm], Tensor]) -> None:
+            own = by_block.get(block.index, [])
+            _, layout = tapped(block, own)
+            for matrix, norm in product(own, norms):
+                total = matrix.of_parameter(totals[matrix.parameter, norm], layout[matrix.parameter])
+                writer.add(matrix.name, norm, total)
             if number + 1 == len(parts):
-                _check(writer, own, norms, windows.samples)
+                for matrix, norm in product(own, norms):
+                    check_gradient(matrix.name, writer.read(matrix.name, norm), windows.samples)
 
         for number, part in enumerate(parts):
             (model_gradients if scope == "model" else regional_gradients)(
@@ -230,20 +235,6 @@ def _by_block(matrices: Sequence[Matrix]) -> dict[int, list[Matrix]]:
     for matrix in matrices:
         result.setdefault(matrix.block, []).append(matrix)
     return result
-
-
-def _add(writer: GradientWriter, found: BlockGradients, matrices: Sequence[Matrix], norms: Sequence[Norm]) -> None:
-    _, layout = tapped(found.block, matrices)
-    for matrix in matrices:
-        for norm in norms:
-            total = found.totals[matrix.parameter, norm]
-            writer.add(matrix.name, norm, matrix.of_parameter(total, layout[matrix.parameter]))
-
-
-def _check(writer: GradientWriter, matrices: Sequence[Matrix], norms: Sequence[Norm], samples: int) -> None:
-    for matrix in matrices:
-        for norm in norms:
-            check_gradient(matrix.name, writer.read(matrix.name, norm), samples)
 
 
 def check_gradient(name: str, total: Tensor, samples: int) -> None:

@@ -149,27 +149,17 @@ def agreement(
 def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """The figures of an `Agreement`, from the two models' last hidden states, a few tokens' logits at a time."""
     batches: list[Tensor] = []  # (divergence, first choices equal, pruned loss, dense loss) of each token
-    for batch, ids in enumerate(dense.batches):
+    for batch in range(len(dense.batches)):
         chunk = dense.chunk(batch)
-        targets = ids[:, 1:].to(dense.device)
-        position = 0
         parts = []
-        for (_, expected), (_, found) in zip(dense.logits(batch, chunk), pruned.logits(batch, chunk), strict=True):
-            own = targets[:, position : position + expected.shape[1]]
-            position += expected.shape[1]
-            if not own.shape[1]:
-                continue
-            p, q = (logits[:, : own.shape[1]].float().log_softmax(-1) for logits in (expected, found))
-            parts.append(
-                torch.stack(
-                    [
-                        # A divergence is never negative; rounding in float32 can make it so by a little.
-                        (p.exp() * (p - q)).sum(-1).clamp(min=0),
-                        (p.argmax(-1) == q.argmax(-1)).float(),
-                        *(-logits.gather(-1, own.unsqueeze(-1)).squeeze(-1) for logits in (q, p)),
-                    ]
-                )
-            )
+        pairs = zip(dense.logits(batch, chunk), pruned.logits(batch, chunk), strict=True)
+        for (targets, expected), (_, found) in pairs:
+            p, q = (logits.float().log_softmax(-1) for logits in (expected, found))
+            # A divergence is never negative; rounding in float32 can make it so by a little.
+            divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+            same = (p.argmax(-1) == q.argmax(-1)).float()
+            losses = [-logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) for logits in (q, p)]
+            parts.append(torch.stack([divergence, same, *losses]))
         batches.append(torch.cat(parts, dim=-1).cpu())
         progress("head", batch + 1, len(dense.batches))
     kl, top1 = (torch.cat([batch[row].flatten() for batch in batches]).double() for row in range(2))

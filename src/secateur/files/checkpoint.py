@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -208,10 +208,6 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, from the header."""
         return DTYPES[self.tensors[name].dtype]
-
-    def bytes(self, names: Iterable[str]) -> int:
-        """Size in bytes of the named tensors together."""
-        return sum(self.tensors[name].bytes for name in names)
 
     @property
     def names(self) -> list[str]:
