@@ -4,7 +4,7 @@ import datetime
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -33,11 +33,10 @@ from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest, tensor_digest
+from secateur.runs.events import Progress
 from secateur.runs.options import taking
 from secateur.runs.output import check_writable, resolved
 from secateur.runs.transaction import Transaction
-
-Progress = Callable[[str, int, int], None]
 
 
 @taking(GradientSettings)

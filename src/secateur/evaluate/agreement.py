@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from secateur.errors import CheckpointError, NumericalError
 from secateur.evaluate.perplexity import exponential, paired_difference, standard_error
 from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.runs.events import Progress, named
 from secateur.runs.forward import after_the_last_block
 
 
@@ -97,7 +98,7 @@ def agreement(
     offload_states: str = "auto",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> list[Agreement]:
     """The agreement of each pruned model with the dense one, on the same windows of a text.
 
@@ -113,7 +114,7 @@ def agreement(
         cut = model_evaluation_windows(reference, data, tokenizer, length=length, windows=windows, bos=bos)
         batches = cut.batches(batch_size or default_batch_size(cut.length, reference.skeleton.device))
         forward = partial(after_the_last_block, batches=batches, offload_states=offload_states)
-        expected = stack.enter_context(forward(reference.skeleton, progress=_named(progress, "dense")))
+        expected = stack.enter_context(forward(reference.skeleton, progress=named(progress, "dense")))
         results = []
         for number, model in enumerate(pruned):
             started = time.perf_counter()
@@ -126,8 +127,8 @@ def agreement(
                         f"{opened.origin.get('path')}: has a vocabulary of {own} tokens, the dense model has {held}. "
                         "They cannot be compared."
                     )
-                with forward(opened.skeleton, progress=_named(progress, name)) as stream:
-                    figures = _compare(expected, stream, _named(progress, name))
+                with forward(opened.skeleton, progress=named(progress, name)) as stream:
+                    figures = _compare(expected, stream, named(progress, name))
             finally:
                 opened.restore()
             results.append(
@@ -146,7 +147,7 @@ def agreement(
         return results
 
 
-def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def _compare(dense: Stream, pruned: Stream, progress: Progress) -> dict[str, Any]:
     """The figures of an `Agreement`, from the two models' last hidden states, a few tokens' logits at a time."""
     batches: list[Tensor] = []  # (divergence, first choices equal, pruned loss, dense loss) of each token
     for batch in range(len(dense.batches)):
@@ -184,7 +185,3 @@ def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], 
         "window_nats": own_nats.tolist(),
         "window_nats_dense": dense_nats.tolist(),
     }
-
-
-def _named(progress: Callable[[str, int, int], None], name: str) -> Callable[[str, int, int], None]:
-    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)

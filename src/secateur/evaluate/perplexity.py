@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import NumericalError
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.runs.events import Progress
 from secateur.runs.forward import after_the_last_block
 
 
@@ -87,7 +88,7 @@ def perplexity(
     tokenizer: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Perplexity:
     """The perplexity of a model on a text, in the memory of one block.
 
@@ -134,7 +135,7 @@ def window_losses(
     *,
     batch_size: int | None = None,
     offload_states: str = "auto",
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Tensor:
     """The mean cross-entropy of each window, in nats: float64 of shape (windows,)."""
     skeleton = opened.skeleton

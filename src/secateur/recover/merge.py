@@ -3,7 +3,7 @@
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from secateur.record.manifest import read_manifest
 from secateur.record.verify import verify
 from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.written import versions, write_trained
+from secateur.runs.events import Progress, named
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
-
-Progress = Callable[[str, int, int], None]
 
 
 class MergedCheckpoint:
@@ -220,7 +219,7 @@ def merge(
                 ("merged", open_model(transaction.folder, **how)),
             ):
                 results[key] = perplexity(
-                    model, text, batch_size=batch_size, progress=_named(progress, f"perplexity, {key}")
+                    model, text, batch_size=batch_size, progress=named(progress, f"perplexity, {key}")
                 )
             assert written.manifest.recovery is not None
             written.manifest.recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
@@ -298,7 +297,3 @@ def _held_out(record: Mapping[str, Any], opened: OpenedModel, length: int | None
     count = windows or most
     provenance = {**text.provenance, "samples": count, "length": length}
     return Windows(ids[: count * length].reshape(count, length), provenance)
-
-
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)

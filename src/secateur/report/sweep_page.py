@@ -1,6 +1,6 @@
 """The report of a sweep: perplexity over sparsity for each method, and tables of method by pattern."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from secateur.report.evaluations import data_name
 from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
 from secateur.report.tables import Cell, Table, number, percent, text
 from secateur.report.terminal import seconds_text
+from secateur.runs.events import Progress
 from secateur.sweeps.folder import SWEEP_FILE, Sweep
 
 
@@ -18,7 +19,7 @@ def is_sweep(folder: Path) -> bool:
     return (folder / SWEEP_FILE).is_file()
 
 
-def build_sweep(folder: Path, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Path:
+def build_sweep(folder: Path, progress: Progress = lambda stage, done, total: None) -> Path:
     """The page of a sweep, written to its folder `report` together with its pictures.
 
     Raises `CheckpointError` for a file `sweep.json` that cannot be read, and `SecateurError` when the libraries of
