@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.calibration import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CheckpointError, NumericalError
-from secateur.evaluate.perplexity import exponential, paired_difference, standard_error
+from secateur.evaluate.perplexity import exponential, paired_difference, standard_error, without_nan
 from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.runs.events import Progress, named
@@ -73,14 +73,8 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """All fields, both perplexities and their difference; errors are None for a single window."""
-        value = {
-            "perplexity": self.perplexity,
-            "perplexity_dense": self.perplexity_dense,
-            "difference": self.difference,
-            "difference_error": self.difference_error,
-            **vars(self),
-        }
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in value.items()}
+        computed = ("perplexity", "perplexity_dense", "difference", "difference_error")
+        return without_nan({name: getattr(self, name) for name in computed} | vars(self))
 
 
 @torch.no_grad()

@@ -53,14 +53,17 @@ class Perplexity:
     def to_json(self) -> dict[str, Any]:
         """All fields, with the perplexity and its error; errors are None for a single window."""
         value = {"perplexity": self.perplexity, "perplexity_error": self.perplexity_error, **asdict(self)}
-        if math.isnan(self.standard_error):  # JSON knows no NaN
-            value["perplexity_error"] = value["standard_error"] = None
-        return value
+        return without_nan(value)
 
 
 def exponential(nats: float) -> float:
     """exp(nats), infinite where that overflows."""
     return math.exp(nats) if nats < 700 else math.inf
+
+
+def without_nan(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for what is not a number, which JSON does not know."""
+    return {key: None if isinstance(item, float) and math.isnan(item) else item for key, item in value.items()}
 
 
 def standard_error(values: Tensor) -> float:

@@ -30,25 +30,23 @@ _Count = Annotated[int, Meta(ge=0)]
 
 
 # What is read of a kept result.
-class _PerplexityResult(TypedDict):
+class _OnText(TypedDict):
     data: str
     digest: str
     windows: _Count
     length: _Count
-    nats: float
-    standard_error: float | None
     perplexity: float
-    perplexity_error: float | None
-    window_nats: list[float]
     provenance: NotRequired[dict[str, Any]]
 
 
-class _AgreementResult(TypedDict):
-    data: str
-    digest: str
-    windows: _Count
-    length: _Count
-    perplexity: float
+class _PerplexityResult(_OnText):
+    nats: float
+    standard_error: float | None
+    perplexity_error: float | None
+    window_nats: list[float]
+
+
+class _AgreementResult(_OnText):
     perplexity_dense: float
     difference: float
     difference_error: float | None
@@ -56,7 +54,6 @@ class _AgreementResult(TypedDict):
     kl_error: float | None
     kl_99: float
     top1: float
-    provenance: NotRequired[dict[str, Any]]
 
 
 class _MetricValue(TypedDict):

@@ -186,7 +186,7 @@ class StateGradients:
     """
 
     states: HiddenStates
-    scales: list[float]
+    scales: dict[int, float] = field(default_factory=dict)
     shared: dict[tuple[int, int, Any], list[Tensor | None]] = field(default_factory=dict)
 
 
@@ -204,7 +204,7 @@ def forward_saving_inputs(stream: Stream, block: Block, folder: Path | None) -> 
 
 def head_gradients(stream: Stream, folder: Path | None, progress: Callable[[str, int, int], None]) -> StateGradients:
     """The gradient of the loss with respect to the last hidden states, through the model's own head."""
-    outgoing = StateGradients(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"), [])
+    outgoing = StateGradients(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"))
     for batch, ids in enumerate(stream.batches):
         predictions = ids.shape[1] - 1
         # Exact: in half precision a mean over the tokens would push the logits' gradients below what float16 holds.
@@ -231,13 +231,11 @@ def _put(outgoing: StateGradients, batch: int, gradient: Tensor, scale: float, w
     if dtype == torch.float16:
         largest = float(gradient.abs().amax())
         factor = 2.0 ** math.floor(math.log2(HALF_TARGET / largest)) if largest > 0 else 1.0
-        others = [key for key in outgoing.shared if key[0] == batch]
-        for key in others:
-            outgoing.shared[key] = [None if part is None else part * factor for part in outgoing.shared[key]]
+        for key, parts in outgoing.shared.items():
+            if key[0] == batch:
+                outgoing.shared[key] = [None if part is None else part * factor for part in parts]
         gradient, scale = gradient * factor, scale * factor
     outgoing.states.put(batch, gradient)
-    if batch == len(outgoing.scales):
-        outgoing.scales.append(scale)
     outgoing.scales[batch] = scale
 
 
