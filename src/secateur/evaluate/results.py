@@ -16,7 +16,7 @@ from msgspec import Meta
 import secateur
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import Checkpoint, file_digest
-from secateur.files.folders import companion_files, locate
+from secateur.files.folders import companions, locate
 from secateur.files.names import unique
 from secateur.files.reading import checked, read_json
 
@@ -173,7 +173,7 @@ def model_digest(model: str | os.PathLike[str], revision: str | None = None) -> 
             raise CheckpointError(f"{file}: no such file.")
         return file_digest(file)
     folder = locate(name, revision)
-    deciding = [*Checkpoint(folder).files, *filter(_decides, companion_files(folder))]
+    deciding = [*Checkpoint(folder).files, *filter(_decides, companions(folder)[0])]
     listing = {file.relative_to(folder).as_posix(): file_digest(file) for file in deciding}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
