@@ -48,7 +48,7 @@ from secateur.errors import CalibrationError
 from secateur.methods import METHODS
 from secateur.methods.gblm import gblm
 from secateur.methods.wanda_plus import wanda_plus
-from secateur.models.flow import backward, stream
+from secateur.models.flow import stream
 from secateur.models.opening.opened import open_model
 from secateur.pruning.engine import prune
 
@@ -113,9 +113,9 @@ def test_the_head_in_chunks(name, tmp_path, monkeypatch):
     whole = take(source, tmp_path / "whole", ids, dtype="float64", batch_size=2)
     monkeypatch.setattr(stream, "LOGITS_BYTES", 1)
     seen = []
-    head = backward.Stream.head
+    parts = stream.Stream._parts
     monkeypatch.setattr(
-        backward.Stream, "head", lambda self, batch, chunk: seen.append(chunk) or head(self, batch, chunk)
+        stream.Stream, "_parts", lambda self, batch, chunk: seen.append(chunk) or parts(self, batch, chunk)
     )
     assert_same_totals(whole, take(source, tmp_path / "chunks", ids, dtype="float64", batch_size=2), 1e-12)
     assert seen == [16]

@@ -14,7 +14,7 @@ import secateur
 import tiny
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import SINGLE_FILE
-from secateur.files.folders import companion_files, left_behind
+from secateur.files.folders import companions
 from secateur.methods.magnitude import magnitude
 from secateur.models.opening.loading import check_loads
 from secateur.models.opening.opened import open_model
@@ -82,8 +82,9 @@ def test_subfolders_arrive_and_the_rest_is_named(model: Path, tmp_path: Path) ->
 
 def test_a_plain_folder_leaves_nothing(model: Path, tmp_path: Path) -> None:
     assert "not_copied" not in secateur.prune(model, method=magnitude(), output=tmp_path / "out").source
-    assert left_behind(model, [model / SINGLE_FILE]) == []
-    assert [file.name for file in companion_files(model)] == ["config.json", "generation_config.json"]
+    kept, left = companions(model)
+    assert left == [SINGLE_FILE]
+    assert [file.name for file in kept] == ["config.json", "generation_config.json"]
 
 
 # What was written loads

@@ -119,7 +119,7 @@ def test_a_decoder_does_not_depend_on_what_comes_at_all(name: str, monkeypatch: 
     )
     opened = open_model(tiny.build(name))
     try:
-        Stream(opened.skeleton, tiny.tokens(1, 4), batch_size=1).close()
+        Stream(opened.skeleton, [tiny.tokens(1, 4)]).close()
     except ModelStructureError:  # for another reason: its blocks run several times
         assert name == "hrm_text"
     assert checked

@@ -33,7 +33,7 @@ def own_logits(folder: Path, ids: Tensor) -> Tensor:
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     with torch.no_grad():
-        return model(ids, use_cache=False).logits
+        return model(ids, use_cache=False).logits[:, :-1]
 
 
 @torch.no_grad()
@@ -46,12 +46,12 @@ def replay(skeleton: Skeleton, stream: Stream) -> None:
 
 def stream_logits(skeleton: Skeleton, ids: Tensor, batch_size: int, chunk: int = 512) -> Tensor:
     skeleton.load_outside()
-    stream = Stream(skeleton, ids, batch_size=batch_size)
+    stream = Stream(skeleton, torch.split(ids, batch_size))
     replay(skeleton, stream)
     parts = []
     for batch, own in enumerate(stream.batches):
         pieces = list(stream.logits(batch, chunk))
-        assert torch.equal(torch.cat([piece for piece, _ in pieces], dim=1), own)
+        assert torch.equal(torch.cat([piece for piece, _ in pieces], dim=1), own[:, 1:])
         parts.append(torch.cat([logits for _, logits in pieces], dim=1))
     return torch.cat(parts)
 
@@ -98,7 +98,7 @@ def test_a_block_may_run_twice(name, tmp_path):
     """The engine runs each block for its statistics, and again once it is pruned: its inputs must stay as they are."""
     skeleton = opened(name, tmp_path)
     skeleton.load_outside()
-    stream = Stream(skeleton, tiny.tokens(samples=2, length=12), batch_size=2)
+    stream = Stream(skeleton, torch.split(tiny.tokens(samples=2, length=12), 2))
     with torch.no_grad():
         for block in skeleton.blocks:
             with loaded(skeleton, block, skeleton.read(block)):
@@ -117,7 +117,7 @@ def test_what_cannot_be_streamed_says_so(name, tmp_path):
     modules = dict(skeleton.model.named_modules())
     skeleton.load_outside()
     with pytest.raises(ModelStructureError, match=NOT_STREAMED[name][1]):
-        Stream(skeleton, tiny.tokens(), batch_size=2, states_folder=tmp_path / "states")
+        Stream(skeleton, torch.split(tiny.tokens(), 2), states_folder=tmp_path / "states")
     assert_as_before(skeleton, modules)
     assert not (tmp_path / "states").exists()
 
@@ -128,7 +128,7 @@ def test_a_model_that_works_between_its_blocks_says_so(tmp_path, monkeypatch):
     skeleton = opened("rwkv", tmp_path)
     skeleton.load_outside()
     with pytest.raises(ModelStructureError, match=r"changes the hidden states between block 1 and block 2"):
-        Stream(skeleton, tiny.tokens(), batch_size=2)
+        Stream(skeleton, torch.split(tiny.tokens(), 2))
 
 
 def test_a_failure_while_recording_leaves_nothing(tmp_path):
@@ -141,7 +141,7 @@ def test_a_failure_while_recording_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Stream(skeleton, tiny.tokens(), batch_size=2, states_folder=tmp_path / "states", progress=interrupt)
+        Stream(skeleton, torch.split(tiny.tokens(), 2), states_folder=tmp_path / "states", progress=interrupt)
     assert_as_before(skeleton, modules)
     assert not (tmp_path / "states").exists()
 
@@ -152,8 +152,8 @@ def test_states_on_disk_equal_those_in_memory(name, tmp_path):
     skeleton.load_outside()
     ids = tiny.tokens(samples=5, length=12)
     folder = tmp_path / "deep" / "states"
-    in_memory = Stream(skeleton, ids, batch_size=2)
-    on_disk = Stream(skeleton, ids, batch_size=2, states_folder=folder)
+    in_memory = Stream(skeleton, torch.split(ids, 2))
+    on_disk = Stream(skeleton, torch.split(ids, 2), states_folder=folder)
     for block in skeleton.blocks:
         with loaded(skeleton, block, skeleton.read(block)), torch.no_grad():
             for batch in range(3):
@@ -164,7 +164,7 @@ def test_states_on_disk_equal_those_in_memory(name, tmp_path):
                     stream.states.put(batch, stream.run(block, batch))
     assert sorted(file.name for file in folder.iterdir()) == [f"states-{batch}.bin" for batch in range(3)]
     for batch in range(3):
-        for (_, one), (_, two) in zip(in_memory.logits(batch), on_disk.logits(batch), strict=True):
+        for (_, one), (_, two) in zip(in_memory.logits(batch, 12), on_disk.logits(batch, 12), strict=True):
             assert torch.equal(one, two)
     on_disk.close()
     on_disk.close()
@@ -212,7 +212,7 @@ def test_aside_forgets_what_is_left_for_later_blocks(tmp_path):
     """Gemma 3n's third block reads keys and values that the second one leaves behind."""
     skeleton = opened("gemma3n_text", tmp_path)
     skeleton.load_outside()
-    stream = Stream(skeleton, tiny.tokens(samples=2, length=12), batch_size=2)
+    stream = Stream(skeleton, torch.split(tiny.tokens(samples=2, length=12), 2))
     replay_two, last = skeleton.blocks[:2], skeleton.blocks[2]
     with torch.no_grad():
         for block in replay_two:
@@ -224,14 +224,14 @@ def test_aside_forgets_what_is_left_for_later_blocks(tmp_path):
             stream.states.put(0, output)
         with loaded(skeleton, last, skeleton.read(last)):
             stream.states.put(0, stream.run(last, 0))
-    ((_, logits),) = stream.logits(0)
+    ((_, logits),) = stream.logits(0, 12)
     assert distance(logits, own_logits(tmp_path, stream.batches[0])) <= TOLERANCE
 
 
 def test_equal_masks_of_many_batches_are_kept_once(tmp_path):
     skeleton = opened("gemma2", tmp_path)
     skeleton.load_outside()
-    stream = Stream(skeleton, tiny.tokens(samples=6, length=12), batch_size=2)
+    stream = Stream(skeleton, torch.split(tiny.tokens(samples=6, length=12), 2))
     for block in skeleton.blocks:
         calls = [calls[block.index] for calls in stream._calls]
         tensors = [{k: v for k, v in call.kwargs.items() if isinstance(v, Tensor)} for call in calls]
@@ -250,12 +250,12 @@ def test_a_module_in_memory_streams_as_itself():
     ids = tiny.tokens(samples=3, length=16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
+        expected = model(ids, use_cache=False).logits[:, :-1]
     assert distance(stream_logits(skeleton, ids, batch_size=2), expected) <= TOLERANCE
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [type(block) for block in model.model.layers] == [type(model.model.layers[0])] * tiny.BLOCKS
     with torch.no_grad():
-        assert torch.equal(model(ids, use_cache=False).logits, expected)
+        assert torch.equal(model(ids, use_cache=False).logits[:, :-1], expected)
 
 
 def test_half_precision_follows_transformers(tmp_path):
@@ -263,7 +263,7 @@ def test_half_precision_follows_transformers(tmp_path):
     ids = tiny.tokens(samples=2, length=16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
+        expected = model(ids, use_cache=False).logits[:, :-1]
     got = stream_logits(open_model(tmp_path, dtype="bfloat16").skeleton, ids, batch_size=2)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, expected)

@@ -67,7 +67,7 @@ def test_matrices_that_write_to_the_residual_stream(name: str, dtype: torch.dtyp
     if name == "rwkv" and dtype != torch.float32 and Version(transformers.__version__) < Version("5.16"):
         pytest.skip("before transformers 5.16 an rwkv cannot be made in half precision")
     skeleton = open_model(tiny.build(name, dtype=dtype)).skeleton
-    stream = Stream(skeleton, calibration(), batch_size=3)
+    stream = Stream(skeleton, torch.split(calibration(), 3))
     block = skeleton.blocks[FIRST.get(name, 0)]
     for before in skeleton.blocks[: block.index]:
         with loaded(skeleton, before, skeleton.read(before)):
@@ -91,7 +91,7 @@ def test_a_writer_of_massive_activations_is_one(dtype: torch.dtype) -> None:
     skeleton = open_model(model).skeleton
     block = skeleton.blocks[0]
     with loaded(skeleton, block, skeleton.read(block)):
-        found = residual_writers(block, skeleton.matrices[:7], Stream(skeleton, calibration(), batch_size=3))
+        found = residual_writers(block, skeleton.matrices[:7], Stream(skeleton, torch.split(calibration(), 3)))
     assert found["model.layers.0.mlp.down_proj.weight"].factor == 1
     assert len(found) == 2
 

@@ -1,6 +1,6 @@
 """`compare`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             from secateur.evaluate.task_differences import task_differences
             from secateur.evaluate.tasks import tasks as run_tasks
             from secateur.models.opening.whole import WholeModel
+            from secateur.runs.events import named
 
             texts = read_prompts(Path(prompts)) if prompts is not None else []
             answered: list[TaskResults] = []
@@ -61,13 +62,13 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
                                     batch_size=settings.batch_size,
                                     store=evaluation_store(),
                                     fresh=settings.fresh,
-                                    progress=_named(show, name),
+                                    progress=named(show, Path(name).name),
                                 )
                             )
                         say_reused(answered[-1])
                     if texts:
                         with evaluation_progress() as show:
-                            progress = _named(show, name)
+                            progress = named(show, Path(name).name)
                             written.append(generations(whole, texts, new_tokens=settings.new_tokens, progress=progress))
             answers = [row for own in answered[1:] for row in task_differences(answered[0], own)]
     agreements: list[list[Agreement]] = []
@@ -114,10 +115,6 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             print_tables(task_comparison_table(answers))
         if written:
             print_tables(generations_table(list(zip(*written, strict=True))))
-
-
-def _named(show: Callable[[str, int, int], None], model: str) -> Callable[[str, int, int], None]:
-    return lambda stage, done, total: show(f"{Path(model).name}: {stage}", done, total)
 
 
 def _text_rows(agreements: "Sequence[Sequence[Agreement]]") -> list[dict[str, Any]]:

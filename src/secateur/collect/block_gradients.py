@@ -21,10 +21,11 @@ from secateur.models.flow.stream import Stream
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
+from secateur.runs.events import Progress
 
 Parameters = Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]]
 Take = Callable[[Block, Mapping[tuple[str, Norm], Tensor]], None]
-Progress = Callable[[str, int, int], None]
+"""Is given a block and its gradients by parameter and norm, laid out like the parameter."""
 
 
 @dataclass(frozen=True)

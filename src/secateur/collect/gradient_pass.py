@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import secateur
 from secateur.calibration import Windows, check_predictions
-from secateur.collect.block_gradients import GradientPass, Progress
+from secateur.collect.block_gradients import GradientPass
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.collect.model_windows import model_windows
 from secateur.collect.settings import File, GradientSettings, Model
@@ -32,6 +33,7 @@ from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest, tensor_digest
+from secateur.runs.events import Progress
 from secateur.runs.options import taking
 from secateur.runs.output import check_writable, resolved
 from secateur.runs.transaction import Transaction
@@ -164,12 +166,11 @@ def collect(
         def take_block(block: Block, totals: Mapping[tuple[str, Norm], Tensor]) -> None:
             own = of_block.get(block.index, [])
             _, layout = tapped(block, own)
-            for matrix in own:
-                for norm in norms:
-                    total = matrix.of_parameter(totals[matrix.parameter, norm], layout[matrix.parameter])
-                    total = writer.add(matrix.name, norm, total)
-                    if number + 1 == len(parts):
-                        check_gradient(matrix.name, total, windows.samples)
+            for matrix, norm in product(own, norms):
+                total = matrix.of_parameter(totals[matrix.parameter, norm], layout[matrix.parameter])
+                total = writer.add(matrix.name, norm, total)
+                if number + 1 == len(parts):
+                    check_gradient(matrix.name, total, windows.samples)
 
         for number, part in enumerate(parts):
             one = GradientPass(

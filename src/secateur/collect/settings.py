@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from secateur.calibration import Windows
-    from secateur.collect.block_gradients import Progress
     from secateur.models.opening.opened import OpenedModel
+    from secateur.runs.events import Progress
 
     File = str | os.PathLike[str]
     Globs = str | Sequence[str]

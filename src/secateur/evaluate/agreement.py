@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from secateur.calibration import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CheckpointError, NumericalError
-from secateur.evaluate.perplexity import exponential, paired_difference, standard_error
+from secateur.evaluate.perplexity import exponential, paired_difference, standard_error, without_nan
 from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.runs.events import Progress, named
 from secateur.runs.forward import after_the_last_block
 
 
@@ -72,14 +73,8 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """All fields, both perplexities and their difference; errors are None for a single window."""
-        value = {
-            "perplexity": self.perplexity,
-            "perplexity_dense": self.perplexity_dense,
-            "difference": self.difference,
-            "difference_error": self.difference_error,
-            **vars(self),
-        }
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in value.items()}
+        computed = ("perplexity", "perplexity_dense", "difference", "difference_error")
+        return without_nan({name: getattr(self, name) for name in computed} | vars(self))
 
 
 @torch.no_grad()
@@ -97,7 +92,7 @@ def agreement(
     offload_states: str = "auto",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> list[Agreement]:
     """The agreement of each pruned model with the dense one, on the same windows of a text.
 
@@ -113,7 +108,7 @@ def agreement(
         cut = model_evaluation_windows(reference, data, tokenizer, length=length, windows=windows, bos=bos)
         batches = cut.batches(batch_size or default_batch_size(cut.length, reference.skeleton.device))
         forward = partial(after_the_last_block, batches=batches, offload_states=offload_states)
-        expected = stack.enter_context(forward(reference.skeleton, progress=_named(progress, "dense")))
+        expected = stack.enter_context(forward(reference.skeleton, progress=named(progress, "dense")))
         results = []
         for number, model in enumerate(pruned):
             started = time.perf_counter()
@@ -126,8 +121,8 @@ def agreement(
                         f"{opened.origin.get('path')}: has a vocabulary of {own} tokens, the dense model has {held}. "
                         "They cannot be compared."
                     )
-                with forward(opened.skeleton, progress=_named(progress, name)) as stream:
-                    figures = _compare(expected, stream, _named(progress, name))
+                with forward(opened.skeleton, progress=named(progress, name)) as stream:
+                    figures = _compare(expected, stream, named(progress, name))
             finally:
                 opened.restore()
             results.append(
@@ -146,30 +141,20 @@ def agreement(
         return results
 
 
-def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def _compare(dense: Stream, pruned: Stream, progress: Progress) -> dict[str, Any]:
     """The figures of an `Agreement`, from the two models' last hidden states, a few tokens' logits at a time."""
     batches: list[Tensor] = []  # (divergence, first choices equal, pruned loss, dense loss) of each token
-    for batch, ids in enumerate(dense.batches):
+    for batch in range(len(dense.batches)):
         chunk = dense.chunk(batch)
-        targets = ids[:, 1:].to(dense.device)
-        position = 0
         parts = []
-        for (_, expected), (_, found) in zip(dense.logits(batch, chunk), pruned.logits(batch, chunk), strict=True):
-            own = targets[:, position : position + expected.shape[1]]
-            position += expected.shape[1]
-            if not own.shape[1]:
-                continue
-            p, q = (logits[:, : own.shape[1]].float().log_softmax(-1) for logits in (expected, found))
-            parts.append(
-                torch.stack(
-                    [
-                        # A divergence is never negative; rounding in float32 can make it so by a little.
-                        (p.exp() * (p - q)).sum(-1).clamp(min=0),
-                        (p.argmax(-1) == q.argmax(-1)).float(),
-                        *(-logits.gather(-1, own.unsqueeze(-1)).squeeze(-1) for logits in (q, p)),
-                    ]
-                )
-            )
+        pairs = zip(dense.logits(batch, chunk), pruned.logits(batch, chunk), strict=True)
+        for (targets, expected), (_, found) in pairs:
+            p, q = (logits.float().log_softmax(-1) for logits in (expected, found))
+            # A divergence is never negative; rounding in float32 can make it so by a little.
+            divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+            same = (p.argmax(-1) == q.argmax(-1)).float()
+            losses = [-logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) for logits in (q, p)]
+            parts.append(torch.stack([divergence, same, *losses]))
         batches.append(torch.cat(parts, dim=-1).cpu())
         progress("head", batch + 1, len(dense.batches))
     kl, top1 = (torch.cat([batch[row].flatten() for batch in batches]).double() for row in range(2))
@@ -194,7 +179,3 @@ def _compare(dense: Stream, pruned: Stream, progress: Callable[[str, int, int], 
         "window_nats": own_nats.tolist(),
         "window_nats_dense": dense_nats.tolist(),
     }
-
-
-def _named(progress: Callable[[str, int, int], None], name: str) -> Callable[[str, int, int], None]:
-    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)

@@ -1,7 +1,7 @@
 """Greedy continuations of the same prompts by several models, to be read side by side."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from secateur.errors import CalibrationError
 from secateur.files.reading import open_regular, parse_json, read_lines
 from secateur.models.opening.whole import WholeModel
+from secateur.runs.events import Progress
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def generations(
     prompts: Sequence[str],
     *,
     new_tokens: int = 64,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> list[Generation]:
     """The greedy continuation of every prompt, of at most `new_tokens` tokens, one prompt at a time.
 

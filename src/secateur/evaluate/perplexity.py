@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import NumericalError
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.runs.events import Progress
 from secateur.runs.forward import after_the_last_block
 
 
@@ -52,14 +53,17 @@ class Perplexity:
     def to_json(self) -> dict[str, Any]:
         """All fields, with the perplexity and its error; errors are None for a single window."""
         value = {"perplexity": self.perplexity, "perplexity_error": self.perplexity_error, **asdict(self)}
-        if math.isnan(self.standard_error):  # JSON knows no NaN
-            value["perplexity_error"] = value["standard_error"] = None
-        return value
+        return without_nan(value)
 
 
 def exponential(nats: float) -> float:
     """exp(nats), infinite where that overflows."""
     return math.exp(nats) if nats < 700 else math.inf
+
+
+def without_nan(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for what is not a number, which JSON does not know."""
+    return {key: None if isinstance(item, float) and math.isnan(item) else item for key, item in value.items()}
 
 
 def standard_error(values: Tensor) -> float:
@@ -87,7 +91,7 @@ def perplexity(
     tokenizer: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Perplexity:
     """The perplexity of a model on a text, in the memory of one block.
 
@@ -134,7 +138,7 @@ def window_losses(
     *,
     batch_size: int | None = None,
     offload_states: str = "auto",
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Tensor:
     """The mean cross-entropy of each window, in nats: float64 of shape (windows,)."""
     skeleton = opened.skeleton

@@ -16,7 +16,7 @@ from msgspec import Meta
 import secateur
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import Checkpoint, file_digest
-from secateur.files.folders import companion_files, locate
+from secateur.files.folders import companions, locate
 from secateur.files.names import unique
 from secateur.files.reading import checked, read_json
 
@@ -30,25 +30,23 @@ _Count = Annotated[int, Meta(ge=0)]
 
 
 # What is read of a kept result.
-class _PerplexityResult(TypedDict):
+class _OnText(TypedDict):
     data: str
     digest: str
     windows: _Count
     length: _Count
-    nats: float
-    standard_error: float | None
     perplexity: float
-    perplexity_error: float | None
-    window_nats: list[float]
     provenance: NotRequired[dict[str, Any]]
 
 
-class _AgreementResult(TypedDict):
-    data: str
-    digest: str
-    windows: _Count
-    length: _Count
-    perplexity: float
+class _PerplexityResult(_OnText):
+    nats: float
+    standard_error: float | None
+    perplexity_error: float | None
+    window_nats: list[float]
+
+
+class _AgreementResult(_OnText):
     perplexity_dense: float
     difference: float
     difference_error: float | None
@@ -56,7 +54,6 @@ class _AgreementResult(TypedDict):
     kl_error: float | None
     kl_99: float
     top1: float
-    provenance: NotRequired[dict[str, Any]]
 
 
 class _MetricValue(TypedDict):
@@ -176,7 +173,7 @@ def model_digest(model: str | os.PathLike[str], revision: str | None = None) -> 
             raise CheckpointError(f"{file}: no such file.")
         return file_digest(file)
     folder = locate(name, revision)
-    deciding = [*Checkpoint(folder).files, *filter(_decides, companion_files(folder))]
+    deciding = [*Checkpoint(folder).files, *filter(_decides, companions(folder)[0])]
     listing = {file.relative_to(folder).as_posix(): file_digest(file) for file in deciding}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from secateur.evaluate.results import Results, model_digest
 from secateur.evaluate.task_data import LocalData
 from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
 from secateur.models.opening.whole import WholeModel
+from secateur.runs.events import Progress
 
 COMMONSENSE = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 # The means that papers report: Wanda's over seven tasks, GBLM-Pruner's without ARC-Challenge.
@@ -46,7 +47,7 @@ def tasks(
     trust_remote_code: bool = False,
     store: Results | None = None,
     fresh: bool = False,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> TaskResults:
     """The results of tasks or groups of lm-evaluation-harness, by its names, and of the groups "commonsense7" and
     "commonsense6".

@@ -1,14 +1,14 @@
 """Checkpoints on disk: tensors read one by one from safetensors shards.
 
-Reading works on the bytes of the format itself (an 8-byte length, a JSON header, then the tensors): `pread` keeps no
-file mapped, so that the memory of a run is that of the tensors it holds.
+Reading works on the bytes of the format itself (an 8-byte length, a JSON header, then the tensors) and keeps no file
+mapped, so that the memory of a run is that of the tensors it holds.
 """
 
 import hashlib
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -201,10 +201,6 @@ class Checkpoint:
         """Dtype of a tensor, from the header."""
         return DTYPES[self.tensors[name].dtype]
 
-    def bytes(self, names: Iterable[str]) -> int:
-        """Size in bytes of the named tensors together."""
-        return sum(self.tensors[name].bytes for name in names)
-
     @property
     def names(self) -> list[str]:
         """All tensor names."""
@@ -234,31 +230,18 @@ class Checkpoint:
 
 
 def read_tensor(record: TensorRecord, *, pin: bool = False) -> Tensor:
-    """The tensor of a record, freshly read into host memory."""
-    # Memory: pread copies into this buffer alone; a memory map would count every page it touched.
+    """The tensor of a record, freshly read into host memory. Raises `CheckpointError` when the file ends early."""
+    # Memory: reading copies into this buffer alone; a memory map would count every page it touched.
     buffer = torch.empty(record.bytes, dtype=torch.uint8, pin_memory=pin)
-    read_bytes(record, buffer)
-    return buffer.view(DTYPES[record.dtype]).view(record.shape)
-
-
-def read_bytes(record: TensorRecord, buffer: Tensor) -> None:
-    """Fill a uint8 tensor with the bytes of a record. Raises `CheckpointError` when the file ends early."""
-    view = _bytes_of(buffer)
     try:
-        descriptor = os.open(record.file, os.O_RDONLY)
-        try:
-            done = 0
-            while done < record.bytes:
-                got = os.preadv(descriptor, [view[done:]], record.start + done)
-                if got == 0:
-                    raise CheckpointError(f"{record.file}: ended at byte {record.start + done}, expected {record.end}.")
-                done += got
-        finally:
-            os.close(descriptor)
-    except CheckpointError:
-        raise
+        with record.file.open("rb") as stream:
+            stream.seek(record.start)
+            done = stream.readinto(_bytes_of(buffer))
     except OSError as error:
         raise CheckpointError(f"{record.file}: cannot be read ({error.strerror}).") from None
+    if done < record.bytes:
+        raise CheckpointError(f"{record.file}: ended at byte {record.start + done}, expected {record.end}.")
+    return buffer.view(DTYPES[record.dtype]).view(record.shape)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -336,7 +319,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def _bytes_of(flat: Tensor) -> memoryview:
     """A writable view of the memory of a uint8 tensor."""
     array: Any = flat.numpy()
-    return memoryview(array) if flat.numel() else memoryview(b"")
+    return memoryview(array) if flat.numel() else memoryview(bytearray())
 
 
 def file_digest(file: Path) -> str:

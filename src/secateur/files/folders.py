@@ -1,6 +1,5 @@
 """The folder of a checkpoint: a local one or the hub's copy in its cache, and the files beside the weights."""
 
-from collections.abc import Collection
 from pathlib import Path
 
 from secateur.errors import CheckpointError
@@ -48,25 +47,13 @@ def locate(source: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{source}: no such folder, and the hub says: {error}") from None
 
 
-def companion_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint besides its weights, also those in subfolders such as additional_chat_templates.
+def companions(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of a checkpoint that go with its weights, also those in subfolders, and the names of what else it has.
 
-    Configuration, tokenizer, templates, licence, code; not its model card, and no subfolder with weights of its own.
+    The first are configuration, tokenizer, templates, licence, code. The others are weights of all formats, whole
+    subfolders (their names end in a slash) and links to folders. What tools leave there for themselves (git, caches)
+    is no part of a model, and a model card is written anew.
     """
-    return _companions(folder)[0]
-
-
-def left_behind(folder: Path, read: Collection[Path]) -> list[str]:
-    """The names of what a folder holds besides companion files and the weight files that are `read`.
-
-    Weights in other formats, whole subfolders (their names end in a slash), links to folders. What tools leave there
-    for themselves (git, caches) is no part of a model, and a model card is written anew.
-    """
-    return [name for name in _companions(folder)[1] if folder / name not in read]
-
-
-def _companions(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files to copy, and the names of what is left."""
     copied: list[Path] = []
     left: list[str] = []
     for entry in sorted(folder.iterdir()):

@@ -46,7 +46,7 @@ class CheckpointWriter:
 
     def _create(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         entries: dict[str, Any] = {}
-        places, position = {}, 0
+        position = 0
         for name, dtype, shape in tensors:
             size = dtype.itemsize * int(torch.Size(shape).numel())
             entries[name] = {
@@ -54,7 +54,6 @@ class CheckpointWriter:
                 "shape": list(shape),
                 "data_offsets": [position, position + size],
             }
-            places[name] = (position, size)
             position += size
         self._entries[file] = entries
         head = self._head(file)
@@ -62,8 +61,7 @@ class CheckpointWriter:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             self._descriptors[file] = descriptor
-            if len(head) + position:
-                reserve(descriptor, len(head) + position)
+            reserve(descriptor, len(head) + position)
             os.pwrite(descriptor, head, 0)
         except OSError as error:
             self.close()
@@ -73,8 +71,9 @@ class CheckpointWriter:
             ) from None
         self.header_digests[file] = hashlib.sha256(head).hexdigest()
         self.total_bytes += position
-        for name, (start, size) in places.items():
-            self._place[name] = (file, len(head) + start, size)
+        for name, entry in entries.items():
+            start, end = entry["data_offsets"]
+            self._place[name] = (file, len(head) + start, end - start)
 
     def _head(self, file: str) -> bytes:
         raw = json.dumps({"__metadata__": self._metadata, **self._entries[file]}, separators=(",", ":")).encode()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from secateur.collect.model_windows import model_windows
-from secateur.collect.settings import CalibrationSettings
 from secateur.errors import CalibrationError
 from secateur.files.folders import locate
 from secateur.files.names import unique

@@ -24,7 +24,7 @@ from secateur.record.versions import run_facts
 from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.settings import MergeSettings
 from secateur.recover.written import write_trained
-from secateur.runs.forward import Progress
+from secateur.runs.events import named
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
@@ -198,7 +198,7 @@ def run(settings: MergeSettings) -> Merge:
                 ("merged", open_model(transaction.folder, **how)),
             ):
                 results[key] = perplexity(
-                    model, text, batch_size=settings.batch_size, progress=_named(progress, f"perplexity, {key}")
+                    model, text, batch_size=settings.batch_size, progress=named(progress, f"perplexity, {key}")
                 )
             recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
             recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
@@ -274,7 +274,3 @@ def _held_out(record: Mapping[str, Any], opened: OpenedModel, length: int | None
     count = windows or most
     provenance = {**text.provenance, "samples": count, "length": length}
     return Windows(ids[: count * length].reshape(count, length), provenance)
-
-
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)

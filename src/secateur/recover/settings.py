@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from secateur.recover.block_pass import OnBlock
     from secateur.recover.forecast import Forecast
     from secateur.recover.training import Progress as TrainingProgress
-    from secateur.runs.events import OnEvent
-    from secateur.runs.forward import Progress
+    from secateur.runs.events import OnEvent, Progress
 
     TrainingText = str | Tensor | Windows
     Announce = Callable[[Forecast], None]

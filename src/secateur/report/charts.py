@@ -52,15 +52,9 @@ class Chart:
     def table(self) -> Table:
         """The numbers that are drawn."""
         places = sorted({x for series in self.series for x in series.x})
-        form = ".4g"
-        rows = []
-        for place in places:
-            row = [Cell(f"{place:g}", place)]
-            for series in self.series:
-                held = dict(zip(series.x, series.y, strict=True))
-                row.append(number(held.get(place), form))
-            rows.append(row)
-        columns = [(self.x, True), *((series.label, True) for series in self.series)]
+        held = [dict(zip(series.x, series.y, strict=True)) for series in self.series]
+        rows = [[Cell(f"{place:g}", place), *(number(own.get(place), ".4g") for own in held)] for place in places]
+        columns = [self.x, *(series.label for series in self.series)]
         return Table(f"{self.name}-numbers", f"{self.title}: the numbers", columns, rows)
 
     def draw(self, folder: Path) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import csv
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
 from secateur.report.structure import Structure
 from secateur.report.tables import share
 from secateur.report.terminal import seconds_text
+from secateur.runs.events import Progress
 
 
 def build(
     pruned: str | os.PathLike[str],
     evaluations: Sequence[Evaluation] = (),
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Path:
     """The page of a pruned checkpoint, written to its folder `report` together with its pictures.
 

@@ -9,7 +9,7 @@ from secateur.pruning.forecast import bytes_text
 from secateur.record.manifest import Manifest
 from secateur.report.masks import Group, MaskReport
 from secateur.report.structure import Structure
-from secateur.report.tables import Cell, Table, number, percent, share, text
+from secateur.report.tables import Cell, Table, count, number, percent, share, text
 
 
 def kinds(manifest: Manifest, found: Sequence[Group]) -> Table:
@@ -23,46 +23,31 @@ def kinds(manifest: Manifest, found: Sequence[Group]) -> Table:
         rows.append(
             [
                 text(kind.label),
-                Cell(f"{len(entries):,}", len(entries)),
+                count(len(entries)),
                 Cell(", ".join(shapes), kind.matrices[0].weights),
                 text(", ".join(asked)),
                 percent(kind.sparsity),
-                Cell("none" if seen is None else f"{seen:,}", seen),
+                Cell("none") if seen is None else count(seen),
             ]
         )
-    columns = [
-        ("kind of matrix", False),
-        ("count", True),
-        ("out × in", True),
-        ("pattern asked", False),
-        ("zeros", True),
-        ("tokens seen, at least", True),
-    ]
+    columns = ["kind of matrix", "count", "out × in", "pattern asked", "zeros", "tokens seen, at least"]
     return Table("kinds", "By kind of matrix", columns, rows)
 
 
-_SIDES = [
-    ("column excess", True),
-    ("column ratio", True),
-    ("zero columns", True),
-    ("row excess", True),
-    ("row ratio", True),
-    ("zero rows", True),
-]
+_SIDES = ["column excess", "column ratio", "zero columns", "row excess", "row ratio", "zero rows"]
 
 
 def _side(side: Structure) -> list[Cell]:
     """Cells of one side of a mask: excess, ratio with its spread by chance, lines that are zero from end to end."""
     empty = f"{side.empty:,} ({share(side.empty / side.lines, 1)})" if side.empty else "0"
-    ratio = Cell("", None) if side.ratio is None else number(side.ratio, ".2f", side.ratio_error)
-    return [percent(side.excess), ratio, Cell(empty, side.empty)]
+    return [percent(side.excess), number(side.ratio, ".2f", side.ratio_error), Cell(empty, side.empty)]
 
 
 def structure(found: Sequence[Group]) -> Table:
     """A row for each kind of matrix: structure against chance of columns and rows."""
     rows = [[text(kind.label), *_side(kind.columns), *_side(kind.rows)] for kind in found]
     caption = "Structure by kind; ± is the standard deviation of the ratio among random masks"
-    return Table("structure-kinds", caption, [("kind of matrix", False), *_SIDES], rows, sortable=True)
+    return Table("structure-kinds", caption, ["kind of matrix", *_SIDES], rows, sortable=True)
 
 
 def every_matrix(matrices: Sequence[MaskReport]) -> Table:
@@ -79,8 +64,7 @@ def every_matrix(matrices: Sequence[MaskReport]) -> Table:
         ]
         for matrix in matrices
     ]
-    columns = [("matrix", False), ("block", True), ("zeros", True), *_SIDES]
-    columns += [("reconstruction error", True)] if with_error else []
+    columns = ["matrix", "block", "zeros", *_SIDES, *(["reconstruction error"] if with_error else [])]
     return Table("matrices", "A row for each matrix", columns, rows, sortable=True, long=len(rows) > 16)
 
 
@@ -89,7 +73,7 @@ def seconds(manifest: Manifest) -> Table:
     total = manifest.seconds.get("total", 0.0)
     parts = sorted(((part, value) for part, value in manifest.seconds.items() if part != "total"), key=lambda p: -p[1])
     rows = [[text(part), number(value, ".2f"), percent(value / total if total else None, 1)] for part, value in parts]
-    return Table("seconds", "Seconds by part", [("part", False), ("seconds", True), ("of the total", True)], rows)
+    return Table("seconds", "Seconds by part", ["part", "seconds", "of the total"], rows)
 
 
 def recovery(manifest: Manifest) -> Table | None:
@@ -126,7 +110,7 @@ def pairs(name: str, caption: str, values: Mapping[str, Any]) -> Table:
     """A table of names and values; those without a value are left out."""
     known = {key: value for key, value in values.items() if value is not None and value not in ({}, [])}
     rows = [[text(key.replace("_", " ")), text(_plain(value))] for key, value in known.items()]
-    return Table(name, caption, [("what", False), ("value", False)], rows, headed=False)
+    return Table(name, caption, ["what", "value"], rows, headed=False)
 
 
 def _plain(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import RESULTS, Kind, Record
 from secateur.files.reading import checked, read_json
-from secateur.report.tables import Cell, Table, number, percent, text
+from secateur.report.tables import Cell, Table, count, number, percent, text
 
 Evaluation = Mapping[str, Any]
 
@@ -93,21 +93,25 @@ def _perplexity(results: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
             text(data_name(result)),
-            Cell(f"{result['windows']:,} × {result['length']:,}", result["windows"]),
+            _windows(result),
             number(result["nats"], ".4f", result["standard_error"]),
             number(result["perplexity"], ".3f", result["perplexity_error"]),
         ]
         for result in results
     ]
-    columns = [("text", False), ("windows × tokens", True), ("loss in nats", True), ("perplexity", True)]
+    columns = ["text", "windows × tokens", "loss in nats", "perplexity"]
     return Table("perplexity", "Perplexity of the pruned model, with its standard error over windows", columns, rows)
+
+
+def _windows(result: Mapping[str, Any]) -> Cell:
+    return Cell(f"{result['windows']:,} × {result['length']:,}", result["windows"])
 
 
 def _agreement(results: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
             text(data_name(result)),
-            Cell(f"{result['windows']:,} × {result['length']:,}", result["windows"]),
+            _windows(result),
             number(result["perplexity_dense"], ".3f"),
             number(result["perplexity"], ".3f"),
             number(result["difference"], "+.4f", result["difference_error"]),
@@ -117,19 +121,9 @@ def _agreement(results: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for result in results
     ]
-    columns = [
-        ("text", False),
-        ("windows × tokens", True),
-        ("dense", True),
-        ("pruned", True),
-        ("difference, nats", True),
-        ("KL per token", True),
-        ("KL, 99 %", True),
-        ("same choice", True),
-    ]
-    return Table(
-        "agreement", "Perplexity beside the dense model on the same tokens, paired window by window", columns, rows
-    )
+    columns = ["text", "windows × tokens", "dense", "pruned", "difference, nats", "KL per token", "KL, 99 %"]
+    caption = "Perplexity beside the dense model on the same tokens, paired window by window"
+    return Table("agreement", caption, [*columns, "same choice"], rows)
 
 
 def _tasks(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -139,13 +133,13 @@ def _tasks(results: Sequence[Mapping[str, Any]]) -> Table:
             text(result["task"]),
             text(name),
             number(metric["value"], ".4f", metric["error"]),
-            Cell("" if result.get("shots") is None else str(result["shots"]), result.get("shots")),
-            Cell(f"{result['documents']:,}", result["documents"]),
+            count(result.get("shots")),
+            count(result["documents"]),
         ]
         for result in results
         for name, metric in result["metrics"].items()
     ]
-    columns = [("task", False), ("metric", False), ("value", True), ("shots", True), ("documents", True)]
+    columns = ["task", "metric", "value", "shots", "documents"]
     return Table("tasks", "Tasks of the evaluation harness, pruned model", columns, rows, sortable=True)
 
 
@@ -161,7 +155,7 @@ def _rows(kind: str, results: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for row in rows
     ]
-    columns = [(key.replace("_", " "), numeric[key]) for key in keys]
+    columns = [key.replace("_", " ") for key in keys]
     return Table(f"evaluation-{kind}", kind.capitalize(), columns, cells, sortable=True)
 
 

@@ -1,6 +1,6 @@
 """The report of a sweep: perplexity over sparsity for each method, and tables of method by pattern."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ from secateur.report.charts import Chart, Series, check_installed
 from secateur.report.checkpoint_tables import pairs
 from secateur.report.evaluations import data_name
 from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
-from secateur.report.tables import Cell, Table, number, percent, text
+from secateur.report.tables import Table, number, percent, text
 from secateur.report.terminal import seconds_text
+from secateur.runs.events import Progress
 from secateur.sweeps.folder import SWEEP_FILE, Sweep
 
 
@@ -18,7 +19,7 @@ def is_sweep(folder: Path) -> bool:
     return (folder / SWEEP_FILE).is_file()
 
 
-def build_sweep(folder: Path, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Path:
+def build_sweep(folder: Path, progress: Progress = lambda stage, done, total: None) -> Path:
     """The page of a sweep, written to its folder `report` together with its pictures.
 
     Raises `CheckpointError` for a file `sweep.json` that cannot be read, and `SecateurError` when the libraries of
@@ -155,18 +156,11 @@ def _grid(
     held = {(cell["method"], cell["pattern"]): cell["figures"].get(data) for cell in _done(sweep)}
     rows = []
     for method in methods:
-        row = [text(method)]
-        for kind in kinds:
-            figure = held.get((method, kind))
-            row.append(
-                Cell("", None)
-                if figure is None
-                else number(figure["perplexity"], ".3f", figure.get("perplexity_error"))
-            )
-        rows.append(row)
-    columns = [("method", False), *((kind, True) for kind in kinds)]
+        figures = [held.get((method, kind)) or {} for kind in kinds]
+        cells = [number(figure.get("perplexity"), ".3f", figure.get("perplexity_error")) for figure in figures]
+        rows.append([text(method), *cells])
     caption = f"Perplexity on {name}, with its standard error over windows"
-    return Table(f"grid-{place + 1}", caption, columns, rows, sortable=True)
+    return Table(f"grid-{place + 1}", caption, ["method", *kinds], rows, sortable=True)
 
 
 def _runs(sweep: Mapping[str, Any], texts: Sequence[str]) -> Table:
@@ -179,8 +173,8 @@ def _runs(sweep: Mapping[str, Any], texts: Sequence[str]) -> Table:
             row.append(number(figure.get("perplexity"), ".3f"))
             row.append(number(figure.get("difference"), "+.4f", figure.get("difference_error")))
         rows.append([*row, number(cell["seconds"], ".1f"), text(cell["status"])])
-    columns = [("method", False), ("pattern", False), ("sparsity", True)]
+    columns = ["method", "pattern", "sparsity"]
     for data in texts:
-        columns += [(f"perplexity, {data_name({'data': data})}", True), ("nats − dense", True)]
-    columns += [("seconds", True), ("status", False)]
+        columns += [f"perplexity, {data_name({'data': data})}", "nats − dense"]
+    columns += ["seconds", "status"]
     return Table("every-run", "A row for each run", columns, rows, sortable=True, long=len(rows) > 16)

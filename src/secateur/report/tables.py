@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 
@@ -14,20 +15,30 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `columns` are (heading, whether it holds numbers). Without headings it is a list of pairs."""
+    """A table: `columns` are the headings. Without headings it is a list of pairs."""
 
     name: str  # within the page
     caption: str
-    columns: Sequence[tuple[str, bool]]
+    columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     sortable: bool = False
     long: bool = False  # scrolls in a window of its own
     headed: bool = True
 
+    @cached_property
+    def numeric(self) -> list[bool]:
+        """Whether each column holds numbers: no cell of it is sorted by words."""
+        return [not any(isinstance(row[place].value, str) for row in self.rows) for place in range(len(self.columns))]
+
 
 def text(value: str) -> Cell:
     """A cell of words."""
     return Cell(value, value)
+
+
+def count(value: int | None) -> Cell:
+    """A cell of a whole number; empty for None."""
+    return Cell("" if value is None else f"{value:,}", value)
 
 
 def number(value: float | None, form: str, error: float | None = None) -> Cell:

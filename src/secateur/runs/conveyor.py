@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -12,28 +12,11 @@ from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 from secateur.runs.events import Clock, Event, OnEvent
 
+if TYPE_CHECKING:
+    from secateur.runs.checkpoint import CheckpointOutput
+
 Read = TypeVar("Read")
 Tensors = Mapping[str, Tensor]
-
-
-class Output(Protocol):
-    """What takes the finished tensors of a run."""
-
-    def write(self, tensors: Tensors) -> None:
-        """Write some tensors."""
-        ...
-
-    def flush(self) -> None:
-        """Force what was written to the disk."""
-        ...
-
-    def copy_outside(self, check: Callable[[str, str], None] = ...) -> None:
-        """Write the tensors outside the blocks; `check(name, sha256)` may raise for one."""
-        ...
-
-    def check_complete(self) -> None:
-        """Raise for tensors that nobody has written."""
-        ...
 
 
 @dataclass
@@ -45,7 +28,7 @@ class Conveyor:
     """
 
     skeleton: Skeleton
-    output: Output | None = None
+    output: "CheckpointOutput | None" = None
     clock: Clock = field(default_factory=Clock)
     on_event: OnEvent = lambda event: None
 

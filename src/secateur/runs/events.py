@@ -25,6 +25,14 @@ class Event:
 
 OnEvent = Callable[[Event], None]
 
+Progress = Callable[[str, int, int], None]
+"""Is told of a stage, how much of it is done, and how much there is."""
+
+
+def named(progress: Progress, name: str) -> Progress:
+    """What tells `progress` of stages with a name in front."""
+    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)
+
 
 @dataclass
 class Clock:

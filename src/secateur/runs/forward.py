@@ -1,6 +1,6 @@
 """A whole forward of a model over batches of tokens, in the memory of one block."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,8 +12,7 @@ from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
-
-Progress = Callable[[str, int, int], None]
+from secateur.runs.events import Progress
 
 
 @contextmanager

@@ -70,15 +70,8 @@ class GradientTap(ProductTap):
                 self._add(product, part)
         self._pending.clear()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        product = self.product(getattr(func, "__name__", ""), args, kwargs)
-        result = func(*args, **kwargs)
-        return result if product is None else self._watch(product, result, float(kwargs.get("alpha", 1)))
-
-    def _watch(self, product: Product, result: Tensor, factor: float) -> Tensor:
+    def after(self, product: Product, result: Tensor, factor: float) -> Tensor:
+        """The result, whose gradient is received in the backward."""
         if not result.requires_grad:
             # Exact: a product that does not depend on the hidden states has a gradient all the same.
             result = result.detach().requires_grad_().clone()
@@ -193,7 +186,7 @@ class StateGradients:
     """
 
     states: HiddenStates
-    scales: list[float]
+    scales: dict[int, float] = field(default_factory=dict)
     shared: dict[tuple[int, int, Any], list[Tensor | None]] = field(default_factory=dict)
 
 
@@ -211,23 +204,18 @@ def forward_saving_inputs(stream: Stream, block: Block, folder: Path | None) -> 
 
 def head_gradients(stream: Stream, folder: Path | None, progress: Callable[[str, int, int], None]) -> StateGradients:
     """The gradient of the loss with respect to the last hidden states, through the model's own head."""
-    outgoing = StateGradients(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"), [])
+    outgoing = StateGradients(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"))
     for batch, ids in enumerate(stream.batches):
         predictions = ids.shape[1] - 1
         # Exact: in half precision a mean over the tokens would push the logits' gradients below what float16 holds.
         scale = 256.0 * predictions if stream.skeleton.dtype == torch.float16 else 1.0
-        targets = ids[:, 1:].to(stream.device)
-        parts, position = [], 0
-        for leaf, logits in stream.head(batch, stream.chunk(batch)):
-            own = targets[:, position : position + logits.shape[1]]
-            wide = _wide(logits.dtype)
+        parts = []
+        for leaf, targets, logits in stream.head(batch):
             # Exact: samples are added up, not averaged, so that each one's gradient is that of its own mean loss.
-            loss = nn.functional.cross_entropy(
-                logits[:, : own.shape[1]].to(wide).flatten(0, 1), own.flatten(), reduction="sum"
-            )
+            wide = logits.to(_wide(logits.dtype)).flatten(0, 1)
+            loss = nn.functional.cross_entropy(wide, targets.flatten(), reduction="sum")
             (loss * (scale / predictions)).backward()  # type: ignore[no-untyped-call]
             parts.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-            position += logits.shape[1]
         _put(outgoing, batch, torch.cat(parts, dim=-2), scale, "the head", stream.skeleton.dtype)
         progress("head", batch + 1, len(stream.batches))
     return outgoing
@@ -243,13 +231,11 @@ def _put(outgoing: StateGradients, batch: int, gradient: Tensor, scale: float, w
     if dtype == torch.float16:
         largest = float(gradient.abs().amax())
         factor = 2.0 ** math.floor(math.log2(HALF_TARGET / largest)) if largest > 0 else 1.0
-        others = [key for key in outgoing.shared if key[0] == batch]
-        for key in others:
-            outgoing.shared[key] = [None if part is None else part * factor for part in outgoing.shared[key]]
+        for key, parts in outgoing.shared.items():
+            if key[0] == batch:
+                outgoing.shared[key] = [None if part is None else part * factor for part in parts]
         gradient, scale = gradient * factor, scale * factor
     outgoing.states.put(batch, gradient)
-    if batch == len(outgoing.scales):
-        outgoing.scales.append(scale)
     outgoing.scales[batch] = scale
 
 

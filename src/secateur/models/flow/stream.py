@@ -133,25 +133,22 @@ def default_batch_size(length: int, device: torch.device) -> int:
 class Stream:
     """Calibration samples at one block of the model, moved on block by block.
 
-    `input_ids` is (samples, length), which `batch_size` splits into `batches`, or a sequence of such batches, whose
-    samples may differ in length from batch to batch. `states` holds what goes into the next block.
+    Each of `batches` is token ids of shape (samples, length); the length may differ from batch to batch. `states` holds
+    what goes into the next block.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        input_ids: Tensor | Sequence[Tensor],
+        batches: Sequence[Tensor],
         *,
-        batch_size: int | None = None,
         states_folder: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.device = skeleton.device
-        self.batches: Sequence[Tensor] = (
-            torch.split(input_ids, batch_size or len(input_ids)) if isinstance(input_ids, Tensor) else input_ids
-        )
-        self.states = HiddenStates(len(self.batches), states_folder, pin=skeleton.device.type == "cuda")
+        self.batches = batches
+        self.states = HiddenStates(len(batches), states_folder, pin=skeleton.device.type == "cuda")
         self._calls: list[list[Call]] = []
         self._intern: dict[tuple[Any, ...], list[Tensor]] = {}
         try:
@@ -307,39 +304,35 @@ class Stream:
         return max(16, LOGITS_BYTES // (4 * len(self.batches[batch]) * self.skeleton.vocabulary_size))
 
     @torch.no_grad()
-    def logits(self, batch: int, chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
-        """(token ids, logits) of a batch after the last block, a few tokens at a time, by the model's own head.
+    def logits(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(next tokens, logits) of a batch after the last block, `chunk` positions at a time, by the model's own head.
 
-        Ids are (samples, tokens); logits are (samples, tokens, vocabulary) for those positions.
+        Next tokens are (samples, tokens); logits are (samples, tokens, vocabulary) for them: none for the last token.
         """
-        for states, ids in self._parts(batch, chunk):
-            yield ids, self._logits(states, ids)
+        for states, ids, targets in self._parts(batch, chunk):
+            yield targets, self._logits(states, ids)[:, : targets.shape[1]]
 
     def losses(self, batch: int) -> Iterator[Tensor]:
         """The cross-entropy of each next token of a batch, in nats: float32 (samples, tokens), a few at a time."""
-        targets = self.batches[batch][:, 1:].to(self.device)
-        position = 0
-        for part, logits in self.logits(batch, min(512, self.chunk(batch))):
-            own = targets[:, position : position + part.shape[1]]
+        for targets, logits in self.logits(batch, min(512, self.chunk(batch))):
             # Paper: the published code takes the loss in the logits' dtype, which newer transformers leave in half.
-            loss = nn.functional.cross_entropy(
-                logits[:, : own.shape[1]].float().flatten(0, 1), own.flatten(), reduction="none"
-            )
-            yield loss.view(own.shape)
-            position += part.shape[1]
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            yield loss.view(targets.shape)
 
-    def head(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(hidden states, logits) of a batch, a few tokens at a time, with the logits' graph back to these states."""
-        for part, ids in self._parts(batch, chunk):
+    @torch.enable_grad()
+    def head(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(hidden states, next tokens, logits) of a batch, a few at a time; the logits' graph leads to these states."""
+        for part, ids, targets in self._parts(batch, self.chunk(batch)):
             states = part.detach().requires_grad_()
-            with torch.enable_grad():
-                logits = self._logits(states, ids)
-            yield states, logits
+            yield states, targets, self._logits(states, ids)[:, : targets.shape[1]]
 
-    def _parts(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _parts(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(hidden states, their tokens, the next tokens), of which the last part has one less."""
         # Memory: logits of a whole batch can be larger than the model; what follows the blocks is per token.
-        states, ids = self.states.get(batch, self.device), self.batches[batch].to(self.device)
-        yield from zip(torch.split(states, chunk, dim=-2), torch.split(ids, chunk, dim=1), strict=True)
+        ids = self.batches[batch].to(self.device)
+        for number, states in enumerate(torch.split(self.states.get(batch, self.device), chunk, dim=-2)):
+            first, last = number * chunk, (number + 1) * chunk
+            yield states, ids[:, first:last], ids[:, first + 1 : last + 1]
 
     def _logits(self, states: Tensor, ids: Tensor) -> Tensor:
         last = len(self.skeleton.blocks) - 1

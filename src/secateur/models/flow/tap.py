@@ -54,7 +54,7 @@ class Product:
 
 
 class ProductTap(TorchFunctionMode):
-    """Finds the multiplications with given parameters while it is active."""
+    """Finds the multiplications with given parameters while it is active, for `before` and `after`."""
 
     def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
         """`parameters`: name -> (parameter, whether the module stores it (in, out))."""
@@ -62,6 +62,23 @@ class ProductTap(TorchFunctionMode):
         self._targets: dict[int, list[tuple[str, nn.Parameter, bool]]] = {}
         for name, (parameter, transposed) in parameters.items():
             self._targets.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter, transposed))
+
+    def before(self, product: Product) -> None:
+        """Told of a multiplication that is about to be performed."""
+
+    def after(self, product: Product, result: Tensor, factor: float) -> Tensor:
+        """What the model is to get for the result of a multiplication, which is `factor` times the product."""
+        return result
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        product = self.product(getattr(func, "__name__", ""), args, kwargs)
+        if product is None:
+            return func(*args, **kwargs)
+        self.before(product)
+        return self.after(product, func(*args, **kwargs), float(kwargs.get("alpha", 1)))
 
     def product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
         """The multiplication that a torch function performs with one of the parameters, if it does.
@@ -130,7 +147,6 @@ class InputTap(ProductTap):
     """
 
     def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
-        """`parameters`: name -> (parameter, whether the module stores it (in, out))."""
         super().__init__(parameters)
         self.takers: list[Take] = []
         self.leader: dict[Key, Key] = {}  # in the order of the products
@@ -154,16 +170,12 @@ class InputTap(ProductTap):
         # Exact: a forward may end early only where every matrix multiplies exactly once.
         self._can_stop = self._can_stop and len(self._calls) == self._count and set(self._calls.values()) <= {1}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        product = self.product(getattr(func, "__name__", ""), args, kwargs or {})
-        if product is not None:
-            for key, rows in by_expert(product):
-                self._add(key, rows, None if product.batched else product.x)
-            if self._stop and len(self._calls) == self._count:
-                raise Enough  # before the last product, whose result nobody needs
-        return func(*args, **(kwargs or {}))
+    def before(self, product: Product) -> None:
+        """Hand on the input, and end the forward where nothing more is wanted."""
+        for key, rows in by_expert(product):
+            self._add(key, rows, None if product.batched else product.x)
+        if self._stop and len(self._calls) == self._count:
+            raise Enough  # before the last product, whose result nobody needs
 
     def _add(self, key: Key, x: Tensor, source: Tensor | None) -> None:
         self._calls[key] = self._calls.get(key, 0) + 1
@@ -216,12 +228,8 @@ class InputRecorder(ProductTap):
                 "dense model's. Use --targets pruned, or leave this matrix out with --skip."
             )
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        product = self.product(getattr(func, "__name__", ""), args, kwargs or {})
-        if product is not None:
-            for key, rows in by_expert(product):
-                self.inputs.setdefault(key, []).append(rows)
-                self._versions.append((key[0], rows, rows._version))
-        return func(*args, **(kwargs or {}))
+    def before(self, product: Product) -> None:
+        """Keep the input."""
+        for key, rows in by_expert(product):
+            self.inputs.setdefault(key, []).append(rows)
+            self._versions.append((key[0], rows, rows._version))

@@ -15,7 +15,7 @@ from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.files.checkpoint import CARD_FILE, Checkpoint, file_digest
-from secateur.files.folders import companion_files, left_behind, locate
+from secateur.files.folders import companions, locate
 from secateur.files.reading import open_regular, read_json, read_text
 from secateur.files.writer import writing
 from secateur.models.opening.configuration import PACKING_ENTRIES, reason
@@ -114,7 +114,7 @@ def open_model(
         "headers": {file.name: header.digest for file, header in checkpoint.headers.items()},
         "card": _card_facts(folder),
     }
-    if left := left_behind(folder, checkpoint.files):
+    if left := [name for name in companions(folder)[1] if folder / name not in checkpoint.files]:
         origin["not_copied"] = left
     if isinstance(source, DequantisedCheckpoint):
         origin["dequantised"] = source.origin
@@ -283,7 +283,7 @@ def _write_configuration(model: Any, target: Path) -> None:
 
 
 def _copy_companions(folder: Path, target: Path) -> None:
-    for file in companion_files(folder):
+    for file in companions(folder)[0]:
         place = target / file.relative_to(folder)
         with open_regular(file) as original, writing(place):
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -67,8 +67,8 @@ class Skeleton:
         self._float32 = _float32_pattern(model, dtype)
         # The modules by path, once and for all: while a stream records, stubs stand in the place of the blocks.
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        self._tied = {**{source: target for target, source in tied.items()}, **tied}
+        self._ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        self._tied = {**{source: target for target, source in self._ties.items()}, **self._ties}
 
     @property
     def vocabulary_size(self) -> int:
@@ -164,8 +164,7 @@ class Skeleton:
     @property
     def missing(self) -> list[str]:
         """Parameters without weights that no tensor makes, themselves or through what they are tied to."""
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        pairs = [*tied.items(), *((source, target) for target, source in tied.items())]
+        pairs = [*self._ties.items(), *((source, target) for target, source in self._ties.items())]
         by_tie = {name for name, other in pairs if self.conversion.making([other])}
         return [
             name
@@ -210,9 +209,8 @@ class Skeleton:
         for group in self.conversion.of(self.outside_tensors):
             if head or not set(group.parameters) <= self.own_head:
                 self._set_in_parts(group)
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for target, source in tied.items():
+        for target, source in self._ties.items():
             for absent, present in ((target, source), (source, target)):
                 if absent not in parameters or parameters[present].is_meta:
                     continue
