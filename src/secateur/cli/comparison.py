@@ -13,7 +13,9 @@ from secateur.cli.display import (
     write_csv,
 )
 from secateur.cli.store import evaluation_store, keep, say_reused
-from secateur.evaluate.settings import CompareSettings
+from secateur.collect.settings import DtypeSettings
+from secateur.evaluate.settings import AgreementSettings, CompareSettings, TaskSettings
+from secateur.runs.options import shared
 
 if TYPE_CHECKING:
     from secateur.evaluate.agreement import Agreement
@@ -33,8 +35,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     Differences are paired, window by window or document by document. The models run one after the other: texts in the
     memory of one block, tasks and prompts with one whole model in memory.
     """
-    machine: Any = {name: getattr(settings, name) for name in ("device", "dtype", "trust_remote_code")}
-    names, prompts = list(settings.tasks), settings.prompts
+    names, prompts = settings.names, settings.prompts
     dense, pruned = settings.dense, list(settings.pruned)
     answers: list[TaskComparison] = []
     written: list[list[Generation]] = []
@@ -49,19 +50,15 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             texts = read_prompts(Path(prompts)) if prompts is not None else []
             answered: list[TaskResults] = []
             for name in (dense, *pruned):
-                with WholeModel(name, **machine) as whole:
+                with WholeModel(name, **shared(settings, DtypeSettings)) as whole:
                     if names:
                         with evaluation_progress() as show:
                             answered.append(
                                 run_tasks(
                                     whole,
-                                    names,
-                                    limit=settings.limit,
-                                    shots=settings.shots,
-                                    task_data=settings.task_data,
+                                    **shared(settings, TaskSettings),
                                     batch_size=settings.batch_size,
                                     store=evaluation_store(),
-                                    fresh=settings.fresh,
                                     progress=named(show, Path(name).name),
                                 )
                             )
@@ -76,20 +73,9 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
         with quiet_libraries(), evaluation_progress() as show:
             from secateur.evaluate.agreement import agreement
 
+            own = shared(settings, AgreementSettings)
             agreements = [
-                agreement(
-                    dense,
-                    pruned,
-                    text,
-                    length=settings.length,
-                    windows=settings.windows,
-                    bos=settings.bos,
-                    batch_size=settings.batch_size,
-                    offload_states=settings.offload_states,
-                    **machine,
-                    progress=show,
-                )
-                for text in settings.data or ["wikitext2"]
+                agreement(**own | {"data": text, "progress": show}) for text in settings.data or ["wikitext2"]
             ]
         for row, name in ((row, name) for text in agreements for row, name in zip(text, pruned, strict=True)):
             key = {"dense": dense, "data": row.data, "length": row.length, "digest": row.digest}

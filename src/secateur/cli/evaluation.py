@@ -5,7 +5,9 @@ from typing import Any
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import evaluation_progress, print_json, print_tables, quiet_libraries
 from secateur.cli.store import evaluation_store, keep, say_reused
-from secateur.evaluate.settings import EvalSettings
+from secateur.collect.settings import ModelSettings
+from secateur.evaluate.settings import EvalSettings, PerplexitySettings, TaskSettings
+from secateur.runs.options import shared
 
 
 @command(
@@ -22,46 +24,30 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
     Tasks are lm-evaluation-harness's own; for them the whole model is loaded. Results are kept in $SECATEUR_CACHE
     (~/.cache/secateur), and tasks are not run twice.
     """
-    model, names = str(settings.model), list(settings.tasks)
+    model = str(settings.model)
     shown: list[Any] = []
     values: dict[str, Any] = {}
-    how: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("batch_size", "device", "dtype", "revision", "trust_remote_code")
-    }
-    if names:
+    if settings.names:
         with quiet_libraries(), evaluation_progress() as show:
             from secateur.evaluate.tasks import tasks as run_tasks
             from secateur.report.terminal import tasks_table
 
             answered = run_tasks(
-                model,
-                names,
-                limit=settings.limit,
-                shots=settings.shots,
-                task_data=settings.task_data,
+                **shared(settings, TaskSettings, ModelSettings),
+                batch_size=settings.batch_size,
                 store=evaluation_store(),
-                fresh=settings.fresh,
                 progress=show,
-                **how,
             )
         say_reused(answered)
         values["tasks"] = answered.to_json()
         shown.append(tasks_table(answered))
-    if settings.data is not None or not names:
+    if settings.data is not None or not settings.names:
         with quiet_libraries(), evaluation_progress() as show:
             from secateur.evaluate.perplexity import perplexity
             from secateur.report.terminal import perplexity_table
 
-            result = perplexity(
-                model,
-                settings.data or "wikitext2",
-                length=settings.length,
-                windows=settings.windows,
-                bos=settings.bos,
-                offload_states=settings.offload_states,
-                progress=show,
-                **how,
-            )
+            own = shared(settings, PerplexitySettings)
+            result = perplexity(**own | {"data": settings.data or "wikitext2", "progress": show})
         values |= result.to_json()
         key = {"data": result.data, "length": result.length, "digest": result.digest, "dtype": settings.dtype}
         key |= {"bos": result.provenance.get("bos", {}).get("used")}

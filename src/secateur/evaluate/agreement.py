@@ -1,25 +1,33 @@
 """How far pruned models agree with the dense one on the same tokens: divergence, first choices, perplexity."""
 
 import math
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur.calibration import Windows
 from secateur.collect.model_windows import model_evaluation_windows
-from secateur.errors import CheckpointError, NumericalError
-from secateur.evaluate.perplexity import exponential, paired_difference, standard_error, without_nan
+from secateur.collect.settings import DtypeSettings
+from secateur.errors import CheckpointError
+from secateur.evaluate.perplexity import (
+    check_finite,
+    described,
+    exponential,
+    paired_difference,
+    standard_error,
+    without_nan,
+)
+from secateur.evaluate.settings import AgreementSettings, TextSettings
 from secateur.models.flow.stream import Stream, default_batch_size
-from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.models.opening.opened import open_model
 from secateur.runs.events import Progress, named
 from secateur.runs.forward import after_the_last_block
+from secateur.runs.options import shared, taking
 
 
 @dataclass(frozen=True)
@@ -77,23 +85,9 @@ class Agreement:
         return without_nan({name: getattr(self, name) for name in computed} | vars(self))
 
 
+@taking(AgreementSettings)
 @torch.no_grad()
-def agreement(
-    dense: str | os.PathLike[str] | nn.Module | OpenedModel,
-    pruned: Sequence[str | os.PathLike[str] | nn.Module | OpenedModel],
-    data: str | Tensor | Windows = "wikitext2",
-    *,
-    length: int | None = None,
-    windows: int | None = None,
-    bos: str = "auto",
-    batch_size: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offload_states: str = "auto",
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
-    progress: Progress = lambda stage, done, total: None,
-) -> list[Agreement]:
+def agreement(settings: AgreementSettings) -> list[Agreement]:
     """The agreement of each pruned model with the dense one, on the same windows of a text.
 
     The models run one after the other, each in the memory of one block; between them only the dense model's last
@@ -102,18 +96,19 @@ def agreement(
     Raises `CheckpointError` for models with different vocabularies, `NumericalError` for outputs that are not finite,
     and what `perplexity` raises.
     """
+    machine, progress = shared(settings, DtypeSettings), settings.progress
     with ExitStack() as stack:
-        reference = open_model(dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        reference = open_model(settings.dense, **machine)
         stack.callback(reference.restore)
-        cut = model_evaluation_windows(reference, data, tokenizer, length=length, windows=windows, bos=bos)
-        batches = cut.batches(batch_size or default_batch_size(cut.length, reference.skeleton.device))
-        forward = partial(after_the_last_block, batches=batches, offload_states=offload_states)
+        cut = model_evaluation_windows(reference, settings.data, settings.tokenizer, **shared(settings, TextSettings))
+        batches = cut.batches(settings.batch_size or default_batch_size(cut.length, reference.skeleton.device))
+        forward = partial(after_the_last_block, batches=batches, offload_states=settings.offload_states)
         expected = stack.enter_context(forward(reference.skeleton, progress=named(progress, "dense")))
         results = []
-        for number, model in enumerate(pruned):
+        for number, model in enumerate(settings.pruned):
             started = time.perf_counter()
-            name = f"pruned {number + 1}" if len(pruned) > 1 else "pruned"
-            opened = open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            name = f"pruned {number + 1}" if len(settings.pruned) > 1 else "pruned"
+            opened = open_model(model, **machine)
             try:
                 own, held = opened.skeleton.vocabulary_size, reference.skeleton.vocabulary_size
                 if own != held:
@@ -128,13 +123,8 @@ def agreement(
             results.append(
                 Agreement(
                     model=str(opened.origin.get("path")),
-                    data=data if isinstance(data, str) else "token ids",
-                    windows=cut.samples,
-                    length=cut.length,
-                    tokens=cut.tokens - cut.samples,
-                    digest=cut.digest,
                     seconds=time.perf_counter() - started,
-                    provenance=cut.provenance,
+                    **described(cut, settings.data),
                     **figures,
                 )
             )
@@ -162,12 +152,7 @@ def _compare(dense: Stream, pruned: Stream, progress: Progress) -> dict[str, Any
         torch.cat([batch[row].double().mean(dim=1) for batch in batches]) for row in range(4)
     )
     for who, nats in (("dense", dense_nats), ("pruned", own_nats)):
-        if not bool(nats.isfinite().all()):
-            bad = int((~nats.isfinite()).sum())
-            raise NumericalError(
-                f"{bad} of {len(nats)} windows have a loss that is not finite in the {who} model. "
-                "It overflows or is damaged; try --dtype float32."
-            )
+        check_finite(nats, f" in the {who} model")
     return {
         "kl": float(kl.mean()),
         "kl_error": standard_error(window_kl),

@@ -1,22 +1,24 @@
 """Perplexity in the convention of the pruning papers, streamed block by block."""
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.calibration import Windows
 from secateur.collect.model_windows import model_evaluation_windows
+from secateur.collect.settings import ModelSettings
 from secateur.errors import NumericalError
+from secateur.evaluate.settings import PerplexitySettings, TextSettings
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
-from secateur.runs.events import Progress
 from secateur.runs.forward import after_the_last_block
+from secateur.runs.options import shared, taking
 
 
 @dataclass(frozen=True)
@@ -77,22 +79,9 @@ def paired_difference(window_nats: Sequence[float], window_nats_dense: Sequence[
     return float((own - dense).mean()), standard_error(own - dense)
 
 
-def perplexity(
-    model: str | os.PathLike[str] | nn.Module | OpenedModel,
-    data: str | Tensor | Windows = "wikitext2",
-    *,
-    length: int | None = None,
-    windows: int | None = None,
-    bos: str = "auto",
-    batch_size: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offload_states: str = "auto",
-    tokenizer: Any = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = lambda stage, done, total: None,
-) -> Perplexity:
+@taking(PerplexitySettings)
+@torch.no_grad()
+def perplexity(settings: PerplexitySettings) -> Perplexity:
     """The perplexity of a model on a text, in the memory of one block.
 
     The text is tokenised once, cut into windows of `length` (2048) tokens without overlap, and the remainder dropped.
@@ -105,50 +94,54 @@ def perplexity(
     or does not fit the model, and `NumericalError` when the model's outputs are not finite.
     """
     started = time.perf_counter()
-    opened = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    opened = open_model(**shared(settings, ModelSettings))
     try:
-        cut = model_evaluation_windows(opened, data, tokenizer, length=length, windows=windows, bos=bos)
-        losses = window_losses(opened, cut, batch_size=batch_size, offload_states=offload_states, progress=progress)
+        cut = model_evaluation_windows(opened, settings.data, settings.tokenizer, **shared(settings, TextSettings))
+        losses = _window_losses(opened, cut, settings)
     finally:
         opened.restore()
-    if not bool(losses.isfinite().all()):
-        bad = int((~losses.isfinite()).sum())
-        raise NumericalError(
-            f"{bad} of {len(losses)} windows have a loss that is not finite. "
-            "The model overflows or is damaged; try --dtype float32."
-        )
+    check_finite(losses)
     return Perplexity(
-        data=data if isinstance(data, str) else "token ids",
-        windows=cut.samples,
-        length=cut.length,
-        tokens=cut.tokens - cut.samples,
+        **described(cut, settings.data),
         nats=float(losses.mean()),
         standard_error=standard_error(losses),
         window_nats=losses.tolist(),
-        digest=cut.digest,
         seconds=time.perf_counter() - started,
-        provenance=cut.provenance,
     )
 
 
-@torch.no_grad()
-def window_losses(
-    opened: OpenedModel,
-    windows: Windows,
-    *,
-    batch_size: int | None = None,
-    offload_states: str = "auto",
-    progress: Progress = lambda stage, done, total: None,
-) -> Tensor:
+def _window_losses(opened: OpenedModel, windows: Windows, settings: PerplexitySettings) -> Tensor:
     """The mean cross-entropy of each window, in nats: float64 of shape (windows,)."""
-    skeleton = opened.skeleton
-    batches = windows.batches(batch_size or default_batch_size(windows.length, skeleton.device))
-    with after_the_last_block(skeleton, batches, offload_states=offload_states, progress=progress) as stream:
+    batches = windows.batches(settings.batch_size or default_batch_size(windows.length, opened.skeleton.device))
+    forward = partial(after_the_last_block, offload_states=settings.offload_states, progress=settings.progress)
+    with forward(opened.skeleton, batches) as stream:
         losses = []
         for batch, ids in enumerate(stream.batches):
             total = torch.zeros(len(ids), dtype=torch.float64, device=stream.device)
             for part in stream.losses(batch):
                 total += part.double().sum(dim=1)
             losses.append((total / (ids.shape[1] - 1)).cpu())
-            progress("head", batch + 1, len(stream.batches))
+            settings.progress("head", batch + 1, len(stream.batches))
         return torch.cat(losses)
+
+
+def described(cut: Windows, data: object) -> dict[str, Any]:
+    """What a result says of the windows that it was measured on."""
+    return {
+        "data": data if isinstance(data, str) else "token ids",
+        "windows": cut.samples,
+        "length": cut.length,
+        "tokens": cut.tokens - cut.samples,
+        "digest": cut.digest,
+        "provenance": cut.provenance,
+    }
+
+
+def check_finite(losses: Tensor, where: str = "") -> None:
+    """Raise `NumericalError` for windows whose loss is not finite."""
+    bad = int((~losses.isfinite()).sum())
+    if bad:
+        raise NumericalError(
+            f"{bad} of {len(losses)} windows have a loss that is not finite{where}. "
+            "The model overflows or is damaged; try --dtype float32."
+        )

@@ -1,29 +1,68 @@
 """What `eval` and `compare` take."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from secateur.collect.settings import BOS, BatchSettings, BosChoice, DtypeSettings, ModelSettings
+from secateur.collect.settings import BOS, BatchSettings, BosChoice, DtypeSettings, Model, ModelSettings
 from secateur.errors import CalibrationError
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from secateur.calibration import Windows
+    from secateur.runs.events import Progress
+
+    OneText: TypeAlias = str | Tensor | Windows
+else:
+    OneText = str
+    Progress = Any
 
 TASKS = "Tasks"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EvaluationSettings(Settings):
-    """Which windows of text, and which tasks."""
+class TextSettings(Settings):
+    """Which windows of text."""
 
     length: Annotated[int | None, Option(OPTIONS, "Tokens in each window [default: 2048].", "-l", least=2)] = None
     windows: Annotated[int | None, Option(OPTIONS, "Use only the first windows [default: all].", "-w", least=1)] = None
     bos: Annotated[BosChoice, Option(OPTIONS, BOS, error=CalibrationError)] = "auto"
-    tasks: Annotated[
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PerplexitySettings(BatchSettings, ModelSettings, TextSettings):
+    """What `perplexity` takes."""
+
+    data: OneText = field(default="wikitext2", kw_only=False)
+    tokenizer: Any = None
+    progress: Progress = lambda stage, done, total: None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AgreementSettings(BatchSettings, DtypeSettings, TextSettings):
+    """What `agreement` takes."""
+
+    dense: Model = field(kw_only=False)
+    pruned: Sequence[Model] = field(kw_only=False)
+    data: OneText = field(default="wikitext2", kw_only=False)
+    tokenizer: Any = None
+    progress: Progress = lambda stage, done, total: None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TaskSettings(Settings):
+    """Which tasks, and how they are asked."""
+
+    names: Annotated[
         tuple[str, ...],
         Option(
             TASKS,
             "Tasks and groups of lm-evaluation-harness, with commas between them; also commonsense7 and commonsense6, "
             "the means of the papers.",
             "-t",
+            name="tasks",
             words=True,
         ),
     ] = ()
@@ -38,7 +77,7 @@ class EvaluationSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EvalSettings(BatchSettings, ModelSettings, EvaluationSettings):
+class EvalSettings(BatchSettings, ModelSettings, TextSettings, TaskSettings):
     """What `eval` takes."""
 
     data: Annotated[
@@ -53,7 +92,7 @@ class EvalSettings(BatchSettings, ModelSettings, EvaluationSettings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CompareSettings(BatchSettings, DtypeSettings, EvaluationSettings):
+class CompareSettings(BatchSettings, DtypeSettings, TextSettings, TaskSettings):
     """What `compare` takes."""
 
     dense: Annotated[str, Option(ARGUMENTS, "The dense model: folder, hub id, or GGUF file.")]

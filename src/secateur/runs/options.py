@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
@@ -101,6 +101,12 @@ class Settings:
                 raise CalibrationError(f"{field.flag}: got {value}, expected at least {field.option.least}.")
             if field.option.positive and value is not None and not 0 < value < math.inf:
                 raise field.option.error(f"{field.flag}: got {value:g}, expected a positive number.")
+
+
+def shared(settings: Settings, *kinds: type[Settings]) -> dict[str, Any]:
+    """The values of the fields that settings have in common with these classes of settings, by name."""
+    names = dict.fromkeys(field.name for kind in kinds for field in fields(kind))
+    return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
 
 
 def no_choice(flag: str, value: object, known: tuple[str, ...]) -> str:
