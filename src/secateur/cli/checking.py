@@ -1,11 +1,12 @@
 """`inspect` and `verify`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from secateur.cli.app import Json, command
-from secateur.cli.display import print_json, print_tables, quiet_libraries, status
+from secateur.cli.display import print_json, print_result, print_tables, quiet_libraries, status
 from secateur.collect.settings import Revision, Trust
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 
@@ -22,14 +23,10 @@ def inspect(
     """Show the sparsity and the detected pattern of a model's matrices, by block and by kind, whoever pruned it."""
     with quiet_libraries(), status("Counting zeros"):
         from secateur.report.inspect import inspect as measure
-
-        result = measure(model, revision=revision, trust_remote_code=trust_remote_code)
-    if as_json:
-        print_json(result.to_json())
-    else:
         from secateur.report.terminal import inspection_tables
 
-        print_tables(inspection_tables(result, every_matrix=matrices))
+        result = measure(model, revision=revision, trust_remote_code=trust_remote_code)
+    print_result(result, partial(inspection_tables, every_matrix=matrices), as_json)
 
 
 @command("secateur verify ./pruned", "secateur verify ./pruned --source ./llama")
@@ -45,13 +42,12 @@ def verify(
     with quiet_libraries(), status("Verifying"):
         from secateur.models.opening.opened import open_source
         from secateur.record.verify import verify as check
+        from secateur.report.terminal import verification_tables
 
         result = check(Path(output), open_source(source) if source is not None else None)
     if as_json:
         print_json({**vars(result), "folder": str(result.folder), "ok": result.ok, "sparsity": result.sparsity})
     else:
-        from secateur.report.terminal import verification_tables
-
         print_tables(verification_tables(result))
     if not result.ok:
         sys.exit(1)

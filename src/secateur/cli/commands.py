@@ -1,6 +1,7 @@
 """From settings to commands: what their options are called, and the sentences for those that are none."""
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
@@ -32,6 +33,8 @@ def parsed(
 ) -> Callable[..., None]:
     """The function as cyclopts calls it: with a parameter for each option, also those of its settings.
 
+    Settings that record the command line which they come from get it here.
+
     `required` names fields that a command line cannot do without, though Python code can, `hidden` those that the help
     does not show.
     """
@@ -50,7 +53,8 @@ def parsed(
         taken: dict[str, Any] = {}
         for name, kind in takers.items():
             own = {field.name for field in options(kind)}
-            taken[name] = kind(**{key: value for key, value in values.items() if key in own})
+            recorded = {"command": ["secateur", *sys.argv[1:]]} if hasattr(kind, "command") else {}
+            taken[name] = kind(**{key: value for key, value in values.items() if key in own}, **recorded)
         direct = {field.name for field in options(function)}
         function(**taken, **{key: value for key, value in values.items() if key in direct})
 

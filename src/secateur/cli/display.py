@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
+def print_result(result: Any, tables: Callable[[Any], Any], as_json: bool) -> None:
+    """Print a result: as JSON, or as its tables."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_tables(tables(result))
+
+
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the single values of rows into a CSV file, with a header; lists and objects are left out.
 
@@ -70,7 +79,8 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def _bar() -> Iterator[Any]:
+def _bar(first: str = "opening") -> Iterator[tuple[Any, Callable[..., None]]]:
+    """(a bar, what updates it by what is done, of how much, at which stage, with a detail after the times)."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -90,7 +100,12 @@ def _bar() -> Iterator[Any]:
         TextColumn("[dim]{task.fields[detail]}"),
         console=Console(stderr=True),
     ) as bar:
-        yield bar
+        task = bar.add_task(first, total=None, detail="")
+
+        def update(stage: str, done: int, total: int | None, detail: str = "", **options: Any) -> None:
+            bar.update(task, description=stage, total=total, completed=done, detail=detail, **options)
+
+        yield bar, update
 
 
 @contextmanager
@@ -113,20 +128,18 @@ def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iter
 
         yield plain
         return
-    with _bar() as bar:
-        task = bar.add_task("opening", total=None, detail="")
+    with _bar() as (_, update):
 
         def show(event: "Event") -> None:
             if event.stage == "calibrate":
-                bar.update(task, description="calibration", total=event.total or None, completed=event.done, detail="")
+                update("calibration", event.done, event.total or None)
             elif event.stage == "record":
-                bar.update(task, description="recording calls", total=event.total, completed=event.done, detail="")
+                update("recording calls", event.done, event.total)
             elif event.stage.startswith("gradients"):
-                bar.update(task, description=event.stage, total=event.total, completed=event.done, detail="")
+                update(event.stage, event.done, event.total)
             elif event.blocks:
                 detail = event.matrix or f"{event.stage} {event.done}/{event.total}" if event.total else event.stage
-                finished = event.block + (event.stage == "write")
-                bar.update(task, description="blocks", total=event.blocks, completed=finished, detail=detail + note())
+                update("blocks", event.block + (event.stage == "write"), event.blocks, detail + note())
 
         yield show
 
@@ -137,9 +150,8 @@ def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda stage, done, total: None
         return
-    with _bar() as bar:
-        task = bar.add_task("opening", total=None, detail="")
-        yield lambda stage, done, total: bar.update(task, description=stage, total=total, completed=done, detail="")
+    with _bar() as (_, update):
+        yield update
 
 
 @contextmanager
@@ -173,10 +185,9 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
             if text is not None:
                 print(text, file=sys.stderr)
 
-        yield plain, lambda content: print_tables(content, error=True)
+        yield plain, partial(print_tables, error=True)
         return
-    with _bar() as bar:
-        task = bar.add_task("cells", total=None, detail="")
+    with _bar("cells") as (bar, update):
 
         def show(event: "SweepEvent") -> None:
             text = line(event)
@@ -186,7 +197,7 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
             stage = event.stage.rpartition("/")[2]  # of a file, the name alone
             inner = f"{where}: {stage} {event.done}/{event.total}" if event.total else stage
             begins = not bar.tasks[0].fields["detail"].startswith(where)
-            bar.update(task, total=event.cells or None, completed=event.finished, detail=inner, refresh=begins)
+            update("cells", event.finished, event.cells or None, inner, refresh=begins)
 
         yield show, bar.console.print
 
@@ -197,16 +208,9 @@ def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], 
 
     In a pipe there is a line whenever a stage is done or a new perplexity was measured, and all of it on stderr.
     """
-    from rich.console import Console
-
     if sys.stderr.isatty():
-        with _bar() as bar:
-            task = bar.add_task("opening", total=None, detail="")
-
-            def show(stage: str, done: int, total: int, note: str) -> None:
-                bar.update(task, description=stage, total=total or None, completed=done, detail=note)
-
-            yield show, bar.console.print
+        with _bar() as (bar, update):
+            yield lambda stage, done, total, note: update(stage, done, total or None, note), bar.console.print
         return
     started, measured = time.perf_counter(), ""
 
@@ -217,7 +221,7 @@ def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], 
             measured = perplexity
             print(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
-    yield plain, Console(stderr=True, width=200, soft_wrap=True).print
+    yield plain, partial(print_tables, error=True)
 
 
 @contextmanager

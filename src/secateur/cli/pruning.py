@@ -1,12 +1,13 @@
 """`plan`, `prune` and `gradients`."""
 
-import sys
 from dataclasses import replace
+from functools import partial
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import (
     gradient_progress,
     print_json,
+    print_result,
     print_tables,
     progress,
     quiet_libraries,
@@ -30,16 +31,12 @@ def plan(settings: PruneSettings, config: Config = None, as_json: Json = False) 
     """
     with quiet_libraries(), status("Reading the model"):
         from secateur.pruning.forecast import dry_run
+        from secateur.report.terminal import estimate_tables
 
         started = since_start()  # Python and the libraries take that long for `prune` as well
         result = dry_run(settings)
         result = replace(result, seconds=result.seconds + started)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        from secateur.report.terminal import estimate_tables
-
-        print_tables(estimate_tables(result))
+    print_result(result, estimate_tables, as_json)
 
 
 @command(
@@ -56,14 +53,10 @@ def prune(settings: PruneSettings, config: Config = None, as_json: Json = False)
     """
     with quiet_libraries(), progress() as on_event:
         from secateur.pruning.engine import run
-
-        manifest = run(replace(settings, command=["secateur", *sys.argv[1:]], on_event=on_event))
-    if as_json:
-        print_json(manifest.to_json())
-    else:
         from secateur.report.terminal import manifest_tables
 
-        print_tables(manifest_tables(manifest, str(settings.output)))
+        manifest = run(replace(settings, on_event=on_event))
+    print_result(manifest, partial(manifest_tables, output=str(settings.output)), as_json)
 
 
 @command(
@@ -78,11 +71,10 @@ def gradients(settings: GradientSettings, config: Config = None, as_json: Json =
     """
     with quiet_libraries(), gradient_progress() as show:
         from secateur.collect.gradient_pass import take
+        from secateur.report.terminal import gradient_table
 
         file = take(replace(settings, progress=show))
     if as_json:
         print_json({"file": str(file.path), "matrices": len(file.matrices), **file.provenance})
     else:
-        from secateur.report.terminal import gradient_table
-
         print_tables(gradient_table(file))

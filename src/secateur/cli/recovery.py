@@ -3,24 +3,15 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from secateur.cli.app import Config, Interrupted, Json, command
-from secateur.cli.display import (
-    evaluation_progress,
-    print_json,
-    print_tables,
-    progress,
-    quiet_libraries,
-    recovery_progress,
-)
+from secateur.cli.display import evaluation_progress, print_result, progress, quiet_libraries, recovery_progress
 from secateur.errors import CalibrationError, PatternError
 from secateur.recover.settings import MergeSettings, RecoverSettings
 from secateur.runs.options import OPTIONS, Option, options
-
-if TYPE_CHECKING:
-    from secateur.recover.forecast import Forecast
 
 # What of the options of `recover` has a meaning for block, and what `reconstruct` calls it.
 SHARED = {name: name for name in ("pruned", "output", "seed", "device", "dtype", "trust_remote_code", "overwrite")}
@@ -49,11 +40,7 @@ def recover(settings: RecoverSettings, config: Config = None, as_json: Json = Fa
             from secateur.recover.fine_tuning import run
             from secateur.report.recovery import forecast_table, recovery_tables
 
-            def announce(forecast: "Forecast") -> None:
-                say(forecast_table(forecast))
-
-            command = ["secateur", *sys.argv[1:]]
-            result = run(replace(settings, command=command, announce=announce, progress=show))
+            result = run(replace(settings, announce=lambda forecast: say(forecast_table(forecast)), progress=show))
     except KeyboardInterrupt:
         from secateur.recover.training import last_checkpoint
         from secateur.runs.output import resolved
@@ -64,10 +51,7 @@ def recover(settings: RecoverSettings, config: Config = None, as_json: Json = Fa
         raise Interrupted(
             f"Interrupted. {last} is the last checkpoint; go on with the same command and --resume."
         ) from None
-    if as_json:
-        print_json(result.to_json())
-    else:
-        print_tables(recovery_tables(result))
+    print_result(result, recovery_tables, as_json)
 
 
 def _tune_blocks(settings: RecoverSettings, as_json: bool) -> None:
@@ -101,14 +85,10 @@ def _tune_blocks(settings: RecoverSettings, as_json: bool) -> None:
         most = forwards(epochs, 1 - values.get("held_out", 0.125))
         within = f", within {values['minutes']:g} minutes" if "minutes" in values else ""
         print(f"at most {most:.1f} forwards of {samples} samples through the blocks{within}", file=sys.stderr)
-        command = ["secateur", *sys.argv[1:]]
         manifest = reconstruct(
-            **values, calibration=settings.data, command=command, on_event=on_event, on_block=on_block
+            **values, calibration=settings.data, command=settings.command, on_event=on_event, on_block=on_block
         )
-    if as_json:
-        print_json(manifest.to_json())
-    else:
-        print_tables(block_tables(manifest, str(settings.output)))
+    print_result(manifest, partial(block_tables, output=str(settings.output)), as_json)
 
 
 @command(
@@ -129,12 +109,7 @@ def merge(
     """
     with quiet_libraries(), evaluation_progress() as show:
         from secateur.recover.merge import run
-
-        command = ["secateur", *sys.argv[1:]]
-        result = run(replace(settings, evaluate=not no_eval, command=command, progress=show))
-    if as_json:
-        print_json(result.to_json())
-    else:
         from secateur.report.recovery import merge_tables
 
-        print_tables(merge_tables(result))
+        result = run(replace(settings, evaluate=not no_eval, progress=show))
+    print_result(result, merge_tables, as_json)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from secateur.cli.app import Config, Json, command
-from secateur.cli.display import print_json, print_tables, quiet_libraries, sweep_progress
+from secateur.cli.display import print_result, quiet_libraries, sweep_progress
 from secateur.cli.streams import print_error
 from secateur.sweeps.settings import SweepSettings
 
@@ -34,18 +34,11 @@ def sweep(settings: SweepSettings, config: Config = None, as_json: Json = False)
                 if not settings.dry_run:
                     print_above(sweep_estimate_tables(estimate))
 
-            command = ["secateur", *sys.argv[1:]]
-            result = run(replace(settings, command=command, on_estimate=on_estimate, on_event=on_event))
+            result = run(replace(settings, on_estimate=on_estimate, on_event=on_event))
     if settings.dry_run:
-        if as_json:
-            print_json(estimates[0].to_json())
-        else:
-            print_tables(sweep_estimate_tables(estimates[0]))
+        print_result(estimates[0], sweep_estimate_tables, as_json)
         return
-    if as_json:
-        print_json(result.to_json())
-    else:
-        print_tables(sweep_table_groups(result))
+    print_result(result, sweep_table_groups, as_json)
     asked = {(task.cell.method, task.cell.pattern) for task in grid(settings)}
     if result.failed:
         print_error(f"{len(result.failed)} of {len(result.cells)} cells failed:")
