@@ -80,10 +80,10 @@ def shared_gradient(method: Method, propagate: str) -> tuple[Granularity, Scope]
     return kind.granularity, kind.scope
 
 
-def refusal(opened: OpenedModel, task: Task, options: Mapping[str, Any]) -> SecateurError | None:
+def refusal(task: Task, options: Mapping[str, Any]) -> SecateurError | None:
     """The error that `prune` would raise for a task before it starts."""
     try:
-        with prepared(PruneSettings(opened, method=task.method, pattern=task.pattern, **options), dry=True):
+        with prepared(PruneSettings(method=task.method, pattern=task.pattern, **options), dry=True):
             pass
     except SecateurError as error:
         return error
@@ -100,7 +100,7 @@ def estimate_sweep(
     """
     tasks = loop.pending
     pruned = [task.cell for task in tasks if loop.pruned(task.cell)]
-    refusals = {task.cell.folder: None if task.cell in pruned else refusal(opened, task, options) for task in tasks}
+    refusals = {task.cell.folder: None if task.cell in pruned else refusal(task, options) for task in tasks}
     errors = [error for error in refusals.values() if error is not None]
     if tasks and len(errors) == len(tasks):
         raise errors[0]
@@ -123,11 +123,11 @@ def estimate_sweep(
             if (label, reused) not in alone:
                 method = replace(task.method, needs=task.method.inputs) if kind is not None else task.method
                 method = replace(method, needs=method.needs - method.inputs) if reused else method
-                alone[label, reused] = estimate(opened, method=method, pattern=task.pattern, **options)
+                alone[label, reused] = estimate(method=method, pattern=task.pattern, **options)
             own = alone[label, reused]
             seconds += own.seconds
             if kind is not None and kind not in shared:
-                both = estimate(opened, method=task.method, pattern=task.pattern, **options)
+                both = estimate(method=task.method, pattern=task.pattern, **options)
                 shared[kind] = (max(0.0, both.seconds - own.seconds), both.disk_bytes - own.disk_bytes)
             if options["propagate"] == "dense" and task.method.inputs:
                 grams = sum(4 * matrix.shape[1] ** 2 for matrix in opened.skeleton.matrices)

@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from secateur.calibration.corpora import is_token_file
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import gradient_batch_size, gradients
 from secateur.collect.model_windows import foreseen_windows, model_evaluation_windows, model_windows
-from secateur.collect.settings import CalibrationSettings, Model
+from secateur.collect.settings import (
+    BatchSettings,
+    CalibrationSettings,
+    DtypeSettings,
+    Model,
+    ModelSettings,
+    SelectionSettings,
+)
 from secateur.collect.survey import Survey
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.problem import Method
@@ -26,15 +34,15 @@ from secateur.models.flow.memory import trim
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.pruning.engine import prune
+from secateur.pruning.settings import PropagationSettings
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.events import Event
+from secateur.runs.options import shared
 from secateur.sweeps.estimate import SweepEstimate, Task, estimate_sweep, shared_gradient
 from secateur.sweeps.folder import Cell, Sweep, SweepFolder, check_settings, plain
 from secateur.sweeps.settings import SweepSettings
 from secateur.sweeps.table import markdown, table_csv
 
-EVALUATION_OPTIONS = ("batch_size", "device", "dtype", "offload_states", "trust_remote_code")
-GRADIENT_OPTIONS = (*EVALUATION_OPTIONS, "only", "skip", "revision")
 AGREEMENT = ("kl", "kl_error", "kl_99", "top1", "top1_error", "window_kl", "window_top1")
 
 
@@ -65,7 +73,6 @@ class SweepLoop:
     asked: SweepSettings
     tasks: list[Task]
     settings: dict[str, Any]  # as they are recorded
-    options: dict[str, Any]  # of prune
     tokenizer: Any
     outdated: set[str] = field(default_factory=set)  # folders of cells with a checkpoint of another method
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -78,6 +85,11 @@ class SweepLoop:
     source_tensors: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # estimated, by cell folder
     position: tuple[int, int] = (0, 0)  # cells finished, cells in all
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What of the options of `prune` all cells share."""
+        return shared(self.asked, BatchSettings, ModelSettings, PropagationSettings, SelectionSettings)
 
     @property
     def sweep(self) -> Sweep:
@@ -134,14 +146,13 @@ class SweepLoop:
         for data in self.settings["data"]:
             if data in self.dense and not any(data in self.lacking(cell) for cell in pending):
                 continue
-            asked = {"length": self.settings["eval_length"], "windows": self.settings["windows"]}
-            asked = {"windows": asked["windows"]} if is_token_file(data) else asked
             bos = self.settings["bos"]
             windows = model_evaluation_windows(
                 opened,
                 data,
                 self.tokenizer,
-                **asked,
+                length=None if is_token_file(data) else self.settings["eval_length"],
+                windows=self.settings["windows"],
                 bos=bos if decide or bos != "auto" else "papers",
                 known=self.settings["bos_choices"].get(f"data set {data}"),
                 option="--eval-length",
@@ -158,11 +169,11 @@ class SweepLoop:
             opened,
             self._drawing(calibration),
             known=self.settings["bos_choices"].get("calibration"),
-            progress=lambda done, total: self._stage(None, "calibration", done, total),
+            progress=partial(self._stage, None, "calibration"),
         )
         self._note("calibration", self.calibration)
         for task in (task for task in self.tasks if task.method.needs):
-            size = _batch_size(opened, task.method, self.calibration.length, self.options["batch_size"])
+            size = _batch_size(opened, task.method, self.calibration.length, self.asked.batch_size)
             self.batch_sizes[task.cell.method] = size
 
     def _looks_at_tokens(self) -> bool:
@@ -189,7 +200,7 @@ class SweepLoop:
             seen = foreseen_windows(opened, self._drawing(calibration))
             text = {"calibration": seen.windows, "samples": seen.samples, "length": seen.length}
             unchecked = seen.unchecked
-        estimate = estimate_sweep(self, opened, {**self.options, **text}, unchecked)
+        estimate = estimate_sweep(self, opened, {**self.options, **text, "model": opened}, unchecked)
         self.seconds = {own.cell.folder: own.seconds for own in estimate.cells}
         return estimate
 
@@ -239,7 +250,7 @@ class SweepLoop:
         """One pass over the dense model for each kind of gradients that cells share; cells record its failure."""
         norms: dict[tuple[Granularity, Scope], set[Norm]] = {}
         for task in self._to_prune():
-            kind = shared_gradient(task.method, self.options["propagate"])
+            kind = shared_gradient(task.method, self.asked.propagate)
             if kind is not None and task.method.gradient is not None:
                 norms.setdefault(kind, set()).add(task.method.gradient.norm)
         for kind, wanted in norms.items():
@@ -258,23 +269,21 @@ class SweepLoop:
             if norms <= held:
                 return path
             norms = norms | held
-        options = {key: value for key, value in self.options.items() if key in GRADIENT_OPTIONS}
         gradients(
-            self.asked.model,
-            path,
+            **shared(self.asked, BatchSettings, ModelSettings, SelectionSettings),
+            output=path,
             norms=sorted(norms),
             granularity=granularity,
             scope=scope,
             calibration=self.calibration,
             overwrite=True,
-            progress=lambda stage, done, total: self._stage(None, f"gradients: {stage}", done, total),
-            **options,
+            progress=partial(self._stage, None, prefix="gradients: "),
         )
         return path
 
     def _share_statistics(self) -> None:
         """With the dense model's inputs, share one pass among all cells that run with the same batch size."""
-        if self.options["propagate"] != "dense":
+        if self.asked.propagate != "dense":
             return
         groups: dict[int | None, list[frozenset[type[Statistic]]]] = {}
         for task in self._to_prune():
@@ -304,13 +313,11 @@ class SweepLoop:
             cell = replace(cell, status="done")
         except _ChangedModelError:
             raise
-        except SecateurError as error:
-            cell = replace(cell, status="failed", error=str(error))
-            if isinstance(error, MethodError):
-                self.folder.write(f"{cell.folder}/{details.name}", traceback.format_exc())
         except Exception as error:  # a method may be anybody's, and a night's work must not end with one cell
-            cell = replace(cell, status="failed", error=f"{type(error).__name__}: {error}")
-            self.folder.write(f"{cell.folder}/{details.name}", traceback.format_exc())
+            expected = isinstance(error, SecateurError)
+            cell = replace(cell, status="failed", error=str(error) if expected else f"{type(error).__name__}: {error}")
+            if isinstance(error, MethodError) or not expected:
+                self.folder.write(f"{cell.folder}/{details.name}", traceback.format_exc())
         cell = replace(cell, seconds=before + time.perf_counter() - began)
         self.cells[cell.folder] = cell
         self.folder.write_cell(cell)
@@ -318,13 +325,12 @@ class SweepLoop:
         return cell
 
     def _prune(self, task: Task) -> None:
-        kind = shared_gradient(task.method, self.options["propagate"])
+        kind = shared_gradient(task.method, self.asked.propagate)
         gradient = self.gradients[kind] if kind is not None else None
         if isinstance(gradient, SecateurError):
             raise gradient
-        size = self.batch_sizes.get(task.cell.method, self.options["batch_size"])
+        size = self.batch_sizes.get(task.cell.method, self.asked.batch_size)
         manifest = prune(
-            self.asked.model,
             method=task.method,
             pattern=task.pattern,
             calibration=self.calibration if self.calibration is not None else (),
@@ -332,7 +338,7 @@ class SweepLoop:
             statistics=self.statistics.get(size) if task.method.inputs else None,
             output=self.folder.checkpoint(task.cell),
             command=self.asked.command,
-            on_event=lambda event: self._pruning(task.cell, event),
+            on_event=partial(self._pruning, task.cell),
             **{**self.options, "batch_size": size},
         )
         for name, digest in manifest.source_tensors.items():
@@ -351,28 +357,21 @@ class SweepLoop:
             mean, error = paired_difference(figures["window_nats"], self.dense[data]["window_nats"])
             figures |= {"difference": mean, "difference_error": plain(error)}
         if self.settings["agreement"]:
-            how = {key: self.options[key] for key in ("device", "dtype", "revision", "trust_remote_code")}
-            (found,) = agreement(
-                open_model(self.asked.model, **how),
-                [checkpoint],
-                self.texts[data],
-                progress=lambda stage, done, total: self._stage(cell, f"{data}: {stage}", done, total),
-                **{key: value for key, value in self.options.items() if key in EVALUATION_OPTIONS},
-            )
+            dense = open_model(**shared(self.asked, ModelSettings))
+            (found,) = agreement(dense, [checkpoint], self.texts[data], **self._evaluating(cell, data))
             figures["agreement"] = {key: plain(value) for key, value in vars(found).items() if key in AGREEMENT}
         return figures
 
     def _perplexity(self, model: Model, data: str, cell: Cell | None) -> dict[str, Any]:
-        revision = self.options["revision"] if cell is None else None
-        found = perplexity(
-            model,
-            self.texts[data],
-            revision=revision,
-            progress=lambda stage, done, total: self._stage(cell, f"{data}: {stage}", done, total),
-            **{key: value for key, value in self.options.items() if key in EVALUATION_OPTIONS},
-        )
+        revision = self.asked.revision if cell is None else None
+        found = perplexity(model, self.texts[data], revision=revision, **self._evaluating(cell, data))
         figures: dict[str, Any] = plain(replace(found, data=data).to_json())
         return figures
+
+    def _evaluating(self, cell: Cell | None, data: str) -> dict[str, Any]:
+        """How all models are evaluated."""
+        progress = partial(self._stage, cell, prefix=f"{data}: ")
+        return shared(self.asked, BatchSettings, DtypeSettings) | {"progress": progress}
 
     def _drop_unneeded(self) -> None:
         """Remove every checkpoint that is neither kept nor waiting for its evaluation."""
@@ -395,8 +394,8 @@ class SweepLoop:
         elif event.total:
             self._stage(cell, event.stage, event.done, event.total)
 
-    def _stage(self, cell: Cell | None, stage: str, done: int, total: int) -> None:
-        self._tell(SweepEvent("stage", cell, stage, done, total))
+    def _stage(self, cell: Cell | None, stage: str, done: int, total: int, *, prefix: str = "") -> None:
+        self._tell(SweepEvent("stage", cell, prefix + stage, done, total))
 
     def _tell(self, event: SweepEvent) -> None:
         finished, cells = self.position

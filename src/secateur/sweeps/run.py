@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from secateur.calibration import Windows, calibration_windows
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from secateur.collect.settings import ModelSettings
 from secateur.core.fingerprint import fingerprint
 from secateur.core.problem import Method
 from secateur.errors import CalibrationError, ModelStructureError, PatternError
 from secateur.models.flow.memory import trim
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.pruning.preparation import chosen_correction
-from secateur.runs.options import taking
+from secateur.runs.options import shared, taking
 from secateur.sweeps.folder import Sweep, SweepFolder
 from secateur.sweeps.grid import grid
 from secateur.sweeps.loop import SweepLoop
@@ -59,20 +60,9 @@ def run(settings: SweepSettings) -> Sweep:
     if not settings.data:
         raise CalibrationError("--data: got none, expected at least one text to evaluate on.")
     folder = SweepFolder(settings.output, model)
-    what = {
-        "only": list(settings.only),
-        "skip": list(settings.skip),
-        "propagate": settings.propagate,
-        "within": settings.within,
-        "targets": settings.targets,
-        "correction": chosen_correction(settings),
-    }
-    opening: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("device", "dtype", "revision", "trust_remote_code")
-    }
-    running = {"statistics_device": settings.statistics_device, "batch_size": settings.batch_size}
+    correction = chosen_correction(settings)
     with ExitStack() as stack:
-        opened = open_model(model, **opening)
+        opened = open_model(**shared(settings, ModelSettings))
         unknown = set(settings.again) - {task.cell.method for task in tasks}
         if unknown:
             known = ", ".join(dict.fromkeys(task.cell.method for task in tasks))
@@ -83,9 +73,15 @@ def run(settings: SweepSettings) -> Sweep:
         recorded = {
             "model": str(opened.origin.get("path")),
             "revision": settings.revision,
-            **what,
+            "only": list(settings.only),
+            "skip": list(settings.skip),
+            "propagate": settings.propagate,
+            "within": settings.within,
+            "targets": settings.targets,
+            "correction": correction,
             **_calibration_settings(calibration, settings),
-            **running,
+            "statistics_device": settings.statistics_device,
+            "batch_size": settings.batch_size,
             "device": opened.skeleton.device.type,
             "dtype": str(opened.skeleton.dtype).removeprefix("torch."),
             "bos": settings.bos,
@@ -105,7 +101,6 @@ def run(settings: SweepSettings) -> Sweep:
             asked=settings,
             tasks=tasks,
             settings=recorded,
-            options={**what, **running, **opening, "offload_states": settings.offload_states},
             tokenizer=settings.tokenizer or opened.load_tokenizer(),
         )
         loop.join(folder.found())
