@@ -37,8 +37,12 @@ from secateur.errors import (
 from secateur.evaluate.agreement import Agreement as Agreement, agreement as agreement
 from secateur.evaluate.perplexity import Perplexity as Perplexity, perplexity as perplexity
 from secateur.evaluate.results import Results as Results, model_digest as model_digest
-from secateur.evaluate.task_differences import TaskComparison as TaskComparison, task_differences as task_differences
-from secateur.evaluate.task_results import TaskResult as TaskResult, TaskResults as TaskResults
+from secateur.evaluate.task_results import (
+    TaskComparison as TaskComparison,
+    TaskResult as TaskResult,
+    TaskResults as TaskResults,
+    task_differences as task_differences,
+)
 from secateur.evaluate.tasks import tasks as tasks
 from secateur.methods.admm import admm as admm
 from secateur.methods.alps import alps as alps

@@ -145,10 +145,16 @@ def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iter
 
 
 @contextmanager
-def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage on a terminal, nothing in a pipe."""
+def stage_progress(*, lines: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage on a terminal; in a pipe nothing, or with `lines` one when a stage is done."""
     if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
+        started = time.perf_counter()
+
+        def plain(stage: str, done: int, total: int) -> None:
+            if lines and total and done == total:
+                print(f"{stage}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+        yield plain
         return
     with _bar() as (_, update):
         yield update
@@ -222,26 +228,3 @@ def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], 
             print(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
     yield plain, partial(print_tables, error=True)
-
-
-@contextmanager
-def gradient_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each sweep on a terminal; one line when a sweep is done in a pipe."""
-    if sys.stderr.isatty():
-        with evaluation_progress() as show:
-            yield show
-        return
-    started = time.perf_counter()
-
-    def plain(stage: str, done: int, total: int) -> None:
-        if total and done == total:
-            print(f"{stage}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
-
-    yield plain
-
-
-def since_start() -> float:
-    """Seconds since this process began."""
-    import psutil
-
-    return time.time() - float(psutil.Process().create_time())

@@ -1,13 +1,30 @@
-"""`eval`."""
+"""`eval` and `compare`, and where they keep what they find."""
 
-from typing import Any
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from secateur.cli.app import Config, Json, command
-from secateur.cli.display import evaluation_progress, print_json, print_tables, quiet_libraries
-from secateur.cli.store import evaluation_store, keep, say_reused
-from secateur.collect.settings import ModelSettings
-from secateur.evaluate.settings import EvalSettings, PerplexitySettings, TaskSettings
+from secateur.cli.display import print_json, print_tables, quiet_libraries, stage_progress, write_csv
+from secateur.collect.settings import DtypeSettings, ModelSettings
+from secateur.errors import CheckpointError
+from secateur.evaluate.settings import (
+    AgreementSettings,
+    CompareSettings,
+    EvalSettings,
+    PerplexitySettings,
+    TaskSettings,
+)
 from secateur.runs.options import shared
+
+if TYPE_CHECKING:
+    from secateur.evaluate.agreement import Agreement
+    from secateur.evaluate.generations import Generation
+    from secateur.evaluate.results import Kind, Results
+    from secateur.evaluate.task_results import TaskComparison, TaskResults
+    from secateur.runs.events import Progress
 
 
 @command(
@@ -24,25 +41,17 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
     Tasks are lm-evaluation-harness's own; for them the whole model is loaded. Results are kept in $SECATEUR_CACHE
     (~/.cache/secateur), and tasks are not run twice.
     """
-    model = str(settings.model)
     shown: list[Any] = []
     values: dict[str, Any] = {}
     if settings.names:
-        with quiet_libraries(), evaluation_progress() as show:
-            from secateur.evaluate.tasks import tasks as run_tasks
+        with quiet_libraries(), stage_progress() as show:
             from secateur.report.terminal import tasks_table
 
-            answered = run_tasks(
-                **shared(settings, TaskSettings, ModelSettings),
-                batch_size=settings.batch_size,
-                store=evaluation_store(),
-                progress=show,
-            )
-        say_reused(answered)
+            answered = _answers(settings, show, **shared(settings, ModelSettings))
         values["tasks"] = answered.to_json()
         shown.append(tasks_table(answered))
     if settings.data is not None or not settings.names:
-        with quiet_libraries(), evaluation_progress() as show:
+        with quiet_libraries(), stage_progress() as show:
             from secateur.evaluate.perplexity import perplexity
             from secateur.report.terminal import perplexity_table
 
@@ -51,10 +60,150 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
         values |= result.to_json()
         key = {"data": result.data, "length": result.length, "digest": result.digest, "dtype": settings.dtype}
         key |= {"bos": result.provenance.get("bos", {}).get("used")}
-        keep(model, settings.revision, "perplexity", key, result.to_json())
+        _keep(str(settings.model), settings.revision, "perplexity", key, result.to_json())
         shown.append(perplexity_table(result))
     if as_json:
         print_json(values)
     else:
         for table in shown:
             print_tables(table)
+
+
+@command(
+    "secateur compare ./llama ./pruned --data wikitext2",
+    "secateur compare ./llama ./wanda ./gblm --data wikitext2 --data c4 --windows 40 --csv table.csv",
+    "secateur compare ./llama ./wanda --tasks boolq,hellaswag --limit 500 --prompts prompts.txt",
+)
+def compare(settings: CompareSettings, config: Config = None, as_json: Json = False) -> None:
+    """Compare pruned models with the dense one: on the same tokens, the same tasks, the same prompts.
+
+    Differences are paired, window by window or document by document. The models run one after the other: texts in the
+    memory of one block, tasks and prompts with one whole model in memory.
+    """
+    dense, pruned = settings.dense, list(settings.pruned)
+    answers: list[TaskComparison] = []
+    written: list[list[Generation]] = []
+    if settings.names or settings.prompts is not None:
+        with quiet_libraries():
+            from secateur.evaluate.generations import generations, read_prompts
+            from secateur.evaluate.task_results import task_differences
+            from secateur.models.opening.whole import WholeModel
+            from secateur.runs.events import named
+
+            texts = read_prompts(Path(settings.prompts)) if settings.prompts is not None else []
+            answered: list[TaskResults] = []
+            for name in (dense, *pruned):
+                with WholeModel(name, **shared(settings, DtypeSettings)) as whole, stage_progress() as show:
+                    progress = named(show, Path(name).name)
+                    if settings.names:
+                        answered.append(_answers(settings, progress, model=whole))
+                    if texts:
+                        written.append(generations(whole, texts, new_tokens=settings.new_tokens, progress=progress))
+            answers = [row for own in answered[1:] for row in task_differences(answered[0], own)]
+    agreements: list[list[Agreement]] = []
+    if settings.data or not (settings.names or settings.prompts is not None):
+        with quiet_libraries(), stage_progress() as show:
+            from secateur.evaluate.agreement import agreement
+
+            own = shared(settings, AgreementSettings)
+            agreements = [
+                agreement(**own | {"data": text, "progress": show}) for text in settings.data or ["wikitext2"]
+            ]
+    rows = [row for text in agreements for row in text]
+    for row, name in zip(rows, pruned * len(agreements), strict=True):
+        key = {"dense": dense, "data": row.data, "length": row.length, "digest": row.digest}
+        key |= {"dtype": settings.dtype, "bos": row.provenance.get("bos", {}).get("used")}
+        _keep(name, None, "agreement", key, row.to_json())
+    if settings.csv is not None:
+        write_csv(Path(settings.csv), [*map(_text_row, rows), *map(_task_row, answers)])
+    if as_json:
+        print_json(
+            {
+                "dense": dense,
+                "results": [row.to_json() for row in rows],
+                "tasks": [row.to_json() for row in answers],
+                "generations": [_prompt(outputs) for outputs in zip(*written, strict=True)],
+            }
+        )
+    else:
+        from secateur.report.terminal import comparison_table, generations_table, task_comparison_table
+
+        if agreements:
+            print_tables(comparison_table(agreements))
+        if answers:
+            print_tables(task_comparison_table(answers))
+        if written:
+            print_tables(generations_table(list(zip(*written, strict=True))))
+
+
+def _text_row(row: "Agreement") -> dict[str, Any]:
+    return {"model": row.model, "kind": "text", "name": row.data, **row.to_json()}
+
+
+def _task_row(row: "TaskComparison") -> dict[str, Any]:
+    """One row of the table: for every metric its value, the dense model's, their difference, and the flips."""
+    cells: dict[str, Any] = {"model": row.model, "kind": "task", "name": row.task}
+    cells |= {"shots": row.pruned.shots, "documents": row.pruned.documents}
+    for metric, difference in row.differences.items():
+        own, reference = row.pruned.metrics[metric], row.dense.metrics[metric]
+        cells |= {
+            metric: own.value,
+            f"{metric}_error": own.error,
+            f"{metric}_dense": reference.value,
+            f"{metric}_dense_error": reference.error,
+            f"{metric}_difference": difference.value,
+            f"{metric}_difference_error": difference.error,
+            f"{metric}_right_to_wrong": difference.right_to_wrong,
+            f"{metric}_wrong_to_right": difference.wrong_to_right,
+        }
+    return cells
+
+
+def _prompt(outputs: "Sequence[Generation]") -> dict[str, Any]:
+    from secateur.evaluate.generations import shared_start
+
+    return {
+        "prompt": outputs[0].prompt,
+        "outputs": [
+            {
+                "model": output.model,
+                "text": output.text,
+                "tokens": output.tokens,
+                "shared_with_dense": shared_start(outputs[0].tokens, output.tokens),
+            }
+            for output in outputs
+        ],
+    }
+
+
+def evaluation_store() -> "Results":
+    """The store in $SECATEUR_CACHE, or else in ~/.cache/secateur."""
+    from secateur.evaluate.results import Results
+
+    return Results(Path(os.environ.get("SECATEUR_CACHE") or "~/.cache/secateur").expanduser() / "evaluations")
+
+
+def _keep(model: str, revision: str | None, kind: "Kind", key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Keep an evaluation; one that cannot be kept is no failure of the evaluation, and said."""
+    from secateur.evaluate.results import model_digest
+
+    try:
+        evaluation_store().add(model_digest(model, revision), kind, key, result)
+    except CheckpointError as error:
+        print(f"Not kept: {error}", file=sys.stderr)
+
+
+def _answers(settings: EvalSettings | CompareSettings, progress: "Progress", **opening: Any) -> "TaskResults":
+    """The results of all tasks, from the store where they were run before, which is said."""
+    from secateur.evaluate.tasks import tasks
+
+    own = shared(settings, TaskSettings)
+    found = tasks(**opening, **own, batch_size=settings.batch_size, store=evaluation_store(), progress=progress)
+    if found.reused:
+        since = min(found.reused.values())
+        print(
+            f"{found.model}: {', '.join(found.reused)} not run again: the same model, data and settings were "
+            f"evaluated before (since {since}). --fresh runs them again.",
+            file=sys.stderr,
+        )
+    return found

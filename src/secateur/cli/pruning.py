@@ -1,17 +1,17 @@
 """`plan`, `prune` and `gradients`."""
 
+import time
 from dataclasses import replace
 from functools import partial
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import (
-    gradient_progress,
     print_json,
     print_result,
     print_tables,
     progress,
     quiet_libraries,
-    since_start,
+    stage_progress,
     status,
 )
 from secateur.collect.settings import GradientSettings
@@ -30,10 +30,12 @@ def plan(settings: PruneSettings, config: Config = None, as_json: Json = False) 
     Takes every option of `prune`, so that a command can be tried by changing one word.
     """
     with quiet_libraries(), status("Reading the model"):
+        import psutil
+
         from secateur.pruning.forecast import dry_run
         from secateur.report.terminal import estimate_tables
 
-        started = since_start()  # Python and the libraries take that long for `prune` as well
+        started = time.time() - psutil.Process().create_time()  # Python and its libraries, also for `prune`
         result = dry_run(settings)
         result = replace(result, seconds=result.seconds + started)
     print_result(result, estimate_tables, as_json)
@@ -69,7 +71,7 @@ def gradients(settings: GradientSettings, config: Config = None, as_json: Json =
     For several runs: give it to `prune --method gblm --gradient FILE` with the same calibration options. Without a
     file, prune takes the gradients that it needs itself.
     """
-    with quiet_libraries(), gradient_progress() as show:
+    with quiet_libraries(), stage_progress(lines=True) as show:
         from secateur.collect.gradient_pass import take
         from secateur.report.terminal import gradient_table
 

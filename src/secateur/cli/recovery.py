@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from secateur.cli.app import Config, Interrupted, Json, command
-from secateur.cli.display import evaluation_progress, print_result, progress, quiet_libraries, recovery_progress
+from secateur.cli.display import print_result, progress, quiet_libraries, recovery_progress, stage_progress
 from secateur.errors import CalibrationError, PatternError
 from secateur.recover.settings import MergeSettings, RecoverSettings
 from secateur.runs.options import OPTIONS, Option, options
@@ -107,7 +107,7 @@ def merge(
 
     What that costs is measured: the perplexity of the base, of base and adapter side by side, and of the result.
     """
-    with quiet_libraries(), evaluation_progress() as show:
+    with quiet_libraries(), stage_progress() as show:
         from secateur.recover.merge import run
         from secateur.report.recovery import merge_tables
 

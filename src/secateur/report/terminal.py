@@ -15,8 +15,7 @@ from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.perplexity import Perplexity
-from secateur.evaluate.task_differences import TaskComparison
-from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
+from secateur.evaluate.task_results import Metric, TaskComparison, TaskResult, TaskResults
 from secateur.models.shape.matrices import matrix_kind
 from secateur.pruning.forecast import Estimate, bytes_text
 from secateur.record.manifest import Manifest, cautions
