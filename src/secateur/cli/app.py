@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import App, CycloptsError
@@ -75,33 +75,32 @@ class Interrupted(SystemExit):
         self.message = message
 
 
-class _Signals:
-    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, through everything that tidies up on the way out.
+@contextmanager
+def _signals() -> Iterator[Callable[[], signal.Signals]]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, through everything that tidies up on the way out.
 
-    A signal that was ignored from the start (nohup) stays so. After the first one the others are ignored: tidying up
-    is under way.
+    Yields what says which signal came. One that was ignored from the start (nohup) stays so. After the first one the
+    others are ignored: tidying up is under way.
     """
+    received = signal.SIGINT
+    before: dict[int, Any] = {}
 
-    def __init__(self) -> None:
-        self.received = signal.SIGINT
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.Signals[name] for name in names):
-                if signal.getsignal(number) is signal.SIG_DFL:
-                    self._before[number] = signal.signal(number, self._end)
-        return self
-
-    def _end(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number)
-        for other in self._before:
+    def end(number: int, frame: object) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        for other in before:
             signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {
+            number: signal.signal(number, end) for number in numbers if signal.getsignal(number) is signal.SIG_DFL
+        }
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -127,7 +126,7 @@ def _prepare_libraries() -> None:
 def _run() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     debug = len(arguments) < len(sys.argv[1:])
-    with _Signals() as signals:
+    with _signals() as received:
         try:
             app(arguments)
             return 0 if arguments else 2
@@ -150,10 +149,11 @@ def _run() -> int:
             )
             return 1
         except (KeyboardInterrupt, Interrupted) as end:
-            ending = "Interrupted" if signals.received == signal.SIGINT else f"Ended by {signals.received.name}"
+            number = received()
+            ending = "Interrupted" if number == signal.SIGINT else f"Ended by {number.name}"
             message = (
                 end.message if isinstance(end, Interrupted) else f"{ending}; nothing half-written was left behind."
             )
             with suppress(OSError):  # the terminal may be gone
                 print(message, file=sys.stderr)
-            return 128 + signals.received
+            return 128 + number

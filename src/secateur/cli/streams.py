@@ -66,7 +66,9 @@ def guarded_streams() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except _OutputError as error:
-        _discard_output()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)  # what is still in the buffer goes nowhere when the interpreter ends
+        os.close(null)
         if error.cause.errno == errno.EPIPE:
             sys.exit(BROKEN_PIPE)
         sys.stderr.write(f"Error: standard output cannot be written ({error}).\n")
@@ -85,10 +87,3 @@ def _open_closed() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
-
-
-def _discard_output() -> None:
-    """Let what is still in the buffer go nowhere when the interpreter ends."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.close(null)

@@ -1,6 +1,5 @@
 """Greedy continuations of the same prompts by several models, to be read side by side."""
 
-import codecs
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TypedDict
 import torch
 
 from secateur.errors import CalibrationError
-from secateur.files.reading import open_regular, parse_json, read_lines
+from secateur.files.reading import json_lines, read_text
 from secateur.models.opening.whole import WholeModel
 from secateur.runs.events import Progress
 
@@ -81,29 +80,15 @@ def read_prompts(file: Path) -> list[str]:
     """
     with suppress(RuntimeError):  # nobody of that name
         file = file.expanduser()
-    read = _prompt if file.suffix.lower() == ".jsonl" else _text
-    prompts = []
-    with open_regular(file, error=CalibrationError) as stream:
-        for number, line in read_lines(stream, file, error=CalibrationError):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if line.strip():
-                prompts.append(read(line.rstrip(b"\r\n"), f"{file}, line {number}"))
+    if file.suffix.lower() == ".jsonl":
+        advice = 'Expected a JSON object with a "prompt".'
+        prompts = [row["prompt"] for row, _ in json_lines(file, _Row, error=CalibrationError, advice=advice)]
+    else:
+        text = read_text(file, error=CalibrationError).removeprefix("\ufeff")
+        prompts = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise CalibrationError(f"{file}: no prompt in it. Write one a line.")
     return prompts
-
-
-def _text(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{where}: not UTF-8 text (byte {error.start}: {error.reason}). Convert it.") from None
-
-
-def _prompt(line: bytes, where: str) -> str:
-    advice = 'Expected a JSON object with a "prompt".'
-    prompt: str = parse_json(line, where, _Row, error=CalibrationError, advice=advice)["prompt"]
-    return prompt
 
 
 class _Row(TypedDict):

@@ -15,7 +15,7 @@ import yaml
 
 from secateur.errors import CalibrationError
 from secateur.files.checkpoint import file_digest
-from secateur.files.reading import open_regular, parse_json, read_lines
+from secateur.files.reading import json_lines, open_regular
 
 SPLITS = ("train", "validation", "dev", "test")
 SUBJECT: Literal["subject"] = "subject"  # the column of a file that serves several tasks
@@ -130,12 +130,8 @@ class LocalData:
         if file not in self._by_subject:
             rows: dict[str, list[bytes]] = {}
             advice = f'Expected a JSON object with a "{SUBJECT}", which tells the tasks that the file serves apart.'
-            with open_regular(file, error=CalibrationError) as stream:
-                for number, line in read_lines(stream, file, error=CalibrationError):
-                    where = f"{file}, line {number}"
-                    if line.strip():
-                        row = parse_json(line, where, _Row, error=CalibrationError, advice=advice)
-                        rows.setdefault(str(row[SUBJECT]), []).append(line.rstrip(b"\r\n") + b"\n")
+            for row, line in json_lines(file, _Row, error=CalibrationError, advice=advice):
+                rows.setdefault(str(row[SUBJECT]), []).append(line.rstrip(b"\r\n") + b"\n")
             folder = self.written / f"{file.stem}-by-subject"
             folder.mkdir()
             self._by_subject[file] = {subject: folder / f"{number}.jsonl" for number, subject in enumerate(rows)}

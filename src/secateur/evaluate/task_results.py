@@ -158,10 +158,9 @@ def _of_group(name: str, own: TaskResult, reference: TaskResult, rows: Mapping[s
     if any(name not in differences for differences in members):  # a mean over some tasks; the weights are of all
         return Difference(value)
     parts = [differences[name] for differences in members]
-    shares = [
-        weight * part.error for weight, part in zip(own.members.values(), parts, strict=True) if part.error is not None
-    ]
-    error = math.sqrt(math.fsum(share**2 for share in shares)) if len(shares) == len(parts) else None
+    weighted = zip(own.members.values(), parts, strict=True)
+    errors = [weight * part.error for weight, part in weighted if part.error is not None]
+    error = math.sqrt(math.fsum(error**2 for error in errors)) if len(errors) == len(parts) else None
     return Difference(
         value, error, _sum([part.right_to_wrong for part in parts]), _sum([part.wrong_to_right for part in parts])
     )

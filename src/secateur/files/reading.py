@@ -4,6 +4,7 @@ Configurations, indices, manifests, headers and lists of cells come from other p
 trusted to be files, to be small, to be flat, or to hold what their names promise.
 """
 
+import codecs
 import json
 import os
 import stat
@@ -93,6 +94,15 @@ def parse_json(
     except ValueError as problem:  # also UnicodeDecodeError, and numbers of thousands of digits
         raise error(_message(where, f"not JSON ({problem})", advice)) from None
     return value if kind is None else checked(value, where, kind, error=error, advice=advice)
+
+
+def json_lines(file: Path, kind: Any, *, error: Raise, advice: str) -> Iterator[tuple[Any, bytes]]:
+    """(value, of type `kind`, and the bytes) of every line that is not blank, of a file with a JSON text in each."""
+    with open_regular(file, error=error) as stream:
+        for number, line in read_lines(stream, file, error=error):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield parse_json(line, f"{file}, line {number}", kind, error=error, advice=advice), line
 
 
 def checked(value: Any, where: Any, kind: Any, *, error: Raise = CheckpointError, advice: str = "") -> Any:

@@ -57,7 +57,8 @@ def run(settings: SweepSettings) -> Sweep:
             "Save it with save_pretrained, and give the folder."
         )
     tasks = grid(settings)
-    if not settings.data:
+    texts = [settings.data] if isinstance(settings.data, str) else list(dict.fromkeys(settings.data))
+    if not texts:
         raise CalibrationError("--data: got none, expected at least one text to evaluate on.")
     folder = SweepFolder(settings.output, model)
     correction = chosen_correction(settings)
@@ -90,7 +91,7 @@ def run(settings: SweepSettings) -> Sweep:
             "windows": settings.windows,
             "keep": settings.keep,
             "agreement": settings.agreement,
-            "data": list(dict.fromkeys(settings.data)),
+            "data": texts,
             "methods": {task.cell.method: _described(task.method) for task in tasks},
             "digests": {},
         }

@@ -106,9 +106,3 @@ class SweepSettings(
     command: Sequence[str] | None = None
     on_estimate: OnEstimate = lambda estimate: None
     on_event: OnSweepEvent = lambda event: None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("data", "again"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, [value] if isinstance(value, str) else list(value))
