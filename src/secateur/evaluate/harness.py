@@ -14,6 +14,8 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -137,10 +139,9 @@ def run_task(
         _result(task, figures, evaluation, loaded["groups"].get(task))
         for task, figures in evaluation["results"].items()
     ]
-    shown = [result for result in results if result.metrics]
+    *shown, last = [result for result in results if result.metrics]
     notes = tuple(f"{texts[0]} (and {len(texts) - 1} more)" if texts[1:] else texts[0] for texts in heard.values())
-    shown[-1] = TaskResult(**{**vars(shown[-1]), "notes": notes})
-    return tuple(shown)
+    return (*shown, replace(last, notes=notes))
 
 
 def _result(task: str, figures: Mapping[str, Any], evaluation: Mapping[str, Any], group: Any) -> TaskResult:
@@ -183,12 +184,10 @@ def _weights(group: Any, evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _check_numbers(task: str, samples: Sequence[Mapping[str, Any]]) -> None:
-    likelihoods = [
-        [response[0] for responses in sample["resps"] for response in responses if isinstance(response, tuple)]
-        for sample in samples
-    ]
-    bad = sum(any(isinstance(value, float) and math.isnan(value) for value in own) for own in likelihoods)
-    if bad:
+    def is_nan(response: Any) -> bool:
+        return isinstance(response, tuple) and isinstance(response[0], float) and math.isnan(response[0])
+
+    if bad := sum(any(map(is_nan, chain.from_iterable(sample["resps"]))) for sample in samples):
         raise NumericalError(
             f"{task}: {bad} of {len(samples)} documents have likelihoods that are not numbers. "
             "The model overflows or is damaged; try --dtype float32."

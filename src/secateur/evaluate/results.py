@@ -155,8 +155,7 @@ def _deciding(versions: Mapping[str, str]) -> dict[str, str]:
 
 def _read(file: Path) -> Record:
     record: Record = read_json(file, Record, advice="It is no kept evaluation, or damaged: remove it.")
-    expected = RESULTS[record.kind]
-    checked(record.result, file, expected, advice="The kept evaluation is damaged: remove it.")
+    checked(record.result, file, RESULTS[record.kind], advice="The kept evaluation is damaged: remove it.")
     return record
 
 

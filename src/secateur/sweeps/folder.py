@@ -118,9 +118,9 @@ class Sweep:
 
     def to_json(self) -> dict[str, Any]:
         """What `sweep.json` holds: model, dense, settings, cells."""
-        value = {"model": self.model, "dense": self.dense, "settings": self.settings}
-        result: dict[str, Any] = plain({**value, "cells": [dataclasses.asdict(cell) for cell in self.cells]})
-        return result
+        value: dict[str, Any] = plain(dataclasses.asdict(self))
+        del value["folder"]
+        return value
 
     @classmethod
     def read(cls, file: Path) -> "Sweep":
@@ -282,13 +282,9 @@ def check_settings(
     Methods, patterns and data sets may be added, and a method be changed that no cell is `finished` with (None: any
     may be). An entry that only one side has is no difference.
     """
-    own = {
-        key: value
-        for key, value in new.items()
-        if key not in ("methods", "digests", "bos_choices", "data", "agreement")
-    }
-    for key, value in own.items():
-        if key in old and old[key] != value:
+    growing = ("methods", "digests", "bos_choices", "data", "agreement")
+    for key, value in new.items():
+        if key in old and key not in growing and old[key] != value:
             raise _changed(folder, f"--{key.replace('_', '-')}", old[key], value)
     for label, method in new["methods"].items():
         if label in old["methods"] and (finished is None or label in finished):

@@ -3,7 +3,7 @@
 import math
 import time
 import traceback
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import Any
 
 from secateur.calibration import Windows
 from secateur.calibration.corpora import is_token_file
+from secateur.collect.evidence import RunEvidence
 from secateur.collect.gradient_file import GradientFile
-from secateur.collect.gradient_pass import gradient_batch_size, gradients
-from secateur.collect.model_windows import foreseen_windows, model_evaluation_windows, model_windows
+from secateur.collect.gradient_pass import gradients
+from secateur.collect.model_windows import Foreseen, foreseen_windows, model_evaluation_windows, model_windows
 from secateur.collect.settings import (
     BatchSettings,
     CalibrationSettings,
@@ -24,8 +25,7 @@ from secateur.collect.settings import (
 )
 from secateur.collect.survey import Survey
 from secateur.core.choices import Granularity, Norm, Scope
-from secateur.core.problem import Method
-from secateur.core.statistics import Statistic, by_sample
+from secateur.core.statistics import Statistic
 from secateur.errors import CheckpointError, MethodError, SecateurError
 from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
@@ -73,13 +73,13 @@ class SweepLoop:
     asked: SweepSettings
     tasks: list[Task]
     settings: dict[str, Any]  # as they are recorded
-    tokenizer: Any
+    drawing: CalibrationSettings  # how calibration windows are drawn
     outdated: set[str] = field(default_factory=set)  # folders of cells with a checkpoint of another method
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)  # by folder; also those that were not asked for this time
     texts: dict[str, Windows] = field(default_factory=dict)  # by data set
     calibration: Windows | None = None
-    batch_sizes: dict[str, int | None] = field(default_factory=dict)  # by label
+    batch_sizes: dict[str, int] = field(default_factory=dict)  # by label
     gradients: dict[tuple[Granularity, Scope], Path | SecateurError] = field(default_factory=dict)
     statistics: dict[int | None, Survey] = field(default_factory=dict)  # by batch size
     source_tensors: dict[str, str] = field(default_factory=dict)
@@ -103,10 +103,8 @@ class SweepLoop:
             finished = {cell.method for cell in known.cells if cell.figures} - set(self.asked.again)
             check_settings(self.folder.path, known.settings, self.settings, finished)
             held = known.settings["methods"]
-            changed = {
-                *self.asked.again,
-                *(key for key, own in self.settings["methods"].items() if held.get(key) != own),
-            }
+            changed = {key for key, own in self.settings["methods"].items() if held.get(key) != own}
+            changed |= set(self.asked.again)
             for key in ("methods", "digests", "bos_choices"):
                 self.settings[key] = {**known.settings.get(key, {}), **self.settings[key]}
             self.settings["data"] = list(dict.fromkeys([*known.data, *self.settings["data"]]))
@@ -142,15 +140,14 @@ class SweepLoop:
 
         With `decide`, the model decides about BOS before every window where that was left to it.
         """
-        pending = [self.cells[task.cell.folder] for task in self.pending]
         for data in self.settings["data"]:
-            if data in self.dense and not any(data in self.lacking(cell) for cell in pending):
+            if data in self.dense and not any(data in self.lacking(task.cell) for task in self.pending):
                 continue
             bos = self.settings["bos"]
             windows = model_evaluation_windows(
                 opened,
                 data,
-                self.tokenizer,
+                self.drawing.tokenizer,
                 length=None if is_token_file(data) else self.settings["eval_length"],
                 windows=self.settings["windows"],
                 bos=bos if decide or bos != "auto" else "papers",
@@ -161,29 +158,28 @@ class SweepLoop:
                 self._note(f"data set {data}", windows)
             self.texts[data] = windows
 
-    def draw_calibration(self, opened: OpenedModel, calibration: str | Sequence[str] | Windows) -> None:
+    def draw_calibration(self, opened: OpenedModel) -> None:
         """Draw the calibration tokens, if a cell that has not been pruned yet needs any."""
         if not self._looks_at_tokens():
             return
         self.calibration = model_windows(
             opened,
-            self._drawing(calibration),
+            self.drawing,
             known=self.settings["bos_choices"].get("calibration"),
             progress=partial(self._stage, None, "calibration"),
         )
         self._note("calibration", self.calibration)
+        skeleton, length = opened.skeleton, self.calibration.length
         for task in (task for task in self.tasks if task.method.needs):
-            size = _batch_size(opened, task.method, self.calibration.length, self.asked.batch_size)
-            self.batch_sizes[task.cell.method] = size
+            # That with which `prune` would run the method by itself, so that sharing changes no bit; what it would
+            # refuse, it will refuse.
+            with suppress(SecateurError):
+                own = self.asked.batch_size or RunEvidence(task.method.needs).batch_size(skeleton, length, None)
+                self.batch_sizes[task.cell.method] = own or default_batch_size(length, skeleton.device)
 
     def _looks_at_tokens(self) -> bool:
         """Whether a cell that is still to be pruned needs calibration tokens."""
         return any(task.method.needs for task in self._to_prune())
-
-    def _drawing(self, calibration: str | Sequence[str] | Windows) -> CalibrationSettings:
-        """How calibration windows are drawn."""
-        held = {key: self.settings[key] for key in ("samples", "length", "seed", "sampling", "bos")}
-        return CalibrationSettings(calibration=calibration, tokenizer=self.tokenizer, **held)
 
     def _note(self, what: str, windows: Windows) -> None:
         if "bos" in windows.provenance:
@@ -192,15 +188,13 @@ class SweepLoop:
         check_settings(self.folder.path, self.settings, {"methods": {}, "digests": digests})
         self.settings["digests"].update(digests)
 
-    def estimate(self, opened: OpenedModel, calibration: str | Sequence[str] | Windows) -> SweepEstimate:
+    def estimate(self, opened: OpenedModel) -> SweepEstimate:
         """What is left to do, and what it would take. Raises what `draw_calibration` would, as far as that shows."""
-        text = {"calibration": None, "samples": self.settings["samples"], "length": self.settings["length"]}
-        unchecked: Sequence[str] = ()
+        seen = Foreseen(None, self.settings["samples"], self.settings["length"], ())
         if self._looks_at_tokens():
-            seen = foreseen_windows(opened, self._drawing(calibration))
-            text = {"calibration": seen.windows, "samples": seen.samples, "length": seen.length}
-            unchecked = seen.unchecked
-        estimate = estimate_sweep(self, opened, {**self.options, **text, "model": opened}, unchecked)
+            seen = foreseen_windows(opened, self.drawing)
+        text = {"calibration": seen.windows, "samples": seen.samples, "length": seen.length}
+        estimate = estimate_sweep(self, opened, {**self.options, **text, "model": opened}, seen.unchecked)
         self.seconds = {own.cell.folder: own.seconds for own in estimate.cells}
         return estimate
 
@@ -219,8 +213,8 @@ class SweepLoop:
                 self._tell(SweepEvent("dense", stage=data))
         self._take_gradients()
         self._share_statistics()
-        pending = self.pending
         done = spent = 0.0
+        pending = self.pending
         for number, task in enumerate(pending):
             self.position = (number, len(pending))
             began = time.perf_counter()
@@ -288,7 +282,7 @@ class SweepLoop:
         groups: dict[int | None, list[frozenset[type[Statistic]]]] = {}
         for task in self._to_prune():
             if task.method.inputs:
-                groups.setdefault(self.batch_sizes[task.cell.method], []).append(task.method.inputs)
+                groups.setdefault(self.batch_sizes.get(task.cell.method), []).append(task.method.inputs)
         for size, needs in groups.items():
             if len(needs) > 1:
                 folder = self.folder.path / f"statistics-{size}.partial"
@@ -404,14 +398,3 @@ class SweepLoop:
 
 class _ChangedModelError(CheckpointError):
     """The model is not the one that the other cells were made of."""
-
-
-def _batch_size(opened: OpenedModel, method: Method, length: int, asked: int | None) -> int:
-    """The batch size with which `prune` would run a method by itself, so that sharing changes no bit."""
-    if asked is not None:
-        return asked
-    if by_sample(method.inputs) is not None:
-        return 1
-    if method.gradient is not None and method.gradient.scope == "block":
-        return gradient_batch_size(opened.skeleton, length, method.gradient.granularity, None)
-    return default_batch_size(length, opened.skeleton.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.calibration import Windows, calibration_windows
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES
-from secateur.collect.settings import ModelSettings
+from secateur.collect.settings import CalibrationSettings, ModelSettings
 from secateur.core.fingerprint import fingerprint
 from secateur.core.problem import Method
 from secateur.errors import CalibrationError, ModelStructureError, PatternError
@@ -102,13 +102,17 @@ def run(settings: SweepSettings) -> Sweep:
             asked=settings,
             tasks=tasks,
             settings=recorded,
-            tokenizer=settings.tokenizer or opened.load_tokenizer(),
+            drawing=CalibrationSettings(
+                calibration=calibration,
+                tokenizer=settings.tokenizer or opened.load_tokenizer(),
+                **{name: recorded[name] for name in ("samples", "length", "seed", "sampling", "bos")},
+            ),
         )
         loop.join(folder.found())
         loop.cut_texts(opened, decide=not settings.dry_run)
-        settings.on_estimate(loop.estimate(opened, calibration))
+        settings.on_estimate(loop.estimate(opened))
         if not settings.dry_run:
-            loop.draw_calibration(opened, calibration)
+            loop.draw_calibration(opened)
             del opened
             trim()
             stack.callback(loop.close)

@@ -38,23 +38,22 @@ def sweep_tables(sweep: Sweep) -> list[SweepTable]:
     for data, dense in sweep.dense.items():
         bos = bos_text(dense.get("provenance", {}))
         where = f"{data}, {dense['windows']} windows of {dense['length']} tokens" + (f", {bos}" if bos else "")
-        tables.append(_table(sweep, data, f"Perplexity, {where}", ("perplexity",), dense["perplexity"], 2))
-        if any("agreement" in cell.figures.get(data, {}) for cell in sweep.cells):
+        own = {(cell.method, cell.pattern): cell.figures.get(data, {}) for cell in sweep.cells}
+        perplexities = {key: figures.get("perplexity") for key, figures in own.items()}
+        tables.append(_table(sweep, f"Perplexity, {where}", perplexities, dense["perplexity"], 2))
+        if any("agreement" in figures for figures in own.values()):
+            divergences = {key: figures.get("agreement", {}).get("kl") for key, figures in own.items()}
             title = f"Divergence from the dense model in nats per token, {where}"
-            tables.append(_table(sweep, data, title, ("agreement", "kl"), None, 4))
+            tables.append(_table(sweep, title, divergences, None, 4))
     return tables
 
 
-def _table(
-    sweep: Sweep, data: str, title: str, path: tuple[str, ...], dense: float | None, decimals: int
-) -> SweepTable:
+def _table(sweep: Sweep, title: str, figures: Mapping[tuple[str, str], Any], dense: Any, decimals: int) -> SweepTable:
     # Unstructured patterns by sparsity, then the others as they came.
     cells = {(cell.method, cell.pattern): cell for cell in sweep.cells}
     patterns = {cell.pattern: cell.sparsity for cell in sweep.cells}
     columns = sorted(patterns, key=lambda pattern: ("%" not in pattern, patterns[pattern]))
-    values = {
-        key: value for key, cell in cells.items() if (value := _number(cell.figures.get(data, {}), path)) is not None
-    }
+    values = {key: value for key, value in figures.items() if value is not None}
     rivals = {column: [value for (_, pattern), value in values.items() if pattern == column] for column in columns}
     rows = [("dense", [Entry(f"{dense:.{decimals}f}")] * len(columns))] if dense is not None else []
     for method in dict.fromkeys(cell.method for cell in sweep.cells):
@@ -67,12 +66,6 @@ def _table(
                 entries.append(Entry(cell.status if cell is not None and cell.status != "done" else ""))
         rows.append((method, entries))
     return SweepTable(title, columns, rows)
-
-
-def _number(figures: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
-    for key in path:
-        figures = figures.get(key) or {}
-    return float(figures) if isinstance(figures, float | int) else None
 
 
 def markdown(sweep: Sweep) -> str:
