@@ -67,14 +67,6 @@ def command(
     return register
 
 
-class Interrupted(SystemExit):
-    """The end of a command that was interrupted and left something behind on purpose, which the message says."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(130)
-        self.message = message
-
-
 @contextmanager
 def _signals() -> Iterator[Callable[[], signal.Signals]]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, through everything that tidies up on the way out.
@@ -110,17 +102,13 @@ def main() -> None:
     Exits with 2 for the user's mistake, 1 for a failure, 130 for an interruption, 143 for SIGTERM, 129 for SIGHUP.
     """
     with guarded_streams():
-        _prepare_libraries()
+        # Libraries read these when they are imported; torch imports tqdm.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         sys.exit(_run())
-
-
-def _prepare_libraries() -> None:
-    """Set what libraries read when they are imported; torch imports tqdm."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _run() -> int:
@@ -148,12 +136,10 @@ def _run() -> int:
                 "a GPU --statistics-device cpu. secateur plan counts it beforehand."
             )
             return 1
-        except (KeyboardInterrupt, Interrupted) as end:
+        except KeyboardInterrupt as end:  # with a message where something stays on purpose
             number = received()
             ending = "Interrupted" if number == signal.SIGINT else f"Ended by {number.name}"
-            message = (
-                end.message if isinstance(end, Interrupted) else f"{ending}; nothing half-written was left behind."
-            )
+            message = str(end) or f"{ending}; nothing half-written was left behind."
             with suppress(OSError):  # the terminal may be gone
                 print(message, file=sys.stderr)
             return 128 + number

@@ -53,7 +53,7 @@ def _key(name: str) -> str:
 
 
 def _tokens(file: Path, key: str, item: Any, argument: Argument) -> Iterator[Token]:
-    """What a key of the file gives to an option, as if it stood on the command line."""
+    """The tokens of a key of the file, as if they stood on the command line."""
     several = get_origin(argument.hint) is tuple
     keyword, source = f"--{key.replace('_', '-')}", str(file)
     if isinstance(item, Mapping) and argument.field_info.is_any:

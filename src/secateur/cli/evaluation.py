@@ -22,6 +22,7 @@ from secateur.runs.options import shared
 if TYPE_CHECKING:
     from secateur.evaluate.agreement import Agreement
     from secateur.evaluate.generations import Generation
+    from secateur.evaluate.perplexity import Perplexity
     from secateur.evaluate.results import Kind, Results
     from secateur.evaluate.task_results import TaskComparison, TaskResults
     from secateur.runs.events import Progress
@@ -58,9 +59,7 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
             own = shared(settings, PerplexitySettings)
             result = perplexity(**own | {"data": settings.data or "wikitext2", "progress": show})
         values |= result.to_json()
-        key = {"data": result.data, "length": result.length, "digest": result.digest, "dtype": settings.dtype}
-        key |= {"bos": result.provenance.get("bos", {}).get("used")}
-        _keep(str(settings.model), settings.revision, "perplexity", key, result.to_json())
+        _keep(str(settings.model), settings.revision, "perplexity", result, {"dtype": settings.dtype})
         shown.append(perplexity_table(result))
     if as_json:
         print_json(values)
@@ -111,9 +110,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             ]
     rows = [row for text in agreements for row in text]
     for row, name in zip(rows, pruned * len(agreements), strict=True):
-        key = {"dense": dense, "data": row.data, "length": row.length, "digest": row.digest}
-        key |= {"dtype": settings.dtype, "bos": row.provenance.get("bos", {}).get("used")}
-        _keep(name, None, "agreement", key, row.to_json())
+        _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
     if settings.csv is not None:
         write_csv(Path(settings.csv), [*map(_text_row, rows), *map(_task_row, answers)])
     if as_json:
@@ -183,12 +180,16 @@ def evaluation_store() -> "Results":
     return Results(Path(os.environ.get("SECATEUR_CACHE") or "~/.cache/secateur").expanduser() / "evaluations")
 
 
-def _keep(model: str, revision: str | None, kind: "Kind", key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Keep an evaluation; one that cannot be kept is no failure of the evaluation, and said."""
+def _keep(
+    model: str, revision: str | None, kind: "Kind", result: "Perplexity | Agreement", how: Mapping[str, Any]
+) -> None:
+    """Keep an evaluation of a text; one that cannot be kept is no failure of the evaluation, and said."""
     from secateur.evaluate.results import model_digest
 
+    bos = result.provenance.get("bos", {}).get("used")
+    key = {**how, "data": result.data, "length": result.length, "digest": result.digest, "bos": bos}
     try:
-        evaluation_store().add(model_digest(model, revision), kind, key, result)
+        evaluation_store().add(model_digest(model, revision), kind, key, result.to_json())
     except CheckpointError as error:
         print(f"Not kept: {error}", file=sys.stderr)
 

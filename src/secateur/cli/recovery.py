@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from secateur.cli.app import Config, Interrupted, Json, command
+from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_result, progress, quiet_libraries, recovery_progress, stage_progress
 from secateur.errors import CalibrationError, PatternError
 from secateur.recover.settings import MergeSettings, RecoverSettings
@@ -48,7 +48,7 @@ def recover(settings: RecoverSettings, config: Config = None, as_json: Json = Fa
         last = last_checkpoint(Path(f"{resolved(settings.output)}.training"))
         if last is None:
             raise
-        raise Interrupted(
+        raise KeyboardInterrupt(
             f"Interrupted. {last} is the last checkpoint; go on with the same command and --resume."
         ) from None
     print_result(result, recovery_tables, as_json)

@@ -17,7 +17,7 @@ BROKEN_PIPE = 141  # what a shell shows for a program that a closed pipe ended
 
 
 class _OutputError(Exception):
-    """Standard output cannot be written. No `OSError`, which libraries on the way would take for theirs."""
+    """Standard output cannot be written. Not an `OSError`, which the libraries in between would take for their own."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(cause.strerror)

@@ -157,8 +157,8 @@ class LocalData:
         own = config.get("num_fewshot")
         asked = own or 0 if shots is None or own == 0 else shots
         sources = [config.get(f"{role}_split") for role in ("fewshot", "training", "validation")]
-        given = "samples" in (config.get("fewshot_config") or {})
-        if asked and not given and not any(source in splits for source in sources if source != evaluated):
+        supplied = "samples" in (config.get("fewshot_config") or {})
+        if asked and not supplied and not any(source in splits for source in sources if source != evaluated):
             expected = next((source for source in sources if source and source != evaluated), "train")
             raise CalibrationError(
                 f"{name}: {asked} shots need examples, and {self.folder} has none for it. Add {name}_{expected}.jsonl, "

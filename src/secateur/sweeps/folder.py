@@ -1,4 +1,4 @@
-"""A sweep on disk: its cells, its settings, and what killed processes left behind."""
+"""A sweep on disk: its cells, its settings, and the remains of killed processes."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ Status = Literal["done", "failed", "pending"]
 class Cell:
     """One pruning of a sweep: a method, by its label, and a pattern, with the results.
 
-    `figures` has an entry for each data set: what `Perplexity.to_json` gives, and `difference` and `difference_error`,
+    `figures` has an entry for each data set: the output of `Perplexity.to_json`, `difference` and `difference_error`,
     the paired difference to the dense model in nats; where agreement was asked for, also that, under `agreement`.
     `seconds` are those of pruning and evaluating. `folder` is relative to that of the sweep.
     """
@@ -274,28 +274,19 @@ class SweepFolder:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def check_settings(
-    folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], finished: Collection[str] | None = None
-) -> None:
+def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], finished: Collection[str]) -> None:
     """Raise `CheckpointError` for a setting that differs from the one that the folder's cells were made with.
 
-    Methods, patterns and data sets may be added, and a method be changed that no cell is `finished` with (None: any
-    may be). An entry that only one side has is no difference.
+    Methods, patterns and data sets may be added, and a method be changed that no cell is `finished` with. An entry that
+    only one side has is no difference.
     """
     growing = ("methods", "digests", "bos_choices", "data", "agreement")
     for key, value in new.items():
         if key in old and key not in growing and old[key] != value:
             raise _changed(folder, f"--{key.replace('_', '-')}", old[key], value)
     for label, method in new["methods"].items():
-        if label in old["methods"] and (finished is None or label in finished):
+        if label in old["methods"] and label in finished:
             _check_method(folder, label, old["methods"][label], method)
-    for what, digest in new["digests"].items():
-        held = old["digests"].get(what, digest)
-        if held != digest:
-            raise CheckpointError(
-                f"{folder}: the tokens of the {what} have changed since this sweep was started (digest {digest[:12]}, "
-                f"expected {held[:12]}). Bring the old text back, or choose another folder."
-            )
 
 
 def _check_method(folder: Path, label: str, held: Mapping[str, Any], method: Mapping[str, Any]) -> None:

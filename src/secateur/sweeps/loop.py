@@ -160,7 +160,7 @@ class SweepLoop:
 
     def draw_calibration(self, opened: OpenedModel) -> None:
         """Draw the calibration tokens, if a cell that has not been pruned yet needs any."""
-        if not self._looks_at_tokens():
+        if not any(task.method.needs for task in self._to_prune()):
             return
         self.calibration = model_windows(
             opened,
@@ -177,21 +177,20 @@ class SweepLoop:
                 own = self.asked.batch_size or RunEvidence(task.method.needs).batch_size(skeleton, length, None)
                 self.batch_sizes[task.cell.method] = own or default_batch_size(length, skeleton.device)
 
-    def _looks_at_tokens(self) -> bool:
-        """Whether a cell that is still to be pruned needs calibration tokens."""
-        return any(task.method.needs for task in self._to_prune())
-
     def _note(self, what: str, windows: Windows) -> None:
         if "bos" in windows.provenance:
             self.settings["bos_choices"][what] = windows.provenance["bos"]
-        digests = {what: windows.digest}
-        check_settings(self.folder.path, self.settings, {"methods": {}, "digests": digests})
-        self.settings["digests"].update(digests)
+        held = self.settings["digests"].setdefault(what, windows.digest)
+        if windows.digest != held:
+            raise CheckpointError(
+                f"{self.folder.path}: the tokens of the {what} have changed since this sweep was started (digest "
+                f"{windows.digest[:12]}, expected {held[:12]}). Bring the old text back, or choose another folder."
+            )
 
     def estimate(self, opened: OpenedModel) -> SweepEstimate:
         """What is left to do, and what it would take. Raises what `draw_calibration` would, as far as that shows."""
         seen = Foreseen(None, self.settings["samples"], self.settings["length"], ())
-        if self._looks_at_tokens():
+        if any(task.method.needs for task in self._to_prune()):
             seen = foreseen_windows(opened, self.drawing)
         text = {"calibration": seen.windows, "samples": seen.samples, "length": seen.length}
         estimate = estimate_sweep(self, opened, {**self.options, **text, "model": opened}, seen.unchecked)

@@ -54,7 +54,7 @@ def run(settings: SweepSettings) -> Sweep:
     if isinstance(model, nn.Module | OpenedModel):
         raise ModelStructureError(
             f"{type(model).__name__}: a sweep prunes one model many times, and a module in memory is pruned in place. "
-            "Save it with save_pretrained, and give the folder."
+            "Save it with save_pretrained, and pass the folder."
         )
     tasks = grid(settings)
     texts = [settings.data] if isinstance(settings.data, str) else list(dict.fromkeys(settings.data))
