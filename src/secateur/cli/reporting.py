@@ -48,7 +48,7 @@ def report(
     with quiet_libraries(), stage_progress() as show:
         from secateur.report.sweep_page import build_sweep, is_sweep
 
-        notes = []
+        refreshed = True
         if is_sweep(output):
             if evaluation:
                 raise CheckpointError(f"{output} is a sweep; its sweep.json has the figures of every run.")
@@ -66,11 +66,10 @@ def report(
             if any(item["kind"] == "perplexity" for item in found):
                 found = with_dense(found, _kept_of_dense(manifest))
             page = build(output, found, show)
-            if found and not refresh_card(output, manifest, found):
-                notes.append("README.md has no place for figures any more and was left as it is.")
+            refreshed = not found or refresh_card(output, manifest, found)
     print(f"Report: {page}")
-    for note in notes:
-        print(note)
+    if not refreshed:
+        print("README.md has no place for figures any more and was left as it is.")
     if open_page:
         import webbrowser
 
@@ -89,14 +88,14 @@ def _kept_of_dense(manifest: "Manifest") -> "list[Record]":
         if not path.is_absolute() or not path.exists():
             return []
         records = evaluation_store().of(model_digest(path))
-        if records and path.is_dir():
-            source = Checkpoint(path)
-            if any(
-                name not in source.tensors or tensor_digest(source.read([name])[name]) != digest
-                for name, digest in manifest.source_tensors.items()
-            ):
-                return []
-        return records
+        if not records or not path.is_dir():
+            return records
+        source = Checkpoint(path)
+        same = all(
+            name in source.tensors and tensor_digest(source.read([name])[name]) == digest
+            for name, digest in manifest.source_tensors.items()
+        )
+        return records if same else []
     except SecateurError:
         return []
 

@@ -1,7 +1,6 @@
 """`sweep`."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from secateur.cli.app import Config, Json, command
@@ -24,7 +23,7 @@ def sweep(settings: SweepSettings, config: Config = None, as_json: Json = False)
         from secateur.report.terminal import sweep_estimate_tables, sweep_table_groups
         from secateur.sweeps.estimate import SweepEstimate
         from secateur.sweeps.grid import grid
-        from secateur.sweeps.run import run
+        from secateur.sweeps.run import sweep as run
 
         estimates: list[SweepEstimate] = []
         with sweep_progress() as (on_event, print_above):
@@ -34,7 +33,7 @@ def sweep(settings: SweepSettings, config: Config = None, as_json: Json = False)
                 if not settings.dry_run:
                     print_above(sweep_estimate_tables(estimate))
 
-            result = run(replace(settings, on_estimate=on_estimate, on_event=on_event))
+            result = run(**vars(settings) | {"on_estimate": on_estimate, "on_event": on_event})
     if settings.dry_run:
         print_result(estimates[0], sweep_estimate_tables, as_json)
         return

@@ -66,7 +66,13 @@ def tasks(
     started = time.perf_counter()
     manager = stock_manager()
     wanted = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
-    _check_known(wanted, manager)
+    for name in wanted:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, [*GROUPS, *manager.all_tasks], 5)
+            hint = f" Nearest: {', '.join(near)}." if near else ""
+            raise CalibrationError(
+                f'unknown task "{name}".{hint} Known are {", ".join(GROUPS)} and what `lm-eval ls tasks` lists.'
+            )
     with ExitStack() as stack:
         data = dict.fromkeys(wanted, "hub")
         if task_data is not None:
@@ -79,10 +85,9 @@ def tasks(
         else:
             own = {"tokenizer": tokenizer, "device": device, "dtype": dtype, "revision": revision}
             whole = stack.enter_context(WholeModel(model, **own, trust_remote_code=trust_remote_code))
-        settings = {"limit": limit, "shots": shots, "dtype": str(whole.dtype).removeprefix("torch.")}
-        settings |= {"device": whole.device.type}
-        versions = {"lm_eval": version("lm_eval")}
-        keys = {name: {"task": name, "data": data[name], **settings, **versions} for name in wanted}
+        dtype, lm_eval = str(whole.dtype).removeprefix("torch."), version("lm_eval")
+        how = {"limit": limit, "shots": shots, "dtype": dtype, "device": whole.device.type, "lm_eval": lm_eval}
+        keys = {name: {"task": name, "data": data[name], **how} for name in wanted}
         path = None if store is None or tokenizer is not None else whole.path  # a module in memory has none
         digest = model_digest(path) if path is not None else None
         found: dict[str, tuple[TaskResult, ...]] = {}
@@ -107,13 +112,15 @@ def tasks(
             )
             if store is not None and digest is not None:
                 rows = [result.to_json() for result in found[name]]
-                _keep(store, digest, keys[name], {"model": whole.name, "results": rows})
+                try:
+                    store.add(digest, "tasks", keys[name], {"model": whole.name, "results": rows})
+                except CheckpointError as error:  # hours of evaluation are worth more than a place to keep them
+                    warnings.warn(str(error), stacklevel=2)
         by_name = {result.task: result for name in wanted for result in found[name]}
         return TaskResults(
             model=whole.name,
             results=(
-                *(result for result in by_name.values() if not result.members),
-                *(result for result in by_name.values() if result.members),
+                *sorted(by_name.values(), key=lambda result: bool(result.members)),
                 *(
                     mean(name, [by_name[task] for task in GROUPS[name]])
                     for name in dict.fromkeys(names)
@@ -121,8 +128,8 @@ def tasks(
                 ),
             ),
             limit=limit,
-            dtype=str(settings["dtype"]),
-            lm_eval=versions["lm_eval"],
+            dtype=dtype,
+            lm_eval=lm_eval,
             reused=reused,
             seconds=time.perf_counter() - started,
         )
@@ -141,20 +148,3 @@ def mean(name: str, results: Sequence[TaskResult]) -> TaskResult:
         metrics={MEAN_OF: Metric(math.fsum(metric.value for metric in values) / len(values), error)},
         members={result.task: 1 / len(values) for result in results},
     )
-
-
-def _check_known(names: Sequence[str], manager: Any) -> None:
-    for name in names:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*GROUPS, *manager.all_tasks], 5)
-            hint = f" Nearest: {', '.join(near)}." if near else ""
-            raise CalibrationError(
-                f'unknown task "{name}".{hint} Known are {", ".join(GROUPS)} and what `lm-eval ls tasks` lists.'
-            )
-
-
-def _keep(store: Results, digest: str, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    try:
-        store.add(digest, "tasks", key, result)
-    except CheckpointError as error:  # hours of evaluation are worth more than a place to keep them
-        warnings.warn(str(error), stacklevel=2)

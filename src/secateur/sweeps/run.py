@@ -45,11 +45,6 @@ def sweep(settings: SweepSettings) -> Sweep:
     Raises `CheckpointError` for a folder of something else or of other settings, `PatternError` for a method whose
     identity cannot be recorded, and what `prune` and `perplexity` raise where that concerns every cell.
     """
-    return run(settings)
-
-
-def run(settings: SweepSettings) -> Sweep:
-    """What `sweep` does, from its settings."""
     model = settings.model
     if isinstance(model, nn.Module | OpenedModel):
         raise ModelStructureError(
