@@ -22,8 +22,15 @@ def configured(app: App, commands: tuple[str, ...], arguments: ArgumentCollectio
     own = next((argument for argument in arguments if argument.name == "--config"), None)
     if own is None or not own.tokens:
         return
+    from secateur.files.reading import read_yaml
+
     file = Path(own.tokens[-1].value)
-    content = _content(file)
+    content = read_yaml(file.expanduser())
+    if content in NOTHING:
+        return
+    if not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else "text"
+        raise CheckpointError(f"{file}: expected keys and values, found {kind}.")
     known = {_key(argument.name): argument for argument in arguments if argument is not own}
     for key, item in content.items():
         name = _key(str(key))
@@ -34,18 +41,6 @@ def configured(app: App, commands: tuple[str, ...], arguments: ArgumentCollectio
         if item not in NOTHING and not known[name].tokens:
             for token in _tokens(file, str(key), item, known[name]):
                 known[name].append(token)
-
-
-def _content(file: Path) -> Mapping[Any, Any]:
-    from secateur.files.reading import read_yaml
-
-    content = read_yaml(file.expanduser())
-    if content in NOTHING:
-        return {}
-    if not isinstance(content, dict):
-        kind = "a list" if isinstance(content, list) else "text"
-        raise CheckpointError(f"{file}: expected keys and values, found {kind}.")
-    return content
 
 
 def _key(name: str) -> str:

@@ -1,6 +1,5 @@
 """Standard streams that are closed, full, broken, or of seven bits: what becomes of a command then."""
 
-import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -18,10 +17,6 @@ BROKEN_PIPE = 141  # what a shell shows for a program that a closed pipe ended
 
 class _OutputError(Exception):
     """Standard output cannot be written. Not an `OSError`, which the libraries in between would take for their own."""
-
-    def __init__(self, cause: OSError) -> None:
-        super().__init__(cause.strerror)
-        self.cause = cause
 
 
 class _Guarded:
@@ -48,7 +43,7 @@ class _Guarded:
             action(*arguments)
         except OSError as error:
             if not self._drop:
-                raise _OutputError(error) from error
+                raise _OutputError(error.strerror) from error
 
 
 @contextmanager
@@ -69,7 +64,7 @@ def guarded_streams() -> Iterator[None]:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)  # what is still in the buffer goes nowhere when the interpreter ends
         os.close(null)
-        if error.cause.errno == errno.EPIPE:
+        if isinstance(error.__cause__, BrokenPipeError):
             sys.exit(BROKEN_PIPE)
         sys.stderr.write(f"Error: standard output cannot be written ({error}).\n")
         sys.exit(1)

@@ -244,11 +244,14 @@ class SweepFolder:
 
     def write_cell(self, cell: Cell) -> None:
         """Write what is known of a cell."""
-        self.write(f"{cell.folder}/{CELL_FILE}", _json(dataclasses.asdict(cell)))
+        self._write_json(f"{cell.folder}/{CELL_FILE}", dataclasses.asdict(cell))
 
     def write_sweep(self, sweep: Sweep) -> None:
         """Write what is known of the whole sweep."""
-        self.write(SWEEP_FILE, _json(sweep.to_json()))
+        self._write_json(SWEEP_FILE, sweep.to_json())
+
+    def _write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
     def checkpoint(self, cell: Cell) -> Path:
         """Where the pruned checkpoint of a cell is, or would be."""
@@ -332,10 +335,9 @@ def pattern_text(pattern: Pattern) -> str:
 def _percent(sparsity: float) -> str:
     # Exact: the decimal that was written, so that two sparsities never share a name.
     percent = Decimal(str(sparsity)) * 100
-    text = format(percent, "f")
-    if len(text) > 24:
+    if len(format(percent, "f")) > 24:
         return format(percent, "e")
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return format(percent.normalize(), "f")
 
 
 def cell_name(label: str, pattern: Pattern) -> str:
@@ -356,10 +358,6 @@ def _legal(text: str) -> str:
         return text
     likeness = re.sub(r"[^a-z0-9_+-]", "_", text.lower())[:48]
     return f"{likeness}~{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:
