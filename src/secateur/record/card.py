@@ -2,7 +2,8 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 START, END = "<!-- secateur: figures -->", "<!-- secateur: end of figures -->"
 
-# Corpora under the names of the command line, as the hub knows them: data set, configuration, part for evaluation.
+# Corpora under the names of the command line, as `_dataset` returns them.
 DATASETS = {
     "c4": ("allenai/c4", "en", "validation"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -106,7 +107,7 @@ def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping
     card.text = place.sub(lambda _: _section(figures, tasks), card.text, count=1)
     if figures or tasks:
         card.data.model_name = card.data.get("model_name") or folder.resolve().name
-        card.data.eval_results = [*map(_result, figures), *(row for task in tasks for row in _task_results(task))]
+        card.data.eval_results = list(_eval_results(figures, tasks))
     with writing(path):
         card.save(path)
     return True
@@ -132,12 +133,8 @@ def source_name(manifest: Manifest) -> str:
     return base_model(manifest.source) or Path(path).name or str(manifest.source.get("architecture"))
 
 
-def patterns(manifest: Manifest) -> list[str]:
-    """The patterns of the plan in words, each once."""
-    return _patterns(manifest.matrices.values())
-
-
-def _patterns(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+def patterns(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The patterns of matrices in words, each once."""
     return list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in entries))
 
 
@@ -153,24 +150,19 @@ def _data(manifest: Manifest) -> "ModelCardData":
     from huggingface_hub import ModelCardData
 
     sources = (manifest.calibration or {}).get("sources", [])
-    known = [
-        DATASETS[corpus][0] if corpus in DATASETS else corpus.removeprefix("hf:").split(":")[0]
-        for corpus in (str(source.get("corpus", "")) for source in sources)
-        if corpus in DATASETS or corpus.startswith("hf:")
-    ]
+    known = [dataset[0] for source in sources if (dataset := _dataset(str(source.get("corpus", ""))))]
     base = base_model(manifest.source)
     parts = manifest.method.split("+")
-    given = {key: manifest.source.get("card", {}).get(key) for key in ("license", "license_name", "license_link")}
+    copied = ("license", "license_name", "license_link", "language")
     return ModelCardData(
         base_model=base,
         # The hub knows adapter, merge, quantized and finetune: this is the one for other weights in the same layout.
         base_model_relation="finetune" if base else None,
-        language=manifest.source.get("card", {}).get("language"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["pruned", "sparse", "secateur", *parts])),
         datasets=list(dict.fromkeys(known)) or None,
-        **given,
+        **{key: manifest.source.get("card", {}).get(key) for key in copied},
     )
 
 
@@ -206,7 +198,7 @@ def _filled(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"corpus": _corpus_name, "number": _number, "patterns": _patterns, "sparsity": sparsity}
+    environment.filters |= {"corpus": _corpus_name, "number": _number, "patterns": patterns, "sparsity": sparsity}
     return environment.get_template(template).render(values)
 
 
@@ -226,40 +218,40 @@ def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     sources = (result.get("provenance") or {}).get("sources") or [{}]
     corpus = str(sources[0].get("corpus") or "")
     name = _corpus_name(sources[0]) if corpus else str(result["data"])
-    own = (corpus.removeprefix("hf:").split(":")[0] if corpus.startswith("hf:") else name, None, None)
-    return {**result, "name": name, "dataset": DATASETS.get(corpus, own)}
+    return {**result, "name": name, "dataset": _dataset(corpus) or (name, None, None)}
 
 
-def _task_results(task: Mapping[str, Any]) -> "list[EvalResult]":
+def _dataset(corpus: str) -> tuple[str, str | None, str | None] | None:
+    """A corpus as the hub knows it, or None for one that is elsewhere: data set, configuration, part for evaluation."""
+    if corpus.startswith("hf:"):
+        return corpus.removeprefix("hf:").split(":")[0], None, None
+    return DATASETS.get(corpus)
+
+
+def _eval_results(figures: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[str, Any]]) -> "Iterator[EvalResult]":
     from huggingface_hub import EvalResult
 
-    return [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Evaluation harness",
-            dataset_type=task["task"],
-            dataset_name=task["task"],
-            metric_type=name,
-            metric_name=f"{name}, {task['documents']} documents",
-            metric_value=metric["value"],
+    result = partial(EvalResult, task_type="text-generation")
+    for figure in figures:
+        dataset, config, split = figure["dataset"]
+        yield result(
+            task_name="Language modelling",
+            dataset_type=dataset,
+            dataset_name=figure["name"],
+            dataset_config=config,
+            dataset_split=split,
+            metric_type="perplexity",
+            metric_name=f"perplexity, {figure['windows']} windows of {figure['length']} tokens",
+            metric_value=figure["perplexity"],
         )
-        for name, metric in task["metrics"].items()
-        if metric["value"] is not None
-    ]
-
-
-def _result(figure: Mapping[str, Any]) -> "EvalResult":
-    from huggingface_hub import EvalResult
-
-    dataset, config, split = figure["dataset"]
-    return EvalResult(
-        task_type="text-generation",
-        task_name="Language modelling",
-        dataset_type=dataset,
-        dataset_name=figure["name"],
-        dataset_config=config,
-        dataset_split=split,
-        metric_type="perplexity",
-        metric_name=f"perplexity, {figure['windows']} windows of {figure['length']} tokens",
-        metric_value=figure["perplexity"],
-    )
+    for task in tasks:
+        for name, metric in task["metrics"].items():
+            if metric["value"] is not None:
+                yield result(
+                    task_name="Evaluation harness",
+                    dataset_type=task["task"],
+                    dataset_name=task["task"],
+                    metric_type=name,
+                    metric_name=f"{name}, {task['documents']} documents",
+                    metric_value=metric["value"],
+                )
