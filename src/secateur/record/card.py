@@ -2,7 +2,8 @@
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,14 @@ from secateur.core.patterns import NM, pattern_from_json
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE
 from secateur.files.writer import writing
-from secateur.record.manifest import Manifest, cautions
+from secateur.record.manifest import Manifest, cautions, sparsity
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 START, END = "<!-- secateur: figures -->", "<!-- secateur: end of figures -->"
 
-# Corpora under the names of the command line, as the hub knows them: data set, configuration, part for evaluation.
+# Corpora under the names of the command line, as `_dataset` returns them.
 DATASETS = {
     "c4": ("allenai/c4", "en", "validation"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -71,20 +72,12 @@ PAPERS: dict[str, tuple[str, str, str | None]] = {
 }
 
 
-RECOVERIES = {
-    "full": "The kept weights were trained; the zeros stayed",
-    "block": "The kept weights were tuned block by block to the outputs of the dense model; the zeros stayed",
-    "merge": "An adapter was merged into the weights",
-}
-
-
 def write_card(folder: Path, manifest: Manifest, name: str) -> None:
     """Write `README.md` into the folder of a pruned checkpoint that will be called `name`."""
     from huggingface_hub import ModelCard
 
-    data = _data(manifest)
     with writing(folder / CARD_FILE):
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(manifest, name)}").save(folder / CARD_FILE)
+        ModelCard(f"---\n{_data(manifest).to_yaml()}\n---\n\n{_text(manifest, name)}").save(folder / CARD_FILE)
 
 
 def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping[str, Any]]) -> bool:
@@ -106,7 +99,7 @@ def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping
         raise CheckpointError(
             f"{path}: its metadata cannot be read ({error}). Repair it, or delete the file to have it written anew."
         ) from None
-    figures = [figure for figure in map(_figure, evaluations) if figure is not None]
+    figures = [_figure(item) for item in evaluations if item["kind"] in ("perplexity", "agreement")]
     place = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
     if not place.search(card.text):
         return False
@@ -114,7 +107,7 @@ def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping
     card.text = place.sub(lambda _: _section(figures, tasks), card.text, count=1)
     if figures or tasks:
         card.data.model_name = card.data.get("model_name") or folder.resolve().name
-        card.data.eval_results = [*map(_result, figures), *(row for task in tasks for row in _task_results(task))]
+        card.data.eval_results = list(_eval_results(figures, tasks))
     with writing(path):
         card.save(path)
     return True
@@ -140,9 +133,9 @@ def source_name(manifest: Manifest) -> str:
     return base_model(manifest.source) or Path(path).name or str(manifest.source.get("architecture"))
 
 
-def patterns(manifest: Manifest) -> list[str]:
-    """The patterns of the plan in words, each once."""
-    return list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in manifest.matrices.values()))
+def patterns(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The patterns of matrices in words, each once."""
+    return list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in entries))
 
 
 def _pattern_text(value: Mapping[str, Any]) -> str:
@@ -157,110 +150,61 @@ def _data(manifest: Manifest) -> "ModelCardData":
     from huggingface_hub import ModelCardData
 
     sources = (manifest.calibration or {}).get("sources", [])
-    known = [
-        DATASETS[corpus][0] if corpus in DATASETS else corpus.removeprefix("hf:").split(":")[0]
-        for corpus in (str(source.get("corpus", "")) for source in sources)
-        if corpus in DATASETS or corpus.startswith("hf:")
-    ]
+    known = [dataset[0] for source in sources if (dataset := _dataset(str(source.get("corpus", ""))))]
     base = base_model(manifest.source)
     parts = manifest.method.split("+")
-    given = {key: manifest.source.get("card", {}).get(key) for key in ("license", "license_name", "license_link")}
+    copied = ("license", "license_name", "license_link", "language")
     return ModelCardData(
         base_model=base,
         # The hub knows adapter, merge, quantized and finetune: this is the one for other weights in the same layout.
         base_model_relation="finetune" if base else None,
-        language=manifest.source.get("card", {}).get("language"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["pruned", "sparse", "secateur", *parts])),
         datasets=list(dict.fromkeys(known)) or None,
-        **given,
+        **{key: manifest.source.get("card", {}).get(key) for key in copied},
     )
 
 
 def _text(manifest: Manifest, name: str) -> str:
-    base, source, totals = base_model(manifest.source), source_name(manifest), manifest.totals
-    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{source}`"
-    references = papers(manifest.method)
-    paragraphs = [
-        f"# {name}",
-        f"{named}, pruned with {manifest.method} by Secateur "
-        f"{manifest.versions['secateur']}: {totals['zeros']:,} of {totals['weights']:,} planned weights are zero "
-        f"({100 * totals['sparsity']:.2f} %).",
-        "## Sparsity\n\n" + "\n\n".join([_kinds_table(manifest), *cautions(manifest)]),
-        "## Calibration\n\n" + _calibration(manifest),
-        *_recovered(manifest),
-        f"## Figures\n\n{_section([])}",
-        "## Use\n\nIt loads like any other checkpoint:\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
-        "It is **not smaller and not faster by itself**: zeros are stored and multiplied like other numbers, until "
-        "something makes use of them. Fine-tuning fills them unless the mask is held; so does merging an adapter.\n\n"
-        "A pruned model has lost some of what the dense one could do, and perplexity does not show all of it. Measure "
-        "what you use it for.",
-        "## How it was made\n\n" + _recipe(manifest),
-        "## How to check it\n\n"
-        "`secateur.json` records what was asked and done, with a sha256 of every tensor. From the files alone:\n\n"
-        f"```\nsecateur verify {shlex.quote(name)}\n```",
-    ]
-    if references:
-        cited = [
-            f"- {who}: *{title}*" + (f", [arXiv:{number}](https://arxiv.org/abs/{number})" if number else "")
-            for who, title, number in references
-        ]
-        paragraphs.append("## Method\n\n" + "\n".join(cited))
-    if "license" not in manifest.source.get("card", {}):
-        paragraphs.append("## Licence\n\nThat of the base model; its card did not state one in a form that is copied.")
-    return "\n\n".join(paragraphs) + "\n"
-
-
-def _recovered(manifest: Manifest) -> list[str]:
-    """The section on what was done after pruning, in order; empty where nothing was."""
-    done: list[str] = []
-    for section in reversed(manifest.recoveries):
-        data = section.get("data") or section.get("calibration") or {}
-        text = ", ".join(_corpus_name(source) for source in data.get("sources", [data] if data else []))
-        done.append(f"- {RECOVERIES[section['method']]}" + (f", on {text}" if text else ""))
-    return ["## After pruning\n\n" + "\n".join(done)] if done else []
-
-
-def _kinds_table(manifest: Manifest) -> str:
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in manifest.matrices.values():
-        kinds.setdefault(entry["kind"], []).append(entry)
-    lines = ["| matrices | count | pattern | sparsity |", "|---|---:|---|---:|"]
-    for kind, entries in kinds.items():
-        zeros = sum(entry["zeros"] for entry in entries)
-        weights = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
-        found = list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in entries))
-        lines.append(f"| `{kind}` | {len(entries)} | {'; '.join(found)} | {zeros / weights:.4f} |")
-    if manifest.recovery is None:
-        rest = "Everything else (embeddings, head, norms, biases)"
-    else:
-        rest = "`secateur.json` lists what was trained; everything else"
-    return "\n".join(lines) + f"\n\n{rest} is that of the base model, {_exactness(manifest)}."
-
-
-def _exactness(manifest: Manifest) -> str:
-    if manifest.source.get("kind") == "gguf":
-        return "dequantised before it was pruned"
-    if "dequantised" in manifest.source:
-        return f"with its quantised weights dequantised to {manifest.source['dequantised']['dtype']}"
-    return "byte for byte"
-
-
-def _calibration(manifest: Manifest) -> str:
-    calibration = manifest.calibration
-    if calibration is None:
-        return "None: this method looks at the weights alone."
-    corpora = [_corpus_name(source) for source in calibration.get("sources", [])]
-    return (
-        f"{calibration.get('samples')} windows of {calibration.get('length')} tokens"
-        + (f" of {', '.join(corpora)}" if corpora else "")
-        + (f", seed {calibration['seed']}" if calibration.get("seed") is not None else "")
-        + f"; sha256 of the tokens `{calibration['digest'][:16]}`."
+    base, commands = base_model(manifest.source), [section.get("command") for section in reversed(manifest.recoveries)]
+    return _filled(
+        "card.md",
+        manifest=manifest,
+        name=name,
+        quoted=shlex.quote(name),
+        model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
+        cautions=cautions(manifest),
+        figures=_section([], []),
+        # Of the pruning and of every recovery after it; what was done in Python has none.
+        commands=[shlex.join(command) for command in (manifest.command, *commands) if command is not None],
+        versions=", ".join(f"{library} {version}" for library, version in manifest.versions.items()),
+        references=papers(manifest.method),
     )
+
+
+def _section(figures: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]) -> str:
+    """The text between the two comments, with them."""
+    return f"{START}\n{_filled('figures.md', figures=figures, tasks=tasks)}{END}"
+
+
+def _filled(template: str, **values: Any) -> str:
+    """A template of ours with its values."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("secateur.record", "assets"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"corpus": _corpus_name, "number": _number, "patterns": patterns, "sparsity": sparsity}
+    return environment.get_template(template).render(values)
+
+
+def _number(value: float | None, form: str, error: float | None = None) -> str:
+    """A number in a format such as ".3f", with an error in the same one; empty for None."""
+    return "" if value is None else f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def _corpus_name(source: Mapping[str, Any]) -> str:
@@ -268,112 +212,46 @@ def _corpus_name(source: Mapping[str, Any]) -> str:
     return Path(corpus).name if source.get("file") and corpus not in DATASETS else corpus
 
 
-def _recipe(manifest: Manifest) -> str:
-    """The commands of the pruning and of every recovery after it; what was done in Python has none."""
-    commands = [section.get("command") for section in reversed(manifest.recoveries)]
-    known = [shlex.join(command) for command in (manifest.command, *commands) if command is not None]
-    made = "```\n" + "\n".join(known) + "\n```\n\n" if known else ""
-    if len(known) <= len(commands):
-        made += ("The rest was done" if known else "It was made") + " in Python; `secateur.json` has every setting. "
-    return (
-        made + "Versions: " + ", ".join(f"{library} {version}" for library, version in manifest.versions.items()) + "."
-    )
-
-
-def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the card says of one evaluation, or None for a kind that it says nothing of."""
+def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of a perplexity or an agreement, with the name of its text and the hub's names of it."""
     result = evaluation["result"]
-    if evaluation["kind"] not in ("perplexity", "agreement"):
-        return None
     sources = (result.get("provenance") or {}).get("sources") or [{}]
     corpus = str(sources[0].get("corpus") or "")
     name = _corpus_name(sources[0]) if corpus else str(result["data"])
-    known = DATASETS.get(corpus)
-    return {
-        "name": name,
-        "dataset": known
-        or (corpus.removeprefix("hf:").split(":")[0] if corpus.startswith("hf:") else name, None, None),
-        "windows": result["windows"],
-        "length": result["length"],
-        "perplexity": result["perplexity"],
-        "dense": result.get("perplexity_dense"),
-        "error": result.get("perplexity_error"),
-        "kl": result.get("kl"),
-        "top1": result.get("top1"),
-    }
+    return {**result, "name": name, "dataset": _dataset(corpus) or (name, None, None)}
 
 
-def _section(figures: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The text between the two comments, with them."""
-    parts = [*([_figures_table(figures)] if figures else []), *([_tasks_table(tasks)] if tasks else [])]
-    body = "\n\n".join(parts) or "None recorded yet: `secateur eval` and then `secateur report` write them here."
-    return f"{START}\n{body}\n{END}"
+def _dataset(corpus: str) -> tuple[str, str | None, str | None] | None:
+    """A corpus as the hub knows it, or None for one that is elsewhere: data set, configuration, part for evaluation."""
+    if corpus.startswith("hf:"):
+        return corpus.removeprefix("hf:").split(":")[0], None, None
+    return DATASETS.get(corpus)
 
 
-def _figures_table(figures: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| text | windows | perplexity, dense | perplexity, pruned | KL per token | same first choice |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+def _eval_results(figures: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[str, Any]]) -> "Iterator[EvalResult]":
+    from huggingface_hub import EvalResult
+
+    result = partial(EvalResult, task_type="text-generation")
     for figure in figures:
-        error = f" ± {figure['error']:.3f}" if figure["error"] is not None else ""
-        cells = [
-            figure["name"],
-            f"{figure['windows']} x {figure['length']}",
-            _number(figure["dense"], ".3f"),
-            f"{figure['perplexity']:.3f}{error}",
-            _number(figure["kl"], ".4f"),
-            _number(figure["top1"], ".1%"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _tasks_table(tasks: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| task | shots | documents | metric | value |", "|---|---:|---:|---|---:|"]
+        dataset, config, split = figure["dataset"]
+        yield result(
+            task_name="Language modelling",
+            dataset_type=dataset,
+            dataset_name=figure["name"],
+            dataset_config=config,
+            dataset_split=split,
+            metric_type="perplexity",
+            metric_name=f"perplexity, {figure['windows']} windows of {figure['length']} tokens",
+            metric_value=figure["perplexity"],
+        )
     for task in tasks:
         for name, metric in task["metrics"].items():
-            error = f" ± {metric['error']:.4f}" if metric["error"] is not None else ""
-            shots = "" if task.get("shots") is None else task["shots"]
-            value = _number(metric["value"], ".4f") + error
-            lines.append(f"| {task['task']} | {shots} | {task['documents']} | {name} | {value} |")
-    return "\n".join(lines)
-
-
-def _task_results(task: Mapping[str, Any]) -> "list[EvalResult]":
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Evaluation harness",
-            dataset_type=task["task"],
-            dataset_name=task["task"],
-            metric_type=name,
-            metric_name=f"{name}, {task['documents']} documents",
-            metric_value=metric["value"],
-        )
-        for name, metric in task["metrics"].items()
-        if metric["value"] is not None
-    ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
-def _result(figure: Mapping[str, Any]) -> "EvalResult":
-    from huggingface_hub import EvalResult
-
-    dataset, config, split = figure["dataset"]
-    return EvalResult(
-        task_type="text-generation",
-        task_name="Language modelling",
-        dataset_type=dataset,
-        dataset_name=figure["name"],
-        dataset_config=config,
-        dataset_split=split,
-        metric_type="perplexity",
-        metric_name=f"perplexity, {figure['windows']} windows of {figure['length']} tokens",
-        metric_value=figure["perplexity"],
-    )
+            if metric["value"] is not None:
+                yield result(
+                    task_name="Evaluation harness",
+                    dataset_type=task["task"],
+                    dataset_name=task["task"],
+                    metric_type=name,
+                    metric_name=f"{name}, {task['documents']} documents",
+                    metric_value=metric["value"],
+                )

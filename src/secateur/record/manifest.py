@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -81,6 +81,14 @@ class Manifest:
         }
 
     @property
+    def kinds(self) -> dict[str, list[dict[str, Any]]]:
+        """The entries of the matrices of each kind, in order."""
+        result: dict[str, list[dict[str, Any]]] = {}
+        for entry in self.matrices.values():
+            result.setdefault(entry["kind"], []).append(entry)
+        return result
+
+    @property
     def digest(self) -> str:
         """The digest that `to_json` adds: it stands for every byte of the checkpoint."""
         return str(self.to_json()["digest"])
@@ -102,6 +110,11 @@ class Manifest:
             found.append(section)
             section = section.get("earlier")
         return found
+
+
+def sparsity(entries: Sequence[Mapping[str, Any]]) -> float:
+    """The fraction of zeros in the matrices of several entries."""
+    return float(sum(entry["zeros"] for entry in entries) / sum(math.prod(entry["shape"]) for entry in entries))
 
 
 def cautions(manifest: Manifest) -> list[str]:

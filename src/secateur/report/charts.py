@@ -165,7 +165,6 @@ def _style(salt: str) -> Any:
 def check_installed() -> None:
     """Raise `SecateurError` when the libraries of reports are missing."""
     try:
-        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise SecateurError(f'a report needs {error.name}: pip install "secateur[report]"') from None

@@ -94,7 +94,7 @@ def _content(
         + (" Kept weights were trained afterwards." if manifest.recovery is not None else ""),
         "key_facts": [
             *_perplexity_fact(evaluations),
-            ("Pattern", "; ".join(patterns(manifest))),
+            ("Pattern", "; ".join(patterns(manifest.matrices.values()))),
             ("Calibration", _calibration_words(manifest)),
             ("Column structure", f"{share(whole.columns.excess, 1)} beyond chance"),
             ("Row structure", f"{share(whole.rows.excess, 1)} beyond chance"),

@@ -18,7 +18,7 @@ from secateur.evaluate.perplexity import Perplexity
 from secateur.evaluate.task_results import Metric, TaskComparison, TaskResult, TaskResults
 from secateur.models.shape.matrices import matrix_kind
 from secateur.pruning.forecast import Estimate, bytes_text
-from secateur.record.manifest import Manifest, cautions
+from secateur.record.manifest import Manifest, cautions, sparsity
 from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection, MatrixSparsity
 from secateur.sweeps.estimate import SweepEstimate
@@ -78,18 +78,13 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
 
 def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
     """What a run did: by kind of matrix, how far the blocks moved, and where the time went."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for entry in manifest.matrices.values():
-        kinds.setdefault(entry["kind"], []).append(entry)
     table = _table("matrices", "count", "sparsity", "tokens each", title=f"Pruned with {manifest.method}")
-    for kind, entries in kinds.items():
+    for kind, entries in manifest.kinds.items():
         tokens = [entry["tokens"] for entry in entries if entry["tokens"] is not None]
         seen = f"{min(tokens):,}" if tokens else "-"
         if tokens and min(tokens) != max(tokens):
             seen = f"{min(tokens):,} to {max(tokens):,}"
-        zeros = sum(entry["zeros"] for entry in entries)
-        weights = sum(math.prod(entry["shape"]) for entry in entries)
-        table.add_row(kind, str(len(entries)), f"{zeros / weights:.4f}", seen)
+        table.add_row(kind, str(len(entries)), f"{sparsity(entries):.4f}", seen)
     totals = manifest.totals
     lines = [
         f"{totals['zeros']:,} of {totals['weights']:,} planned weights are zero: sparsity {totals['sparsity']:.4f} "
