@@ -185,7 +185,10 @@ def test_the_first_batch_does_not_decide_on_the_sites_of_numbered_experts(first:
     module = Numbered()
     names = [f"b.0.experts.{expert}.{leaf}.weight" for expert in range(2) for leaf in ("up", "gate", "down")]
     weights = {f"b.0.{name}": weight for name, weight in module.named_parameters()}
-    matrices = [Matrix(name, tuple(weights[name].shape), 0, name, None, False, name, None) for name in names]
+    matrices = [
+        Matrix(name, None, False, name=name, shape=tuple(weights[name].shape), block=0, tensor=name, index=None)
+        for name in names
+    ]
     x = torch.full((1, 3, 4), 2.0 * first - 1)
     found = sites(Block(0, "b.0", module), matrices, OneBatch(x))  # type: ignore[arg-type]
     assert [[matrix.name for matrix in site] for site in found] == [

@@ -383,7 +383,9 @@ def test_float16_is_too_narrow_to_compute_in(llama, tmp_path):
 def test_a_kept_weight_never_rounds_to_zero():
     """It would count as removed: the checkpoint would have more zeros than its plan."""
     weight = torch.tensor([[0.5, 0.0], [-0.25, 1.0]], dtype=torch.float16)
-    matrix = secateur.models.shape.matrices.Matrix("w", (2, 2), 0, "w", None, False, "w", None)
+    matrix = secateur.models.shape.matrices.Matrix(
+        "w", None, False, name="w", shape=(2, 2), block=0, tensor="w", index=None
+    )
     copy = _Copy("w", nn.Parameter(weight.float()), [matrix], {"w": weight}, False)
     assert torch.equal(copy.rounded()[0], weight)
     with torch.no_grad():

@@ -235,7 +235,7 @@ def gradient_batch_size(skeleton: Skeleton, length: int, granularity: Granularit
 
     Raises `CalibrationError` when more are asked for there.
     """
-    experts = numbered_experts(getattr(skeleton.model, "config", None))
+    experts = numbered_experts(skeleton.text_config)
     routes = any(matrix.expert is not None for matrix in skeleton.matrices) or (
         experts is not None and "router" in skeleton.left_out.values()
     )

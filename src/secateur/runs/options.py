@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from secateur.errors import CalibrationError, PatternError
 
@@ -126,16 +126,13 @@ def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P,
             return function(settings(*arguments, **keywords))
 
         signature = inspect.signature(settings)
-        parameters = [one.replace(annotation=_plain(one.annotation)) for one in signature.parameters.values()]
+        hints = get_type_hints(settings)  # without what is said of options
+        parameters = [one.replace(annotation=hints[one.name]) for one in signature.parameters.values()]
         returned = inspect.signature(function).return_annotation
         setattr(taken, "__signature__", inspect.Signature(parameters, return_annotation=returned))  # noqa: B010
         return taken
 
     return decorate
-
-
-def _plain(annotation: Any) -> Any:
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def listed(values: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """Modules inside what other libraries wrap around them: the plain module, with the names that a checkpoint has."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from torch import nn
 
@@ -16,43 +17,29 @@ def plain_module(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
     Wrappers deeper inside are taken out as well, until the function that is returned puts them back. Parameters are
     the same ones throughout. Raises `ModelStructureError` for what cannot be unwrapped, and says what to do.
     """
-    while (inner := _inside(model)) is not None:
-        model = inner
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            plain = child
-            while plain is not None and (inner := _inside(plain)) is not None:
-                plain = inner
-            if child is not None and plain is not child:
-                replaced.append((parent, name, child))
-                parent._modules[name] = plain
-    # nn.Module.compile keeps what it compiled beside the module, and calls that.
-    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
-    for module, _ in compiled:
-        module._compiled_call_impl = None
-
-    def restore() -> None:
-        for parent, name, child in replaced:
-            parent._modules[name] = child
-        for module, call in compiled:
-            module._compiled_call_impl = call
-
-    try:
+    model = _unwrapped(model)
+    with ExitStack() as restoring:
+        for parent in list(model.modules()):
+            for name, child in list(parent._modules.items()):
+                if child is not None and (plain := _unwrapped(child)) is not child:
+                    restoring.callback(parent._modules.__setitem__, name, child)
+                    parent._modules[name] = plain
+        # nn.Module.compile keeps what it compiled beside the module, and calls that.
+        for module in model.modules():
+            if module._compiled_call_impl:
+                restoring.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+                module._compiled_call_impl = None
         _check_plain(model)
-    except ModelStructureError:
-        restore()
-        raise
-    return model, restore
+        return model, restoring.pop_all().close
 
 
-def _inside(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper holds; None for a module that is no wrapper."""
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers around it; itself where there are none."""
     for name in (*WRAPPED, *(("module",) if type(module).__name__ in PARALLEL else ())):
         inner = module._modules.get(name)
         if inner is not None:
-            return inner
-    return None
+            return _unwrapped(inner)
+    return module
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 def inventory(skeleton: "Skeleton") -> list[tuple[list[Matrix], dict[str, str]]]:
     """For each block its prunable matrices, and why its other tensors are not prunable."""
-    experts = numbered_experts(getattr(skeleton.model, "config", None))
-    shapes = {name: skeleton.source.shape(name) for name in skeleton.source.names}
+    experts = numbered_experts(skeleton.text_config)
     owners = Counter(id(parameter) for block in skeleton.blocks for parameter in block.module.parameters())
     result = []
     for block in skeleton.blocks:
@@ -30,10 +29,10 @@ def inventory(skeleton: "Skeleton") -> list[tuple[list[Matrix], dict[str, str]]]
         matrices: list[Matrix] = []
         left_out: dict[str, str] = {}
         for group in skeleton.conversion.of(skeleton.block_tensors[block.index]):
-            placed = skeleton.conversion.placements(group, shapes, transposed)
+            placed = skeleton.conversion.placements(group, transposed)
             for name in group.names:
                 if name not in placed:
-                    vector = "bias or norm" if len(shapes[name]) < 2 else "not a linear matrix"
+                    vector = "bias or norm" if len(skeleton.source.shape(name)) < 2 else "not a linear matrix"
                     left_out[name] = reasons.get(group.target, vector)
             matrices += _matrices(block.index, placed, skeleton.source)
         result.append((matrices, left_out))
@@ -54,11 +53,7 @@ def _matrices(block: int, placed: Mapping[str, Sequence[Any]], source: "Source")
                     block=block,
                     tensor=name,
                     index=index if fused else None,
-                    transposed=place.transposed,
-                    parameter=place.parameter,
-                    expert=place.expert,
-                    columns=place.columns,
-                    rows=place.rows,
+                    **vars(place),
                 )
             )
     return result

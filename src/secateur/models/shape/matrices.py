@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.models.shape.structure import Block
+from secateur.models.weights.conversion import Placement
 
 # Facts that a module does not tell about itself. Everything else is found out.
 TRANSPOSED_CLASSES = {"Conv1D", "Llama4TextExperts"}  # store (in, out)
 ROUTER_NAMES = {"gate", "classifier", "wg", "shared_expert_gate"}  # last part of a router's path, beside "router"
 
 
-@dataclass(frozen=True)
-class Matrix:
+@dataclass(frozen=True, kw_only=True)
+class Matrix(Placement):
     """One prunable matrix as the checkpoint names it; the name of an expert in a fused tensor ends in its number."""
 
     name: str
@@ -28,11 +29,6 @@ class Matrix:
     block: int
     tensor: str  # the checkpoint tensor that holds it
     index: int | None  # which slice of a 3-D tensor it is
-    transposed: bool  # the checkpoint stores (in, out)
-    parameter: str  # the module's parameter that multiplies with it
-    expert: int | None  # which slice of that parameter it is
-    columns: Tensor | None = None  # the parameter's input columns, where they are not simply all of them
-    rows: Tensor | None = None  # and its output rows
 
     def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The matrix as an (out, in) view of its checkpoint tensor."""

@@ -178,9 +178,11 @@ class Skeleton:
         if missing := self.missing:
             raise self._missing(missing)
         for group in self.conversion.groups.values():
-            found, parameter = self.source.shape(group.names[0]), parameters.get(group.target)
-            if group.converter is None and parameter is not None and found != parameter.shape:
-                raise self._misfit(group.names[0], found, tuple(parameter.shape))
+            for name, found in group.parameters.items():
+                if name in parameters and found != parameters[name].shape:
+                    raise self._misfit(
+                        group.names[0] if group.converter is None else name, found, parameters[name].shape
+                    )
 
     def _missing(self, names: Sequence[str]) -> CheckpointError:
         return CheckpointError(

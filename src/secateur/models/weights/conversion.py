@@ -6,6 +6,7 @@ file to module: by transformers' own rules (`conversion_mapping`), applied to on
 out where each entry of a tensor lands, it converts tagged tensors by the same rules.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ class TensorGroup:
 
     target: str
     parts: tuple[tuple[str, str], ...]  # (tensor name, the pattern of the converter that it matched), in order
-    parameters: tuple[str, ...]
+    parameters: Mapping[str, tuple[int, ...]]  # their shapes, by name
     converter: Any = None  # transformers' WeightConverter; None where a tensor is only renamed
 
     @property
@@ -36,11 +37,11 @@ class TensorGroup:
 class Placement:
     """Where one checkpoint matrix lies in the module, as the inputs that it multiplies see it."""
 
-    parameter: str
-    expert: int | None
+    parameter: str  # the module's parameter that multiplies with it
+    expert: int | None  # which slice of that parameter it is
     transposed: bool  # the file stores (in, out)
-    columns: Tensor | None  # the parameter's input column for each column of the matrix; None when they are the same
-    rows: Tensor | None  # the same for the output rows
+    columns: Tensor | None = None  # the parameter's input column for each of the matrix; None where they are the same
+    rows: Tensor | None = None  # the same for the output rows
 
 
 # Which tensor of a group: the pattern that it matched, and its number among those that matched the same one.
@@ -52,27 +53,25 @@ class Conversion:
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._model = model
-        self._config = getattr(model, "config", None)
+        self._shapes = shapes
         self._traces: dict[Any, dict[_Key, Placement]] = {}
         self._known = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         self.groups: dict[str, TensorGroup] = {}
         self.unused: list[str] = []  # tensors that the module does not read; they are copied as they are
         self._by_tensor: dict[str, TensorGroup] = {}
         self._by_parameter: dict[str, TensorGroup] = {}
-        for group in self._find(shapes):
-            for name in group.names:
-                self._by_tensor[name] = group
-            for parameter in group.parameters:
-                self._by_parameter[parameter] = group
+        for group in self._find():
+            self._by_tensor |= dict.fromkeys(group.names, group)
+            self._by_parameter |= dict.fromkeys(group.parameters, group)
             self.groups[group.target] = group
 
-    def _find(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[TensorGroup]:
+    def _find(self) -> Iterable[TensorGroup]:
         from transformers.core_model_loading import dot_natural_key
 
         renamings, converters = _rules(self._model)
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         found: dict[str, list[tuple[str, str | None]]] = {}
-        for name in sorted(shapes, key=dot_natural_key):
+        for name in sorted(self._shapes, key=dot_natural_key):
             target, pattern = self._rename(name, renamings, converters)
             if target in self._known:
                 found.setdefault(target, []).append((name, pattern))
@@ -85,12 +84,13 @@ class Conversion:
             if pattern is None:
                 if len(parts) > 1:
                     raise _two_layouts(target, parts[0][0], parts[1][0])
-                yield TensorGroup(target, ((parts[0][0], parts[0][0]),), (target,))
+                name = parts[0][0]
+                yield TensorGroup(target, ((name, name),), {target: self._shapes[name]})
                 continue
             matched = tuple((name, str(part)) for name, part in parts)
-            group = TensorGroup(target, matched, (), by_pattern[pattern])
-            meta = {name: torch.empty(shapes[name], device="meta") for name in group.names}
-            yield TensorGroup(target, matched, tuple(self.convert(group, meta)), by_pattern[pattern])
+            group = TensorGroup(target, matched, {}, by_pattern[pattern])
+            meta = {name: torch.empty(self._shapes[name], device="meta") for name in group.names}
+            yield replace(group, parameters={name: made.shape for name, made in self.convert(group, meta).items()})
 
     def _rename(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         if not renamings and not converters:
@@ -105,13 +105,11 @@ class Conversion:
 
     def of(self, names: Iterable[str]) -> list[TensorGroup]:
         """The groups that the named tensors belong to, each once; tensors that the module does not read have none."""
-        groups = (self._by_tensor[name] for name in names if name in self._by_tensor)
-        return list({group.target: group for group in groups}.values())
+        return _each_once(self._by_tensor, names)
 
     def making(self, parameters: Iterable[str]) -> list[TensorGroup]:
         """The groups that make the named parameters, each once; parameters that no tensor makes are left out."""
-        groups = (self._by_parameter[name] for name in parameters if name in self._by_parameter)
-        return list({group.target: group for group in groups}.values())
+        return _each_once(self._by_parameter, parameters)
 
     def convert(self, group: TensorGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters (by name) that the tensors of a group become."""
@@ -120,12 +118,10 @@ class Conversion:
         converter = deepcopy(group.converter)
         for name, pattern in group.parts:
             converter.add_tensor(group.target, name, pattern, tensors[name])
-        made = converter.convert(group.target, model=self._model, config=self._config)
+        made = converter.convert(group.target, model=self._model, config=getattr(self._model, "config", None))
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def placements(
-        self, group: TensorGroup, shapes: Mapping[str, tuple[int, ...]], transposed: Mapping[str, bool]
-    ) -> dict[str, list[Placement]]:
+    def placements(self, group: TensorGroup, transposed: Mapping[str, bool]) -> dict[str, list[Placement]]:
         """For each tensor of a group, the places of its matrices: one, or one per expert of a 3-D tensor.
 
         `transposed` says for each parameter of interest whether the module stores it (in, out). Tensors that make
@@ -135,12 +131,12 @@ class Conversion:
             parameter, (name, _) = group.target, group.parts[0]
             if parameter not in transposed:
                 return {}
-            experts = range(shapes[name][0]) if len(shapes[name]) == 3 else [None]
-            return {name: [Placement(parameter, expert, transposed[parameter], None, None) for expert in experts]}
+            experts = range(self._shapes[name][0]) if len(self._shapes[name]) == 3 else [None]
+            return {name: [Placement(parameter, expert, transposed[parameter]) for expert in experts]}
         if not any(parameter in transposed for parameter in group.parameters):
             return {}
         parts, stacked = self._representatives(group)
-        traced = self._trace(group, parts, shapes, transposed)
+        traced = self._trace(group, parts, transposed)
         order = {pattern: [name for name, p in group.parts if p == pattern] for _, pattern in group.parts}
         result: dict[str, list[Placement]] = {}
         for name, pattern in group.parts:
@@ -159,32 +155,26 @@ class Conversion:
     @staticmethod
     def _representatives(group: TensorGroup) -> tuple[list[tuple[str, str]], bool]:
         """The parts to trace. Of a stack of experts two are enough, since stacking treats them all alike."""
-        first_operation = type(group.converter.operations[0]).__name__
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         parts = []
         for name, pattern in group.parts:
-            counts[pattern] = counts.get(pattern, 0) + 1
+            counts[pattern] += 1
             if counts[pattern] <= 2:
                 parts.append((name, pattern))
-        if first_operation == "MergeModulelist" and min(counts.values()) >= 2:
-            return parts, True
-        return list(group.parts), False
+        stacked = type(group.converter.operations[0]).__name__ == "MergeModulelist" and min(counts.values()) >= 2
+        return (parts, True) if stacked else (list(group.parts), False)
 
     def _trace(
-        self,
-        group: TensorGroup,
-        parts: Sequence[tuple[str, str]],
-        shapes: Mapping[str, tuple[int, ...]],
-        transposed: Mapping[str, bool],
+        self, group: TensorGroup, parts: Sequence[tuple[str, str]], transposed: Mapping[str, bool]
     ) -> dict[_Key, Placement]:
         """Where each tensor lands. Blocks that are built alike are traced once."""
         signature = (
             id(group.converter),
-            tuple((pattern, shapes[name]) for name, pattern in parts),
+            tuple((pattern, self._shapes[name]) for name, pattern in parts),
             tuple(transposed.get(parameter) for parameter in group.parameters),
         )
         if signature not in self._traces:
-            traced = self._trace_tags(group, parts, shapes, transposed)
+            traced = self._trace_tags(group, parts, transposed)
             self._traces[signature] = {
                 key: replace(place, parameter=_after_digits(place.parameter)) for key, place in traced.items()
             }
@@ -192,23 +182,19 @@ class Conversion:
         return {key: replace(place, parameter=full[place.parameter]) for key, place in self._traces[signature].items()}
 
     def _trace_tags(
-        self,
-        group: TensorGroup,
-        parts: Sequence[tuple[str, str]],
-        shapes: Mapping[str, tuple[int, ...]],
-        transposed: Mapping[str, bool],
+        self, group: TensorGroup, parts: Sequence[tuple[str, str]], transposed: Mapping[str, bool]
     ) -> dict[_Key, Placement]:
         # Each entry carries (tensor, row, column) in one integer through the very conversion that weights take.
         tags: dict[str, Tensor] = {}
         keys: list[_Key] = []
         for number, (name, pattern) in enumerate(parts):
-            if len(shapes[name]) != 2:
+            if len(self._shapes[name]) != 2:
                 return {}
-            rows, columns = shapes[name]
+            rows, columns = self._shapes[name]
             row, column = torch.arange(rows).unsqueeze(1), torch.arange(columns).unsqueeze(0)
             tags[name] = (number << 2 * _BITS) + (row << _BITS) + column
             keys.append((pattern, sum(key[0] == pattern for key in keys)))
-        made = self.convert(TensorGroup(group.target, tuple(parts), (), group.converter), tags)
+        made = self.convert(replace(group, parts=tuple(parts)), tags)
         result: dict[_Key, Placement] = {}
         for parameter, value in made.items():
             if parameter not in transposed or value.dim() not in (2, 3):
@@ -221,6 +207,11 @@ class Conversion:
                     if keys[number] not in result:
                         result[keys[number]] = _read_tags(view, number, parameter, expert)
         return result
+
+
+def _each_once(groups: Mapping[str, TensorGroup], names: Iterable[str]) -> list[TensorGroup]:
+    found = (groups[name] for name in names if name in groups)
+    return list({group.target: group for group in found}.values())
 
 
 def _check_one_layout(target: str, names: Sequence[str], prefix: str) -> None:
