@@ -46,14 +46,14 @@ def recover(settings: RecoverSettings, config: Config = None, as_json: Json = Fa
         return
     try:
         with quiet_libraries(), recovery_progress() as (show, say):
-            from secateur.recover.fine_tuning import run
+            from secateur.recover.fine_tuning import fine_tune
             from secateur.report.recovery import forecast_table, recovery_tables
 
             def announce(forecast: "Forecast") -> None:
                 say(forecast_table(forecast))
 
             command = ["secateur", *sys.argv[1:]]
-            result = run(replace(settings, command=command, announce=announce, progress=show))
+            result = fine_tune(**vars(replace(settings, command=command, announce=announce, progress=show)))
     except KeyboardInterrupt:
         from secateur.recover.training import last_checkpoint
         from secateur.runs.output import resolved
@@ -128,10 +128,10 @@ def merge(
     What that costs is measured: the perplexity of the base, of base and adapter side by side, and of the result.
     """
     with quiet_libraries(), evaluation_progress() as show:
-        from secateur.recover.merge import run
+        from secateur.recover.merge import merge as merge_adapter
 
         command = ["secateur", *sys.argv[1:]]
-        result = run(replace(settings, evaluate=not no_eval, command=command, progress=show))
+        result = merge_adapter(**vars(replace(settings, evaluate=not no_eval, command=command, progress=show)))
     if as_json:
         print_json(result.to_json())
     else:

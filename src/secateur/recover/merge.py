@@ -17,13 +17,11 @@ from secateur.files.checkpoint import Layout
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.weights.conversion import TensorGroup
 from secateur.models.weights.inverse import Inverse
-from secateur.record.card import write_card
 from secateur.record.manifest import read_manifest
-from secateur.record.verify import verify
 from secateur.record.versions import run_facts
 from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.settings import MergeSettings
-from secateur.recover.written import write_trained
+from secateur.recover.written import finish_trained, write_trained
 from secateur.runs.events import named
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
@@ -119,13 +117,10 @@ class Merge:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, and the sparsities before and after."""
-        perplexities = {
-            key: None if value is None else value.to_json()
-            for key, value in (("base", self.base), ("unmerged", self.unmerged), ("merged", self.merged))
-        }
+        """All fields, and the sparsities before and after; perplexities as `eval` prints them."""
         sparsity = {"sparsity_before": self.zeros_before / self.weights, "sparsity": self.zeros / self.weights}
-        return {**vars(self), **sparsity, **perplexities}
+        fields = {**vars(self), **sparsity}
+        return {name: value.to_json() if isinstance(value, Perplexity) else value for name, value in fields.items()}
 
 
 @taking(MergeSettings)
@@ -142,11 +137,6 @@ def merge(settings: MergeSettings) -> Merge:
     Raises `CheckpointError` when the adapter belongs to another base, `PatternError` for a mask dropped from an
     adapter that was trained with one, and `CalibrationError` for a text that cannot be measured on.
     """
-    return run(settings)
-
-
-def run(settings: MergeSettings) -> Merge:
-    """What `merge` does, from its settings."""
     started = time.perf_counter()
     require_peft("merge")
     folder, mask, progress = Path(settings.base), settings.mask, settings.progress
@@ -164,7 +154,8 @@ def run(settings: MergeSettings) -> Merge:
     with Transaction(target, settings.overwrite) as transaction:
         opened = open_model(folder, **how)
         source = MergedCheckpoint(opened, found, keep=mask == "keep")
-        text = _windows(settings, found, opened) if settings.evaluate else None
+        windows = _windows(settings, found, opened) if settings.evaluate else None
+        config, targets = found.config, found.config.target_modules
         merged = write_trained(
             transaction,
             opened,
@@ -178,19 +169,22 @@ def run(settings: MergeSettings) -> Merge:
                 "base": {"path": str(folder.resolve()), "digest": manifest.digest},
                 "adapter": {
                     "path": str(found.folder.resolve()),
-                    "configuration": _plain(found),
+                    "configuration": {
+                        "r": config.r,
+                        "lora_alpha": config.lora_alpha,
+                        "target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+                        "use_rslora": config.use_rslora,
+                        "use_dora": config.use_dora,
+                    },
                     "record": found.record,
                 },
                 **run_facts(settings.command, peft=True),
             },
             progress=lambda done, total: progress("merge", done, total),
         )
-        checked = verify(transaction.folder, progress=lambda done, total: progress("verify", done, total))
-        if not checked.ok:
-            raise CheckpointError(f"{settings.output}: not what it should be after merging: {checked.problems[0]}")
         results: dict[str, Perplexity] = {}
         recovery = merged.recoveries[0]
-        if text is not None:
+        if windows is not None:
             whole = MergedCheckpoint(opened, found, keep=found.masked)
             for key, model in (
                 ("base", opened),
@@ -198,12 +192,11 @@ def run(settings: MergeSettings) -> Merge:
                 ("merged", open_model(transaction.folder, **how)),
             ):
                 results[key] = perplexity(
-                    model, text, batch_size=settings.batch_size, progress=named(progress, f"perplexity, {key}")
+                    model, windows, batch_size=settings.batch_size, progress=named(progress, f"perplexity, {key}")
                 )
             recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
-            recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
-            merged.write(transaction.folder)
-        write_card(transaction.folder, merged, target.name)
+            recovery["windows"] = dict(windows.provenance) | {"digest": windows.digest}
+        checked = finish_trained(transaction, merged, progress=lambda done, total: progress("verify", done, total))
         transaction.commit()
     return Merge(
         output=str(settings.output),
@@ -219,18 +212,6 @@ def run(settings: MergeSettings) -> Merge:
         merged=results.get("merged"),
         notes=[*checked.notes, *base_notes(found, folder)],
     )
-
-
-def _plain(adapter: Adapter) -> dict[str, Any]:
-    """What of peft's configuration says how the product was made, as JSON."""
-    targets = adapter.config.target_modules
-    return {
-        "r": adapter.config.r,
-        "lora_alpha": adapter.config.lora_alpha,
-        "target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
-        "use_rslora": adapter.config.use_rslora,
-        "use_dora": adapter.config.use_dora,
-    }
 
 
 def _windows(settings: MergeSettings, adapter: Adapter, opened: OpenedModel) -> Windows:

@@ -267,7 +267,9 @@ class RecoveryTrainer(Trainer):
             )
 
 
-def arguments(settings: RecoverSettings, folder: Path, device: torch.device, half: bool) -> TrainingArguments:
+def arguments(
+    settings: RecoverSettings, folder: Path, device: torch.device, computing: torch.dtype
+) -> TrainingArguments:
     """The Trainer's arguments. Raises `CheckpointError` for an optimizer or schedule that it does not know."""
     optimizer_arguments(settings.optimizer_args)
     if ":" in settings.optimizer:
@@ -291,7 +293,7 @@ def arguments(settings: RecoverSettings, folder: Path, device: torch.device, hal
             optim="adamw_torch" if ":" in settings.optimizer else settings.optimizer,
             optim_args=settings.optimizer_args,
             seed=settings.seed,
-            bf16=half,
+            bf16=computing == torch.bfloat16,
             use_cpu=device.type == "cpu",
             eval_strategy="steps",
             eval_steps=every,

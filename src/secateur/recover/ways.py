@@ -1,8 +1,4 @@
-"""What is trained: adapters beside the weights, or the weights themselves.
-
-Both ways have the same attributes and methods: `trainable` counts the weights that can change, `kept` those beside them
-that are held at zero, and `mask_bytes` the memory of their masks.
-"""
+"""What is trained: adapters beside the weights, or the weights themselves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,25 +19,33 @@ from secateur.recover.adapters import find_targets, read_adapter, with_adapters,
 from secateur.recover.callback import SparsityCallback
 from secateur.recover.merge import MergedCheckpoint
 from secateur.recover.settings import RecoverSettings
-from secateur.recover.written import write_trained
+from secateur.recover.training import Progress
+from secateur.recover.written import finish_trained, write_trained
 from secateur.runs.transaction import Transaction
 
 
 @dataclass
-class Adapters:
-    """LoRA, with its product masked or not."""
+class _Trained:
+    """What both ways have: `manifest` and the folder `base` are those of the pruned checkpoint that `opened` reads."""
 
     opened: OpenedModel
     manifest: Manifest
     base: Path
     settings: RecoverSettings
-    masked: bool
-    kept: int = 0
-    mask_bytes: int = 0
+    targets: list[str] = field(init=False)  # what gets an adapter, or the tensors that are trained
+    trainable: int = field(init=False)  # weights that can change
+    kept: int = 0  # weights beside them that are held at zero
+    mask_bytes: int = 0  # the memory of their masks
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Adapters(_Trained):
+    """LoRA, with its product masked or not."""
 
     def __post_init__(self) -> None:
         model = self.opened.skeleton.model
+        self.masked = self.settings.method == "sparse-lora"
         self.targets = find_targets(model, self.settings.targets)
         self.trainable = sum(
             self.settings.rank * sum(parameter.shape)
@@ -49,10 +53,6 @@ class Adapters:
             if name.endswith(".weight")
             and (name.removesuffix(".weight") in self.targets or name.split(".")[-2] in self.targets)
         )
-
-    def load_dtype(self, half: bool) -> torch.dtype:
-        """The dtype to load the model in: half precision where products are computed in it; the base is not trained."""
-        return torch.bfloat16 if half else torch.float32
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
         """The model wrapped by peft, with its adapters in float32; no callbacks."""
@@ -84,33 +84,29 @@ class Adapters:
         trained.save_pretrained(transaction.folder)
         return self.opened.reading(MergedCheckpoint(self.opened, read_adapter(transaction.folder), keep=self.masked))
 
-    def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
-        """Write the record and the README beside the adapter; returns the zeros of the base, which stay."""
-        write_record(folder, record)
-        return int(self.manifest.totals["zeros"])
+    def finish(self, transaction: Transaction, record: Mapping[str, Any], progress: Progress) -> None:
+        """Write the record and the README beside the adapter."""
+        write_record(transaction.folder, record)
 
 
-class FullWeights:
-    """All weights, or those that the globs leave; zeros stay zero."""
+@dataclass
+class FullWeights(_Trained):
+    """All weights, or those that the globs leave; zeros stay zero. `manifest` is in the end that of the result."""
 
-    def __init__(self, opened: OpenedModel, manifest: Manifest, base: Path, settings: RecoverSettings) -> None:
-        self.opened = opened
-        self.manifest = manifest
-        self.base = base
-        self.notes: list[str] = []
-        self._inverse = Inverse(opened.skeleton)
-        self.groups = self._choose(settings)
+    def __post_init__(self) -> None:
+        source = self.opened.skeleton.source
+        self._inverse = Inverse(self.opened.skeleton)
+        self.groups = self._choose()
         names = {name for group in self.groups for name in group.names}
         self.parameters = {name for group in self.groups for name in group.parameters}
-        self.targets = [name for name in opened.skeleton.source.names if name in names]
-        planned = [entry for entry in manifest.matrices.values() if entry["tensor"] in names]
+        self.targets = [name for name in source.names if name in names]
+        planned = [entry for entry in self.manifest.matrices.values() if entry["tensor"] in names]
         self.kept = sum(entry["zeros"] for entry in planned)
         self.mask_bytes = sum(entry["shape"][0] * entry["shape"][1] for entry in planned)
-        source = opened.skeleton.source
         self.trainable = sum(torch.Size(source.shape(name)).numel() for name in self.targets) - self.kept
 
-    def _choose(self, settings: RecoverSettings) -> list[TensorGroup]:
-        skeleton = self.opened.skeleton
+    def _choose(self) -> list[TensorGroup]:
+        settings, skeleton = self.settings, self.opened.skeleton
         source = skeleton.source
         parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
         possible: list[TensorGroup] = []
@@ -135,10 +131,6 @@ class FullWeights:
                 f"{converted[0].target}; they were not trained."
             )
         return [group for group in possible if group.names[0] in chosen]
-
-    def load_dtype(self, half: bool) -> torch.dtype:
-        """The dtype to load the model in: weights are trained in float32, whatever products are computed in."""
-        return torch.float32
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
         """The model with the chosen parameters trainable, and the callback that keeps its zeros."""
@@ -167,11 +159,10 @@ class FullWeights:
             )
         return self.opened.reading(Checkpoint(transaction.folder))
 
-    def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
-        """Write the record into the manifest; returns the zeros of all planned weights."""
+    def finish(self, transaction: Transaction, record: Mapping[str, Any], progress: Progress) -> None:
+        """Write the record into the manifest, verify the checkpoint, and write its card."""
         self.manifest.recovery = {**(self.manifest.recovery or {}), **record}
-        self.manifest.write(folder)
-        return int(self.manifest.totals["zeros"])
+        finish_trained(transaction, self.manifest, progress=lambda done, total: progress("verifying", done, total, ""))
 
 
 Way = Adapters | FullWeights

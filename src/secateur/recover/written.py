@@ -8,7 +8,9 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericalError
 from secateur.models.opening.opened import OpenedModel
+from secateur.record.card import write_card
 from secateur.record.manifest import Manifest, mask_digest, tensor_digest, view_of
+from secateur.record.verify import Verification, verify
 from secateur.recover.masks import keep_from_zero
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.transaction import Transaction
@@ -89,3 +91,18 @@ def write_trained(
         }
         output.seal(new)
     return new
+
+
+def finish_trained(
+    transaction: Transaction, manifest: Manifest, *, progress: Callable[[int, int], None]
+) -> Verification:
+    """Write the manifest and the model card of a checkpoint that `write_trained` wrote, and verify it in between.
+
+    Raises `CheckpointError` for a checkpoint that is not what the manifest says.
+    """
+    manifest.write(transaction.folder)
+    checked = verify(transaction.folder, progress=progress)
+    if not checked.ok:
+        raise CheckpointError(f"{transaction.target}: not what it should be after training: {checked.problems[0]}")
+    write_card(transaction.folder, manifest, transaction.target.name)
+    return checked
