@@ -13,7 +13,7 @@ from secateur.calibration import Windows, training_windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
-from secateur.files.checkpoint import Layout
+from secateur.files.checkpoint import Checkpoint
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.weights.conversion import TensorGroup
 from secateur.models.weights.inverse import Inverse
@@ -28,14 +28,15 @@ from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
 
 
-class MergedCheckpoint:
+class MergedCheckpoint(Checkpoint):
     """A pruned checkpoint seen through an adapter: its tensors, each merged in float32 when it is read.
 
     With `keep`, what is zero in the base stays zero.
     """
 
-    def __init__(self, opened: OpenedModel, adapter: Adapter, *, keep: bool) -> None:
-        self.base = opened.skeleton.source
+    def __init__(self, folder: Path, opened: OpenedModel, adapter: Adapter, *, keep: bool) -> None:
+        """`folder` is that of the pruned checkpoint, and `opened` the model in it."""
+        super().__init__(folder)
         self.adapter = adapter
         self.keep = keep
         self._skeleton = opened.skeleton
@@ -45,7 +46,6 @@ class MergedCheckpoint:
         for module in adapter.modules:
             group = self._group(module)
             self._groups |= dict.fromkeys(group.names, group)
-        self.names = list(self.base.names)
         self.merged = [name for name in self.names if name in self._groups]  # what the adapter changes
 
     def _group(self, module: str) -> TensorGroup:
@@ -62,34 +62,25 @@ class MergedCheckpoint:
             )
         return groups[0]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self.base.shape(name)
-
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor: float32 where it is merged."""
-        return torch.float32 if name in self._groups else self.base.dtype(name)
-
-    def layout(self) -> Layout:
-        """The shards of the base."""
-        return self.base.layout()
+        return torch.float32 if name in self._groups else super().dtype(name)
 
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The named tensors, merged where the adapter changes them."""
-        return {
-            name: self._merge(name) if name in self._groups else self.base.read([name], pin=pin)[name] for name in names
-        }
+        plain = super().read([name for name in names if name not in self._groups], pin=pin)
+        return {name: plain[name] if name in plain else self._merge(name) for name in names}
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """All entries of a tensor in order, in flat parts where it is not merged."""
         if name in self._groups:
             yield self._merge(name).reshape(-1)
         else:
-            yield from self.base.parts(name)
+            yield from super().parts(name)
 
     def _merge(self, name: str) -> Tensor:
         group = self._groups[name]
-        tensors = self.base.read(group.names)
+        tensors = super().read(group.names)
         parameters = dict(self._skeleton.conversion.convert(group, tensors))
         for parameter, weight in parameters.items():
             module = parameter.removesuffix(".weight")
@@ -153,7 +144,7 @@ def merge(settings: MergeSettings) -> Merge:
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("device", "dtype", "trust_remote_code")}
     with Transaction(target, settings.overwrite) as transaction:
         opened = open_model(folder, **how)
-        source = MergedCheckpoint(opened, found, keep=mask == "keep")
+        source = MergedCheckpoint(folder, opened, found, keep=mask == "keep")
         windows = _windows(settings, found, opened) if settings.evaluate else None
         config, targets = found.config, found.config.target_modules
         merged = write_trained(
@@ -185,7 +176,7 @@ def merge(settings: MergeSettings) -> Merge:
         results: dict[str, Perplexity] = {}
         recovery = merged.recoveries[0]
         if windows is not None:
-            whole = MergedCheckpoint(opened, found, keep=found.masked)
+            whole = MergedCheckpoint(folder, opened, found, keep=found.masked)
             for key, model in (
                 ("base", opened),
                 ("unmerged", opened.reading(whole)),

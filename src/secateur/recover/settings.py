@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from secateur.calibration import Windows
-    from secateur.recover.block_pass import OnBlock
+    from secateur.recover.block import OnBlock
     from secateur.recover.forecast import Forecast
     from secateur.recover.training import Progress as TrainingProgress
     from secateur.runs.events import OnEvent, Progress

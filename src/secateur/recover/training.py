@@ -128,28 +128,33 @@ def require_finite(loss: float, what: str, step: int, args: Any, best: str | Non
     )
 
 
-def optimizer_class(name: str) -> Any:
-    """The optimizer `module:Class`. Raises `PatternError` where there is none."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PatternError(f'--optimizer "{name}": {error}. Give a name of the Trainer\'s, or module:Class.') from None
+def own_optimizer(settings: RecoverSettings) -> tuple[Any, dict[str, Any]] | None:
+    """The class of an optimizer `module:Class` and its arguments, written as `momentum=0.9,nesterov=True`.
 
-
-def optimizer_arguments(text: str | None) -> dict[str, Any]:
-    """Arguments written as `momentum=0.9,nesterov=True`. Raises `PatternError` for anything else."""
+    None for one that the Trainer knows by name. Raises `PatternError` where there is no such class, and for arguments
+    of either kind that are not written like that.
+    """
+    text = settings.optimizer_args
     try:
         call: Any = ast.parse(f"f({text or ''})", mode="eval").body
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
-        return {
+        given = {
             keyword.arg: keyword.value.id if isinstance(keyword.value, ast.Name) else ast.literal_eval(keyword.value)
             for keyword in call.keywords
         }
     except (SyntaxError, ValueError):
         raise PatternError(
             f'--optimizer-args "{text}": expected name=value with commas between, such as momentum=0.9,nesterov=True.'
+        ) from None
+    module, own, attribute = settings.optimizer.partition(":")
+    if not own:
+        return None
+    try:
+        return getattr(import_module(module), attribute), {"lr": settings.lr, **given}
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PatternError(
+            f'--optimizer "{settings.optimizer}": {error}. Give a name of the Trainer\'s, or module:Class.'
         ) from None
 
 
@@ -168,10 +173,7 @@ class RecoveryTrainer(Trainer):
     def __init__(
         self, *, settings: RecoverSettings, budget: Budget, dense: nn.Module | None = None, **options: Any
     ) -> None:
-        if ":" in settings.optimizer:
-            own = optimizer_arguments(settings.optimizer_args)
-            options["optimizer_cls_and_kwargs"] = (optimizer_class(settings.optimizer), {"lr": settings.lr, **own})
-        super().__init__(**options)
+        super().__init__(optimizer_cls_and_kwargs=own_optimizer(settings), **options)
         self.settings = settings
         self.budget = budget
         self.dense = dense
@@ -271,9 +273,7 @@ def arguments(
     settings: RecoverSettings, folder: Path, device: torch.device, computing: torch.dtype
 ) -> TrainingArguments:
     """The Trainer's arguments. Raises `CheckpointError` for an optimizer or schedule that it does not know."""
-    optimizer_arguments(settings.optimizer_args)
-    if ":" in settings.optimizer:
-        optimizer_class(settings.optimizer)
+    own = own_optimizer(settings)
     steps = settings.total_steps
     every = settings.eval_every or (max(1, math.ceil(steps / 10)) if steps else FOREVER)
     known = TrainingArguments.__dataclass_fields__
@@ -290,7 +290,7 @@ def arguments(
             warmup_steps=settings.warmup,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.clip,
-            optim="adamw_torch" if ":" in settings.optimizer else settings.optimizer,
+            optim="adamw_torch" if own else settings.optimizer,
             optim_args=settings.optimizer_args,
             seed=settings.seed,
             bf16=computing == torch.bfloat16,

@@ -82,7 +82,8 @@ class Adapters(_Trained):
         trained: Any = model
         trained.peft_config["default"].base_model_name_or_path = str(self.base.resolve())
         trained.save_pretrained(transaction.folder)
-        return self.opened.reading(MergedCheckpoint(self.opened, read_adapter(transaction.folder), keep=self.masked))
+        adapter = read_adapter(transaction.folder)
+        return self.opened.reading(MergedCheckpoint(self.base, self.opened, adapter, keep=self.masked))
 
     def finish(self, transaction: Transaction, record: Mapping[str, Any], progress: Progress) -> None:
         """Write the record and the README beside the adapter."""

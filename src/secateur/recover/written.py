@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,15 @@ from secateur.record.verify import Verification, verify
 from secateur.recover.masks import keep_from_zero
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.transaction import Transaction
+
+
+def check_unchanged(folder: str | Path, manifest: Manifest, name: str, digest: str) -> None:
+    """Raise `CheckpointError` for a tensor of a pruned checkpoint whose sha256 is not that in its manifest."""
+    if digest != manifest.tensors.get(name):
+        raise CheckpointError(
+            f"{name}: its bytes in {folder} differ from those that were written. The pruned checkpoint was changed "
+            "since; secateur verify tells more."
+        )
 
 
 def write_trained(
@@ -50,11 +60,7 @@ def write_trained(
         for number, name in enumerate(source.names):
             original = source.read([name])[name]
             digest = tensor_digest(original)
-            if digest != manifest.tensors.get(name):
-                raise CheckpointError(
-                    f"{name}: its bytes in {getattr(source, 'folder', 'the checkpoint')} differ from those that were "
-                    "written. The pruned checkpoint was changed since; secateur verify tells more."
-                )
+            check_unchanged(getattr(source, "folder", "the checkpoint"), manifest, name, digest)
             if name in trained:
                 digests[name] = digest
                 tensor = value(name)
