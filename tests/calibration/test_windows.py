@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from secateur import calibration
-from secateur.calibration import Windows, calibration_windows, check_vocabulary, evaluation_windows
+from secateur.calibration.drawing import calibration_windows, evaluation_windows
+from secateur.calibration.windows import Windows, check_vocabulary
 from secateur.errors import CalibrationError
 from texts import tokenizer  # noqa: F401
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 import tiny
 from real_data import STORIES, STORIES_TEXT, byte_pair_tokenizer
-from secateur.calibration import training_windows
+from secateur.calibration.packing import training_windows
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError, SecateurError
 from secateur.models.opening.opened import open_source
 from secateur.record.manifest import read_manifest

@@ -2,10 +2,10 @@
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
@@ -23,10 +23,10 @@ from secateur.calibration.windows import (
     require_tokenizer,
     token_file,
 )
-from secateur.core.choices import Bos
+from secateur.core.choices import Bos, Sampling
 from secateur.errors import CalibrationError
 
-Sampling = Literal["document", "concat"]
+Report = Callable[[int], None]  # is told how many windows there are
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
@@ -64,18 +64,16 @@ def calibration_windows(
     Errors: CalibrationError, also when no document is long enough after about 1000 draws for each window.
     Reference: Wanda and SparseGPT, semantics of `get_c4` (document) and `get_wikitext2` (concat) in their loaders.
     """
-    _check_drawing(samples, length, sampling)
-    if (given := given_windows(source, samples, length)) is not None:
+    given, shares = _asked(source, tokenizer, samples, length, sampling)
+    if given is not None:
         return _as_given(given, bos)
-    shares = _shares(source, DEFAULT_SAMPLES if samples is None else samples)
-    require_tokenizer(tokenizer, [spec for spec, _, _ in shares])
     text = Text(tokenizer, bos)
     total = sum(count for _, _, count in shares)
     parts: list[Windows] = []
     for position, (spec, weight, count) in enumerate(shares):
         done = sum(part.samples for part in parts)
 
-        def report(windows: int, _: int, done: int = done) -> None:
+        def report(windows: int, done: int = done) -> None:
             progress(done + windows, total)
 
         part = _sampled(spec, text, count, length or DEFAULT_LENGTH, seed + position, sampling, report)
@@ -88,18 +86,21 @@ def text_corpora(source: Any, tokenizer: Any, samples: int | None, length: int |
 
     Errors: CalibrationError for what `calibration_windows` refuses without looking at the text.
     """
-    _check_drawing(samples, length, sampling)
-    if given_windows(source, samples, length) is not None:
-        return []
-    specs = [spec for spec, _, _ in _shares(source, DEFAULT_SAMPLES if samples is None else samples)]
-    require_tokenizer(tokenizer, specs)
-    return [spec for spec in specs if not is_token_file(spec)]
+    _, shares = _asked(source, tokenizer, samples, length, sampling)
+    return [spec for spec, _, _ in shares if not is_token_file(spec)]
 
 
-def _check_drawing(samples: int | None, length: int | None, sampling: Any) -> None:
+def _asked(
+    source: Any, tokenizer: Any, samples: int | None, length: int | None, sampling: Any
+) -> tuple[Windows | None, list[tuple[str, Fraction, int]]]:
+    """Return the windows of token ids that are given alone, or None and the shares of the sources of a mixture."""
     require_positive(samples=samples, length=length)
-    if sampling not in ("document", "concat", None):
+    if sampling not in (*get_args(Sampling), None):
         raise CalibrationError(f"--sampling: got {sampling!r}, expected document or concat.")
+    given = given_windows(source, samples, length)
+    shares = [] if given is not None else _shares(source, samples or DEFAULT_SAMPLES)
+    require_tokenizer(tokenizer, [spec for spec, _, _ in shares])
+    return given, shares
 
 
 def evaluation_windows(
@@ -151,7 +152,15 @@ def _as_given(windows: Windows, bos: Bos) -> Windows:
 
 def _shares(source: Any, samples: int) -> list[tuple[str, Fraction, int]]:
     """Return (spec, weight, samples) of each source: weights sum to one, samples by largest remainder."""
-    parsed = [weighted(spec) for spec in _specs(source)]
+    listed = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
+    for spec in listed:
+        if not isinstance(spec, str | os.PathLike):
+            raise CalibrationError(
+                f"calibration: got {type(spec).__name__}, expected corpus specs, or alone a tensor or Windows."
+            )
+    if not listed:
+        raise CalibrationError("calibration: got no corpus, expected at least one. Pass --calibration c4, for example.")
+    parsed = [weighted(os.fspath(spec)) for spec in listed]
     total = sum(weight for _, weight in parsed)
     quotas = [samples * weight / total for _, weight in parsed]
     counts = [int(quota) for quota in quotas]
@@ -167,20 +176,8 @@ def _shares(source: Any, samples: int) -> list[tuple[str, Fraction, int]]:
     return [(spec, weight / total, count) for (spec, weight), count in zip(parsed, counts, strict=True)]
 
 
-def _specs(source: Any) -> list[str]:
-    listed = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
-    for spec in listed:
-        if not isinstance(spec, str | os.PathLike):
-            raise CalibrationError(
-                f"calibration: got {type(spec).__name__}, expected corpus specs, or alone a tensor or Windows."
-            )
-    if not listed:
-        raise CalibrationError("calibration: got no corpus, expected at least one. Pass --calibration c4, for example.")
-    return [os.fspath(spec) for spec in listed]
-
-
 def _sampled(
-    spec: str, text: Text, samples: int, length: int, seed: int, sampling: Sampling | None, report: Progress
+    spec: str, text: Text, samples: int, length: int, seed: int, sampling: Sampling | None, report: Report
 ) -> Windows:
     """Return the windows of one source of a mixture."""
     if is_token_file(spec):
@@ -190,7 +187,7 @@ def _sampled(
                 f"{spec}: {given.samples} windows, expected {samples} for its share of the mixture. "
                 "Lower its weight or ask for fewer --samples."
             )
-        report(samples, samples)
+        report(samples)
         return given
     corpus = load_corpus(spec, "calibration")
     sampling = sampling or ("concat" if corpus.name == "wikitext2" else "document")
@@ -223,7 +220,7 @@ def _provenance(role: Role, text: Text, samples: int, length: int) -> dict[str, 
 
 
 def _document_windows(
-    corpus: Corpus, text: Text, samples: int, length: int, seed: int, report: Progress
+    corpus: Corpus, text: Text, samples: int, length: int, seed: int, report: Report
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return windows and facts; the random numbers are used in the order of the published loop."""
     generator, count = random.Random(seed), len(corpus.documents)
@@ -252,7 +249,7 @@ def _document_windows(
             # Exact: both ends are included, so the last token of a document is never used; as published.
             start = generator.randint(0, len(long[index]) - length - 1)
             rows.append(long[index][start : start + length])
-            report(len(rows), samples)
+            report(len(rows))
     return torch.stack(rows), {"documents": count, "documents_used": len(long), "draws": draws}
 
 
@@ -260,7 +257,7 @@ def _document_windows(
 
 
 def _concat_windows(
-    corpus: Corpus, tokenised: Text, samples: int, length: int, seed: int, report: Progress
+    corpus: Corpus, tokenised: Text, samples: int, length: int, seed: int, report: Report
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return windows and facts; a corpus beyond `_character_bound` is represented by seeded random documents."""
     bound = _character_bound(samples * length)
@@ -272,7 +269,7 @@ def _concat_windows(
         raise _too_short(corpus, len(ids), f"a window of {length} needs at least {length + 1}")
     generator = random.Random(seed)
     starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
-    report(samples, samples)
+    report(samples)
     facts = {"documents": len(corpus.documents), "characters": len(text), "tokens": len(ids), "whole_corpus": whole}
     return torch.stack([ids[start : start + length] for start in starts]), facts
 

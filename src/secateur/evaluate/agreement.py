@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CheckpointError, NumericalError
 from secateur.evaluate.perplexity import exponential, paired_difference, standard_error, without_nan

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import NumericalError
 from secateur.models.flow.stream import default_batch_size

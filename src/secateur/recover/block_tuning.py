@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import CalibrationError, ModelStructureError, NumericalError
 from secateur.models.flow.stream import HiddenStates, Stream
 from secateur.models.shape.matrices import Matrix, tapped

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from secateur.calibration import Windows, check_length, check_predictions, check_vocabulary, training_windows
+from secateur.calibration.packing import training_windows
+from secateur.calibration.windows import Windows, check_length, check_predictions, check_vocabulary
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.evaluate.results import model_digest

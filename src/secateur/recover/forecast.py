@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.opening.opened import open_source
 from secateur.models.shape.skeleton import Source
 from secateur.pruning.forecast_time import forward_seconds

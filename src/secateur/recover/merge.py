@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration import Windows, training_windows
+from secateur.calibration.packing import training_windows
+from secateur.calibration.windows import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity

@@ -20,7 +20,7 @@ from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from secateur.calibration import Windows
+    from secateur.calibration.windows import Windows
     from secateur.recover.block import OnBlock
     from secateur.recover.forecast import Forecast
     from secateur.recover.training import Progress as TrainingProgress

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import CheckpointError, NumericalError, PatternError
 from secateur.evaluate.perplexity import exponential
 from secateur.recover.settings import RecoverSettings

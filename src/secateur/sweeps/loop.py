@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration import Windows
 from secateur.calibration.corpora import is_token_file
+from secateur.calibration.windows import Windows
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import gradient_batch_size, gradients
 from secateur.collect.model_windows import foreseen_windows, model_evaluation_windows, model_windows
