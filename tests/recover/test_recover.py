@@ -484,5 +484,5 @@ def test_windows_held_out_and_trained_on_do_not_overlap(tmp_path: Path) -> None:
     everything, same = training_windows(str(text), tokenizer, samples=10**6, length=16, held_out=5)
     assert same.digest == held.digest
     assert everything.samples == len(ids) // 16 - 5
-    with pytest.raises(CalibrationError, match=r"make \d+ windows of 2048; 5 are held out and at least one is needed"):
+    with pytest.raises(CalibrationError, match=r"\d+ tokens in windows of 2048: \d+ windows, of which 5 are held out"):
         training_windows(str(text), tokenizer, samples=1, length=2048, held_out=5)

@@ -38,7 +38,7 @@ def test_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             super().on_step_end(args, state, control, **kwargs)
             rates.append((self.share, kwargs["optimizer"].param_groups[0]["lr"]))
 
-    monkeypatch.setattr("secateur.recover.fine_tuning.Budget", Spy)
+    monkeypatch.setattr("secateur.recover.training.Budget", Spy)
     result = tune(base, tmp_path / "out", steps=None, minutes=0.05)
     assert 3 <= result.record["seconds"] < 6
     assert result.record["steps"] == len(rates)
@@ -150,7 +150,7 @@ def test_a_lower_rate_after_a_diverging_loss(tmp_path: Path, monkeypatch: pytest
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             rates.extend(group["lr"] for group in kwargs["optimizer"].param_groups)
 
-    monkeypatch.setattr("secateur.recover.fine_tuning.Budget", Spy)
+    monkeypatch.setattr("secateur.recover.training.Budget", Spy)
     result = tune(base, tmp_path / "out", resume=True, **options | {"lr": 1e-3})
     assert len(rates) >= 2 * 4
     assert rates == [pytest.approx(1e-3)] * len(rates)

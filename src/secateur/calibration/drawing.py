@@ -19,6 +19,7 @@ from secateur.calibration.windows import (
     Windows,
     fewer,
     given_windows,
+    one_spec,
     require_positive,
     require_tokenizer,
     token_file,
@@ -26,7 +27,7 @@ from secateur.calibration.windows import (
 from secateur.core.choices import Bos, Sampling
 from secateur.errors import CalibrationError
 
-Report = Callable[[int], None]  # is told how many windows there are
+Report = Callable[[int], None]  # called with the number of windows so far
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
@@ -82,7 +83,7 @@ def calibration_windows(
 
 
 def text_corpora(source: Any, tokenizer: Any, samples: int | None, length: int | None, sampling: Any) -> list[str]:
-    """Return the specs of the text that calibration windows are drawn from: none where token ids are given alone.
+    """Return the specs of the text that calibration windows are drawn from: none where the source is token ids.
 
     Errors: CalibrationError for what `calibration_windows` refuses without looking at the text.
     """
@@ -93,7 +94,7 @@ def text_corpora(source: Any, tokenizer: Any, samples: int | None, length: int |
 def _asked(
     source: Any, tokenizer: Any, samples: int | None, length: int | None, sampling: Any
 ) -> tuple[Windows | None, list[tuple[str, Fraction, int]]]:
-    """Return the windows of token ids that are given alone, or None and the shares of the sources of a mixture."""
+    """Return the windows where the source is token ids, else None and the shares of the texts in the mixture."""
     require_positive(samples=samples, length=length)
     if sampling not in (*get_args(Sampling), None):
         raise CalibrationError(f"--sampling: got {sampling!r}, expected document or concat.")
@@ -122,21 +123,25 @@ def evaluation_windows(
     require_positive(windows=windows, length=length)
     if (given := given_windows(source, windows, length, "windows")) is not None:
         return _as_given(given, bos)
-    if not isinstance(source, str | os.PathLike):
-        raise CalibrationError(f"evaluation: got {type(source).__name__}, expected one corpus, a tensor or Windows.")
-    require_tokenizer(tokenizer, [os.fspath(source)])
+    spec = one_spec(source, tokenizer, "evaluation")
     text = Text(tokenizer, bos)
-    corpus = load_corpus(os.fspath(source), "evaluation")
+    corpus = load_corpus(spec, "evaluation")
     length = length or DEFAULT_LENGTH
     own = text.room(length)
     limit = C4_EVALUATION_WINDOWS if windows is None and corpus.name == "c4" else windows
-    ids, characters = _leading_tokens(corpus, text, None if limit is None else limit * own)
+    needed = None if limit is None else limit * own
+    joined, whole = _leading_text(corpus, None if needed is None else _character_bound(needed))
+    ids = text.ids(joined)
+    # Exact: where a text is cut shows in its last tokens only, so the needed ones must lie far from the cut.
+    if not whole and needed is not None and len(ids) < 2 * needed:
+        joined, _ = _leading_text(corpus, None)
+        ids = text.ids(joined)
     count = min(len(ids) // own, limit or len(ids))
     if count == 0:
         raise _too_short(corpus, len(ids), f"one window needs {own}")
     provenance = {
         **_provenance("evaluation", text, count, length),
-        "sources": [{**corpus.provenance, "characters": characters, "tokens": len(ids)}],
+        "sources": [{**corpus.provenance, "characters": len(joined), "tokens": len(ids)}],
         "tokens_dropped": len(ids) - count * own,
         **fewer("windows", windows, count),
     }
@@ -307,17 +312,6 @@ def _random_text(corpus: Corpus, bound: int, seed: int) -> str:
         taken.append(document[start : start + missing])
         missing -= len(taken[-1]) + len(corpus.joiner)
     return corpus.joiner.join(taken)
-
-
-def _leading_tokens(corpus: Corpus, tokenised: Text, needed: int | None) -> tuple[torch.Tensor, int]:
-    """Return the ids of the joined text and its characters; when only `needed` ids count, of a part that holds them."""
-    text, whole = _leading_text(corpus, None if needed is None else _character_bound(needed))
-    ids = tokenised.ids(text)
-    # Exact: where a text is cut shows in its last tokens only, so the needed ones must lie far from the cut.
-    if not whole and needed is not None and len(ids) < 2 * needed:
-        text, _ = _leading_text(corpus, None)
-        ids = tokenised.ids(text)
-    return ids, len(text)
 
 
 def _too_short(corpus: Corpus, found: int, expected: str) -> CalibrationError:

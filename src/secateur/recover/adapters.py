@@ -222,10 +222,9 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of an adapter, with a digest over it, and a README beside it."""
     value = {"format": 1, **record}
-    with writing(folder / ADAPTER_RECORD):
-        text = json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n"
+    text = json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n"
+    with writing(folder):
         (folder / ADAPTER_RECORD).write_text(text, encoding="utf-8")
-    with writing(folder / "README.md"):
         (folder / "README.md").write_text(_readme(record), encoding="utf-8")
 
 
@@ -245,24 +244,23 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> None:
-    """Raise `CheckpointError` when the adapter's record says that it was trained on another checkpoint."""
+def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> list[str]:
+    """Notes on whether an adapter belongs to a base: one where it has no record, so that nothing proves it.
+
+    Raises `CheckpointError` when its record says that it was trained on another checkpoint.
+    """
     if adapter.record is None:
-        return
+        named = adapter.config.base_model_name_or_path
+        if not named or Path(named).resolve() == base.resolve():
+            return []
+        return [f"The adapter says that it was trained on {named}, and nothing proves that {base} is the same model."]
     trained_on = adapter.record["base"]
     if trained_on["digest"] != manifest.digest:
         raise CheckpointError(
             f"{adapter.folder}: trained on {trained_on['path']} (digest {trained_on['digest'][:12]}), and {base} is "
             f"another checkpoint (digest {manifest.digest[:12]}). Give the one that it was trained on as --base."
         )
-
-
-def base_notes(adapter: Adapter, base: Path) -> list[str]:
-    """A warning about an adapter without a record, since nothing proves that it belongs to the base."""
-    named = adapter.config.base_model_name_or_path
-    if adapter.record is not None or not named or Path(named).resolve() == base.resolve():
-        return []
-    return [f"The adapter says that it was trained on {named}, and nothing proves that {base} is the same model."]
+    return []
 
 
 def _readme(record: Mapping[str, Any]) -> str:

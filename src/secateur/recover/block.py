@@ -8,8 +8,8 @@ and the last one written while this one is tuned; no more are held, whatever the
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from secateur.errors import CalibrationError, NumericalError
 from secateur.files.folders import locate
 from secateur.files.names import unique
 from secateur.models.flow.stream import HiddenStates, Stream, default_batch_size, states_folder
-from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.models.opening.opened import open_model
 from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
@@ -42,8 +42,6 @@ from secateur.runs.options import taking
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
 
-OnBlock = Callable[[Mapping[str, Any]], None]
-
 
 @taking(BlockSettings)
 def reconstruct(settings: BlockSettings) -> Manifest:
@@ -54,8 +52,8 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     them is never trained on, and judges after each of at most `epochs` epochs whether a block got better. With
     `minutes` a block is tuned for its share of the time at most, and its learning rate falls with the clock. Each step
     of Adam sees `step` samples; `learning_rate` is relative to the root mean square of each parameter's kept weights.
-    `targets` says what a block should give: the dense block's outputs after the dense blocks before it ("dense"), or
-    what it gives on the inputs that the tuned blocks leave it ("pruned"). `only` and `skip` choose among the pruned
+    `targets` says what a block is fitted to: the dense block's outputs after the dense blocks before it ("dense"), or
+    its outputs on the inputs that come from the tuned blocks ("pruned"). `only` and `skip` choose among the pruned
     matrices. At most `batch_size` samples run through a block at once, which changes no result but for rounding.
 
     Every zero stays zero, and no other weight becomes one. Tensors that were not tuned are byte-identical. A block
@@ -72,7 +70,14 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     target = check_output(settings.output, folder, settings.overwrite)
     assert target is not None
     with Transaction(target, settings.overwrite) as transaction, ExitStack() as stack:
-        opened = _open(folder, settings)
+        how: dict[str, Any] = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
+        opened = open_model(folder, dtype=settings.dtype, **how)
+        if opened.skeleton.dtype == torch.float16:  # in which gradients underflow
+            if settings.dtype != "auto":
+                raise CalibrationError(
+                    f"--dtype {settings.dtype}: too narrow for gradients. Use bfloat16, float32 or auto."
+                )
+            opened = open_model(folder, dtype="float32", **how)
         skeleton = opened.skeleton
         original = DenseSource(folder, base, settings.dense)
         check_output(settings.output, original.path, settings.overwrite)
@@ -80,21 +85,20 @@ def reconstruct(settings: BlockSettings) -> Manifest:
         matrices = _matrices(skeleton, base, settings)
         dtype = str(skeleton.dtype).removeprefix("torch.")
         clock = Clock(synchronise=skeleton.device.type == "cuda")
-        began = time.perf_counter()
         on_event(Event("calibrate"))
-        windows = model_windows(
-            opened,
-            settings,
-            dense=lambda: open_model(
-                original.path,
-                device=str(skeleton.device),
-                dtype=dtype,
-                revision=base.source.get("revision") if settings.dense is None else None,
-                trust_remote_code=settings.trust_remote_code,
-            ),
-            progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
-        )
-        clock.add("calibrate", began)
+        with clock.timed("calibrate"):
+            windows = model_windows(
+                opened,
+                settings,
+                dense=lambda: open_model(
+                    original.path,
+                    device=str(skeleton.device),
+                    dtype=dtype,
+                    revision=base.source.get("revision") if settings.dense is None else None,
+                    trust_remote_code=settings.trust_remote_code,
+                ),
+                progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
+            )
         most = settings.batch_size or default_batch_size(windows.length, skeleton.device)
         split = Split.of(windows, settings.held_out, settings.step, most)
         manifest = replace(base, matrices={name: dict(entry) for name, entry in base.matrices.items()})
@@ -144,17 +148,6 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     return manifest
 
 
-def _open(folder: Path, settings: BlockSettings) -> OpenedModel:
-    """The pruned checkpoint, to compute in a dtype in which gradients do not underflow."""
-    how: dict[str, Any] = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
-    opened = open_model(folder, dtype=settings.dtype, **how)
-    if opened.skeleton.dtype != torch.float16:
-        return opened
-    if settings.dtype != "auto":
-        raise CalibrationError(f"--dtype {settings.dtype}: too narrow for gradients. Use bfloat16, float32 or auto.")
-    return open_model(folder, dtype="float32", **how)
-
-
 def _matrices(skeleton: Skeleton, manifest: Manifest, settings: BlockSettings) -> dict[int, list[Matrix]]:
     """The pruned matrices that the globs leave, by block."""
     shapes = {matrix.name: matrix.shape for matrix in skeleton.matrices}
@@ -186,43 +179,36 @@ class BlockPass:
     states: Path  # where hidden states may go
     manifest: Manifest
     first_tuned: tuple[int, float] | None = None  # its index, and when
-    tuning_seconds: float = 0.0  # of all blocks, as far as they were given
+    tuning_seconds: float = 0.0  # of all blocks, their shares of --minutes at most
 
     def __post_init__(self) -> None:
         self.skeleton, self.clock, self.last = self.conveyor.skeleton, self.conveyor.clock, max(self.matrices)
 
     @torch.no_grad()
     def run(self) -> None:
-        """Tune block by block, and write everything."""
+        """Record the samples' calls, for dense targets those of the dense blocks too; then tune block by block."""
+        skeleton, batches, dense = self.skeleton, self.split.batches, self.settings.targets == "dense"
+        each = sum(batch.numel() for batch in batches) * skeleton.hidden_size * skeleton.dtype.itemsize
+        self.folder = states_folder(self.settings.offload_states, (2 + dense) * each, self.states)
+        made: list[Stream] = []
         with ExitStack() as stack:
-            self._record(stack)
+            with self.clock.timed("record calls"):
+                skeleton.load_outside(head=False)
+                for name in ("pruned", "dense")[: 1 + dense]:
+                    stream = Stream(
+                        skeleton,
+                        batches,
+                        states_folder=self._place(name),
+                        progress=lambda done, total: self.conveyor.on_event(Event("record", 0, 0, done, total)),
+                    )
+                    made.append(stack.enter_context(closing(stream)))
+                skeleton.unload_outside()
+            self.pruned, self.dense = made[0], made[1] if dense else None
             self.conveyor.carry(
                 lambda block, found: self._block(block, *found),
                 read=self._read,
                 check=partial(check_unchanged, self.original.folder, self.manifest),
             )
-
-    def _record(self, stack: ExitStack) -> None:
-        """Record the samples for the tuned blocks and, where targets are dense, once more for the dense ones."""
-        began = time.perf_counter()
-        self.skeleton.load_outside(head=False)
-        batches, dense = self.split.batches, self.settings.targets == "dense"
-        each = sum(batch.numel() for batch in batches) * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
-        self.folder = states_folder(self.settings.offload_states, (2 + dense) * each, self.states)
-        made = []
-        for name in ("pruned", "dense")[: 1 + dense]:
-            made.append(
-                Stream(
-                    self.skeleton,
-                    batches,
-                    states_folder=self._place(name),
-                    progress=lambda done, total: self.conveyor.on_event(Event("record", 0, 0, done, total)),
-                )
-            )
-            stack.callback(made[-1].close)
-        self.pruned, self.dense = made[0], made[1] if dense else None
-        self.skeleton.unload_outside()
-        self.clock.add("record calls", began)
 
     def _place(self, name: str | int) -> Path | None:
         return None if self.folder is None else self.folder.with_name(f"{self.folder.name}-{name}")
@@ -256,9 +242,8 @@ class BlockPass:
 
     def _take_targets(self, targets: Targets, block: Block, original: dict[str, Tensor]) -> None:
         """Add the outputs of the dense block: after the dense blocks before it, or on the inputs of the pruned one."""
-        began = time.perf_counter()
         stream = self.dense or self.pruned
-        with loaded(self.skeleton, block, original):
+        with self.clock.timed("dense forward"), loaded(self.skeleton, block, original):
             running = time.perf_counter()
             for batch in range(len(stream.batches)):
                 targets.add(stream.run(block, batch, aside=self.dense is None))
@@ -268,7 +253,6 @@ class BlockPass:
             raise NumericalError(
                 f"{block.path}: the dense model's own outputs are not finite. Is it sound? Try --dtype float32."
             )
-        self.clock.add("dense forward", began)
 
     def _seconds(self, block: Block, forward: float) -> float | None:
         """How long to tune this block, when a forward of all samples through one takes `forward` seconds.

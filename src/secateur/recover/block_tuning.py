@@ -79,10 +79,6 @@ class Targets:
         wide = torch.promote_types(states.dtype, torch.float32)
         self.squares.append(float(states.to(wide).square().sum(dtype=torch.float64)))
 
-    def count(self, batches: range) -> int:
-        """The number of tokens of some batches."""
-        return sum(self.tokens[batch] for batch in batches)
-
 
 def tune(
     block: Block,
@@ -269,7 +265,8 @@ class _Loss:
         wide = torch.promote_types(output.dtype, torch.float32)
         output, target = output.to(wide), target.to(wide)
         lengths = target.square().sum(dim=-1).clamp(min=self._least)
-        return ((output - target).square().sum(dim=-1) / lengths).sum() / self._targets.count(among)
+        tokens = sum(self._targets.tokens[number] for number in among)
+        return ((output - target).square().sum(dim=-1) / lengths).sum() / tokens
 
 
 class _Substituted(nn.Module):

@@ -2,19 +2,18 @@
 
 import gc
 import json
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import set_seed
 
 from secateur.calibration.packing import training_windows
-from secateur.calibration.windows import Windows, check_length, check_predictions, check_vocabulary
+from secateur.calibration.windows import check_length, check_predictions, check_vocabulary
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.evaluate.results import model_digest
@@ -28,7 +27,7 @@ from secateur.record.versions import run_facts
 from secateur.recover.adapters import Record, require_peft
 from secateur.recover.forecast import count_parameters, forecast
 from secateur.recover.settings import RecoverSettings, require_one_process, with_preset
-from secateur.recover.training import Budget, Progress, RecoveryTrainer, Rows, arguments, last_checkpoint
+from secateur.recover.training import RecoveryTrainer, Rows, arguments, last_checkpoint
 from secateur.recover.ways import Adapters, FullWeights, Way
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
@@ -118,18 +117,36 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
             "held_out": {**held.provenance, "digest": held.digest},
         }
         start = _start(work, asked, settings.resume)
-        how: dict[str, Any] = {"batch_size": settings.batch_size}
-        before = perplexity(opened, held, **how, progress=_named(progress, "perplexity before"))
+
+        def measured(model: OpenedModel, name: str) -> Perplexity:
+            def show(stage: str, done: int, total: int) -> None:
+                progress(name, done, total, stage)
+
+            return perplexity(model, held, batch_size=settings.batch_size, progress=show)
+
+        before = measured(opened, "perplexity before")
         dense = None if distill is None else _load_dense(settings, opened, computing, device)
         # What is trained is in float32, whatever products are computed in; the weights beside adapters are not trained.
         stored = torch.float32 if method == "full" else computing
         whole = load_whole(base.resolve(), stored, trust_remote_code=settings.trust_remote_code)
-        model, done = _train(way, whole, dense, settings, train, held, made, start)
+        set_seed(settings.seed)  # adapters are drawn at random before the Trainer sets it
+        model, callbacks = way.prepare(whole)
+        trainer = RecoveryTrainer(
+            settings,
+            dense,
+            model=model,
+            args=made,
+            train_dataset=Rows(train),
+            eval_dataset=Rows(held),
+            callbacks=callbacks,
+        )
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        done = trainer.record()
         result = way.write(model, transaction)
         # Memory: the model was written; a whole one less while the result is measured.
-        del model, whole, dense
+        del model, whole, dense, trainer
         gc.collect()
-        after = perplexity(result, held, **how, progress=_named(progress, "perplexity after"))
+        after = measured(result, "perplexity after")
         parameters = count_parameters(opened.skeleton.source)
         record = {
             **asked,
@@ -159,57 +176,6 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
         sparsity=way.manifest.totals["sparsity"],
         notes=way.notes,
     )
-
-
-def _train(
-    way: Way,
-    model: nn.Module,
-    dense: nn.Module | None,
-    settings: RecoverSettings,
-    train: Windows,
-    held: Windows,
-    made: TrainingArguments,
-    start: Path | None,
-) -> tuple[Any, dict[str, Any]]:
-    """The model after a Trainer's run, as it was at its best, and what the record says of the run."""
-    from transformers import set_seed
-
-    set_seed(settings.seed)  # adapters are drawn at random before the Trainer sets it
-    prepared, callbacks = way.prepare(model)
-    budget = Budget(settings)
-    trainer = RecoveryTrainer(
-        settings=settings,
-        budget=budget,
-        dense=dense,
-        model=prepared,
-        args=made,
-        train_dataset=Rows(train),
-        eval_dataset=Rows(held),
-        callbacks=callbacks,
-    )
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    state = trainer.state
-    return prepared, {
-        "steps": state.global_step,
-        "best_step": state.best_global_step,
-        "tokens": state.global_step * settings.batch_size * settings.accumulation * train.length,
-        "seconds": budget.seconds,
-        "curve": _curve(state.log_history),
-    }
-
-
-def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """(step, seconds, loss, held-out perplexity) wherever one of the last two was measured."""
-    points: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        nats = entry.get("eval_loss")
-        perplexity = None if nats is None or nats >= 700 else math.exp(nats)
-        point = {"loss": entry.get("loss"), "perplexity": perplexity}
-        found = {key: value for key, value in point.items() if value is not None}
-        if found:
-            held = points.setdefault(entry["step"], {"step": entry["step"], "loss": None, "perplexity": None})
-            held |= {"seconds": entry.get("seconds"), **found}
-    return [points[step] for step in sorted(points)]
 
 
 def _load_dense(settings: RecoverSettings, opened: OpenedModel, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -282,7 +248,3 @@ class _State(Record):
     settings: dict[str, Any]
     dtype: str
     distill: str | None
-
-
-def _named(progress: Progress, name: str) -> Callable[[str, int, int], None]:
-    return lambda stage, done, total: progress(name, done, total, stage)

@@ -20,7 +20,7 @@ from secateur.models.weights.conversion import TensorGroup
 from secateur.models.weights.inverse import Inverse
 from secateur.record.manifest import read_manifest
 from secateur.record.versions import run_facts
-from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
+from secateur.recover.adapters import Adapter, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.settings import MergeSettings
 from secateur.recover.written import finish_trained, write_trained
 from secateur.runs.events import named
@@ -45,23 +45,19 @@ class MergedCheckpoint(Checkpoint):
         self._modules = dict(opened.skeleton.model.named_modules(remove_duplicate=False))
         self._groups: dict[str, TensorGroup] = {}
         for module in adapter.modules:
-            group = self._group(module)
-            self._groups |= dict.fromkeys(group.names, group)
+            if module not in self._modules:
+                raise CheckpointError(
+                    f"{module}: has an adapter in {adapter.folder}, and the base model has no such layer. Is the "
+                    "adapter for another model, or of a fused stack of experts? Those cannot be merged."
+                )
+            groups = self._skeleton.conversion.making([f"{module}.weight"])
+            if not groups or not self._inverse.possible(groups[0]):
+                raise CheckpointError(
+                    f"{module}: its weight is not a tensor of its own in the base checkpoint (it is tied to another, "
+                    "or converted while loading), so nothing can be merged into it."
+                )
+            self._groups |= dict.fromkeys(groups[0].names, groups[0])
         self.merged = [name for name in self.names if name in self._groups]  # what the adapter changes
-
-    def _group(self, module: str) -> TensorGroup:
-        if module not in self._modules:
-            raise CheckpointError(
-                f"{module}: has an adapter in {self.adapter.folder}, and the base model has no such layer. Is the "
-                "adapter for another model, or of a fused stack of experts? Those cannot be merged."
-            )
-        groups = self._skeleton.conversion.making([f"{module}.weight"])
-        if not groups or not self._inverse.possible(groups[0]):
-            raise CheckpointError(
-                f"{module}: its weight is not a tensor of its own in the base checkpoint (it is tied to another, or "
-                "converted while loading), so nothing can be merged into it."
-            )
-        return groups[0]
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor: float32 where it is merged."""
@@ -134,7 +130,7 @@ def merge(settings: MergeSettings) -> Merge:
     folder, mask, progress = Path(settings.base), settings.mask, settings.progress
     manifest = read_manifest(folder)
     found = read_adapter(settings.adapter)
-    check_base(found, manifest, folder)
+    notes = check_base(found, manifest, folder)
     if mask == "drop" and found.masked:
         raise PatternError(
             f"--mask drop: {found.folder} was trained with its product masked (sparse-lora); without the mask it is "
@@ -202,7 +198,7 @@ def merge(settings: MergeSettings) -> Merge:
         base=results.get("base"),
         unmerged=results.get("unmerged"),
         merged=results.get("merged"),
-        notes=[*checked.notes, *base_notes(found, folder)],
+        notes=[*checked.notes, *notes],
     )
 
 

@@ -3,7 +3,6 @@
 import ast
 import math
 import time
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from secateur.calibration.windows import Windows
 from secateur.errors import CheckpointError, NumericalError, PatternError
 from secateur.evaluate.perplexity import exponential
 from secateur.recover.settings import RecoverSettings
-
-Progress = Callable[[str, int, int, str], None]  # stage, done, in all, note
 
 FOREVER = 1_000_000_000  # steps; the clock stops a run in minutes long before
 NOMINAL_STEPS = 1000  # of the schedule of a run in minutes, which is read by the share of time spent
@@ -170,18 +167,37 @@ def last_checkpoint(folder: Path) -> Path | None:
 class RecoveryTrainer(Trainer):
     """A Trainer whose schedule may go by the clock, whose loss must be finite, and with a dense model to learn from."""
 
-    def __init__(
-        self, *, settings: RecoverSettings, budget: Budget, dense: nn.Module | None = None, **options: Any
-    ) -> None:
+    def __init__(self, settings: RecoverSettings, dense: nn.Module | None, **options: Any) -> None:
         super().__init__(optimizer_cls_and_kwargs=own_optimizer(settings), **options)
         self.settings = settings
-        self.budget = budget
+        self.budget = Budget(settings)
         self.dense = dense
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(budget)
+        self.add_callback(self.budget)
         if settings.patience is not None:
             self.add_callback(EarlyStoppingCallback(settings.patience))
+
+    def record(self) -> dict[str, Any]:
+        """What the record of a recovery says of the training; its curve has a point wherever a loss was measured."""
+        points: dict[float, dict[str, Any]] = {}
+        for entry in self.state.log_history:
+            nats = entry.get("eval_loss")
+            perplexity = None if nats is None or nats >= 700 else math.exp(nats)
+            point = {"loss": entry.get("loss"), "perplexity": perplexity}
+            found = {key: value for key, value in point.items() if value is not None}
+            if found:
+                held = points.setdefault(entry["step"], {"step": entry["step"], "loss": None, "perplexity": None})
+                held |= {"seconds": entry.get("seconds"), **found}
+        steps = self.state.global_step
+        windows = steps * self.settings.batch_size * self.settings.accumulation
+        return {
+            "steps": steps,
+            "best_step": self.state.best_global_step,
+            "tokens": windows * self.settings.length,
+            "seconds": self.budget.seconds,
+            "curve": [points[step] for step in sorted(points)],
+        }
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule asked for; by the share of time spent where the run is in minutes."""
@@ -297,12 +313,10 @@ def arguments(
             use_cpu=device.type == "cpu",
             eval_strategy="steps",
             eval_steps=every,
-            save_strategy="steps",
             save_steps=every,
             save_total_limit=1,  # beside the best one
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
-            greater_is_better=False,
             prediction_loss_only=True,
             logging_steps=max(1, (steps or NOMINAL_STEPS) // 100),
             logging_first_step=True,

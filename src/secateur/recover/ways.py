@@ -1,11 +1,11 @@
 """What is trained: adapters beside the weights, or the weights themselves."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateur.errors import PatternError
@@ -18,8 +18,7 @@ from secateur.record.manifest import Manifest
 from secateur.recover.adapters import find_targets, read_adapter, with_adapters, write_record
 from secateur.recover.callback import SparsityCallback
 from secateur.recover.merge import MergedCheckpoint
-from secateur.recover.settings import RecoverSettings
-from secateur.recover.training import Progress
+from secateur.recover.settings import RecoverSettings, TrainingProgress
 from secateur.recover.written import finish_trained, write_trained
 from secateur.runs.transaction import Transaction
 
@@ -85,30 +84,18 @@ class Adapters(_Trained):
         adapter = read_adapter(transaction.folder)
         return self.opened.reading(MergedCheckpoint(self.base, self.opened, adapter, keep=self.masked))
 
-    def finish(self, transaction: Transaction, record: Mapping[str, Any], progress: Progress) -> None:
+    def finish(self, transaction: Transaction, record: Mapping[str, Any], progress: TrainingProgress) -> None:
         """Write the record and the README beside the adapter."""
         write_record(transaction.folder, record)
 
 
 @dataclass
 class FullWeights(_Trained):
-    """All weights, or those that the globs leave; zeros stay zero. `manifest` is in the end that of the result."""
+    """All weights, or those that the globs leave; zeros stay zero. After `write`, `manifest` is that of the result."""
 
     def __post_init__(self) -> None:
-        source = self.opened.skeleton.source
-        self._inverse = Inverse(self.opened.skeleton)
-        self.groups = self._choose()
-        names = {name for group in self.groups for name in group.names}
-        self.parameters = {name for group in self.groups for name in group.parameters}
-        self.targets = [name for name in source.names if name in names]
-        planned = [entry for entry in self.manifest.matrices.values() if entry["tensor"] in names]
-        self.kept = sum(entry["zeros"] for entry in planned)
-        self.mask_bytes = sum(entry["shape"][0] * entry["shape"][1] for entry in planned)
-        self.trainable = sum(torch.Size(source.shape(name)).numel() for name in self.targets) - self.kept
-
-    def _choose(self) -> list[TensorGroup]:
-        settings, skeleton = self.settings, self.opened.skeleton
-        source = skeleton.source
+        skeleton, settings, source = self.opened.skeleton, self.settings, self.opened.skeleton.source
+        self._inverse = Inverse(skeleton)
         parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
         possible: list[TensorGroup] = []
         converted: list[TensorGroup] = []
@@ -120,23 +107,28 @@ class FullWeights(_Trained):
         chosen = set(matching(shapes, only=settings.only, skip=settings.skip, purpose="train"))
         for group in possible:
             inside = [name for name in group.names if name in chosen]
-            if inside and len(inside) < len(group.names):
-                (outside, *_) = (name for name in group.names if name not in chosen)
+            outside = [name for name in group.names if name not in chosen]
+            if inside and outside:
                 raise PatternError(
-                    f"{inside[0]} and {outside} are one parameter in memory ({group.target}): --only and --skip must "
-                    "name both or neither."
+                    f"{inside[0]} and {outside[0]} are one parameter in memory ({group.target}): --only and --skip "
+                    "must name both or neither."
                 )
         if converted:
             self.notes.append(
                 f"{len(converted)} parameters are made of several tensors by a conversion without an inverse, such as "
                 f"{converted[0].target}; they were not trained."
             )
-        return [group for group in possible if group.names[0] in chosen]
+        self.groups = {name: group for group in possible for name in group.names if name in chosen}
+        self.targets = [name for name in source.names if name in chosen]
+        planned = [entry for entry in self.manifest.matrices.values() if entry["tensor"] in chosen]
+        self.kept = sum(entry["zeros"] for entry in planned)
+        self.mask_bytes = sum(entry["shape"][0] * entry["shape"][1] for entry in planned)
+        self.trainable = sum(math.prod(source.shape(name)) for name in self.targets) - self.kept
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
         """The model with the chosen parameters trainable, and the callback that keeps its zeros."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        chosen = {id(parameters[name]) for name in self.parameters}
+        chosen = {id(parameters[name]) for group in self.groups.values() for name in group.parameters}
         for parameter in parameters.values():
             parameter.requires_grad_(id(parameter) in chosen)
         callback = SparsityCallback.from_checkpoint(self.base)
@@ -147,10 +139,9 @@ class FullWeights(_Trained):
     def write(self, model: nn.Module, transaction: Transaction) -> OpenedModel:
         """Write the base's tensors and files with new values where they were trained; returns the written model."""
         parameters = {name: value.detach().cpu() for name, value in model.named_parameters(remove_duplicate=False)}
-        groups = {name: group for group in self.groups for name in group.names}
 
         def value(name: str) -> Tensor:
-            return self._inverse.tensors(groups[name], parameters)[name]
+            return self._inverse.tensors(self.groups[name], parameters)[name]
 
         self.manifest = write_trained(transaction, self.opened, self.manifest, self.targets, value, section={})
         if nudged := self.manifest.recoveries[0]["nudged"]:
@@ -160,7 +151,7 @@ class FullWeights(_Trained):
             )
         return self.opened.reading(Checkpoint(transaction.folder))
 
-    def finish(self, transaction: Transaction, record: Mapping[str, Any], progress: Progress) -> None:
+    def finish(self, transaction: Transaction, record: Mapping[str, Any], progress: TrainingProgress) -> None:
         """Write the record into the manifest, verify the checkpoint, and write its card."""
         self.manifest.recovery = {**(self.manifest.recovery or {}), **record}
         finish_trained(transaction, self.manifest, progress=lambda done, total: progress("verifying", done, total, ""))
