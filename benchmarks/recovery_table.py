@@ -25,7 +25,7 @@ import torch
 
 import secateur
 from cells import perplexities, results
-from secateur.models.opening.opened import open_model
+from secateur.models.opening.opened import open_source
 from secateur.recover.forecast import count_parameters
 
 SCRATCH = Path(tempfile.gettempdir()) / "secateur-benchmarks" / "recovery"
@@ -72,7 +72,7 @@ def run_cell(cell: dict[str, Any], scratch: Path) -> dict[str, Any]:
         checked = secateur.verify(folder)
         if not checked.ok:
             raise SystemExit(f"{cell['way']}: {checked.problems[0]}")
-    figures["parameters"] = count_parameters(open_model(folder, device="cpu"))
+    figures["parameters"] = count_parameters(open_source(str(folder)))
     return {**cell, **figures, **measure(folder, cell)}
 
 

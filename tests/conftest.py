@@ -9,7 +9,9 @@ import torch
 import transformers
 
 # What they assert is explained as in the tests themselves.
-pytest.register_assert_rewrite("full_autograd", "gguf_files", "pruned_checkpoints", "refused_runs", "second_order")
+pytest.register_assert_rewrite(
+    "full_autograd", "gguf_files", "pruned_checkpoints", "refused_runs", "second_order", "tuned_blocks"
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,7 +8,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _NAMES = {
-    "calibration": ("Windows", "calibration_windows", "evaluation_windows"),
+    "calibration.drawing": ("calibration_windows", "evaluation_windows"),
+    "calibration.windows": ("Windows",),
     "collect.gradient_file": ("GradientFile",),
     "collect.gradient_pass": ("gradients",),
     "core.gradients": ("GradientKind", "GradientNorm"),

@@ -1,10 +1,10 @@
 """The public names for type checkers, which read this file instead of `__init__.py`."""
 
-from secateur.calibration import (
-    Windows as Windows,
+from secateur.calibration.drawing import (
     calibration_windows as calibration_windows,
     evaluation_windows as evaluation_windows,
 )
+from secateur.calibration.windows import Windows as Windows
 from secateur.collect.gradient_file import GradientFile as GradientFile
 from secateur.collect.gradient_pass import gradients as gradients
 from secateur.core.gradients import GradientKind as GradientKind, GradientNorm as GradientNorm

@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from secateur.calibration import load_corpus
+from secateur.calibration.corpora import load_corpus
 from texts import NAMES, sentences, shared, write_jsonl, write_parquet
 
 

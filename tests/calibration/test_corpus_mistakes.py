@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.calibration import calibration_windows, load_corpus
+from secateur.calibration.corpora import load_corpus
+from secateur.calibration.drawing import calibration_windows
 from secateur.errors import CalibrationError
 from texts import (
     sentences,

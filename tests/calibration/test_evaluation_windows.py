@@ -7,7 +7,8 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from secateur.calibration import drawing, evaluation_windows
+from secateur.calibration import drawing
+from secateur.calibration.drawing import evaluation_windows
 from secateur.errors import CalibrationError
 from texts import (
     NAMES,

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from secateur.calibration import load_corpus
+from secateur.calibration.corpora import load_corpus
 from secateur.errors import CalibrationError
 from texts import write_jsonl, write_parquet
 

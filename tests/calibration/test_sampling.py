@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.calibration import calibration_windows, drawing, evaluation_windows, load_corpus
+from secateur.calibration import drawing
+from secateur.calibration.corpora import load_corpus
+from secateur.calibration.drawing import calibration_windows, evaluation_windows
 from secateur.errors import CalibrationError
 from texts import (
     sentences,

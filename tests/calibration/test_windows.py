@@ -10,18 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur import calibration
-from secateur.calibration import Windows, calibration_windows, check_vocabulary, evaluation_windows
+from secateur.calibration.drawing import calibration_windows, evaluation_windows
+from secateur.calibration.windows import Windows, check_vocabulary
 from secateur.errors import CalibrationError
 from texts import tokenizer  # noqa: F401
-
-# Public names
-
-
-def test_public_names_are_sorted_and_there():
-    assert calibration.__all__ == sorted(calibration.__all__)
-    assert all(hasattr(calibration, name) for name in calibration.__all__)
-
 
 # Token ids as they are
 

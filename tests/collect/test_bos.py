@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import secateur
 from command_line import process
 from real_data import STORIES, STORIES_TEXT
-from secateur.calibration import bos_text, evaluation_windows
+from secateur.calibration.drawing import evaluation_windows
+from secateur.calibration.text import bos_text
 from secateur.collect.gradient_pass import gradients
 from secateur.errors import CalibrationError
 from secateur.models.opening.opened import open_model

@@ -19,7 +19,7 @@ import tiny
 from full_autograd import InFloat64
 from pruned_blocks import block_outputs, distance, pruned_model
 from pruned_checkpoints import bits, read_tensors, recording
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.collect.gradient_pass import gradients
 from secateur.errors import CalibrationError
 from secateur.models.opening.opened import open_model

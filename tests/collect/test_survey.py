@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 import tiny
 from counted_forwards import counted
-from secateur.calibration import calibration_windows
+from secateur.calibration.drawing import calibration_windows
 from secateur.collect.survey import Survey, survey
 from secateur.core.gram import Gram
 from secateur.core.problem import Refinement

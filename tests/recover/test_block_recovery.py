@@ -4,11 +4,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -31,17 +27,27 @@ from command_line import (
     save_model,
 )
 from pruned_blocks import HALF, TWO_OF_FOUR, block_outputs, distance, pruned_model
-from pruned_checkpoints import STREAMED, bits, file_hashes, load, masks, read_tensors, same_bytes
+from pruned_checkpoints import STREAMED, file_hashes, load, read_tensors, same_bytes
 from real_data import STORIES, STORIES_TEXT
-from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
+from secateur.errors import CalibrationError
 from secateur.files.checkpoint import Checkpoint
 from secateur.models.opening.opened import open_model, open_source
-from secateur.record.manifest import Manifest, file_digests, read_manifest, tensor_digest
+from secateur.record.manifest import read_manifest, tensor_digest
 from secateur.recover import block
-from secateur.recover.block import forwards, reconstruct
-from secateur.recover.block_pass import BlockPass
+from secateur.recover.block import BlockPass, forwards, reconstruct
 from secateur.recover.block_tuning import _Copy
-from secateur.report.recovery import block_tables
+from tuned_blocks import (  # noqa: F401
+    HELD_OUT,
+    OPTIONS,
+    SAMPLES,
+    assert_only_tuned,
+    assert_refused,
+    llama,
+    losses,
+    run,
+    samples,
+    tuned,
+)
 
 # One of each way in which blocks differ: norms, parallel residuals, fused and transposed projections, mixed attention,
 # shared keys and values, experts (numbered, stacked, transposed, fused in the file), states, shared blocks.
@@ -64,40 +70,6 @@ DIFFERENT = [
 ]
 # With random weights its tokens change experts at every step, so that nothing learnt on some holds for others.
 ROUTED_AT_RANDOM = {"longcat_flash"}
-SAMPLES, HELD_OUT = 16, 4
-OPTIONS: dict[str, Any] = {"epochs": 2, "step": 4, "learning_rate": 0.01, "held_out": HELD_OUT / SAMPLES}
-
-
-def samples() -> Tensor:
-    return tiny.tokens(samples=SAMPLES, length=24, seed=1)
-
-
-def tuned(pruned: Path, **changes: Any) -> Manifest:
-    return reconstruct(pruned, output=pruned.parent / "tuned", **OPTIONS | {"calibration": samples()} | changes)
-
-
-def losses(manifest: Manifest) -> list[tuple[float, float]]:
-    assert manifest.recovery is not None
-    return [(record["before"], record["after"]) for record in manifest.recovery["blocks"]]
-
-
-def assert_only_tuned(folder: Path, only: set[str] | None = None) -> None:
-    """Zeros are where they were and nowhere else; all other tensors (than `only`) are byte-identical; verify agrees."""
-    before, after = read_manifest(folder / "pruned"), read_manifest(folder / "tuned")
-    first, second = masks(folder / "pruned", before), masks(folder / "tuned", after)
-    assert first.keys() == second.keys()
-    for name, mask in first.items():
-        assert torch.equal(mask, second[name]), name
-        assert after.matrices[name]["zeros"] == before.matrices[name]["zeros"]
-    planned = {entry["tensor"] for entry in before.matrices.values()} if only is None else only
-    old, new = read_tensors(folder / "pruned"), read_tensors(folder / "tuned")
-    assert old.keys() == new.keys()
-    for name, tensor in old.items():
-        assert name in planned or same_bytes(tensor, new[name]), name
-        # What is removed is +0.0, to the bit.
-        assert torch.equal(bits(tensor) == 0, bits(new[name]) == 0), name
-    for source in ("dense", "pruned"):
-        assert secateur.verify(folder / "tuned", open_source(str(folder / source))).problems == []
 
 
 # Every architecture
@@ -194,16 +166,6 @@ def test_three_steps_are_those_of_autograd_on_the_whole_model(targets, tmp_path)
 
 
 # What changes nothing
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pruned_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-def run(pruned: Path, folder: Path, **changes: Any) -> dict[str, Tensor]:
-    reconstruct(pruned, output=folder, **OPTIONS | {"calibration": samples()} | changes)
-    return read_tensors(folder)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(llama, tmp_path):
@@ -485,156 +447,6 @@ def test_a_recovery_of_a_recovery_keeps_the_earlier_record(llama, tmp_path):
     assert twice.recovery["earlier"] == once.recovery
     assert twice.recovery["base"]["digest"] == once.digest
     assert secateur.verify(tmp_path / "twice", open_source(str(llama.parent / "dense"))).problems == []
-
-
-# What cannot work
-
-
-def assert_refused(error: type[Exception], message: str, pruned: Path, folder: Path, **changes: Any) -> None:
-    before = set(folder.iterdir())
-    with pytest.raises(error, match=message):
-        run(pruned, folder / "out", **changes)
-    assert set(folder.iterdir()) == before
-
-
-def changed(folder: Path, name: str, target: Path) -> Path:
-    """A copy of a checkpoint in which one number of a tensor is another."""
-    shutil.copytree(folder, target)
-    tensors = load_file(target / "model.safetensors")
-    tensors[name].view(-1)[0] += 1
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return target
-
-
-@pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"]
-)
-def test_another_dense_model_is_named(name, llama, tmp_path):
-    other = changed(llama.parent / "dense", name, tmp_path / "other")
-    message = rf"other: {re.escape(name)} is not what .*pruned was made from \(sha256 .*\(--dense\)\.$"
-    assert_refused(CheckpointError, message, llama, tmp_path, dense=other)
-
-
-def test_a_dense_model_of_another_shape(llama, tmp_path):
-    tiny.save("llama_bias", tmp_path / "bias")
-    tiny.save("gpt2", tmp_path / "gpt2")
-    assert_refused(
-        CheckpointError, r"gpt2: has no tensor \S+, which .*pruned has", llama, tmp_path, dense=tmp_path / "gpt2"
-    )
-    config = tiny.ARCHITECTURES["llama"]()
-    config.intermediate_size = 64
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
-    message = r"wide: model\.layers\.0\.mlp\.\S+ is \(\d+, \d+\) torch\.float32, and .*pruned has \(\d+, \d+\)"
-    assert_refused(CheckpointError, message, llama, tmp_path, dense=tmp_path / "wide")
-
-
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
-def test_a_pruned_checkpoint_that_was_altered(name, llama, tmp_path):
-    altered = changed(llama, name, tmp_path / "altered")
-    message = rf"altered: {re.escape(name)} was altered after pruning"
-    assert_refused(CheckpointError, message, altered, tmp_path)
-
-
-def test_a_dense_model_that_has_moved(tmp_path):
-    pruned = pruned_model("llama", tmp_path)
-    (tmp_path / "dense").rename(tmp_path / "elsewhere")
-    assert_refused(
-        CheckpointError, r"The manifest of .* names it as the dense model; if it has moved", pruned, tmp_path
-    )
-    tuned(pruned, dense=tmp_path / "elsewhere")
-
-
-def test_a_module_in_memory_names_no_dense_model(tmp_path):
-    model = tiny.build("llama")
-    model.save_pretrained(tmp_path / "dense")
-    secateur.prune(model, method=secateur.magnitude(), output=tmp_path / "pruned")
-    assert_refused(CheckpointError, r"was pruned from a module in memory", tmp_path / "pruned", tmp_path)
-    manifest = tuned(tmp_path / "pruned", dense=tmp_path / "dense")
-    assert all(after < before for before, after in losses(manifest))
-
-
-def test_a_folder_that_was_not_pruned(llama, tmp_path):
-    assert_refused(CheckpointError, r"no secateur\.json in it", llama.parent / "dense", tmp_path)
-
-
-def test_an_output_that_is_the_dense_model(llama, tmp_path):
-    dense = shutil.copytree(llama.parent / "dense", tmp_path / "dense")
-    manifest = read_manifest(llama)
-    manifest.files, manifest.headers = file_digests(dense), {file.name: "" for file in dense.glob("*.safetensors")}
-    manifest.write(dense)  # as if Secateur had written it, which may be overwritten
-    with pytest.raises(CheckpointError, match="the output is the source"):
-        run(llama, dense, dense=dense, overwrite=True)
-
-
-def test_a_block_that_diverges_keeps_its_best_weights(tmp_path):
-    pruned = pruned_model("llama", tmp_path)
-    manifest = tuned(pruned, learning_rate=1e38)
-    assert manifest.recovery is not None
-    assert [(record["diverged"], record["best_epoch"]) for record in manifest.recovery["blocks"]] == [(1, 0)] * 3
-    console = Console(width=200, file=io.StringIO())
-    console.print(block_tables(manifest, "out"))
-    assert "block 2: the loss was not finite in epoch 1, and the best weights until then were kept" in (
-        console.file.getvalue()  # type: ignore[attr-defined]
-    )
-    assert_only_tuned(tmp_path)
-
-
-@pytest.mark.parametrize("existing", [False, True])
-def test_a_loss_that_is_not_finite_before_anything_is_tuned(existing, llama, tmp_path, monkeypatch):
-    if existing:
-        run(llama, tmp_path / "out")
-        kept = file_hashes(tmp_path / "out")
-    before = set(tmp_path.iterdir())
-    message = r"^model\.layers\.0: the loss on held-out samples is nan before anything is tuned\. Use --dtype float32"
-    monkeypatch.setattr("secateur.recover.block_tuning._Loss.held_out", lambda self, copies, states: math.nan)
-    with pytest.raises(NumericalError, match=message):
-        run(llama, tmp_path / "out", overwrite=existing)
-    assert set(tmp_path.iterdir()) == before
-    assert not existing or file_hashes(tmp_path / "out") == kept
-
-
-def test_a_dense_model_whose_outputs_are_not_finite(tmp_path):
-    model = tiny.build("llama")
-    with torch.no_grad():
-        model.model.layers[1].input_layernorm.weight.fill_(math.inf)
-    model.save_pretrained(tmp_path / "dense")
-    secateur.prune(tmp_path / "dense", method=secateur.magnitude(), output=tmp_path / "pruned")
-    message = r"^model\.layers\.1: the dense model's own outputs are not finite"
-    assert_refused(NumericalError, message, tmp_path / "pruned", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"samples": 1}, r"^1 calibration sample with --held-out 0\.25: none is left to train on\. Use more --samples"),
-        ({"epochs": 0}, r"^--epochs: got 0, expected at least 1"),
-        ({"step": 0}, r"^--batch-size: got 0"),
-        ({"patience": 0}, r"^--patience: got 0"),
-        ({"batch_size": 0}, r"^--batch-size: got 0"),
-        ({"learning_rate": 0.0}, r"^--lr: got 0, expected a positive number"),
-        ({"learning_rate": math.nan}, r"^--lr: got nan"),
-        ({"minutes": 0}, r"^--minutes: got 0, expected a positive number"),
-        ({"held_out": 1.0}, r"^--held-out: got 1\.0, expected a share between 0 and 1"),
-        ({"targets": "sparse"}, r'^--targets: got "sparse", expected dense or pruned'),
-    ],
-)
-def test_settings_that_make_no_sense(changes, message, llama, tmp_path):
-    assert_refused(CalibrationError, message, llama, tmp_path, **changes)
-
-
-def test_a_glob_that_matches_nothing(llama, tmp_path):
-    assert_refused(
-        PatternError, r'--only "\*\.nothing" matches none of 21 matrices', llama, tmp_path, only=["*.nothing"]
-    )
-
-
-@pytest.mark.parametrize("stage", ["record", "dense", "tune", "forward", "write"])
-def test_nothing_is_left_of_a_run_that_is_interrupted(stage, llama, tmp_path):
-    def interrupt(event: secateur.Event) -> None:
-        if event.stage == stage:
-            raise KeyboardInterrupt(stage)
-
-    assert_refused(KeyboardInterrupt, stage, llama, tmp_path, on_event=interrupt, offload_states=str(tmp_path))
 
 
 # Memory

@@ -3,7 +3,7 @@
 import importlib
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from fractions import Fraction
 from itertools import islice
@@ -12,7 +12,6 @@ from typing import Any
 
 from secateur.calibration.documents import (
     DEFAULT_FIELD,
-    DEFAULT_JOINER,
     Corpus,
     existing_file,
     file_provenance,
@@ -23,27 +22,10 @@ from secateur.calibration.documents import (
     spooled,
     text_file,
 )
-from secateur.calibration.hub import Role, cached, hub_dataset, hub_file, hub_parts, hub_trouble
+from secateur.calibration.hub import HUB_FILES, Role, cached, hub_dataset, hub_file, hub_parts, hub_trouble
 from secateur.errors import CalibrationError
 
 C4_EVALUATION_DOCUMENTS = 1100
-# Repository, and the files for calibration and for evaluation.
-HUB_FILES: Mapping[str, tuple[str, Mapping[Role, str]]] = {
-    "c4": (
-        "allenai/c4",
-        {
-            "calibration": "en/c4-train.00000-of-01024.json.gz",
-            "evaluation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-    ),
-    "wikitext2": (
-        "Salesforce/wikitext",
-        {
-            "calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
-            "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet",
-        },
-    ),
-}
 WIKITEXT2_JOINERS: Mapping[Role, str] = {"calibration": " ", "evaluation": "\n\n"}
 PYTHON_DOCS_HELD_OUT_STEP = 10
 
@@ -53,7 +35,6 @@ ACCEPTED_FORMS = (
     "(token ids), "
     "each also as WEIGHT*SPEC in a mixture"
 )
-_TEXT_FILE = re.compile(r"(?P<path>.+\.(?:txt|raw))", re.IGNORECASE)
 _WEIGHTED = re.compile(r"\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+))\s*\*\s*(?P<spec>.+)")
 _ROWS_FILE = re.compile(
     r"(?P<path>.+\.(?:jsonl|json|jsonl\.gz|json\.gz|parquet))(?::(?P<field>[^:/\\]+))?", re.IGNORECASE
@@ -102,7 +83,7 @@ def _read(spec: str, role: Role) -> Corpus:
         return _NAMED[name](role, local)
     if name == "hf":
         return hub_dataset(spec, role)
-    if _TEXT_FILE.fullmatch(spec):
+    if spec.lower().endswith((".txt", ".raw")):
         return text_file(spec)
     if match := _ROWS_FILE.fullmatch(spec):
         return rows_file(spec, match["path"], match["field"] or DEFAULT_FIELD)
@@ -120,26 +101,24 @@ def _c4(role: Role, local: str) -> Corpus:
     path, provenance = _source("c4", local, role)
     texts = jsonl_texts(path, DEFAULT_FIELD)
     if role == "evaluation":
-        return Corpus("c4", list(islice(texts, C4_EVALUATION_DOCUMENTS)), " ", provenance)
-    return Corpus("c4", spooled(texts), DEFAULT_JOINER, provenance)
+        return Corpus("c4", list(islice(texts, C4_EVALUATION_DOCUMENTS)), provenance, " ")
+    return Corpus("c4", spooled(texts), provenance)
 
 
 def _wikitext2(role: Role, local: str) -> Corpus:
     path, provenance = _source("wikitext2", local, role)
-    rows = parquet_documents(path, DEFAULT_FIELD) if path.suffix == ".parquet" else _wikitext_rows(path)
-    return Corpus("wikitext2", rows, WIKITEXT2_JOINERS[role], provenance)
-
-
-def _wikitext_rows(path: Path) -> list[str]:
-    """Return the lines of an official raw file as the rows of the data set: with their line end, blank ones emptied."""
-    lines = file_text(path).removesuffix("\n").split("\n")
-    return [f"{line}\n" if line.strip() else "" for line in lines]
+    rows: Sequence[str]
+    if path.suffix == ".parquet":
+        rows = parquet_documents(path, DEFAULT_FIELD)
+    else:  # the lines of an official raw file are the rows of the data set: with their line end, blank ones emptied
+        lines = file_text(path).removesuffix("\n").split("\n")
+        rows = [f"{line}\n" if line.strip() else "" for line in lines]
+    return Corpus("wikitext2", rows, provenance, WIKITEXT2_JOINERS[role])
 
 
 def _source(name: str, local: str, role: Role) -> tuple[Path, dict[str, Any]]:
     if not local:
-        repository, files = HUB_FILES[name]
-        return hub_file(name, repository, files[role], role)
+        return hub_file(name, role)
     path = existing_file(Path(local))
     return path, {"corpus": name, **file_provenance(path)}
 
@@ -157,7 +136,7 @@ def _python_docs(role: Role, local: str) -> Corpus:
     held_out = set(names[::PYTHON_DOCS_HELD_OUT_STEP])
     chosen = [name for name in names if (name in held_out) == (role == "evaluation")]
     provenance = {"corpus": "python-docs", "python": platform.python_version(), "topics": len(chosen)}
-    return Corpus("python-docs", [topics[name] for name in chosen], DEFAULT_JOINER, provenance)
+    return Corpus("python-docs", [topics[name] for name in chosen], provenance)
 
 
 _NAMED: Mapping[str, Callable[[Role, str], Corpus]] = {"c4": _c4, "wikitext2": _wikitext2, "python-docs": _python_docs}
@@ -173,8 +152,7 @@ def quick_to_read(spec: str, most: int) -> str | None:
         there = Path(hub_parts(spec)[0]).is_dir() or hub_trouble() is not None
         return None if there else "it has to be downloaded"
     if name in HUB_FILES and not local:
-        repository, files = HUB_FILES[name]
-        found = cached(name, repository, files["calibration"], "calibration")
+        found = cached(name, "calibration")
         if found is None:
             return "it has to be downloaded"
         path = Path(found)

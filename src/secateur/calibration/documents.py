@@ -20,7 +20,6 @@ from secateur.errors import CalibrationError
 from secateur.files.checkpoint import file_digest
 from secateur.files.reading import open_regular, parse_json, read_lines, read_text
 
-DEFAULT_JOINER = "\n\n"
 DEFAULT_FIELD = "text"
 SPOOL_BYTES = 64 * 2**20
 PLAIN_BYTES = 2**30  # of a file that is read whole; those of JSON lines and Parquet may have any size
@@ -35,12 +34,12 @@ _CHAT = (
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named text: `documents` by position, the `joiner` that makes one text of them, and where they came from."""
+    """A named text: `documents` by position, where they came from, and the `joiner` that makes one text of them."""
 
     name: str
     documents: Sequence[str]
-    joiner: str
     provenance: Mapping[str, Any]
+    joiner: str = "\n\n"
 
 
 class Documents(Sequence[str]):
@@ -83,7 +82,7 @@ def table_rows(read: Callable[[int], Any], count: int, where: str) -> Documents:
 def existing_file(path: Path) -> Path:
     """Return `path`, with ~ written out, if it is a file with content.
 
-    Otherwise CalibrationError, with the nearest names beside it.
+    Raises CalibrationError otherwise; for a file that does not exist, it lists the most similar names.
     """
     with suppress(RuntimeError):  # nobody of that name
         path = path.expanduser()
@@ -123,7 +122,7 @@ def text_file(spec: str) -> Corpus:
     """The documents of a plain text file, which lines "<|endoftext|>" separate."""
     path = existing_file(Path(spec))
     documents = [document for document in _SEPARATOR_LINE.split(file_text(path)) if document.strip()]
-    return Corpus(spec, documents, DEFAULT_JOINER, {"corpus": spec, **file_provenance(path)})
+    return Corpus(spec, documents, {"corpus": spec, **file_provenance(path)})
 
 
 def file_text(path: Path) -> str:
@@ -139,7 +138,7 @@ def rows_file(spec: str, path: str, field: str) -> Corpus:
         documents = parquet_documents(file, field)
     else:
         documents = spooled((_json_texts if file.suffix.lower() == ".json" else jsonl_texts)(file, field))
-    return Corpus(spec, documents, DEFAULT_JOINER, {"corpus": spec, "field": field, **file_provenance(file)})
+    return Corpus(spec, documents, {"corpus": spec, "field": field, **file_provenance(file)})
 
 
 def _json_texts(path: Path, field: str) -> Iterator[str]:
@@ -151,8 +150,7 @@ def _json_texts(path: Path, field: str) -> Iterator[str]:
         yield from jsonl_texts(path, field)
         return
     advice = "Expected a list of objects, or one object per line."
-    text = read_text(path, limit=PLAIN_BYTES, error=CalibrationError).removeprefix("\ufeff")
-    content = parse_json(text, path, error=CalibrationError, advice=advice)
+    content = parse_json(file_text(path), path, error=CalibrationError, advice=advice)
     for number, row in enumerate(content if isinstance(content, list) else [content], start=1):
         yield _field_text(row, field, path, f"{path}, entry {number}")
 

@@ -2,10 +2,10 @@
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
@@ -19,14 +19,15 @@ from secateur.calibration.windows import (
     Windows,
     fewer,
     given_windows,
+    one_spec,
     require_positive,
     require_tokenizer,
     token_file,
 )
-from secateur.core.choices import Bos
+from secateur.core.choices import Bos, Sampling
 from secateur.errors import CalibrationError
 
-Sampling = Literal["document", "concat"]
+Report = Callable[[int], None]  # called with the number of windows so far
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
@@ -64,18 +65,16 @@ def calibration_windows(
     Errors: CalibrationError, also when no document is long enough after about 1000 draws for each window.
     Reference: Wanda and SparseGPT, semantics of `get_c4` (document) and `get_wikitext2` (concat) in their loaders.
     """
-    _check_drawing(samples, length, sampling)
-    if (given := given_windows(source, samples, length)) is not None:
+    given, shares = _asked(source, tokenizer, samples, length, sampling)
+    if given is not None:
         return _as_given(given, bos)
-    shares = _shares(source, DEFAULT_SAMPLES if samples is None else samples)
-    require_tokenizer(tokenizer, [spec for spec, _, _ in shares])
     text = Text(tokenizer, bos)
     total = sum(count for _, _, count in shares)
     parts: list[Windows] = []
     for position, (spec, weight, count) in enumerate(shares):
         done = sum(part.samples for part in parts)
 
-        def report(windows: int, _: int, done: int = done) -> None:
+        def report(windows: int, done: int = done) -> None:
             progress(done + windows, total)
 
         part = _sampled(spec, text, count, length or DEFAULT_LENGTH, seed + position, sampling, report)
@@ -84,22 +83,25 @@ def calibration_windows(
 
 
 def text_corpora(source: Any, tokenizer: Any, samples: int | None, length: int | None, sampling: Any) -> list[str]:
-    """Return the specs of the text that calibration windows are drawn from: none where token ids are given alone.
+    """Return the specs of the text that calibration windows are drawn from: none where the source is token ids.
 
     Errors: CalibrationError for what `calibration_windows` refuses without looking at the text.
     """
-    _check_drawing(samples, length, sampling)
-    if given_windows(source, samples, length) is not None:
-        return []
-    specs = [spec for spec, _, _ in _shares(source, DEFAULT_SAMPLES if samples is None else samples)]
-    require_tokenizer(tokenizer, specs)
-    return [spec for spec in specs if not is_token_file(spec)]
+    _, shares = _asked(source, tokenizer, samples, length, sampling)
+    return [spec for spec, _, _ in shares if not is_token_file(spec)]
 
 
-def _check_drawing(samples: int | None, length: int | None, sampling: Any) -> None:
+def _asked(
+    source: Any, tokenizer: Any, samples: int | None, length: int | None, sampling: Any
+) -> tuple[Windows | None, list[tuple[str, Fraction, int]]]:
+    """Return the windows where the source is token ids, else None and the shares of the texts in the mixture."""
     require_positive(samples=samples, length=length)
-    if sampling not in ("document", "concat", None):
+    if sampling not in (*get_args(Sampling), None):
         raise CalibrationError(f"--sampling: got {sampling!r}, expected document or concat.")
+    given = given_windows(source, samples, length)
+    shares = [] if given is not None else _shares(source, samples or DEFAULT_SAMPLES)
+    require_tokenizer(tokenizer, [spec for spec, _, _ in shares])
+    return given, shares
 
 
 def evaluation_windows(
@@ -121,21 +123,25 @@ def evaluation_windows(
     require_positive(windows=windows, length=length)
     if (given := given_windows(source, windows, length, "windows")) is not None:
         return _as_given(given, bos)
-    if not isinstance(source, str | os.PathLike):
-        raise CalibrationError(f"evaluation: got {type(source).__name__}, expected one corpus, a tensor or Windows.")
-    require_tokenizer(tokenizer, [os.fspath(source)])
+    spec = one_spec(source, tokenizer, "evaluation")
     text = Text(tokenizer, bos)
-    corpus = load_corpus(os.fspath(source), "evaluation")
+    corpus = load_corpus(spec, "evaluation")
     length = length or DEFAULT_LENGTH
     own = text.room(length)
     limit = C4_EVALUATION_WINDOWS if windows is None and corpus.name == "c4" else windows
-    ids, characters = _leading_tokens(corpus, text, None if limit is None else limit * own)
+    needed = None if limit is None else limit * own
+    joined, whole = _leading_text(corpus, None if needed is None else _character_bound(needed))
+    ids = text.ids(joined)
+    # Exact: where a text is cut shows in its last tokens only, so the needed ones must lie far from the cut.
+    if not whole and needed is not None and len(ids) < 2 * needed:
+        joined, _ = _leading_text(corpus, None)
+        ids = text.ids(joined)
     count = min(len(ids) // own, limit or len(ids))
     if count == 0:
         raise _too_short(corpus, len(ids), f"one window needs {own}")
     provenance = {
         **_provenance("evaluation", text, count, length),
-        "sources": [{**corpus.provenance, "characters": characters, "tokens": len(ids)}],
+        "sources": [{**corpus.provenance, "characters": len(joined), "tokens": len(ids)}],
         "tokens_dropped": len(ids) - count * own,
         **fewer("windows", windows, count),
     }
@@ -151,7 +157,15 @@ def _as_given(windows: Windows, bos: Bos) -> Windows:
 
 def _shares(source: Any, samples: int) -> list[tuple[str, Fraction, int]]:
     """Return (spec, weight, samples) of each source: weights sum to one, samples by largest remainder."""
-    parsed = [weighted(spec) for spec in _specs(source)]
+    listed = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
+    for spec in listed:
+        if not isinstance(spec, str | os.PathLike):
+            raise CalibrationError(
+                f"calibration: got {type(spec).__name__}, expected corpus specs, or alone a tensor or Windows."
+            )
+    if not listed:
+        raise CalibrationError("calibration: got no corpus, expected at least one. Pass --calibration c4, for example.")
+    parsed = [weighted(os.fspath(spec)) for spec in listed]
     total = sum(weight for _, weight in parsed)
     quotas = [samples * weight / total for _, weight in parsed]
     counts = [int(quota) for quota in quotas]
@@ -167,20 +181,8 @@ def _shares(source: Any, samples: int) -> list[tuple[str, Fraction, int]]:
     return [(spec, weight / total, count) for (spec, weight), count in zip(parsed, counts, strict=True)]
 
 
-def _specs(source: Any) -> list[str]:
-    listed = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
-    for spec in listed:
-        if not isinstance(spec, str | os.PathLike):
-            raise CalibrationError(
-                f"calibration: got {type(spec).__name__}, expected corpus specs, or alone a tensor or Windows."
-            )
-    if not listed:
-        raise CalibrationError("calibration: got no corpus, expected at least one. Pass --calibration c4, for example.")
-    return [os.fspath(spec) for spec in listed]
-
-
 def _sampled(
-    spec: str, text: Text, samples: int, length: int, seed: int, sampling: Sampling | None, report: Progress
+    spec: str, text: Text, samples: int, length: int, seed: int, sampling: Sampling | None, report: Report
 ) -> Windows:
     """Return the windows of one source of a mixture."""
     if is_token_file(spec):
@@ -190,7 +192,7 @@ def _sampled(
                 f"{spec}: {given.samples} windows, expected {samples} for its share of the mixture. "
                 "Lower its weight or ask for fewer --samples."
             )
-        report(samples, samples)
+        report(samples)
         return given
     corpus = load_corpus(spec, "calibration")
     sampling = sampling or ("concat" if corpus.name == "wikitext2" else "document")
@@ -223,7 +225,7 @@ def _provenance(role: Role, text: Text, samples: int, length: int) -> dict[str, 
 
 
 def _document_windows(
-    corpus: Corpus, text: Text, samples: int, length: int, seed: int, report: Progress
+    corpus: Corpus, text: Text, samples: int, length: int, seed: int, report: Report
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return windows and facts; the random numbers are used in the order of the published loop."""
     generator, count = random.Random(seed), len(corpus.documents)
@@ -252,7 +254,7 @@ def _document_windows(
             # Exact: both ends are included, so the last token of a document is never used; as published.
             start = generator.randint(0, len(long[index]) - length - 1)
             rows.append(long[index][start : start + length])
-            report(len(rows), samples)
+            report(len(rows))
     return torch.stack(rows), {"documents": count, "documents_used": len(long), "draws": draws}
 
 
@@ -260,7 +262,7 @@ def _document_windows(
 
 
 def _concat_windows(
-    corpus: Corpus, tokenised: Text, samples: int, length: int, seed: int, report: Progress
+    corpus: Corpus, tokenised: Text, samples: int, length: int, seed: int, report: Report
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return windows and facts; a corpus beyond `_character_bound` is represented by seeded random documents."""
     bound = _character_bound(samples * length)
@@ -272,7 +274,7 @@ def _concat_windows(
         raise _too_short(corpus, len(ids), f"a window of {length} needs at least {length + 1}")
     generator = random.Random(seed)
     starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
-    report(samples, samples)
+    report(samples)
     facts = {"documents": len(corpus.documents), "characters": len(text), "tokens": len(ids), "whole_corpus": whole}
     return torch.stack([ids[start : start + length] for start in starts]), facts
 
@@ -310,17 +312,6 @@ def _random_text(corpus: Corpus, bound: int, seed: int) -> str:
         taken.append(document[start : start + missing])
         missing -= len(taken[-1]) + len(corpus.joiner)
     return corpus.joiner.join(taken)
-
-
-def _leading_tokens(corpus: Corpus, tokenised: Text, needed: int | None) -> tuple[torch.Tensor, int]:
-    """Return the ids of the joined text and its characters; when only `needed` ids count, of a part that holds them."""
-    text, whole = _leading_text(corpus, None if needed is None else _character_bound(needed))
-    ids = tokenised.ids(text)
-    # Exact: where a text is cut shows in its last tokens only, so the needed ones must lie far from the cut.
-    if not whole and needed is not None and len(ids) < 2 * needed:
-        text, _ = _leading_text(corpus, None)
-        ids = tokenised.ids(text)
-    return ids, len(text)
 
 
 def _too_short(corpus: Corpus, found: int, expected: str) -> CalibrationError:

@@ -1,14 +1,12 @@
 """Data sets of the Hugging Face Hub: single files and whole data sets, fetched or from the local caches."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from secateur.calibration.documents import (
     DEFAULT_FIELD,
-    DEFAULT_JOINER,
     Corpus,
     optional,
     table_rows,
@@ -19,13 +17,31 @@ from secateur.errors import CalibrationError
 Role = Literal["calibration", "evaluation"]
 
 HUB_PROBE_SECONDS = 5.0
+# Repository, and the files for calibration and for evaluation.
+HUB_FILES: Mapping[str, tuple[str, Mapping[Role, str]]] = {
+    "c4": (
+        "allenai/c4",
+        {
+            "calibration": "en/c4-train.00000-of-01024.json.gz",
+            "evaluation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    "wikitext2": (
+        "Salesforce/wikitext",
+        {
+            "calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
+            "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        },
+    ),
+}
 
 
-def hub_file(name: str, repository: str, file: str, role: Role) -> tuple[Path, dict[str, Any]]:
-    """Return the local path of one file of a data set repository, from the cache if it is there, and its origin."""
+def hub_file(name: str, role: Role) -> tuple[Path, dict[str, Any]]:
+    """Return the local path of the file with a named corpus, from the cache if it is there, and its origin."""
     import huggingface_hub
 
-    found = cached(name, repository, file, role)
+    repository, file = HUB_FILES[name][0], HUB_FILES[name][1][role]
+    found = cached(name, role)
     if found is None:
         try:
             found = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
@@ -35,10 +51,11 @@ def hub_file(name: str, repository: str, file: str, role: Role) -> tuple[Path, d
     return Path(found), {"corpus": name, "repository": repository, "file": file, "revision": revision}
 
 
-def cached(name: str, repository: str, file: str, role: Role) -> str | None:
-    """Return a hub file's path in the cache, or None where it can be fetched; CalibrationError where it cannot."""
+def cached(name: str, role: Role) -> str | None:
+    """Return that file's path in the cache, or None if it can be fetched. Raises CalibrationError if it cannot."""
     import huggingface_hub
 
+    repository, file = HUB_FILES[name][0], HUB_FILES[name][1][role]
     found = huggingface_hub.try_to_load_from_cache(repository, file, repo_type="dataset")
     if isinstance(found, str):
         return found
@@ -75,14 +92,21 @@ def _unreachable(name: str, reason: str, role: Role) -> CalibrationError:
 def hub_dataset(spec: str, role: Role) -> Corpus:
     """The corpus of a spec `hf:NAME[:CONFIG][:SPLIT][:FIELD]`."""
     name, config, split, field = hub_parts(spec)
-    table = _split(spec, _load_dataset(spec, name, config, role), split, role)
+    splits = _load_dataset(spec, name, config, role)
+    wanted = [split] if split else ["train"] if role == "calibration" else ["test", "validation"]
+    table = next((splits[part] for part in wanted if part in splits), None)
+    if table is None:
+        raise CalibrationError(
+            f"{spec}: no split {' or '.join(map(repr, wanted))}; splits found: {', '.join(splits)}. "
+            "Name one of them as hf:NAME:CONFIG:SPLIT."
+        )
     if field not in table.column_names:
         raise wrong_field(spec, field, table.column_names, "hf:NAME:CONFIG:SPLIT:FIELD")
     column = table.select_columns([field])
     documents = table_rows(lambda index: column[index][field], len(column), f"{spec}, field {field!r}")
     # The fingerprint of `datasets` names the content as loaded.
     origin = {"split": str(table.split), "field": field, "fingerprint": table._fingerprint}
-    return Corpus(spec, documents, DEFAULT_JOINER, {"corpus": spec, "dataset": name, "config": config, **origin})
+    return Corpus(spec, documents, {"corpus": spec, "dataset": name, "config": config, **origin})
 
 
 def hub_parts(spec: str) -> tuple[str, str | None, str | None, str]:
@@ -100,34 +124,16 @@ def _load_dataset(spec: str, name: str, config: str | None, role: Role) -> Mappi
     """Return the splits of a data set; without a connection, of a local folder or from the cache of `datasets`."""
     datasets = optional("datasets", spec)
     trouble = None if Path(name).is_dir() else hub_trouble()
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
-        with _cache_only(datasets) if trouble else nullcontext():
-            loaded: Mapping[str, Any] = datasets.load_dataset(name, config)
+        datasets.config.HF_HUB_OFFLINE = offline or trouble is not None
+        loaded: Mapping[str, Any] = datasets.load_dataset(name, config)
     except Exception as error:  # the library raises many kinds; each text is the best account there is
         if trouble:
             raise _unreachable(spec, f"{trouble}, and it is not in the local cache ({error})", role) from error
         raise CalibrationError(
             f"{spec}: the datasets library cannot load it: {error}. Check the name and the configuration."
         ) from error
-    return loaded
-
-
-@contextmanager
-def _cache_only(datasets: Any) -> Iterator[None]:
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _split(spec: str, splits: Mapping[str, Any], split: str | None, role: Role) -> Any:
-    wanted = [split] if split else ["train"] if role == "calibration" else ["test", "validation"]
-    for name in wanted:
-        if name in splits:
-            return splits[name]
-    raise CalibrationError(
-        f"{spec}: no split {' or '.join(map(repr, wanted))}; splits found: {', '.join(splits)}. "
-        "Name one of them as hf:NAME:CONFIG:SPLIT."
-    )
+        datasets.config.HF_HUB_OFFLINE = offline
+    return loaded

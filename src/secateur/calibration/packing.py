@@ -1,6 +1,5 @@
 """Training windows: documents tokenised one by one, laid end to end and cut, with a part held out."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -10,7 +9,7 @@ import torch
 
 from secateur.calibration.corpora import load_corpus
 from secateur.calibration.documents import Corpus
-from secateur.calibration.windows import Source, Windows, given_windows, require_positive, require_tokenizer
+from secateur.calibration.windows import Source, Windows, given_windows, one_spec, require_positive
 from secateur.errors import CalibrationError
 
 DEFAULT_LENGTH = 1024  # as in the published script; the papers' calibration and evaluation take 2048
@@ -41,10 +40,7 @@ def training_windows(
     given = given_windows(source, None, length)
     if given is not None:
         return _parted(given, samples, held_out, "the rows given")
-    if not isinstance(source, str | os.PathLike):
-        raise CalibrationError(f"training: got {type(source).__name__}, expected one corpus, a tensor or Windows.")
-    require_tokenizer(tokenizer, [os.fspath(source)])
-    corpus = load_corpus(os.fspath(source), "calibration")
+    corpus = load_corpus(one_spec(source, tokenizer, "training"), "calibration")
     length = length or DEFAULT_LENGTH
     needed = (samples + held_out) * length
     parts: list[torch.Tensor] = []
@@ -56,24 +52,19 @@ def training_windows(
         if found >= needed:
             break
     count = min(found, needed) // length
-    if count <= held_out:
-        raise CalibrationError(
-            f"{corpus.name}: the whole text has {found} tokens, which make {count} windows of {length}; {held_out} are "
-            "held out and at least one is needed to train on. Use a longer text, a shorter --length, or hold out fewer "
-            "with --held-out."
-        )
     name = {"class": type(tokenizer).__name__, "name": str(getattr(tokenizer, "name_or_path", ""))}
     facts = {"documents": len(corpus.documents), "documents_used": documents, "tokens": found}
     provenance = {"source": "text", "sampling": "packed", "tokenizer": name, **corpus.provenance, **facts}
-    packed = Windows(torch.cat(parts)[: count * length].reshape(count, length).clone(), provenance)
-    return _parted(packed, samples, held_out, corpus.name)
+    ids = torch.cat([torch.empty(0, dtype=torch.int64), *parts])[: count * length]
+    packed = Windows(ids.reshape(count, length).clone(), provenance)
+    return _parted(packed, samples, held_out, f"{corpus.name}, {found} tokens in windows of {length}")
 
 
 def _parted(windows: Windows, samples: int, held_out: int, where: str) -> tuple[Windows, Windows]:
     if windows.samples <= held_out:
         raise CalibrationError(
             f"{where}: {windows.samples} windows, of which {held_out} are held out, and training needs one at least. "
-            "Give more, or hold out fewer with --held-out."
+            "Give more, use a shorter --length for text, or hold out fewer with --held-out."
         )
     result = []
     for role, first, last in (("training", held_out, held_out + samples), ("held out", 0, held_out)):

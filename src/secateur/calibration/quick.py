@@ -36,10 +36,6 @@ class _Tokenizer:
         self.most_tokens = max(self.most_tokens, len(encoded["input_ids"]))
         return encoded
 
-    def saw_more_than(self, tokens: int) -> bool:
-        """Whether some text has, or surely has, more tokens than these."""
-        return self.most_tokens > tokens or self.longest_text > CHARACTERS_PER_TOKEN * tokens
-
 
 def quick_windows(
     source: Any, tokenizer: Any, *, samples: int | None, length: int | None, seed: int, sampling: Any, bos: Any
@@ -48,16 +44,13 @@ def quick_windows(
 
     Errors: those of `calibration_windows`, as far as they show.
     """
-    slow: dict[str, str] = {}
     specs = text_corpora(source, tokenizer, samples, length, sampling)
-    for spec in specs:
-        reason = quick_to_read(spec, MOST_BYTES)
-        if reason is None and len(specs) > 1:
+    reasons = {spec: quick_to_read(spec, MOST_BYTES) for spec in specs}
+    for spec in specs if len(specs) > 1 else ():
+        if reasons[spec] is None:
             load_corpus(spec, "calibration")
-        elif reason is not None:
-            slow[spec] = reason
-    if slow:
-        return None, [f"{spec}: not read, because {reason}." for spec, reason in slow.items()]
+    if slow := [f"{spec}: not read, because {reason}." for spec, reason in reasons.items() if reason is not None]:
+        return None, slow
     limited = None if tokenizer is None else _Tokenizer(tokenizer)
     try:
         options = {"samples": samples, "length": length, "seed": seed, "sampling": sampling, "bos": bos}
@@ -65,8 +58,8 @@ def quick_windows(
     except _Enough:
         assert limited is not None
         wanted = length or DEFAULT_LENGTH
-        if limited.saw_more_than(wanted):
-            return None, ()
+        if limited.most_tokens > wanted or limited.longest_text > CHARACTERS_PER_TOKEN * wanted:
+            return None, ()  # some text has, or surely has, more tokens than a window
         return None, [
             f"{', '.join(specs)}: not checked to the end; none of the first documents has more than {wanted} tokens."
         ]

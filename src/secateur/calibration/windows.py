@@ -106,18 +106,10 @@ class Windows:
 
 
 def _padded_at_the_end(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (ids, mask) with the padding after the tokens, or (ids, None) when all samples have the same length."""
-    mask = _checked_mask(ids, mask)
-    lengths = mask.sum(dim=1)
-    longest = int(lengths.max())
-    kept = torch.arange(longest) < lengths.unsqueeze(1)
-    moved = torch.zeros(len(ids), longest, dtype=torch.int64)
-    moved[kept] = ids[mask]  # both go row by row
-    return moved, None if bool(kept.all()) else kept
+    """Return (ids, mask) with the padding after the tokens, or (ids, None) when all samples have the same length.
 
-
-def _checked_mask(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return an attention mask as bool: ones in one piece in every row."""
+    Raises CalibrationError for a mask whose ones are not in one piece in every row.
+    """
     if mask.shape != ids.shape:
         raise CalibrationError(
             f"{MASK_KEY}: got the shape {tuple(mask.shape)}, expected that of {TOKEN_KEY}, {tuple(ids.shape)}."
@@ -141,7 +133,12 @@ def _checked_mask(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             f"{MASK_KEY}: row {sample}, position {position}: padding lies between tokens, expected it before the first "
             "or after the last one."
         )
-    return mask
+    lengths = mask.sum(dim=1)
+    longest = int(lengths.max())
+    kept = torch.arange(longest) < lengths.unsqueeze(1)
+    moved = torch.zeros(len(ids), longest, dtype=torch.int64)
+    moved[kept] = ids[mask]  # both go row by row
+    return moved, None if bool(kept.all()) else kept
 
 
 Source = str | os.PathLike[str] | torch.Tensor | Windows
@@ -254,6 +251,14 @@ def require_positive(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise CalibrationError(f"--{name}: got {count}, expected at least 1.")
+
+
+def one_spec(source: Any, tokenizer: Any, purpose: str) -> str:
+    """Return the spec of the one text that a purpose takes. Raises CalibrationError for several, or no tokenizer."""
+    if not isinstance(source, str | os.PathLike):
+        raise CalibrationError(f"{purpose}: got {type(source).__name__}, expected one corpus, a tensor or Windows.")
+    require_tokenizer(tokenizer, [os.fspath(source)])
+    return os.fspath(source)
 
 
 def require_tokenizer(tokenizer: Any, specs: Sequence[str]) -> None:

@@ -37,10 +37,12 @@ def recover(settings: RecoverSettings, config: Config = None, as_json: Json = Fa
         return
     try:
         with quiet_libraries(), recovery_progress() as (show, say):
-            from secateur.recover.fine_tuning import run
+            from secateur.recover.fine_tuning import fine_tune
             from secateur.report.recovery import forecast_table, recovery_tables
 
-            result = run(replace(settings, announce=lambda forecast: say(forecast_table(forecast)), progress=show))
+            result = fine_tune(
+                **vars(replace(settings, announce=lambda forecast: say(forecast_table(forecast)), progress=show))
+            )
     except KeyboardInterrupt:
         from secateur.recover.training import last_checkpoint
         from secateur.runs.output import resolved
@@ -108,8 +110,8 @@ def merge(
     What that costs is measured: the perplexity of the base, of base and adapter side by side, and of the result.
     """
     with quiet_libraries(), stage_progress() as show:
-        from secateur.recover.merge import run
+        from secateur.recover.merge import merge as merge_adapter
         from secateur.report.recovery import merge_tables
 
-        result = run(replace(settings, evaluate=not no_eval, progress=show))
+        result = merge_adapter(**vars(replace(settings, evaluate=not no_eval, progress=show)))
     print_result(result, merge_tables, as_json)

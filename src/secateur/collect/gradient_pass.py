@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import secateur
-from secateur.calibration import Windows, check_predictions
+from secateur.calibration.windows import Windows, check_predictions
 from secateur.collect.block_gradients import GradientPass
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.collect.model_windows import model_windows

@@ -11,20 +11,11 @@ from typing import Any, NotRequired, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from secateur.calibration import (
-    Windows,
-    bos_text,
-    calibration_windows,
-    check_bos,
-    check_length,
-    check_predictions,
-    check_vocabulary,
-    evaluation_windows,
-)
 from secateur.calibration.corpora import is_token_file
-from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES, calibration_windows, evaluation_windows
 from secateur.calibration.quick import quick_windows
-from secateur.calibration.windows import Progress
+from secateur.calibration.text import bos_text, check_bos
+from secateur.calibration.windows import Progress, Windows, check_length, check_predictions, check_vocabulary
 from secateur.collect.settings import CalibrationSettings
 from secateur.core.choices import Bos
 from secateur.files.reading import read_json

@@ -16,7 +16,7 @@ from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from secateur.calibration import Windows
+    from secateur.calibration.windows import Windows
     from secateur.models.opening.opened import OpenedModel
     from secateur.runs.events import Progress
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.collect.collector import Place, run_batches
 from secateur.collect.input_sums import InputSums, Sums
 from secateur.core.needs import Need, input_statistics

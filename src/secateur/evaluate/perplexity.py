@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.collect.settings import ModelSettings
 from secateur.errors import NumericalError

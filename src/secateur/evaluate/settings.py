@@ -11,7 +11,7 @@ from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from secateur.calibration import Windows
+    from secateur.calibration.windows import Windows
     from secateur.runs.events import Progress
 
     OneText: TypeAlias = str | Tensor | Windows

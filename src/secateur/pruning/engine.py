@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import collect
 from secateur.collect.survey import computing, facts_of

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from secateur.calibration import Windows
-from secateur.calibration.windows import Progress
+from secateur.calibration.windows import Progress, Windows
 from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.gradient_file import GradientFile

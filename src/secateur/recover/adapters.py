@@ -32,23 +32,24 @@ PREFIX = "base_model.model."  # of every tensor in an adapter that peft saved
 _WITHOUT = "Remove it to merge the adapter without a record."
 
 
-class _DataRecord(TypedDict):
+class _Data(TypedDict):
     name: str | None
+    digest: str
 
 
-class _HeldOutRecord(TypedDict):
+class _HeldOut(TypedDict):
     samples: Annotated[int, Meta(ge=1)]
     length: Annotated[int, Meta(ge=1)]
     digest: str
 
 
 class Record(TypedDict):
-    """What merging reads of an adapter's record."""
+    """What is read of an adapter's record, and of an unfinished recovery."""
 
     method: str
     base: BaseEntry
-    data: _DataRecord
-    held_out: _HeldOutRecord
+    data: _Data
+    held_out: _HeldOut
 
 
 def require_peft(what: str) -> None:
@@ -80,7 +81,9 @@ def find_targets(model: nn.Module, asked: Sequence[str] = ()) -> list[str]:
         globs = [known] if isinstance(known, str) else list(known)
     chosen: list[str] = []
     for glob in globs:
-        found = modules if glob == "all-linear" else [name for name in modules if _names(name, glob)]
+        found = [
+            name for name in modules if glob in ("all-linear", name) or name.endswith(f".{glob}") or matches(name, glob)
+        ]
         if not found and asked:
             raise PatternError(f'--targets "{glob}" matches none of the matrices. {_choice(modules)}')
         chosen += [name for name in found if name not in chosen]
@@ -98,11 +101,12 @@ def with_adapters(model: nn.Module, config: Any) -> Any:
     """
     from peft import get_peft_model
 
+    layers = set(_adaptable(model))
     model_with: Any = get_peft_model(model, config)
-    stacks = [name for name, _ in model_with.named_parameters() if ".lora_" in name and ".experts." in name]
-    if stacks:
+    adapters = (name.removeprefix(PREFIX) for name, _ in model_with.named_parameters() if ".lora_" in name)
+    if stacks := [name for name in adapters if name.partition(".lora_")[0] not in layers]:
         raise PatternError(
-            f"peft puts adapters on fused stacks of experts for these targets ({stacks[0].removeprefix(PREFIX)}), and "
+            f"peft puts adapters on fused stacks of experts for these targets ({stacks[0]}), and "
             "those cannot be merged. Leave out names that experts have as well, such as gate_proj and down_proj."
         )
     return model_with
@@ -115,10 +119,6 @@ def _adaptable(model: nn.Module) -> list[str]:
         for name, (parameter, _) in matrix_parameters(model).items()
         if name.endswith(".weight") and parameter.dim() == 2
     ]
-
-
-def _names(module: str, glob: str) -> bool:
-    return matches(module, glob) or module == glob or module.endswith(f".{glob}")
 
 
 def _choice(modules: Sequence[str]) -> str:
@@ -144,7 +144,6 @@ class Adapter:
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """The LoRA adapter in a folder, as peft saved it. Raises `CheckpointError` when it is none, or of another kind."""
-    require_peft("Reading an adapter")
     from peft import LoraConfig, PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -191,23 +190,15 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
     from transformers.pytorch_utils import Conv1D
 
     rows, columns = weight.shape
-    layer: nn.Module
+    make: Any = Conv1D if issubclass(kind, Conv1D) else nn.Linear
     with torch.device("meta"):
-        if issubclass(kind, Conv1D):
-            layer = Conv1D(columns, rows)  # type: ignore[no-untyped-call]
-        else:
-            layer = nn.Linear(columns, rows, bias=False)
-    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
-    layer.register_parameter("bias", None)
+        root: nn.Module = make(columns, rows)
+    root.weight = nn.Parameter(weight.float(), requires_grad=False)
+    root.register_parameter("bias", None)
     # The layer stands alone under its own name, so that peft's rules by name find it as they would in the model.
-    root = nn.Module()
-    parent = root
-    *path, leaf = module.split(".")
-    for part in path:
-        child = nn.Module()
-        parent.add_module(part, child)
-        parent = child
-    parent.add_module(leaf, layer)
+    for part in reversed(module.split(".")):
+        inner, root = root, nn.Module()
+        root.add_module(part, inner)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of patterns that name other modules
@@ -231,10 +222,9 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of an adapter, with a digest over it, and a README beside it."""
     value = {"format": 1, **record}
-    with writing(folder / ADAPTER_RECORD):
-        text = json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n"
+    text = json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n"
+    with writing(folder):
         (folder / ADAPTER_RECORD).write_text(text, encoding="utf-8")
-    with writing(folder / "README.md"):
         (folder / "README.md").write_text(_readme(record), encoding="utf-8")
 
 
@@ -254,24 +244,23 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> None:
-    """Raise `CheckpointError` when the adapter's record says that it was trained on another checkpoint."""
+def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> list[str]:
+    """Notes on whether an adapter belongs to a base: one where it has no record, so that nothing proves it.
+
+    Raises `CheckpointError` when its record says that it was trained on another checkpoint.
+    """
     if adapter.record is None:
-        return
+        named = adapter.config.base_model_name_or_path
+        if not named or Path(named).resolve() == base.resolve():
+            return []
+        return [f"The adapter says that it was trained on {named}, and nothing proves that {base} is the same model."]
     trained_on = adapter.record["base"]
     if trained_on["digest"] != manifest.digest:
         raise CheckpointError(
             f"{adapter.folder}: trained on {trained_on['path']} (digest {trained_on['digest'][:12]}), and {base} is "
             f"another checkpoint (digest {manifest.digest[:12]}). Give the one that it was trained on as --base."
         )
-
-
-def base_notes(adapter: Adapter, base: Path) -> list[str]:
-    """A warning about an adapter without a record, since nothing proves that it belongs to the base."""
-    named = adapter.config.base_model_name_or_path
-    if adapter.record is not None or not named or Path(named).resolve() == base.resolve():
-        return []
-    return [f"The adapter says that it was trained on {named}, and nothing proves that {base} is the same model."]
+    return []
 
 
 def _readme(record: Mapping[str, Any]) -> str:

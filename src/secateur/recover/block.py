@@ -1,35 +1,40 @@
-"""`reconstruct`: block by block, the kept weights of a pruned checkpoint tuned to give what the dense model gives.
+"""`reconstruct`: block by block, the kept weights of a pruned checkpoint tuned to the outputs of the dense model.
 
 For each block: run the calibration samples through the dense one to get targets, tune the kept weights of the pruned
-one, write it, and run the samples through it as it was written to make the next block's inputs. No more than one block
-is held at a time, whatever the model's size.
+one, write it, and run the samples through it as it was written to make the next block's inputs. The next block is read
+and the last one written while this one is tuned; no more are held, whatever the model's size.
 """
 
 import math
 import os
 import time
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.collect.model_windows import model_windows
-from secateur.errors import CalibrationError
+from secateur.core.checks import check_weight
+from secateur.errors import CalibrationError, NumericalError
 from secateur.files.folders import locate
 from secateur.files.names import unique
-from secateur.models.flow.stream import default_batch_size
-from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.models.flow.stream import HiddenStates, Stream, default_batch_size, states_folder
+from secateur.models.opening.opened import open_model
 from secateur.models.shape.matrices import Matrix, by_block
-from secateur.models.shape.skeleton import Skeleton
+from secateur.models.shape.skeleton import Skeleton, loaded
+from secateur.models.shape.structure import Block
 from secateur.plans.plan import Plan, matching
-from secateur.record.manifest import Manifest, read_manifest
+from secateur.record.manifest import Manifest, mask_digest, read_manifest, tensor_digest
 from secateur.record.versions import run_facts
-from secateur.recover.block_pass import BlockPass
-from secateur.recover.block_tuning import Split
+from secateur.recover.block_tuning import Split, Targets, tune
 from secateur.recover.dense_source import DenseSource
 from secateur.recover.settings import BlockSettings, require_one_process
+from secateur.recover.written import check_unchanged
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Clock, Event
@@ -47,8 +52,8 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     them is never trained on, and judges after each of at most `epochs` epochs whether a block got better. With
     `minutes` a block is tuned for its share of the time at most, and its learning rate falls with the clock. Each step
     of Adam sees `step` samples; `learning_rate` is relative to the root mean square of each parameter's kept weights.
-    `targets` says what a block should give: the dense block's outputs after the dense blocks before it ("dense"), or
-    what it gives on the inputs that the tuned blocks leave it ("pruned"). `only` and `skip` choose among the pruned
+    `targets` says what a block is fitted to: the dense block's outputs after the dense blocks before it ("dense"), or
+    its outputs on the inputs that come from the tuned blocks ("pruned"). `only` and `skip` choose among the pruned
     matrices. At most `batch_size` samples run through a block at once, which changes no result but for rounding.
 
     Every zero stays zero, and no other weight becomes one. Tensors that were not tuned are byte-identical. A block
@@ -65,7 +70,14 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     target = check_output(settings.output, folder, settings.overwrite)
     assert target is not None
     with Transaction(target, settings.overwrite) as transaction, ExitStack() as stack:
-        opened = _open(folder, settings)
+        how: dict[str, Any] = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
+        opened = open_model(folder, dtype=settings.dtype, **how)
+        if opened.skeleton.dtype == torch.float16:  # in which gradients underflow
+            if settings.dtype != "auto":
+                raise CalibrationError(
+                    f"--dtype {settings.dtype}: too narrow for gradients. Use bfloat16, float32 or auto."
+                )
+            opened = open_model(folder, dtype="float32", **how)
         skeleton = opened.skeleton
         original = DenseSource(folder, base, settings.dense)
         check_output(settings.output, original.path, settings.overwrite)
@@ -73,21 +85,20 @@ def reconstruct(settings: BlockSettings) -> Manifest:
         matrices = _matrices(skeleton, base, settings)
         dtype = str(skeleton.dtype).removeprefix("torch.")
         clock = Clock(synchronise=skeleton.device.type == "cuda")
-        began = time.perf_counter()
         on_event(Event("calibrate"))
-        windows = model_windows(
-            opened,
-            settings,
-            dense=lambda: open_model(
-                original.path,
-                device=str(skeleton.device),
-                dtype=dtype,
-                revision=base.source.get("revision") if settings.dense is None else None,
-                trust_remote_code=settings.trust_remote_code,
-            ),
-            progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
-        )
-        clock.add("calibrate", began)
+        with clock.timed("calibrate"):
+            windows = model_windows(
+                opened,
+                settings,
+                dense=lambda: open_model(
+                    original.path,
+                    device=str(skeleton.device),
+                    dtype=dtype,
+                    revision=base.source.get("revision") if settings.dense is None else None,
+                    trust_remote_code=settings.trust_remote_code,
+                ),
+                progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
+            )
         most = settings.batch_size or default_batch_size(windows.length, skeleton.device)
         split = Split.of(windows, settings.held_out, settings.step, most)
         manifest = replace(base, matrices={name: dict(entry) for name, entry in base.matrices.items()})
@@ -137,17 +148,6 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     return manifest
 
 
-def _open(folder: Path, settings: BlockSettings) -> OpenedModel:
-    """The pruned checkpoint, to compute in a dtype in which gradients do not underflow."""
-    how: dict[str, Any] = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
-    opened = open_model(folder, dtype=settings.dtype, **how)
-    if opened.skeleton.dtype != torch.float16:
-        return opened
-    if settings.dtype != "auto":
-        raise CalibrationError(f"--dtype {settings.dtype}: too narrow for gradients. Use bfloat16, float32 or auto.")
-    return open_model(folder, dtype="float32", **how)
-
-
 def _matrices(skeleton: Skeleton, manifest: Manifest, settings: BlockSettings) -> dict[int, list[Matrix]]:
     """The pruned matrices that the globs leave, by block."""
     shapes = {matrix.name: matrix.shape for matrix in skeleton.matrices}
@@ -164,3 +164,164 @@ def forwards(epochs: float, trained: float) -> float:
     on, and one forward of the rest before the first epoch and after each.
     """
     return 2 + 3 * epochs * trained + (math.ceil(epochs) + 1) * (1 - trained)
+
+
+@dataclass
+class BlockPass:
+    """One pass over the blocks."""
+
+    settings: BlockSettings
+    conveyor: Conveyor  # through the pruned checkpoint; dense blocks are loaded into its skeleton too
+    original: DenseSource
+    matrices: Mapping[int, Sequence[Matrix]]  # what is tuned, by block
+    split: Split
+    started: float  # by `time.perf_counter`
+    states: Path  # where hidden states may go
+    manifest: Manifest
+    first_tuned: tuple[int, float] | None = None  # its index, and when
+    tuning_seconds: float = 0.0  # of all blocks, their shares of --minutes at most
+
+    def __post_init__(self) -> None:
+        self.skeleton, self.clock, self.last = self.conveyor.skeleton, self.conveyor.clock, max(self.matrices)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Record the samples' calls, for dense targets those of the dense blocks too; then tune block by block."""
+        skeleton, batches, dense = self.skeleton, self.split.batches, self.settings.targets == "dense"
+        each = sum(batch.numel() for batch in batches) * skeleton.hidden_size * skeleton.dtype.itemsize
+        self.folder = states_folder(self.settings.offload_states, (2 + dense) * each, self.states)
+        made: list[Stream] = []
+        with ExitStack() as stack:
+            with self.clock.timed("record calls"):
+                skeleton.load_outside(head=False)
+                for name in ("pruned", "dense")[: 1 + dense]:
+                    stream = Stream(
+                        skeleton,
+                        batches,
+                        states_folder=self._place(name),
+                        progress=lambda done, total: self.conveyor.on_event(Event("record", 0, 0, done, total)),
+                    )
+                    made.append(stack.enter_context(closing(stream)))
+                skeleton.unload_outside()
+            self.pruned, self.dense = made[0], made[1] if dense else None
+            self.conveyor.carry(
+                lambda block, found: self._block(block, *found),
+                read=self._read,
+                check=partial(check_unchanged, self.original.folder, self.manifest),
+            )
+
+    def _place(self, name: str | int) -> Path | None:
+        return None if self.folder is None else self.folder.with_name(f"{self.folder.name}-{name}")
+
+    def _block(self, block: Block, tensors: dict[str, Tensor], original: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The checkpoint tensors of the finished block; the streams have moved on to the next."""
+        own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
+        if block.index > self.last:
+            return own
+        matrices, pruned = self.matrices.get(block.index, ()), self.pruned
+        count = len(pruned.batches)
+        with ExitStack() as stack:
+            targets = Targets(HiddenStates(count, self._place(block.index), pin=pruned.device.type == "cuda"))
+            stack.callback(targets.states.close)
+            if matrices or self.dense is not None:
+                self._take_targets(targets, block, original)
+            with loaded(self.skeleton, block, tensors):
+                if matrices:
+                    own |= self._tune(block, matrices, tensors, targets)
+                with self.clock.timed("propagation forward"):
+                    for batch in range(count if block.index < self.last else 0):
+                        pruned.states.put(batch, pruned.run(block, batch))
+                        self.conveyor.tell("forward", block, batch + 1, count)
+            pruned.release(block)
+            if self.dense is not None:
+                stack.pop_all()
+                self.dense.states.close()
+                self.dense.states = targets.states
+                self.dense.release(block)
+        return own
+
+    def _take_targets(self, targets: Targets, block: Block, original: dict[str, Tensor]) -> None:
+        """Add the outputs of the dense block: after the dense blocks before it, or on the inputs of the pruned one."""
+        stream = self.dense or self.pruned
+        with self.clock.timed("dense forward"), loaded(self.skeleton, block, original):
+            running = time.perf_counter()
+            for batch in range(len(stream.batches)):
+                targets.add(stream.run(block, batch, aside=self.dense is None))
+                self.conveyor.tell("dense", block, batch + 1, len(stream.batches))
+            targets.seconds = time.perf_counter() - running
+        if not math.isfinite(sum(targets.squares)):
+            raise NumericalError(
+                f"{block.path}: the dense model's own outputs are not finite. Is it sound? Try --dtype float32."
+            )
+
+    def _seconds(self, block: Block, forward: float) -> float | None:
+        """How long to tune this block, when a forward of all samples through one takes `forward` seconds.
+
+        Blocks that are tuned have the same share of the time that is left, less what else each block up to the last of
+        them takes: as measured until now, and two forwards for the first. Raises `CalibrationError` when nothing is
+        left from the beginning; where that is so later on, a block stays as it was.
+        """
+        minutes, now = self.settings.minutes, time.perf_counter()
+        if minutes is None:
+            return None
+        first, began = self.first_tuned or (block.index, now)
+        self.first_tuned = (first, began)
+        passed = block.index - first
+        beside = (now - began - self.tuning_seconds) / passed if passed else 2 * forward
+        left = 60 * minutes - (now - self.started) - beside * (self.last - block.index + 1)
+        if left <= 0 and not passed:
+            raise CalibrationError(
+                f"--minutes: got {minutes:g}. {(now - self.started) / 60:.1f} have passed, and forwards of all "
+                f"samples take about {beside * (self.last - block.index + 1) / 60:.1f} more, so that none are left to "
+                f"tune {block.path} and what follows. Use more minutes or fewer --samples."
+            )
+        return max(left / sum(index >= block.index for index in self.matrices), 0.0)
+
+    def _tune(
+        self, block: Block, matrices: Sequence[Matrix], tensors: dict[str, Tensor], targets: Targets
+    ) -> dict[str, Tensor]:
+        """The tensors that tuning changed; they are in the block's module, and the record is made."""
+        seconds = self._seconds(block, targets.seconds)
+        began = time.perf_counter()
+        changed, facts = tune(
+            block,
+            matrices,
+            tensors,
+            self.pruned,
+            targets,
+            self.split,
+            self.settings,
+            seconds,
+            progress=lambda done, total: self.conveyor.tell("tune", block, done, total),
+        )
+        self.tuning_seconds += min(time.perf_counter() - began, seconds or 0.0)
+        names = [name for group in self.skeleton.conversion.of(changed) for name in group.names]
+        self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
+        recovery = self.manifest.recovery
+        assert recovery is not None
+        for matrix in matrices:
+            recovery["masks"][matrix.name] = mask_digest(matrix.view(tensors) != 0)
+            if matrix.tensor in changed:
+                recovery["trained"][matrix.tensor] = self.manifest.tensors[matrix.tensor]
+                self.manifest.matrices[matrix.name]["kept_identical"] = False
+        record = {
+            "index": block.index,
+            "path": block.path,
+            "matrices": len(matrices),
+            **facts,
+            "seconds": round(self.clock.add("tune", began), 6),
+        }
+        recovery["blocks"].append(record)
+        self.settings.on_block(record)
+        return changed
+
+    def _read(self, block: Block) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """In the background: the block's tensors, pruned and dense (up to the last tuned block), both checked."""
+        tensors = self.skeleton.read(block)
+        for name in self.skeleton.block_tensors[block.index]:
+            check_unchanged(self.original.folder, self.manifest, name, tensor_digest(tensors[name]))
+        for matrix in self.matrices.get(block.index, ()):
+            check_weight(matrix.name, matrix.view(tensors))
+        wanted = list(tensors) if block.index <= self.last else []
+        original = self.original.read(wanted, pin=self.skeleton.device.type == "cuda") if wanted else {}
+        return tensors, original

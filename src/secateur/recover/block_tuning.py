@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import CalibrationError, ModelStructureError, NumericalError
 from secateur.models.flow.stream import HiddenStates, Stream
 from secateur.models.shape.matrices import Matrix, tapped
@@ -76,30 +76,8 @@ class Targets:
         """Keep the targets of the next batch."""
         self.states.put(len(self.tokens), states)
         self.tokens.append(states[..., 0].numel())
-        self.squares.append(float(states.to(_wide(states.dtype)).square().sum(dtype=torch.float64)))
-
-    def count(self, batches: range) -> int:
-        """The number of tokens of some batches."""
-        return sum(self.tokens[batch] for batch in batches)
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The result for one block.
-
-    `changed` are its checkpoint tensors that differ from before, `before` and `after` the loss on held-out samples,
-    `epochs` how many were run, the last one perhaps in part, and `best` which one was kept (0: the weights as they
-    were). `nudged` is the number of kept weights that would have been rounded to zero. `diverged` is the epoch whose
-    loss was not finite, after which no more were run.
-    """
-
-    changed: dict[str, Tensor]
-    before: float
-    after: float
-    epochs: float
-    best: int
-    nudged: int
-    diverged: int | None = None
+        wide = torch.promote_types(states.dtype, torch.float32)
+        self.squares.append(float(states.to(wide).square().sum(dtype=torch.float64)))
 
 
 def tune(
@@ -112,10 +90,15 @@ def tune(
     settings: BlockSettings,
     seconds: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Tuned:
-    """The tuned weights of a loaded block; the block itself, its inputs and `tensors` stay as they are.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a loaded block that tuning changes, and its record; block, inputs and `tensors` stay as they are.
 
-    `tensors` are the block's checkpoint tensors. After each epoch the weights are judged on the held-out samples as
+    `tensors` are the block's checkpoint tensors. In the record `before` and `after` are the loss on held-out samples,
+    `epochs` is how many were run, the last one perhaps in part, and `best_epoch` the one whose weights were kept (0:
+    the weights as they were). `nudged` counts kept weights that would have been rounded to zero; `diverged` is the
+    epoch whose loss was not finite, after which no more were run.
+
+    After each epoch the weights are judged on the held-out samples as
     they would be written, rounded; the best ones are the result, those at the start included. With `seconds`, tuning
     ends at the latest when they are over, and the learning rate falls with them; it rises over the first twentieth of
     all steps and then falls in a straight line.
@@ -163,8 +146,6 @@ def tune(
         sums = []
         for number in torch.randperm(len(split.steps), generator=generator).tolist():
             sums.append(loss.backward(copies, split.steps[number]))
-            for copy in copies:
-                copy.mask_gradient()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -184,8 +165,14 @@ def tune(
     for copy, (state, _) in zip(copies, best, strict=True):
         if chosen:
             copy.write(state, tensors, changed)
-    nudged = sum(count for _, count in best) if chosen else 0
-    return Tuned(changed, before, after, step / len(split.steps), chosen, nudged, diverged)
+    return changed, {
+        "before": before,
+        "after": after,
+        "epochs": step / len(split.steps),
+        "best_epoch": chosen,
+        "nudged": sum(count for _, count in best) if chosen else 0,
+        "diverged": diverged,
+    }
 
 
 class _Copy:
@@ -204,7 +191,8 @@ class _Copy:
         self._matrices = matrices
         self._transposed = transposed
         self._stored = tensors[matrices[0].tensor].dtype
-        self.master = parameter.detach().to(_wide(self.dtype, self._stored), copy=True)
+        wide = torch.promote_types(torch.promote_types(self.dtype, self._stored), torch.float32)
+        self.master = parameter.detach().to(wide, copy=True)
         self._free = torch.zeros_like(parameter, dtype=torch.bool)
         for matrix in matrices:
             weight = matrix.view(tensors).to(parameter.device)
@@ -217,16 +205,13 @@ class _Copy:
             matrix.place(weight.to(self.master.dtype), self.master, transposed)
             matrix.place(weight != 0, self._free, transposed)
         self.master.requires_grad_()
+        # What must stay as it is gets no gradient, so that Adam never moves it.
+        self.master.register_hook(self._free.mul)  # type: ignore[no-untyped-call]
 
     def scale(self) -> float:
         """The root mean square of the free weights; 0 when there are none."""
         free = self.master.detach()[self._free]
         return float(free.square().mean().sqrt()) if free.numel() else 0.0
-
-    def mask_gradient(self) -> None:
-        """Take the gradient away from what must stay as it is; Adam then never moves it."""
-        if self.master.grad is not None:
-            self.master.grad *= self._free
 
     def rounded(self) -> tuple[Tensor, int]:
         """The weights in the checkpoint's dtype, and how many free ones would have become zero there.
@@ -277,10 +262,11 @@ class _Loss:
         block = Block(self._block.index, self._block.path, _Substituted(self._block.module, weights))
         output = self._stream.run(block, batch, aside=True)
         target = self._targets.states.get(batch, self._stream.device)
-        wide = _wide(output.dtype)
+        wide = torch.promote_types(output.dtype, torch.float32)
         output, target = output.to(wide), target.to(wide)
         lengths = target.square().sum(dim=-1).clamp(min=self._least)
-        return ((output - target).square().sum(dim=-1) / lengths).sum() / self._targets.count(among)
+        tokens = sum(self._targets.tokens[number] for number in among)
+        return ((output - target).square().sum(dim=-1) / lengths).sum() / tokens
 
 
 class _Substituted(nn.Module):
@@ -292,7 +278,3 @@ class _Substituted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self._module, self._weights, args, kwargs)
-
-
-def _wide(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32

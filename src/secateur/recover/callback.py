@@ -18,8 +18,8 @@ class SparsityCallback(TrainerCallback):
 
     What is zero in the prunable matrices when training begins stays zero. Gradients of pruned weights are zeroed as
     they arise, before they are clipped; the weights and the optimizer's moments once more after every step, whatever
-    the optimizer does. Costs one byte for every weight of the sparse matrices that are trained. Frozen matrices are
-    only counted. The count is checked whenever a checkpoint is saved and at the end.
+    the optimizer does. It takes one byte for every weight of the sparse matrices that are trained. Frozen matrices
+    are only counted. The count is checked whenever a checkpoint is saved and at the end.
 
     Raises `PatternError` when the model has no zeros to keep, or lost some, and `ModelStructureError` under DeepSpeed
     and FSDP, whose parameters are not the model's own.
@@ -29,7 +29,7 @@ class SparsityCallback(TrainerCallback):
         self.zeros = 0  # how many are kept, known once training has begun
         self._checkpoint: str | os.PathLike[str] | None = None
         self._zeros: dict[str, tuple[nn.Parameter, int]] = {}
-        self._removed: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._removed: dict[str, Tensor] = {}  # where those that are trained are pruned
         self._hooks: list[Any] = []
 
     @classmethod
@@ -45,7 +45,7 @@ class SparsityCallback(TrainerCallback):
         for name, (parameter, removed) in sparse_parameters(model, self._checkpoint).items():
             self._zeros[name] = (parameter, int(removed.sum()))
             if parameter.requires_grad:
-                self._removed[name] = (parameter, removed)
+                self._removed[name] = removed
                 hooked: Any = parameter
                 self._hooks.append(hooked.register_post_accumulate_grad_hook(partial(self._mask_gradient, name)))
         self.zeros = sum(count for _, count in self._zeros.values())
@@ -53,11 +53,11 @@ class SparsityCallback(TrainerCallback):
     @torch.no_grad()
     def check(self) -> None:
         """Raise `PatternError` when a weight is not zero that was when training began."""
-        for name, (parameter, _) in self._removed.items():
-            lost = int(parameter.masked_select(self._removed_from(name)).count_nonzero())
-            if lost:
-                raise PatternError(f"{name}: {lost} of {self._zeros[name][1]} pruned weights are not zero any more.")
         for name, (parameter, zeros) in self._zeros.items():
+            if name in self._removed:
+                lost = int(parameter.masked_select(self._removed_from(name)).count_nonzero())
+                if lost:
+                    raise PatternError(f"{name}: {lost} of {zeros} pruned weights are not zero any more.")
             found = parameter.numel() - int(parameter.count_nonzero())
             if found < zeros:
                 raise PatternError(f"{name}: {found} zeros left of {zeros}.")
@@ -80,8 +80,8 @@ class SparsityCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Zero the pruned weights and whatever the optimizer keeps of them, after its step."""
         optimizer = kwargs["optimizer"]
-        for name, (parameter, _) in self._removed.items():
-            removed = self._removed_from(name)
+        for name in self._removed:
+            parameter, removed = self._zeros[name][0], self._removed_from(name)
             parameter.masked_fill_(removed, 0)
             for value in optimizer.state.get(parameter, {}).values():
                 # Quantised moments are whole numbers that stand for others. With gradients of zero they are zero.
@@ -99,11 +99,8 @@ class SparsityCallback(TrainerCallback):
 
     def _removed_from(self, name: str) -> Tensor:
         """Where a parameter is pruned, on the device that it has moved to."""
-        parameter, removed = self._removed[name]
-        if removed.device != parameter.device:
-            removed = removed.to(parameter.device)
-            self._removed[name] = (parameter, removed)
-        return removed
+        self._removed[name] = self._removed[name].to(self._zeros[name][0].device)
+        return self._removed[name]
 
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""The dense model that a pruned checkpoint was made from, each tensor of it checked to be that very one."""
+"""The dense model that a pruned checkpoint was made from, with every tensor checked."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ ADVICE = "Give the dense model that was pruned (--dense)."
 
 
 class DenseSource:
-    """The tensors of the dense model, of which each is checked to be what the pruned checkpoint was made from."""
+    """The tensors of the dense model, each checked to be the one that the pruned checkpoint was made from."""
 
     def __init__(self, folder: Path, manifest: Manifest, dense: str | os.PathLike[str] | None) -> None:
         """`folder` and `manifest` are those of the pruned checkpoint. Raises `CheckpointError`."""

@@ -2,18 +2,18 @@
 
 import gc
 import json
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import set_seed
 
-from secateur.calibration import Windows, check_length, check_predictions, check_vocabulary, training_windows
+from secateur.calibration.packing import training_windows
+from secateur.calibration.windows import check_length, check_predictions, check_vocabulary
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.evaluate.results import model_digest
@@ -22,14 +22,12 @@ from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
 from secateur.models.opening.whole import load_whole
-from secateur.record.card import write_card
 from secateur.record.manifest import read_manifest
-from secateur.record.verify import verify
 from secateur.record.versions import run_facts
-from secateur.recover.adapters import require_peft
+from secateur.recover.adapters import Record, require_peft
 from secateur.recover.forecast import count_parameters, forecast
 from secateur.recover.settings import RecoverSettings, require_one_process, with_preset
-from secateur.recover.training import Budget, Progress, RecoveryTrainer, Rows, arguments, last_checkpoint
+from secateur.recover.training import RecoveryTrainer, Rows, arguments, last_checkpoint
 from secateur.recover.ways import Adapters, FullWeights, Way
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
@@ -71,11 +69,6 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
     Raises `NumericalError` when training diverges, and `CheckpointError`, `PatternError` or `CalibrationError` for
     anything that cannot work.
     """
-    return run(settings)
-
-
-def run(settings: RecoverSettings) -> Recovery:
-    """What `fine_tune` does, from its settings."""
     asked_length, settings = settings.length, with_preset(settings)
     method, data, progress = settings.method, settings.data, settings.progress
     require_one_process()
@@ -88,9 +81,9 @@ def run(settings: RecoverSettings) -> Recovery:
     work = target.with_name(f"{target.name}.training")
     _check_work(work, settings.resume, settings.overwrite)
     with Transaction(target, settings.overwrite) as transaction:
-        chosen = choose_device(settings.device)
-        half = _half(settings.dtype, chosen)
-        made = arguments(settings, work, chosen, half)
+        device = choose_device(settings.device)
+        computing = _computing(settings.dtype, device)
+        made = arguments(settings, work, device, computing)
         opened = open_model(base, device=settings.device, trust_remote_code=settings.trust_remote_code)
         text = isinstance(data, str)
         if asked_length is None:
@@ -108,17 +101,14 @@ def run(settings: RecoverSettings) -> Recovery:
             check_vocabulary(windows, opened.skeleton.vocabulary_size)
             check_length(windows, opened.skeleton.positions)
             check_predictions(windows)
-        way: Way
-        if method == "full":
-            way = FullWeights(opened, manifest, base, settings)
-        else:
-            way = Adapters(opened, manifest, base, settings, masked=method == "sparse-lora")
-        settings.announce(forecast(settings, way, opened, train, held, chosen, half))
+        kind: type[Way] = FullWeights if method == "full" else Adapters
+        way = kind(opened, manifest, base, settings)
+        settings.announce(forecast(way, train, held, device, computing))
         distill = settings.distill
         asked = {
             "method": method,
             "settings": settings.to_json(),
-            "dtype": "bfloat16" if half else "float32",
+            "dtype": str(computing).removeprefix("torch."),
             "revision": REVISION,
             "distill": None if distill is None else str(distill),
             "distill_digest": None if distill is None else model_digest(distill),
@@ -127,17 +117,37 @@ def run(settings: RecoverSettings) -> Recovery:
             "held_out": {**held.provenance, "digest": held.digest},
         }
         start = _start(work, asked, settings.resume)
-        how: dict[str, Any] = {"batch_size": settings.batch_size}
-        before = perplexity(opened, held, **how, progress=_named(progress, "perplexity before"))
-        dense = None if distill is None else _load_dense(settings, opened, half, chosen)
-        whole = load_whole(base.resolve(), way.load_dtype(half), trust_remote_code=settings.trust_remote_code)
-        model, done = _train(way, whole, dense, settings, train, held, made, start)
+
+        def measured(model: OpenedModel, name: str) -> Perplexity:
+            def show(stage: str, done: int, total: int) -> None:
+                progress(name, done, total, stage)
+
+            return perplexity(model, held, batch_size=settings.batch_size, progress=show)
+
+        before = measured(opened, "perplexity before")
+        dense = None if distill is None else _load_dense(settings, opened, computing, device)
+        # What is trained is in float32, whatever products are computed in; the weights beside adapters are not trained.
+        stored = torch.float32 if method == "full" else computing
+        whole = load_whole(base.resolve(), stored, trust_remote_code=settings.trust_remote_code)
+        set_seed(settings.seed)  # adapters are drawn at random before the Trainer sets it
+        model, callbacks = way.prepare(whole)
+        trainer = RecoveryTrainer(
+            settings,
+            dense,
+            model=model,
+            args=made,
+            train_dataset=Rows(train),
+            eval_dataset=Rows(held),
+            callbacks=callbacks,
+        )
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        done = trainer.record()
         result = way.write(model, transaction)
         # Memory: the model was written; a whole one less while the result is measured.
-        del model, whole, dense
+        del model, whole, dense, trainer
         gc.collect()
-        after = perplexity(result, held, **how, progress=_named(progress, "perplexity after"))
-        parameters = count_parameters(opened)
+        after = measured(result, "perplexity after")
+        parameters = count_parameters(opened.skeleton.source)
         record = {
             **asked,
             "preset": settings.preset,
@@ -152,82 +162,25 @@ def run(settings: RecoverSettings) -> Recovery:
             },
             **run_facts(settings.command, peft=True),
         }
-        zeros = way.finish(transaction.folder, record)
-        if method == "full":
-            checked = verify(transaction.folder, progress=lambda done, total: progress("verifying", done, total, ""))
-            if not checked.ok:
-                raise CheckpointError(f"{settings.output}: not what it should be after training: {checked.problems[0]}")
-            write_card(transaction.folder, read_manifest(transaction.folder), target.name)
+        way.finish(transaction, record, progress)
         transaction.commit()
     shutil.rmtree(work, ignore_errors=True)
     if after.nats >= before.nats:
         way.notes.append("The held-out perplexity did not fall. Try a lower --lr, more steps, or other data.")
-    totals = manifest.totals
     return Recovery(
         output=str(settings.output),
         record=record,
         before=before,
         after=after,
-        sparsity_before=totals["zeros"] / max(totals["weights"], 1),
-        sparsity=zeros / max(totals["weights"], 1),
+        sparsity_before=manifest.totals["sparsity"],
+        sparsity=way.manifest.totals["sparsity"],
         notes=way.notes,
     )
 
 
-def _train(
-    way: Way,
-    model: nn.Module,
-    dense: nn.Module | None,
-    settings: RecoverSettings,
-    train: Windows,
-    held: Windows,
-    made: TrainingArguments,
-    start: Path | None,
-) -> tuple[Any, dict[str, Any]]:
-    """The model after a Trainer's run, as it was at its best, and what the record says of the run."""
-    from transformers import set_seed
-
-    set_seed(settings.seed)  # adapters are drawn at random before the Trainer sets it
-    prepared, callbacks = way.prepare(model)
-    budget = Budget(settings)
-    trainer = RecoveryTrainer(
-        settings=settings,
-        budget=budget,
-        dense=dense,
-        model=prepared,
-        args=made,
-        train_dataset=Rows(train),
-        eval_dataset=Rows(held),
-        callbacks=callbacks,
-    )
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    state = trainer.state
-    return prepared, {
-        "steps": state.global_step,
-        "best_step": state.best_global_step,
-        "tokens": state.global_step * settings.batch_size * settings.accumulation * train.length,
-        "seconds": budget.seconds,
-        "curve": _curve(state.log_history),
-    }
-
-
-def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """(step, seconds, loss, held-out perplexity) wherever one of the last two was measured."""
-    points: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        nats = entry.get("eval_loss")
-        perplexity = None if nats is None or nats >= 700 else math.exp(nats)
-        point = {"loss": entry.get("loss"), "perplexity": perplexity}
-        found = {key: value for key, value in point.items() if value is not None}
-        if found:
-            held = points.setdefault(entry["step"], {"step": entry["step"], "loss": None, "perplexity": None})
-            held |= {"seconds": entry.get("seconds"), **found}
-    return [points[step] for step in sorted(points)]
-
-
-def _load_dense(settings: RecoverSettings, opened: OpenedModel, half: bool, device: torch.device) -> nn.Module:
+def _load_dense(settings: RecoverSettings, opened: OpenedModel, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The dense model to learn from, frozen. Raises `CheckpointError` when its tokens are others."""
-    name, dtype = str(settings.distill), torch.bfloat16 if half else torch.float32
+    name = str(settings.distill)
     dense: Any = load_whole(locate(name), dtype, trust_remote_code=settings.trust_remote_code)
     own, held = dense.get_input_embeddings().weight.shape[0], opened.skeleton.vocabulary_size
     if own != held:
@@ -238,13 +191,12 @@ def _load_dense(settings: RecoverSettings, opened: OpenedModel, half: bool, devi
     return dense.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
 
 
-def _half(dtype: str, device: torch.device) -> bool:
-    """Whether products are computed in bfloat16: as asked, or on a GPU that has units for it."""
-    if dtype == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if dtype not in ("float32", "bfloat16"):
+def _computing(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype that products are computed in: as asked, or bfloat16 on a GPU that has units for it."""
+    if dtype not in ("auto", "float32", "bfloat16"):
         raise CheckpointError(f'--dtype: got "{dtype}", expected auto, float32 or bfloat16.')
-    return dtype == "bfloat16"
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and fast) else torch.float32
 
 
 def _check_work(work: Path, resume: bool, overwrite: bool) -> None:
@@ -290,19 +242,9 @@ def _comparable(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {**asked["settings"], **asked, **digests, "settings": None}
 
 
-class _Named(TypedDict):
-    digest: str
+class _State(Record):
+    """What is read of the settings of an unfinished run."""
 
-
-class _State(TypedDict):
-    method: str
     settings: dict[str, Any]
     dtype: str
     distill: str | None
-    base: _Named
-    data: _Named
-    held_out: _Named
-
-
-def _named(progress: Progress, name: str) -> Callable[[str, int, int], None]:
-    return lambda stage, done, total: progress(name, done, total, stage)

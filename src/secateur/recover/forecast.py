@@ -1,14 +1,15 @@
 """What a recovery will train and take, before it starts."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from secateur.calibration import Windows
-from secateur.models.opening.opened import OpenedModel, open_source
+from secateur.calibration.windows import Windows
+from secateur.models.opening.opened import open_source
+from secateur.models.shape.skeleton import Source
 from secateur.pruning.forecast_time import forward_seconds
-from secateur.recover.settings import RecoverSettings
 from secateur.recover.ways import Way
 
 # Bytes of moments for each trainable weight where it is not two numbers in float32, by the Trainer's name.
@@ -58,26 +59,15 @@ class Forecast:
         return self.weight_bytes + self.gradient_bytes + self.moment_bytes + self.mask_bytes + self.dense_bytes
 
 
-def forecast(
-    settings: RecoverSettings,
-    way: Way,
-    opened: OpenedModel,
-    train: Windows,
-    held: Windows,
-    device: torch.device,
-    half: bool,
-) -> Forecast:
+def forecast(way: Way, train: Windows, held: Windows, device: torch.device, computing: torch.dtype) -> Forecast:
     """The dry run of a recovery, from shapes and a moment's measurement of the machine."""
-    parameters = count_parameters(opened)
+    settings, skeleton = way.settings, way.opened.skeleton
+    parameters = count_parameters(skeleton.source)
     steps = settings.total_steps
     per_step = settings.batch_size * settings.accumulation
     full = settings.method == "full"
     allocated = way.trainable + way.kept
-    dense = 0
-    if settings.distill is not None:
-        source = open_source(str(settings.distill))
-        weights = sum(torch.Size(source.shape(name)).numel() for name in source.names)
-        dense = weights * (2 if half else 4)
+    dense = 0 if settings.distill is None else count_parameters(open_source(str(settings.distill)))
     # A backward is one forward's work for what comes in, and another for what is trained.
     forwards = (3 if full else 2) + settings.gradient_checkpointing + (settings.distill is not None)
     return Forecast(
@@ -89,21 +79,20 @@ def forecast(
         held_out=held.samples,
         length=train.length,
         passes=None if steps is None else steps * per_step / train.samples,
-        seconds=None if steps is None else forwards * forward_seconds(opened.skeleton, steps * per_step * train.length),
+        seconds=None if steps is None else forwards * forward_seconds(skeleton, steps * per_step * train.length),
         parameters=parameters,
         trainable=way.trainable,
         targets=way.targets,
         device=str(device),
-        dtype="bfloat16" if half else "float32",
-        weight_bytes=parameters * way.load_dtype(half).itemsize + (0 if full else 4 * allocated),
+        dtype=str(computing).removeprefix("torch."),
+        weight_bytes=4 * parameters if full else computing.itemsize * parameters + 4 * allocated,
         gradient_bytes=4 * allocated,
         moment_bytes=MOMENT_BYTES.get(settings.optimizer, 8) * allocated,
         mask_bytes=way.mask_bytes,
-        dense_bytes=dense,
+        dense_bytes=computing.itemsize * dense,
     )
 
 
-def count_parameters(opened: OpenedModel) -> int:
+def count_parameters(source: Source) -> int:
     """The weights of a model, counted in its checkpoint, where those that are tied stand once."""
-    source = opened.skeleton.source
-    return sum(torch.Size(source.shape(name)).numel() for name in source.names)
+    return sum(math.prod(source.shape(name)) for name in source.names)

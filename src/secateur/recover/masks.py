@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from secateur.errors import PatternError
@@ -12,7 +13,7 @@ from secateur.files.checkpoint import Checkpoint
 from secateur.models.shape.matrices import numbered_experts, prunable_parameters
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import find_blocks
-from secateur.record.manifest import Manifest, read_manifest
+from secateur.record.manifest import read_manifest
 
 
 def matrix_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
@@ -69,10 +70,13 @@ def sparse_parameters(
 def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Parameter, bool]]) -> set[str]:
     """Names of the parameters that hold planned matrices, each checked against the manifest's count of zeros."""
     manifest = read_manifest(folder)
-    if hasattr(model, "get_base_model"):
-        return _planned_under_adapters(manifest, folder, parameters)
+    plain: Any = model
+    if hasattr(model, "get_base_model"):  # adapters have renamed modules: where tensors land shows in a model without
+        base: Any = model.get_base_model()  # type: ignore[operator]
+        with init_empty_weights(include_buffers=False):
+            plain = type(base)._from_config(base.config)
     first = next(model.parameters())
-    skeleton = Skeleton(model, Checkpoint(folder), device=first.device, dtype=first.dtype, resident=True)
+    skeleton = Skeleton(plain, Checkpoint(folder), device=first.device, dtype=first.dtype, resident=True)
     matrices = {matrix.name: matrix for matrix in skeleton.matrices}
     for name, entry in manifest.matrices.items():
         matrix = matrices.get(name)
@@ -87,29 +91,6 @@ def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Para
                 f"{entry['shape']} as in {folder}. Load the model from there before training."
             )
     return {matrices[name].parameter for name in manifest.matrices}
-
-
-def _planned_under_adapters(
-    manifest: Manifest, folder: Path, parameters: dict[str, tuple[nn.Parameter, bool]]
-) -> set[str]:
-    """As `_planned`, where adapters have changed the names of modules: parameters are matched to tensors by name."""
-    expected: dict[str, int] = {}
-    for entry in manifest.matrices.values():
-        expected[entry["tensor"]] = expected.get(entry["tensor"], 0) + entry["zeros"]
-    for name, zeros in expected.items():
-        if name not in parameters:
-            raise PatternError(
-                f"{name}: pruned in {folder}, and not found by that name under the adapters. Use SparsityCallback() "
-                "instead, which keeps the zeros that the model has."
-            )
-        parameter = parameters[name][0]
-        found = parameter.numel() - int(parameter.detach().count_nonzero())
-        if found < zeros:
-            raise PatternError(
-                f"{name}: {found} zeros in the model, expected {zeros} as in {folder}. Load the model from there "
-                "before training."
-            )
-    return set(expected)
 
 
 def keep_from_zero(values: Tensor, kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:

@@ -9,35 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration import Windows, training_windows
+from secateur.calibration.packing import training_windows
+from secateur.calibration.windows import Windows
 from secateur.collect.model_windows import model_evaluation_windows
 from secateur.errors import CalibrationError, CheckpointError, PatternError
 from secateur.evaluate.perplexity import Perplexity, perplexity
-from secateur.files.checkpoint import Layout
+from secateur.files.checkpoint import Checkpoint
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.weights.conversion import TensorGroup
 from secateur.models.weights.inverse import Inverse
-from secateur.record.card import write_card
 from secateur.record.manifest import read_manifest
-from secateur.record.verify import verify
 from secateur.record.versions import run_facts
-from secateur.recover.adapters import Adapter, base_notes, check_base, merged_weight, read_adapter, require_peft
+from secateur.recover.adapters import Adapter, check_base, merged_weight, read_adapter, require_peft
 from secateur.recover.settings import MergeSettings
-from secateur.recover.written import write_trained
+from secateur.recover.written import finish_trained, write_trained
 from secateur.runs.events import named
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
 
 
-class MergedCheckpoint:
+class MergedCheckpoint(Checkpoint):
     """A pruned checkpoint seen through an adapter: its tensors, each merged in float32 when it is read.
 
     With `keep`, what is zero in the base stays zero.
     """
 
-    def __init__(self, opened: OpenedModel, adapter: Adapter, *, keep: bool) -> None:
-        self.base = opened.skeleton.source
+    def __init__(self, folder: Path, opened: OpenedModel, adapter: Adapter, *, keep: bool) -> None:
+        """`folder` is that of the pruned checkpoint, and `opened` the model in it."""
+        super().__init__(folder)
         self.adapter = adapter
         self.keep = keep
         self._skeleton = opened.skeleton
@@ -45,53 +45,39 @@ class MergedCheckpoint:
         self._modules = dict(opened.skeleton.model.named_modules(remove_duplicate=False))
         self._groups: dict[str, TensorGroup] = {}
         for module in adapter.modules:
-            group = self._group(module)
-            self._groups |= dict.fromkeys(group.names, group)
-        self.names = list(self.base.names)
+            if module not in self._modules:
+                raise CheckpointError(
+                    f"{module}: has an adapter in {adapter.folder}, and the base model has no such layer. Is the "
+                    "adapter for another model, or of a fused stack of experts? Those cannot be merged."
+                )
+            groups = self._skeleton.conversion.making([f"{module}.weight"])
+            if not groups or not self._inverse.possible(groups[0]):
+                raise CheckpointError(
+                    f"{module}: its weight is not a tensor of its own in the base checkpoint (it is tied to another, "
+                    "or converted while loading), so nothing can be merged into it."
+                )
+            self._groups |= dict.fromkeys(groups[0].names, groups[0])
         self.merged = [name for name in self.names if name in self._groups]  # what the adapter changes
-
-    def _group(self, module: str) -> TensorGroup:
-        if module not in self._modules:
-            raise CheckpointError(
-                f"{module}: has an adapter in {self.adapter.folder}, and the base model has no such layer. Is the "
-                "adapter for another model, or of a fused stack of experts? Those cannot be merged."
-            )
-        groups = self._skeleton.conversion.making([f"{module}.weight"])
-        if not groups or not self._inverse.possible(groups[0]):
-            raise CheckpointError(
-                f"{module}: its weight is not a tensor of its own in the base checkpoint (it is tied to another, or "
-                "converted while loading), so nothing can be merged into it."
-            )
-        return groups[0]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self.base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor: float32 where it is merged."""
-        return torch.float32 if name in self._groups else self.base.dtype(name)
-
-    def layout(self) -> Layout:
-        """The shards of the base."""
-        return self.base.layout()
+        return torch.float32 if name in self._groups else super().dtype(name)
 
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The named tensors, merged where the adapter changes them."""
-        return {
-            name: self._merge(name) if name in self._groups else self.base.read([name], pin=pin)[name] for name in names
-        }
+        plain = super().read([name for name in names if name not in self._groups], pin=pin)
+        return {name: plain[name] if name in plain else self._merge(name) for name in names}
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """All entries of a tensor in order, in flat parts where it is not merged."""
         if name in self._groups:
             yield self._merge(name).reshape(-1)
         else:
-            yield from self.base.parts(name)
+            yield from super().parts(name)
 
     def _merge(self, name: str) -> Tensor:
         group = self._groups[name]
-        tensors = self.base.read(group.names)
+        tensors = super().read(group.names)
         parameters = dict(self._skeleton.conversion.convert(group, tensors))
         for parameter, weight in parameters.items():
             module = parameter.removesuffix(".weight")
@@ -119,13 +105,10 @@ class Merge:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, and the sparsities before and after."""
-        perplexities = {
-            key: None if value is None else value.to_json()
-            for key, value in (("base", self.base), ("unmerged", self.unmerged), ("merged", self.merged))
-        }
+        """All fields, and the sparsities before and after; perplexities as `eval` prints them."""
         sparsity = {"sparsity_before": self.zeros_before / self.weights, "sparsity": self.zeros / self.weights}
-        return {**vars(self), **sparsity, **perplexities}
+        fields = {**vars(self), **sparsity}
+        return {name: value.to_json() if isinstance(value, Perplexity) else value for name, value in fields.items()}
 
 
 @taking(MergeSettings)
@@ -142,17 +125,12 @@ def merge(settings: MergeSettings) -> Merge:
     Raises `CheckpointError` when the adapter belongs to another base, `PatternError` for a mask dropped from an
     adapter that was trained with one, and `CalibrationError` for a text that cannot be measured on.
     """
-    return run(settings)
-
-
-def run(settings: MergeSettings) -> Merge:
-    """What `merge` does, from its settings."""
     started = time.perf_counter()
     require_peft("merge")
     folder, mask, progress = Path(settings.base), settings.mask, settings.progress
     manifest = read_manifest(folder)
     found = read_adapter(settings.adapter)
-    check_base(found, manifest, folder)
+    notes = check_base(found, manifest, folder)
     if mask == "drop" and found.masked:
         raise PatternError(
             f"--mask drop: {found.folder} was trained with its product masked (sparse-lora); without the mask it is "
@@ -163,8 +141,9 @@ def run(settings: MergeSettings) -> Merge:
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("device", "dtype", "trust_remote_code")}
     with Transaction(target, settings.overwrite) as transaction:
         opened = open_model(folder, **how)
-        source = MergedCheckpoint(opened, found, keep=mask == "keep")
-        text = _windows(settings, found, opened) if settings.evaluate else None
+        source = MergedCheckpoint(folder, opened, found, keep=mask == "keep")
+        windows = _windows(settings, found, opened) if settings.evaluate else None
+        config, targets = found.config, found.config.target_modules
         merged = write_trained(
             transaction,
             opened,
@@ -178,32 +157,34 @@ def run(settings: MergeSettings) -> Merge:
                 "base": {"path": str(folder.resolve()), "digest": manifest.digest},
                 "adapter": {
                     "path": str(found.folder.resolve()),
-                    "configuration": _plain(found),
+                    "configuration": {
+                        "r": config.r,
+                        "lora_alpha": config.lora_alpha,
+                        "target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+                        "use_rslora": config.use_rslora,
+                        "use_dora": config.use_dora,
+                    },
                     "record": found.record,
                 },
                 **run_facts(settings.command, peft=True),
             },
             progress=lambda done, total: progress("merge", done, total),
         )
-        checked = verify(transaction.folder, progress=lambda done, total: progress("verify", done, total))
-        if not checked.ok:
-            raise CheckpointError(f"{settings.output}: not what it should be after merging: {checked.problems[0]}")
         results: dict[str, Perplexity] = {}
         recovery = merged.recoveries[0]
-        if text is not None:
-            whole = MergedCheckpoint(opened, found, keep=found.masked)
+        if windows is not None:
+            whole = MergedCheckpoint(folder, opened, found, keep=found.masked)
             for key, model in (
                 ("base", opened),
                 ("unmerged", opened.reading(whole)),
                 ("merged", open_model(transaction.folder, **how)),
             ):
                 results[key] = perplexity(
-                    model, text, batch_size=settings.batch_size, progress=named(progress, f"perplexity, {key}")
+                    model, windows, batch_size=settings.batch_size, progress=named(progress, f"perplexity, {key}")
                 )
             recovery["perplexity"] = {key: value.perplexity for key, value in results.items()}
-            recovery["windows"] = dict(text.provenance) | {"digest": text.digest}
-            merged.write(transaction.folder)
-        write_card(transaction.folder, merged, target.name)
+            recovery["windows"] = dict(windows.provenance) | {"digest": windows.digest}
+        checked = finish_trained(transaction, merged, progress=lambda done, total: progress("verify", done, total))
         transaction.commit()
     return Merge(
         output=str(settings.output),
@@ -217,20 +198,8 @@ def run(settings: MergeSettings) -> Merge:
         base=results.get("base"),
         unmerged=results.get("unmerged"),
         merged=results.get("merged"),
-        notes=[*checked.notes, *base_notes(found, folder)],
+        notes=[*checked.notes, *notes],
     )
-
-
-def _plain(adapter: Adapter) -> dict[str, Any]:
-    """What of peft's configuration says how the product was made, as JSON."""
-    targets = adapter.config.target_modules
-    return {
-        "r": adapter.config.r,
-        "lora_alpha": adapter.config.lora_alpha,
-        "target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
-        "use_rslora": adapter.config.use_rslora,
-        "use_dora": adapter.config.use_dora,
-    }
 
 
 def _windows(settings: MergeSettings, adapter: Adapter, opened: OpenedModel) -> Windows:

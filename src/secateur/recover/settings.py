@@ -20,17 +20,17 @@ from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from secateur.calibration import Windows
-    from secateur.recover.block_pass import OnBlock
+    from secateur.calibration.windows import Windows
     from secateur.recover.forecast import Forecast
-    from secateur.recover.training import Progress as TrainingProgress
     from secateur.runs.events import OnEvent, Progress
 
     TrainingText = str | Tensor | Windows
     Announce = Callable[[Forecast], None]
 else:
     TrainingText = str
-    Announce = OnBlock = OnEvent = Progress = TrainingProgress = Any
+    Announce = OnEvent = Progress = Any
+
+TrainingProgress = Callable[[str, int, int, str], None]  # stage, done, in all, note
 
 TRAIN, TEXT, HOW_LONG = "What to train", "Text", "How long and how fast"
 OVERWRITE = Option(OPTIONS, "Replace an output that Secateur wrote.")
@@ -274,7 +274,7 @@ class BlockSettings(BatchSettings, DtypeSettings, CalibrationSettings, Selection
     overwrite: bool = False
     command: Sequence[str] | None = None
     on_event: OnEvent = lambda event: None
-    on_block: OnBlock = lambda record: None
+    on_block: Callable[[Mapping[str, Any]], None] = lambda record: None
 
     def __post_init__(self) -> None:
         super().__post_init__()

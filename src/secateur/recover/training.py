@@ -3,7 +3,6 @@
 import ast
 import math
 import time
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from secateur.calibration import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import CheckpointError, NumericalError, PatternError
 from secateur.evaluate.perplexity import exponential
 from secateur.recover.settings import RecoverSettings
-
-Progress = Callable[[str, int, int, str], None]  # stage, done, in all, note
 
 FOREVER = 1_000_000_000  # steps; the clock stops a run in minutes long before
 NOMINAL_STEPS = 1000  # of the schedule of a run in minutes, which is read by the share of time spent
@@ -128,28 +125,33 @@ def require_finite(loss: float, what: str, step: int, args: Any, best: str | Non
     )
 
 
-def optimizer_class(name: str) -> Any:
-    """The optimizer `module:Class`. Raises `PatternError` where there is none."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PatternError(f'--optimizer "{name}": {error}. Give a name of the Trainer\'s, or module:Class.') from None
+def own_optimizer(settings: RecoverSettings) -> tuple[Any, dict[str, Any]] | None:
+    """The class of an optimizer `module:Class` and its arguments, written as `momentum=0.9,nesterov=True`.
 
-
-def optimizer_arguments(text: str | None) -> dict[str, Any]:
-    """Arguments written as `momentum=0.9,nesterov=True`. Raises `PatternError` for anything else."""
+    None for one that the Trainer knows by name. Raises `PatternError` where there is no such class, and for arguments
+    of either kind that are not written like that.
+    """
+    text = settings.optimizer_args
     try:
         call: Any = ast.parse(f"f({text or ''})", mode="eval").body
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
-        return {
+        given = {
             keyword.arg: keyword.value.id if isinstance(keyword.value, ast.Name) else ast.literal_eval(keyword.value)
             for keyword in call.keywords
         }
     except (SyntaxError, ValueError):
         raise PatternError(
             f'--optimizer-args "{text}": expected name=value with commas between, such as momentum=0.9,nesterov=True.'
+        ) from None
+    module, own, attribute = settings.optimizer.partition(":")
+    if not own:
+        return None
+    try:
+        return getattr(import_module(module), attribute), {"lr": settings.lr, **given}
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PatternError(
+            f'--optimizer "{settings.optimizer}": {error}. Give a name of the Trainer\'s, or module:Class.'
         ) from None
 
 
@@ -165,21 +167,37 @@ def last_checkpoint(folder: Path) -> Path | None:
 class RecoveryTrainer(Trainer):
     """A Trainer whose schedule may go by the clock, whose loss must be finite, and with a dense model to learn from."""
 
-    def __init__(
-        self, *, settings: RecoverSettings, budget: Budget, dense: nn.Module | None = None, **options: Any
-    ) -> None:
-        if ":" in settings.optimizer:
-            own = optimizer_arguments(settings.optimizer_args)
-            options["optimizer_cls_and_kwargs"] = (optimizer_class(settings.optimizer), {"lr": settings.lr, **own})
-        super().__init__(**options)
+    def __init__(self, settings: RecoverSettings, dense: nn.Module | None, **options: Any) -> None:
+        super().__init__(optimizer_cls_and_kwargs=own_optimizer(settings), **options)
         self.settings = settings
-        self.budget = budget
+        self.budget = Budget(settings)
         self.dense = dense
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(budget)
+        self.add_callback(self.budget)
         if settings.patience is not None:
             self.add_callback(EarlyStoppingCallback(settings.patience))
+
+    def record(self) -> dict[str, Any]:
+        """What the record of a recovery says of the training; its curve has a point wherever a loss was measured."""
+        points: dict[float, dict[str, Any]] = {}
+        for entry in self.state.log_history:
+            nats = entry.get("eval_loss")
+            perplexity = None if nats is None or nats >= 700 else math.exp(nats)
+            point = {"loss": entry.get("loss"), "perplexity": perplexity}
+            found = {key: value for key, value in point.items() if value is not None}
+            if found:
+                held = points.setdefault(entry["step"], {"step": entry["step"], "loss": None, "perplexity": None})
+                held |= {"seconds": entry.get("seconds"), **found}
+        steps = self.state.global_step
+        windows = steps * self.settings.batch_size * self.settings.accumulation
+        return {
+            "steps": steps,
+            "best_step": self.state.best_global_step,
+            "tokens": windows * self.settings.length,
+            "seconds": self.budget.seconds,
+            "curve": [points[step] for step in sorted(points)],
+        }
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule asked for; by the share of time spent where the run is in minutes."""
@@ -267,11 +285,11 @@ class RecoveryTrainer(Trainer):
             )
 
 
-def arguments(settings: RecoverSettings, folder: Path, device: torch.device, half: bool) -> TrainingArguments:
+def arguments(
+    settings: RecoverSettings, folder: Path, device: torch.device, computing: torch.dtype
+) -> TrainingArguments:
     """The Trainer's arguments. Raises `CheckpointError` for an optimizer or schedule that it does not know."""
-    optimizer_arguments(settings.optimizer_args)
-    if ":" in settings.optimizer:
-        optimizer_class(settings.optimizer)
+    own = own_optimizer(settings)
     steps = settings.total_steps
     every = settings.eval_every or (max(1, math.ceil(steps / 10)) if steps else FOREVER)
     known = TrainingArguments.__dataclass_fields__
@@ -288,19 +306,17 @@ def arguments(settings: RecoverSettings, folder: Path, device: torch.device, hal
             warmup_steps=settings.warmup,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.clip,
-            optim="adamw_torch" if ":" in settings.optimizer else settings.optimizer,
+            optim="adamw_torch" if own else settings.optimizer,
             optim_args=settings.optimizer_args,
             seed=settings.seed,
-            bf16=half,
+            bf16=computing == torch.bfloat16,
             use_cpu=device.type == "cpu",
             eval_strategy="steps",
             eval_steps=every,
-            save_strategy="steps",
             save_steps=every,
             save_total_limit=1,  # beside the best one
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
-            greater_is_better=False,
             prediction_loss_only=True,
             logging_steps=max(1, (steps or NOMINAL_STEPS) // 100),
             logging_first_step=True,

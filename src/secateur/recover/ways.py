@@ -1,15 +1,11 @@
-"""What is trained: adapters beside the weights, or the weights themselves.
+"""What is trained: adapters beside the weights, or the weights themselves."""
 
-Both ways have the same attributes and methods: `trainable` counts the weights that can change, `kept` those beside them
-that are held at zero, and `mask_bytes` the memory of their masks.
-"""
-
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateur.errors import PatternError
@@ -22,26 +18,33 @@ from secateur.record.manifest import Manifest
 from secateur.recover.adapters import find_targets, read_adapter, with_adapters, write_record
 from secateur.recover.callback import SparsityCallback
 from secateur.recover.merge import MergedCheckpoint
-from secateur.recover.settings import RecoverSettings
-from secateur.recover.written import write_trained
+from secateur.recover.settings import RecoverSettings, TrainingProgress
+from secateur.recover.written import finish_trained, write_trained
 from secateur.runs.transaction import Transaction
 
 
 @dataclass
-class Adapters:
-    """LoRA, with its product masked or not."""
+class _Trained:
+    """What both ways have: `manifest` and the folder `base` are those of the pruned checkpoint that `opened` reads."""
 
     opened: OpenedModel
     manifest: Manifest
     base: Path
     settings: RecoverSettings
-    masked: bool
-    kept: int = 0
-    mask_bytes: int = 0
+    targets: list[str] = field(init=False)  # what gets an adapter, or the tensors that are trained
+    trainable: int = field(init=False)  # weights that can change
+    kept: int = 0  # weights beside them that are held at zero
+    mask_bytes: int = 0  # the memory of their masks
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Adapters(_Trained):
+    """LoRA, with its product masked or not."""
 
     def __post_init__(self) -> None:
         model = self.opened.skeleton.model
+        self.masked = self.settings.method == "sparse-lora"
         self.targets = find_targets(model, self.settings.targets)
         self.trainable = sum(
             self.settings.rank * sum(parameter.shape)
@@ -49,10 +52,6 @@ class Adapters:
             if name.endswith(".weight")
             and (name.removesuffix(".weight") in self.targets or name.split(".")[-2] in self.targets)
         )
-
-    def load_dtype(self, half: bool) -> torch.dtype:
-        """The dtype to load the model in: half precision where products are computed in it; the base is not trained."""
-        return torch.bfloat16 if half else torch.float32
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
         """The model wrapped by peft, with its adapters in float32; no callbacks."""
@@ -82,36 +81,21 @@ class Adapters:
         trained: Any = model
         trained.peft_config["default"].base_model_name_or_path = str(self.base.resolve())
         trained.save_pretrained(transaction.folder)
-        return self.opened.reading(MergedCheckpoint(self.opened, read_adapter(transaction.folder), keep=self.masked))
+        adapter = read_adapter(transaction.folder)
+        return self.opened.reading(MergedCheckpoint(self.base, self.opened, adapter, keep=self.masked))
 
-    def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
-        """Write the record and the README beside the adapter; returns the zeros of the base, which stay."""
-        write_record(folder, record)
-        return int(self.manifest.totals["zeros"])
+    def finish(self, transaction: Transaction, record: Mapping[str, Any], progress: TrainingProgress) -> None:
+        """Write the record and the README beside the adapter."""
+        write_record(transaction.folder, record)
 
 
-class FullWeights:
-    """All weights, or those that the globs leave; zeros stay zero."""
+@dataclass
+class FullWeights(_Trained):
+    """All weights, or those that the globs leave; zeros stay zero. After `write`, `manifest` is that of the result."""
 
-    def __init__(self, opened: OpenedModel, manifest: Manifest, base: Path, settings: RecoverSettings) -> None:
-        self.opened = opened
-        self.manifest = manifest
-        self.base = base
-        self.notes: list[str] = []
-        self._inverse = Inverse(opened.skeleton)
-        self.groups = self._choose(settings)
-        names = {name for group in self.groups for name in group.names}
-        self.parameters = {name for group in self.groups for name in group.parameters}
-        self.targets = [name for name in opened.skeleton.source.names if name in names]
-        planned = [entry for entry in manifest.matrices.values() if entry["tensor"] in names]
-        self.kept = sum(entry["zeros"] for entry in planned)
-        self.mask_bytes = sum(entry["shape"][0] * entry["shape"][1] for entry in planned)
-        source = opened.skeleton.source
-        self.trainable = sum(torch.Size(source.shape(name)).numel() for name in self.targets) - self.kept
-
-    def _choose(self, settings: RecoverSettings) -> list[TensorGroup]:
-        skeleton = self.opened.skeleton
-        source = skeleton.source
+    def __post_init__(self) -> None:
+        skeleton, settings, source = self.opened.skeleton, self.settings, self.opened.skeleton.source
+        self._inverse = Inverse(skeleton)
         parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
         possible: list[TensorGroup] = []
         converted: list[TensorGroup] = []
@@ -123,27 +107,28 @@ class FullWeights:
         chosen = set(matching(shapes, only=settings.only, skip=settings.skip, purpose="train"))
         for group in possible:
             inside = [name for name in group.names if name in chosen]
-            if inside and len(inside) < len(group.names):
-                (outside, *_) = (name for name in group.names if name not in chosen)
+            outside = [name for name in group.names if name not in chosen]
+            if inside and outside:
                 raise PatternError(
-                    f"{inside[0]} and {outside} are one parameter in memory ({group.target}): --only and --skip must "
-                    "name both or neither."
+                    f"{inside[0]} and {outside[0]} are one parameter in memory ({group.target}): --only and --skip "
+                    "must name both or neither."
                 )
         if converted:
             self.notes.append(
                 f"{len(converted)} parameters are made of several tensors by a conversion without an inverse, such as "
                 f"{converted[0].target}; they were not trained."
             )
-        return [group for group in possible if group.names[0] in chosen]
-
-    def load_dtype(self, half: bool) -> torch.dtype:
-        """The dtype to load the model in: weights are trained in float32, whatever products are computed in."""
-        return torch.float32
+        self.groups = {name: group for group in possible for name in group.names if name in chosen}
+        self.targets = [name for name in source.names if name in chosen]
+        planned = [entry for entry in self.manifest.matrices.values() if entry["tensor"] in chosen]
+        self.kept = sum(entry["zeros"] for entry in planned)
+        self.mask_bytes = sum(entry["shape"][0] * entry["shape"][1] for entry in planned)
+        self.trainable = sum(math.prod(source.shape(name)) for name in self.targets) - self.kept
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
         """The model with the chosen parameters trainable, and the callback that keeps its zeros."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        chosen = {id(parameters[name]) for name in self.parameters}
+        chosen = {id(parameters[name]) for group in self.groups.values() for name in group.parameters}
         for parameter in parameters.values():
             parameter.requires_grad_(id(parameter) in chosen)
         callback = SparsityCallback.from_checkpoint(self.base)
@@ -154,10 +139,9 @@ class FullWeights:
     def write(self, model: nn.Module, transaction: Transaction) -> OpenedModel:
         """Write the base's tensors and files with new values where they were trained; returns the written model."""
         parameters = {name: value.detach().cpu() for name, value in model.named_parameters(remove_duplicate=False)}
-        groups = {name: group for group in self.groups for name in group.names}
 
         def value(name: str) -> Tensor:
-            return self._inverse.tensors(groups[name], parameters)[name]
+            return self._inverse.tensors(self.groups[name], parameters)[name]
 
         self.manifest = write_trained(transaction, self.opened, self.manifest, self.targets, value, section={})
         if nudged := self.manifest.recoveries[0]["nudged"]:
@@ -167,11 +151,10 @@ class FullWeights:
             )
         return self.opened.reading(Checkpoint(transaction.folder))
 
-    def finish(self, folder: Path, record: Mapping[str, Any]) -> int:
-        """Write the record into the manifest; returns the zeros of all planned weights."""
+    def finish(self, transaction: Transaction, record: Mapping[str, Any], progress: TrainingProgress) -> None:
+        """Write the record into the manifest, verify the checkpoint, and write its card."""
         self.manifest.recovery = {**(self.manifest.recovery or {}), **record}
-        self.manifest.write(folder)
-        return int(self.manifest.totals["zeros"])
+        finish_trained(transaction, self.manifest, progress=lambda done, total: progress("verifying", done, total, ""))
 
 
 Way = Adapters | FullWeights

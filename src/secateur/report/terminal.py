@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from secateur.calibration import bos_text
+from secateur.calibration.text import bos_text
 from secateur.collect.gradient_file import GradientFile
 from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement

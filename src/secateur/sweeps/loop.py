@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration import Windows
 from secateur.calibration.corpora import is_token_file
+from secateur.calibration.windows import Windows
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import gradients

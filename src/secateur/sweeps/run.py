@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.calibration import Windows, calibration_windows
 from secateur.calibration.corpora import is_token_file
-from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES, calibration_windows
+from secateur.calibration.windows import Windows
 from secateur.collect.settings import CalibrationSettings, ModelSettings
 from secateur.core.fingerprint import fingerprint
 from secateur.core.problem import Method

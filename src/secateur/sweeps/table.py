@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.calibration import bos_text
+from secateur.calibration.text import bos_text
 from secateur.sweeps.folder import Sweep
 
 CSV_COLUMNS = (
