@@ -240,7 +240,7 @@ def test_the_residual_stream_comes_closer_to_the_dense_one() -> None:
 def test_a_model_without_a_matrix_that_writes_to_the_residual_stream() -> None:
     with pytest.raises(
         ModelStructureError,
-        match=r"^--targets residual: no matrix of model\.layers\.0 adds what it gives to the residual stream as it "
+        match=r"^--targets residual: no matrix of model\.layers\.0 adds its outputs to the residual stream as it "
         r"is \(in some architectures a norm comes between\)\. Use --targets pruned for this model\.$",
     ):
         prune(tiny.build("gemma2"), method=sparsegpt(), calibration=calibration(), within="site", targets="residual")
