@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from secateur.collect.sites import Site
 from secateur.core.needs import Need
 from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.flow.tap import Enough, InputTap
+from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
@@ -183,11 +185,14 @@ class Collector:
 
 @dataclass(frozen=True)
 class Collected:
-    """What was collected of some matrices of a block, and what went into it and came out of it for the first batch."""
+    """What was collected of some matrices of a block.
+
+    Where batches ran through the whole block: what went into it and came out of it for the first one.
+    """
 
     collectors: Sequence[Collector]
-    input: Tensor
-    output: Tensor
+    input: Tensor | None = None
+    output: Tensor | None = None
 
 
 def run_batches(
@@ -232,3 +237,40 @@ def run_batches(
         own.finished()
     assert first is not None
     return first
+
+
+def reach_site(
+    place: Place,
+    collectors: Sequence[Collector],
+    site: Site,
+    forwards: WaitingForwards,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Collected:
+    """Let the forwards go on until all wait at a site, and collect there. No forward is repeated.
+
+    Where the matrices of the site read several inputs, or a collector needs more than an input, batches run through
+    the block once more, beside the forwards that wait.
+    """
+    alone = site.leader is None or any(own.whole or own.ends or own.runs for own in collectors)
+    place.inputs.leader.update({} if alone else site.leader or {})
+    batches = len(place.stream.batches)
+    for batch in range(batches):
+        product = forwards.reach(batch, site.parameters)
+        if alone:
+            continue
+        for own in collectors:
+            own.begin(batch, stop=True)
+        place.inputs.begin(stop=False)
+        if product is not None:
+            place.inputs.before(product)
+        place.inputs.end()
+        for own in collectors:
+            own.end(batch, None)
+        progress(batch + 1, batches)
+    if alone:
+        return run_batches(place, collectors, progress=progress)
+    place.inputs.takers.clear()
+    for own in collectors:
+        own.finished()
+    return Collected(collectors)
