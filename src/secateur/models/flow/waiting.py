@@ -119,23 +119,20 @@ class _Forward(InputTap):
 
     def before(self, product: Product) -> None:
         """Wait, if this product is to be waited at."""
-        super().before(product)
         key = (product.name, product.expert)
+        if key in self._once and key in self.calls:
+            raise ModelStructureError(
+                f"{key[0]}: is multiplied more than once for batch {self._batch + 1}, and once for the first one, so "
+                "that its inputs are not all known when it is pruned. Use --within block."
+            )
+        super().before(product)
         if key in self._once:
-            self._check_first(key)
+            leader = self.leader[key]
+            self._sharing[leader] -= 1
+            if not self._sharing[leader]:  # Memory: nobody asks for this input any more
+                self.let_go(leader)
         if product.name in self._forwards.waits_at:
             self.waiting = product
             assert self._greenlet.parent is not None
             with own_switches(self._forwards.stream.device):
                 self._greenlet.parent.switch()
-
-    def _check_first(self, key: Key) -> None:
-        if self.calls[key] > 1:
-            raise ModelStructureError(
-                f"{key[0]}: is multiplied {self.calls[key]} times for batch {self._batch + 1}, and once for the first "
-                "one, so that its inputs are not all known when it is pruned. Use --within block."
-            )
-        leader = self.leader[key]
-        self._sharing[leader] -= 1
-        if not self._sharing[leader]:  # Memory: nobody asks for this input any more
-            self.let_go(leader)
