@@ -57,12 +57,12 @@ def matrices(module: nn.Module) -> list[Matrix]:
 
 
 @contextmanager
-def waiting(module: nn.Module, *batches: Tensor) -> Iterator[tuple[WaitingForwards, list[set[str]]]]:
+def waiting(module: nn.Module, *batches: Tensor, **options: Any) -> Iterator[tuple[WaitingForwards, list[set[str]]]]:
     """The forwards of these batches, and the names of the parameters of each site."""
     block, stream = Block(0, "b.0", module), Batches(*batches)
     found, _ = sites(block, matrices(module), stream)  # type: ignore[arg-type]
     leader = {key: own for site in found for key, own in (site.leader or {}).items()}
-    with WaitingForwards(block, stream, tapped(block, matrices(module))[0], leader) as forwards:  # type: ignore[arg-type]
+    with WaitingForwards(block, stream, tapped(block, matrices(module))[0], leader, **options) as forwards:  # type: ignore[arg-type]
         yield forwards, [site.parameters for site in found]
 
 
@@ -194,3 +194,48 @@ def test_site_by_site_every_batch_runs_through_every_block_once(name: str) -> No
         secateur.prune(model, method="wanda", calibration=ids, within="site", batch_size=1)
     blocks = len(opened.skeleton.blocks)
     assert len(calls) == before + blocks * (len(ids) + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offload", ["never", "folder"])
+def test_what_waits_goes_to_files_where_a_folder_is_named(offload: str, tmp_path: Path) -> None:
+    """Views, results that were written to and a tensor that is kept in a list come back as they were."""
+
+    class Holding(TwoSteps):
+        def forward(self, x: Tensor) -> Tensor:
+            kept = [x * 2, (x + 1).transpose(1, 2)]
+            kept[0].mul_(x).add_(1)
+            inside = self.first(x) + self.other(x)
+            self.sizes.append([own.untyped_storage().nbytes() for own in kept])
+            left, right = (inside * 3).chunk(2, dim=-1)
+            inside = torch.cat([right, left], dim=-1)
+            return self.second(inside) + kept[0] + kept[1].transpose(1, 2)
+
+    module, batches = Holding(), [torch.randn(2, 3, WIDTH) for _ in range(3)]
+    module.sizes = []
+    expected = [module(x) for x in batches]
+    place = tmp_path / "waiting"
+    with waiting(module, *batches, offload=str(tmp_path) if offload == "folder" else offload, place=place) as found:
+        forwards, (first, second) = found
+        for names in (first, second):
+            for batch in range(3):
+                assert forwards.reach(batch, names) is not None
+                forwards.set_aside(batch)
+            files = sorted(file.relative_to(place).as_posix() for file in place.rglob("*.bin"))
+            assert len(files) == (0 if offload == "never" else 3 * (2 if names == first else 4)), files
+            forwards.waits_at -= names
+        for batch, wanted in enumerate(expected):
+            assert torch.equal(forwards.output(batch), wanted)
+    assert list(place.rglob("*.bin")) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "mixtral", "gemma2"])
+def test_files_change_no_bit(name: str, tmp_path: Path) -> None:
+    states = []
+    for folder in ("never", str(tmp_path)):
+        model = tiny.build(name)
+        ids = tiny.tokens(samples=6, length=12)
+        secateur.prune(model, method="wanda", calibration=ids, within="site", batch_size=2, offload_states=folder)
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert list(tmp_path.iterdir()) == []

@@ -257,17 +257,18 @@ def reach_site(
     batches = len(place.stream.batches)
     for batch in range(batches):
         product = forwards.reach(batch, site.parameters)
-        if alone:
-            continue
-        for own in collectors:
-            own.begin(batch, stop=True)
-        place.inputs.begin(stop=False)
-        if product is not None:
-            place.inputs.before(product)
-        place.inputs.end()
-        for own in collectors:
-            own.end(batch, None)
-        progress(batch + 1, batches)
+        if not alone:
+            for own in collectors:
+                own.begin(batch, stop=True)
+            place.inputs.begin(stop=False)
+            if product is not None:
+                place.inputs.before(product)
+            place.inputs.end()
+            for own in collectors:
+                own.end(batch, None)
+            progress(batch + 1, batches)
+        del product
+        forwards.set_aside(batch)
     if alone:
         return run_batches(place, collectors, progress=progress)
     place.inputs.takers.clear()

@@ -178,7 +178,9 @@ class BlockLoop:
             found, dense = sites(block, matrices, stream)
             facts = self.evidence.enter(block, matrices, stream)
         leader = {key: own for site in found for key, own in (site.leader or {}).items()}
-        with WaitingForwards(block, stream, tapped(block, matrices)[0], leader) as forwards:
+        parameters, _ = tapped(block, matrices)
+        place, offload = self.states.with_name(f"{self.states.name}-waiting"), self.settings.offload_states
+        with WaitingForwards(block, stream, parameters, leader, offload=offload, place=place) as forwards:
             for site in found:
                 with self.clock.timed("statistics forward"):
                     collected = self.evidence.collect_at(

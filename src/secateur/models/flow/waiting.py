@@ -5,18 +5,20 @@ could stop as well, but each would start a pool of OpenMP threads.
 """
 
 import contextvars
+import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from secateur.errors import ModelStructureError
-from secateur.models.flow.stream import Stream
+from secateur.models.flow.stream import HiddenStates, Stream, states_folder
 from secateur.models.flow.tap import InputTap, Key, Product
 from secateur.models.shape.structure import Block
 
@@ -33,6 +35,20 @@ def own_switches(device: torch.device) -> Iterator[None]:
         torch.set_autocast_enabled(device.type, autocast)
 
 
+def _strided(value: object) -> Iterator[Tensor]:
+    """The tensors in a value that have memory."""
+    if isinstance(value, Tensor):
+        if value.layout == torch.strided and value.device.type != "meta":
+            yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _strided(item)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
 class WaitingForwards:
     """The forwards of all batches through a loaded block, each of which waits before it multiplies with `waits_at`.
 
@@ -46,8 +62,15 @@ class WaitingForwards:
         stream: Stream,
         parameters: Mapping[str, tuple[nn.Parameter, bool]],
         leader: Mapping[Key, Key],
+        *,
+        offload: str = "never",
+        place: Path = Path("waiting"),
     ) -> None:
+        """`offload` and `place` are those of `states_folder`, for what forwards hold while they wait."""
         self.block, self.stream = block, stream
+        self.offload, self.place = offload, place
+        self._folder: Path | None = None
+        self._moves = False
         self.waits_at = set(parameters)
         self._forwards = [_Forward(self, batch, parameters, leader) for batch in range(len(stream.batches))]
 
@@ -59,6 +82,9 @@ class WaitingForwards:
     ) -> None:
         for forward in self._forwards:
             forward.close()
+        if self._folder is not None:
+            with suppress(OSError):
+                self._folder.rmdir()
 
     def reach(self, batch: int, names: Collection[str]) -> Product | None:
         """The product with one of these parameters before which a batch waits now; None where it has none.
@@ -68,6 +94,20 @@ class WaitingForwards:
         forward = self._forwards[batch]
         forward.go_on()
         return forward.waiting if forward.waiting is not None and forward.waiting.name in names else None
+
+    def set_aside(self, batch: int) -> None:
+        """Move what a waiting forward holds to host memory, or to a file, where there is too much of it."""
+        forward, on_gpu = self._forwards[batch], self.stream.device.type == "cuda"
+        if batch == 0:
+            tokens = sum(ids.numel() for ids in self.stream.batches)
+            needed = sum(map(len, forward.held())) * tokens // self.stream.batches[0].numel()
+            self._folder = states_folder(self.offload, needed, self.place)
+            self._moves = self._folder is not None or (
+                on_gpu and needed > torch.cuda.mem_get_info(self.stream.device)[0] // 2
+            )
+        if self._moves:
+            folder = None if self._folder is None else self._folder / f"batch-{batch}"
+            forward.set_aside(folder, pin=on_gpu and folder is None)
 
     def output(self, batch: int) -> Tensor:
         """The hidden states that the block makes of a batch, which waits for nothing any more."""
@@ -94,6 +134,10 @@ class _Forward(InputTap):
         self.output: Tensor | None = None
         self._forwards, self._batch, self._once = forwards, batch, set(leader)
         self._sharing = Counter(leader.values())
+        self._made: list[weakref.ref[Tensor]] = []  # results so far, where this forward made their memory
+        self._own: set[int] = set()  # addresses of that memory
+        self._aside: HiddenStates | None = None
+        self._emptied: list[torch.UntypedStorage] = []
         self._greenlet = greenlet(self._run)
         self._greenlet.gr_context = contextvars.copy_context()
 
@@ -102,6 +146,7 @@ class _Forward(InputTap):
         if self._greenlet.dead or (self.waiting is not None and self.waiting.name in self._forwards.waits_at):
             return
         self.waiting = None
+        self._bring_back()
         self._greenlet.parent = getcurrent()
         with own_switches(self._forwards.stream.device):
             self._greenlet.switch()
@@ -109,6 +154,8 @@ class _Forward(InputTap):
     def close(self) -> None:
         """End it where it is."""
         self.waiting = None
+        if self._aside is not None:
+            self._aside.close()
         if self._greenlet:
             with own_switches(self._forwards.stream.device):
                 self._greenlet.throw(GreenletExit)
@@ -116,6 +163,48 @@ class _Forward(InputTap):
     def _run(self) -> None:
         with self:
             self.output = self._forwards.stream.run(self._forwards.block, self._batch)
+
+    def held(self) -> list[torch.UntypedStorage]:
+        """The memory that results of this forward take now. What others hold too, such as weights, is not among it."""
+        alive = [tensor for reference in self._made if (tensor := reference()) is not None]
+        self._made = [weakref.ref(tensor) for tensor in alive]
+        found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in alive}
+        return [storage for address, storage in found.items() if address and len(storage)]
+
+    def set_aside(self, folder: Path | None, *, pin: bool) -> None:
+        """Move that memory to files in the folder, or to host memory."""
+        if self._greenlet.dead or self._aside is not None:
+            return
+        self._emptied = self.held()
+        self._aside = HiddenStates(len(self._emptied), folder, pin=pin)
+        for number, storage in enumerate(self._emptied):
+            self._aside.put(number, _bytes_of(storage))
+            storage.resize_(0)
+
+    def _bring_back(self) -> None:
+        if self._aside is None:
+            return
+        for number, storage in enumerate(self._emptied):
+            kept = self._aside.get(number, storage.device)
+            storage.resize_(kept.numel())
+            _bytes_of(storage).copy_(kept)
+        self._own = {storage.data_ptr() for storage in self._emptied}
+        self._aside.close()
+        self._aside, self._emptied = None, []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        for tensor in _strided(result):
+            address = tensor.untyped_storage().data_ptr()
+            if address not in self._own:
+                operands = _strided((args, *(kwargs or {}).values()))
+                if any(operand.untyped_storage().data_ptr() == address for operand in operands):
+                    continue  # a part of what others made
+                self._own.add(address)
+            self._made.append(weakref.ref(tensor))
+        return result
 
     def before(self, product: Product) -> None:
         """Wait, if this product is to be waited at."""
