@@ -50,10 +50,10 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 class WaitingForwards:
-    """The forwards of all batches through a loaded block, each of which waits before it multiplies with `waits_at`.
+    """The forwards of all batches through a loaded block, which wait before they multiply with a parameter.
 
-    `leader` says for every key of a matrix whose input it reads, as an `InputTap` finds it out. In-place changes of
-    parameters hold from the product on at which a forward waits.
+    `waits_at` names those at which they still wait. Values that are written into a parameter count from the product on
+    before which a forward waits.
     """
 
     def __init__(
@@ -66,7 +66,11 @@ class WaitingForwards:
         offload: str = "never",
         place: Path = Path("waiting"),
     ) -> None:
-        """`offload` and `place` are those of `states_folder`, for what forwards hold while they wait."""
+        """`leader` says of the matrices that read one input whose it is, as an `InputTap` finds out.
+
+        `offload` and `place` are those of `states_folder`, for what forwards hold while they wait: on a GPU in its own
+        memory while half of what is free there is enough, then in that of the host, then in files.
+        """
         self.block, self.stream = block, stream
         self.offload, self.place = offload, place
         self._folder: Path | None = None
@@ -87,9 +91,9 @@ class WaitingForwards:
                 self._folder.rmdir()
 
     def reach(self, batch: int, names: Collection[str]) -> Product | None:
-        """The product with one of these parameters before which a batch waits now; None where it has none.
+        """Let a batch go on, and return the product with one of these parameters before which it waits, if it does.
 
-        Raises `ModelStructureError` where it cannot wait.
+        Raises `ModelStructureError` where a matrix is multiplied in another way than in the first batch.
         """
         forward = self._forwards[batch]
         forward.go_on()
@@ -97,17 +101,17 @@ class WaitingForwards:
 
     def set_aside(self, batch: int) -> None:
         """Move what a waiting forward holds to host memory, or to a file, where there is too much of it."""
-        forward, on_gpu = self._forwards[batch], self.stream.device.type == "cuda"
-        if batch == 0:
+        forward, device = self._forwards[batch], self.stream.device
+        if batch == 0 and not self._moves:
             tokens = sum(ids.numel() for ids in self.stream.batches)
             needed = sum(map(len, forward.held())) * tokens // self.stream.batches[0].numel()
-            self._folder = states_folder(self.offload, needed, self.place)
-            self._moves = self._folder is not None or (
-                on_gpu and needed > torch.cuda.mem_get_info(self.stream.device)[0] // 2
-            )
+            on_gpu, named = device.type == "cuda", self.offload not in ("auto", "never")
+            if named or not on_gpu or needed > torch.cuda.mem_get_info(device)[0] // 2:
+                self._folder = states_folder(self.offload, needed, self.place)
+                self._moves = on_gpu or self._folder is not None
         if self._moves:
             folder = None if self._folder is None else self._folder / f"batch-{batch}"
-            forward.set_aside(folder, pin=on_gpu and folder is None)
+            forward.set_aside(folder, pin=folder is None)
 
     def output(self, batch: int) -> Tensor:
         """The hidden states that the block makes of a batch, which waits for nothing any more."""
