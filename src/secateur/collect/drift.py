@@ -1,6 +1,6 @@
 """How far the residual stream has drifted from the dense model's where a matrix has written to it: `Drift`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
 from secateur.core.gram import add_product
 from secateur.core.needs import Drift
-from secateur.errors import CalibrationError
-from secateur.models.flow.residual import ResidualRecorder, Writer, residual_writers
+from secateur.errors import CalibrationError, ModelStructureError
+from secateur.models.flow.residual import BLOCK_INPUT, ResidualRecorder, Writer, residual_writers
 from secateur.models.flow.stream import Stream
-from secateur.models.flow.tap import InputRecorder, Inputs
+from secateur.models.flow.tap import InputRecorder, Inputs, Product
+from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.structure import Block
 
@@ -70,6 +71,34 @@ class ResidualDrift(Collector):
         stack.enter_context(inputs)
         stack.enter_context(streams)
         return stack
+
+    @property
+    def watched(self) -> Collection[str]:
+        """What writers of this block add to."""
+        return {own.base for own in self._writers.values() if own.base not in (None, BLOCK_INPUT)}
+
+    def takes_while_waiting(self, forwards: WaitingForwards, batch: int) -> bool:
+        """Where it is known what the one writer of the site adds to."""
+        return not self._matrices or (len(self._matrices) == 1 and self._base(forwards, batch) is not None)
+
+    def _base(self, forwards: WaitingForwards, batch: int) -> Tensor | None:
+        base = self._writers[self._matrices[0].name].base
+        if base == BLOCK_INPUT:
+            return self.place.stream.states.get(batch, self.place.stream.device)
+        return None if base is None else forwards.seen(batch, base)
+
+    def take(self, forwards: WaitingForwards, batch: int, product: Product) -> None:
+        """The input of the writer, and the residual stream as it would be after the matrix as it is now."""
+        if not self._matrices:
+            return
+        writer, base = self._writers[self._matrices[0].name], self._base(forwards, batch)
+        if base is None:
+            raise ModelStructureError(
+                f"{self._matrices[0].name}: what it adds to is overwritten in batch {batch + 1}, and was not in the "
+                "first one. Use --targets pruned."
+            )
+        self._inputs = {(product.name, None): [product.x.reshape(-1, product.x.shape[-1])]}
+        self._seen = {writer.at: base + writer.factor * forwards.multiply(batch).view_as(base)}
 
     def end(self, batch: int, output: Tensor | None) -> None:
         """Run the batch through the dense block, and add ``e xᵀ``, with e divided by the factor of the writer."""

@@ -87,6 +87,11 @@ class RunEvidence:
         """Numbers that are held beside it while a matrix of this width is solved."""
         return sum(own.solving(in_features) for own in self.collectors)
 
+    @property
+    def watched(self) -> set[str]:
+        """Submodules of the block that was entered, whose inputs have to be kept while forwards wait in it."""
+        return {path for own in self.collectors for path in own.watched}
+
     def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
         """Get to know a loaded block before anything in it changes; returns what the manifest says of it."""
         record: dict[str, Any] = {}

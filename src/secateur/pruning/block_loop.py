@@ -180,7 +180,9 @@ class BlockLoop:
         leader = {key: own for site in found for key, own in (site.leader or {}).items()}
         parameters, _ = tapped(block, matrices)
         place, offload = self.states.with_name(f"{self.states.name}-waiting"), self.settings.offload_states
-        with WaitingForwards(block, stream, parameters, leader, offload=offload, place=place) as forwards:
+        with WaitingForwards(
+            block, stream, parameters, leader, watched=self.evidence.watched, offload=offload, place=place
+        ) as forwards:
             for site in found:
                 with self.clock.timed("statistics forward"):
                     collected = self.evidence.collect_at(

@@ -8,7 +8,7 @@ import contextvars
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,10 +63,13 @@ class WaitingForwards:
         parameters: Mapping[str, tuple[nn.Parameter, bool]],
         leader: Mapping[Key, Key],
         *,
+        watched: Collection[str] = (),
         offload: str = "never",
         place: Path = Path("waiting"),
     ) -> None:
         """`leader` says of the matrices that read one input whose it is, as an `InputTap` finds out.
+
+        What goes into the `watched` submodules is kept for `seen`.
 
         `offload` and `place` are those of `states_folder`, for what forwards hold while they wait: on a GPU in its own
         memory while half of what is free there is enough, then in that of the host, then in files.
@@ -77,6 +80,10 @@ class WaitingForwards:
         self._moves = False
         self.waits_at = set(parameters)
         self._forwards = [_Forward(self, batch, parameters, leader) for batch in range(len(stream.batches))]
+        self._hooks = ExitStack()
+        for path in watched:
+            module = block.module.get_submodule(path)
+            self._hooks.callback(module.register_forward_pre_hook(self._hook(path), with_kwargs=True).remove)
 
     def __enter__(self) -> Self:
         return self
@@ -84,6 +91,7 @@ class WaitingForwards:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hooks.close()
         for forward in self._forwards:
             forward.close()
         if self._folder is not None:
@@ -98,6 +106,24 @@ class WaitingForwards:
         forward = self._forwards[batch]
         forward.go_on()
         return forward.waiting if forward.waiting is not None and forward.waiting.name in names else None
+
+    def multiply(self, batch: int) -> Tensor:
+        """The result that the product before which a batch waits would have now."""
+        return self._forwards[batch].multiply()
+
+    def seen(self, batch: int, path: str) -> Tensor | None:
+        """What went into a watched submodule; None where it was not reached, or where the model has overwritten it."""
+        found, version = self._forwards[batch].seen.get(path, (None, 0))
+        return found if found is not None and found._version == version else None
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            forward = next((own for own in self._forwards if own.is_running()), None)
+            value = next(_strided((*args, *kwargs.values())), None)
+            if forward is not None and value is not None:
+                forward.seen.setdefault(path, (value, value._version))
+
+        return hook
 
     def set_aside(self, batch: int) -> None:
         """Move what a waiting forward holds to host memory, or to a file, where there is too much of it."""
@@ -138,6 +164,8 @@ class _Forward(InputTap):
         self.output: Tensor | None = None
         self._forwards, self._batch, self._once = forwards, batch, set(leader)
         self._sharing = Counter(leader.values())
+        self.seen: dict[str, tuple[Tensor, int]] = {}
+        self.multiply: Callable[[], Tensor] = lambda: torch.empty(0)
         self._made: list[weakref.ref[Tensor]] = []  # results so far, where this forward made their memory
         self._own: set[int] = set()  # addresses of that memory
         self._aside: HiddenStates | None = None
@@ -154,10 +182,17 @@ class _Forward(InputTap):
         self._greenlet.parent = getcurrent()
         with own_switches(self._forwards.stream.device):
             self._greenlet.switch()
+        if self._greenlet.dead:
+            self.seen.clear()
+
+    def is_running(self) -> bool:
+        """Whether it is this forward that runs now."""
+        return getcurrent() is self._greenlet
 
     def close(self) -> None:
         """End it where it is."""
         self.waiting = None
+        self.seen.clear()
         if self._aside is not None:
             self._aside.close()
         if self._greenlet:
@@ -199,7 +234,9 @@ class _Forward(InputTap):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.multiply = lambda: func(*args, **(kwargs or {}))
         result = super().__torch_function__(func, types, args, kwargs)
+        del self.multiply
         for tensor in _strided(result):
             address = tensor.untyped_storage().data_ptr()
             if address not in self._own:
