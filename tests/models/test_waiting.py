@@ -192,10 +192,25 @@ def test_site_by_site_every_batch_runs_through_every_block_once(name: str) -> No
         Stream(opened.skeleton, list(ids.split(1))).close()
         opened.restore()
     before = len(overhead)
+    blocks = len(opened.skeleton.blocks)
     with counted(name) as calls:
         secateur.prune(model, method="wanda", calibration=ids, within="site", batch_size=1)
-    blocks = len(opened.skeleton.blocks)
     assert len(calls) == before + blocks * (len(ids) + 1)
+
+
+def test_residual_targets_take_one_forward_of_each_of_the_two_models() -> None:
+    """And three of the first batch: for the sites, for the writers, and before the run, whether there is one."""
+    model, ids = tiny.build("llama"), tiny.tokens(samples=6, length=12)
+    with counted("llama") as overhead:
+        opened = open_model(model)
+        for batches in ([ids[:1]], *[list(ids.split(1))] * 2):
+            Stream(opened.skeleton, batches).close()
+        opened.restore()
+    with counted("llama") as calls:
+        secateur.prune(
+            model, method="sparsegpt", calibration=ids, within="site", targets="residual", batch_size=1, pattern="2:4"
+        )
+    assert len(calls) == len(overhead) + 1 + tiny.BLOCKS * (2 * len(ids) + 2)
 
 
 @torch.no_grad()

@@ -30,11 +30,13 @@ class ResidualDrift(Collector):
         self._writers: Mapping[str, Writer] = {}
 
     def cost(self, extent: Extent) -> Cost:
-        """Two more sets of hidden states, a dense copy of the block, its forwards, and sums of the weights' size."""
+        """Two more sets of hidden states, a dense copy of the block, its forward, the products of the writers as they
+        were, and sums of the weights' size.
+        """
         hidden = extent.skeleton.hidden_size
         fitting = by_block(own for own in extent.matrices if own.shape[0] == hidden and own.expert is None)
         widths = max((sum(matrix.shape[1] for matrix in own) for own in fitting.values()), default=0)
-        return Cost(held=extent.number_bytes * hidden * widths, states=2, block_copies=1, forwards=2.0)
+        return Cost(held=extent.number_bytes * hidden * widths, states=2, block_copies=1, forwards=1.5)
 
     def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
         """Find the writers among the matrices of the block; the manifest lists them."""
@@ -113,10 +115,10 @@ class ResidualDrift(Collector):
             stream = self._seen[writer.at]
             x = x if matrix.columns is None else x[:, matrix.columns.to(x.device)]
             wide = torch.promote_types(stream.dtype, torch.float32)
-            drift = (dense[writer.at].to(wide) - stream.to(wide)).flatten(0, -2) / writer.factor
+            ahead = dense[writer.at].to(wide).flatten(0, -2) - stream.to(wide).flatten(0, -2)
             if matrix.name not in self._totals:
                 self._totals[matrix.name] = torch.zeros(matrix.shape, device=self.place.device or x.device)
-            self._totals[matrix.name] = add_product(self._totals[matrix.name], drift, x)
+            self._totals[matrix.name] = add_product(self._totals[matrix.name], ahead / writer.factor, x)
 
     def finished(self) -> None:
         """Take the share that was asked for. Raises `CalibrationError` for sums that are not finite."""

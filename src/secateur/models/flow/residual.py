@@ -125,9 +125,9 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
         for name, part in zip(single, parts, strict=True):
             factor = _constant(part, signs)
             if in_stream and factor and name not in found:
-                added = factor * cut.given[candidates[name]][0].detach().view_as(value)
+                added = factor * cut.given[candidates[name]][0].view_as(value)
                 places = {BLOCK_INPUT: states, **recorder.seen}
-                base = next((str(place) for place, own in places.items() if _sum_is(own, added, value)), None)
+                base = next((place for place, own in places.items() if _sums_to(own, added, value)), None)
                 found[name] = Writer(at, factor, base)
             if at is None and part is not None and bool(part.any()):
                 leaving.add(name)
@@ -135,12 +135,9 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
     return {name: writer for name, writer in found.items() if name in leaving}
 
 
-def _sum_is(one: Tensor, other: Tensor, value: Tensor) -> bool:
-    """Whether the value is the sum of both, up to rounding."""
-    if one.shape != value.shape or one.dtype != value.dtype:
-        return False
-    rounding = 8 * torch.finfo(value.dtype).eps
-    return bool(torch.allclose(one + other, value, rtol=rounding, atol=rounding * float(value.abs().max())))
+def _sums_to(one: Tensor, other: Tensor, value: Tensor) -> bool:
+    """Whether the value is the sum of both, to the last bit."""
+    return one.numel() == value.numel() and torch.equal(one.view_as(value) + other, value)
 
 
 def _constant(derivative: Tensor | None, signs: Tensor) -> float:

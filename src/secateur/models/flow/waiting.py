@@ -125,12 +125,16 @@ class WaitingForwards:
 
         return hook
 
+    def held_bytes(self, batch: int) -> int:
+        """The memory that a waiting forward holds, but for what others hold too."""
+        return sum(map(len, self._forwards[batch].held()))
+
     def set_aside(self, batch: int) -> None:
         """Move what a waiting forward holds to host memory, or to a file, where there is too much of it."""
         forward, device = self._forwards[batch], self.stream.device
         if batch == 0 and not self._moves:
             tokens = sum(ids.numel() for ids in self.stream.batches)
-            needed = sum(map(len, forward.held())) * tokens // self.stream.batches[0].numel()
+            needed = self.held_bytes(0) * tokens // self.stream.batches[0].numel()
             on_gpu, named = device.type == "cuda", self.offload not in ("auto", "never")
             if named or not on_gpu or needed > torch.cuda.mem_get_info(device)[0] // 2:
                 self._folder = states_folder(self.offload, needed, self.place)
