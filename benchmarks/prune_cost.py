@@ -2,7 +2,7 @@
 
     python benchmarks/prune_cost.py [--samples 64] [--length 512] [--rounds 3]
 
-The floor: Wanda needs each block's inputs behind the pruned blocks before it, so two forwards through the blocks, less
+The floor: Wanda needs each block's inputs after the pruned blocks before it, so two forwards through the blocks, less
 what need not be done (the first pass ends at a block's last statistic, the last block has no second pass, and the head
 never runs). The baseline is one plain forward of the same tokens through the same model, measured before and after
 the pruning in the same process: whole, as a user would run it, and without the head and its logits, which is the

@@ -3,7 +3,7 @@
     python benchmarks/recovery_table.py ./pruned --dense ./model --text c4.jsonl --data wikitext2 --data web.jsonl
         --ways lora "sparse-lora,targets=all-linear,lr=2e-3" full,lr=3e-4 block,samples=64,length=512 --minutes 20
 
-A way is a method, with any settings of `fine_tune` or `reconstruct` behind it. An adapter is merged with its zeros
+A way is a method, with any settings of `fine_tune` or `reconstruct` after it. An adapter is merged with its zeros
 kept, and that is measured; one of `lora` also beside the weights, as it is served. Every way runs in a process of its
 own, on as many cores as OMP_NUM_THREADS says, and becomes one line of the JSON file; lines that are there already are
 not run again. The gap is the difference of perplexities to the dense model, which is measured with the pruned ones.
@@ -61,7 +61,7 @@ def run_cell(cell: dict[str, Any], scratch: Path) -> dict[str, Any]:
             "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         if name == "lora":
-            # What it gives beside the weights: the same numbers, but for rounding, as filled zeros.
+            # Its outputs beside the weights: the same numbers, but for rounding, as filled zeros.
             secateur.merge(output, folder, scratch / "dense", mask="drop", evaluate=False)
             figures["beside"] = measure(scratch / "dense", cell)
         if name in ("lora", "sparse-lora"):

@@ -1,4 +1,4 @@
-"""Whether two checkouts of this project give the same files: every method and choice, on real and tiny models.
+"""Whether two checkouts of this project write the same files: every method and choice, on real and tiny models.
 
     python benchmarks/same_outputs.py BEFORE AFTER [--model FOLDER] [--only GLOB]
 

@@ -35,7 +35,7 @@ def method_of(change: Callable[[Solution], Solution], needs: bool = True) -> Met
 
 
 EXPECTED = "expected torch.float32 and torch.bool, both of (32, 48)."
-GAVE = f"{FIRST}: mine gave a torch.{{}} weight of shape {{}} and a torch.{{}} mask of {{}}, {EXPECTED}"
+GAVE = f"{FIRST}: mine returned a torch.{{}} weight of shape {{}} and a torch.{{}} mask of {{}}, {EXPECTED}"
 BAD_SOLUTIONS: dict[str, tuple[Callable[[Solution], Solution], type[SecateurError], str]] = {
     "transposed": (
         lambda solution: Solution(solution.weight.t(), solution.mask.t()),
@@ -65,18 +65,18 @@ BAD_SOLUTIONS: dict[str, tuple[Callable[[Solution], Solution], type[SecateurErro
     "mask the wrong way round": (
         lambda solution: Solution(solution.weight, ~solution.mask),
         PatternError,
-        f"{FIRST}: mine gave 768 non-zero weights where its own mask says that they are removed.",
+        f"{FIRST}: mine returned 768 non-zero weights where its own mask says that they are removed.",
     ),
     "NaN": (
         lambda solution: Solution(solution.weight.index_fill(0, torch.tensor([1]), float("nan")), solution.mask),
         NumericalError,
-        f"{FIRST}: mine gave 48 of 1536 weights that are NaN or infinite, where the source has none. Use more "
+        f"{FIRST}: mine returned 48 of 1536 weights that are NaN or infinite, where the source has none. Use more "
         f'damping, if the method has any, or leave this matrix out with --skip "{FIRST}".',
     ),
     "infinity": (
         lambda solution: Solution(solution.weight / 0.0, solution.mask),
         NumericalError,
-        f"{FIRST}: mine gave 1536 of 1536 weights that are NaN or infinite, where the source has none. Use more "
+        f"{FIRST}: mine returned 1536 of 1536 weights that are NaN or infinite, where the source has none. Use more "
         f'damping, if the method has any, or leave this matrix out with --skip "{FIRST}".',
     ),
 }

@@ -183,33 +183,33 @@ FAULTS: dict[str, tuple[secateur.Method, type[SecateurError], str]] = {
         MethodError,
         r"KeyError: {first}: no gradients were collected; list a GradientKind .* \({here}:\d+, in <lambda>\)",
     ),
-    "no score": (scored(lambda problem: None), MethodError, r"mine gave a NoneType as its scores, .* in {here}:\d+\.$"),
+    "no score": (scored(lambda problem: None), MethodError, r"mine returned a NoneType as its scores, .* in {here}:\d+\.$"),
     "score of a row": (
         scored(lambda problem: problem.weight[0]),
         MethodError,
-        r"mine gave torch.float32 scores of shape \(32,\) on cpu, expected real ones of \(32, 32\) on .* in {here}:\d+\.$",
+        r"mine returned torch.float32 scores of shape \(32,\) on cpu, expected real ones of \(32, 32\) on .* in {here}:\d+\.$",
     ),
-    "complex score": (scored(lambda problem: problem.weight * 1j), MethodError, r"mine gave torch.complex64 scores"),
+    "complex score": (scored(lambda problem: problem.weight * 1j), MethodError, r"mine returned torch.complex64 scores"),
     "score elsewhere": (
         scored(lambda problem: problem.weight.to("meta")), MethodError, r"on meta, expected real ones of .* on cpu"
     ),
     "NaN score": (scored(nan_score), NumericalError, r"\d+ of 1024 mine scores are not finite .* in {here}:\d+\.$"),
-    "nothing": (solved(lambda problem: None), MethodError, r"mine gave a NoneType, expected a secateur.Solution. It is"),
-    "a tensor": (solved(lambda problem: problem.weight), MethodError, r"mine gave a Tensor, expected a secateur.Solution"),
+    "nothing": (solved(lambda problem: None), MethodError, r"mine returned a NoneType, expected a secateur.Solution. It is"),
+    "a tensor": (solved(lambda problem: problem.weight), MethodError, r"mine returned a Tensor, expected a secateur.Solution"),
     "no mask": (
         solved(lambda problem: secateur.Solution(problem.weight, None)),  # type: ignore[arg-type]
         MethodError,
-        r"mine gave a mask that is a NoneType, expected a tensor on cpu\. It is made in {here}:\d+\.$",
+        r"mine returned a mask that is a NoneType, expected a tensor on cpu\. It is made in {here}:\d+\.$",
     ),
     "weight elsewhere": (
         solved(lambda problem: secateur.Solution(problem.weight.to("meta"), half(problem))),
         MethodError,
-        r"mine gave a weight on meta, expected a tensor on cpu",
+        r"mine returned a weight on meta, expected a tensor on cpu",
     ),
     "wrong dtype": (
         solved(lambda problem: secateur.Solution((problem.weight * half(problem)).double(), half(problem))),
         PatternError,
-        r"mine gave a torch.float64 weight of shape",
+        r"mine returned a torch.float64 weight of shape",
     ),
     "wrong shape": (
         solved(lambda problem: secateur.Solution(problem.weight[:1], half(problem))), PatternError, r"of shape \(1, 32\)"

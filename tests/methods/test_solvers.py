@@ -199,7 +199,7 @@ def test_least_squares_for_dense_targets_is_least_squares_on_the_tokens() -> Non
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.0])
-def test_the_weights_that_are_swept_for_other_targets_fit_them_best(damping: float) -> None:
+def test_the_weights_that_are_pruned_for_other_targets_fit_them_best(damping: float) -> None:
     """``min ||W' X - W X_dense - e||² + d ||W' - W||²`` without a mask, by stacked least squares on the tokens."""
     dense = correlated(200, 20).double()
     dense[:, [4, 11]] = 0

@@ -71,12 +71,12 @@ REFUSED: dict[str, tuple[str, Arguments, str]] = {
     "residual targets, Gemma 2": (
         "gemma2",
         lambda at: ("-m", "sparsegpt", *SITES, "-c", at.folder / "good.safetensors"),
-        "no matrix of model.layers.0 adds what it gives to the residual stream",
+        "no matrix of model.layers.0 adds its outputs to the residual stream",
     ),
     "residual targets, Gemma 3": (
         "gemma3_text",
         lambda at: ("-m", "sparsegpt", *SITES, "-c", at.folder / "good.safetensors"),
-        "no matrix of model.layers.0 adds what it gives to the residual stream",
+        "no matrix of model.layers.0 adds its outputs to the residual stream",
     ),
     "residual targets, no writer planned": (
         "llama",

@@ -82,6 +82,28 @@ def test_matrices_that_write_to_the_residual_stream(name: str, dtype: torch.dtyp
         assert found[f"{block.path}.{path}.weight"].factor == pytest.approx(factor, rel=1e-2)
 
 
+# What the outputs of the writers are added to, where that is the block's input or goes into a submodule.
+BASES = {
+    "llama": ["input", "post_attention_layernorm"],
+    "gpt2": ["input", "ln_2"],
+    "opt": ["input", "final_layer_norm"],
+    "rwkv": ["ln1"],
+    "gptj": [None, None],  # both are added at once
+    "falcon_h1": [None, None, "pre_ff_layernorm"],
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+@torch.no_grad()
+def test_what_writers_add_to(name: str) -> None:
+    skeleton = open_model(tiny.build(name)).skeleton
+    stream = Stream(skeleton, torch.split(calibration(), 3))
+    block = skeleton.blocks[0]
+    with loaded(skeleton, block, skeleton.read(block)):
+        found = residual_writers(block, [m for m in skeleton.matrices if m.block == block.index], stream)
+    assert [writer.base for writer in found.values()] == BASES[name]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_writer_of_massive_activations_is_one(dtype: torch.dtype) -> None:
@@ -156,7 +178,7 @@ def test_experts_are_solved_with_the_gram_matrix_of_the_tokens_routed_to_them() 
     assert down.shape[2] == half
 
 
-@pytest.mark.parametrize("name", ["gpt2", "granite", "opt", "mixtral", "falcon_h1"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "granite", "opt", "mixtral", "falcon_h1"])
 def test_drifts_are_those_of_whole_forwards(name: str, tmp_path: Path) -> None:
     """Replay a run: hooks on the dense model and on one that is pruned site by site see the sums that solvers saw."""
     source, out, ids = tiny.save(name, tmp_path / "source"), tmp_path / "out", calibration()
@@ -240,7 +262,7 @@ def test_the_residual_stream_comes_closer_to_the_dense_one() -> None:
 def test_a_model_without_a_matrix_that_writes_to_the_residual_stream() -> None:
     with pytest.raises(
         ModelStructureError,
-        match=r"^--targets residual: no matrix of model\.layers\.0 adds what it gives to the residual stream as it "
+        match=r"^--targets residual: no matrix of model\.layers\.0 adds its outputs to the residual stream as it "
         r"is \(in some architectures a norm comes between\)\. Use --targets pruned for this model\.$",
     ):
         prune(tiny.build("gemma2"), method=sparsegpt(), calibration=calibration(), within="site", targets="residual")

@@ -190,8 +190,8 @@ def test_the_first_batch_does_not_decide_on_the_sites_of_numbered_experts(first:
         for name in names
     ]
     x = torch.full((1, 3, 4), 2.0 * first - 1)
-    found = sites(Block(0, "b.0", module), matrices, OneBatch(x))  # type: ignore[arg-type]
-    assert [[matrix.name for matrix in site] for site in found] == [
+    found, _ = sites(Block(0, "b.0", module), matrices, OneBatch(x))  # type: ignore[arg-type]
+    assert [[matrix.name for matrix in site.matrices] for site in found] == [
         [name for name in names if "down" not in name],
         [name for name in names if "down" in name],
     ]

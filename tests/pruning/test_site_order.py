@@ -184,7 +184,7 @@ def test_sites_of_some_matrices() -> None:
     manifest = prune(model, method=wanda(), calibration=calibration(), only=only, within="site", batch_size=3)
     assert [record.get("sites", []) for record in manifest.blocks] == [
         [["model.layers.0.self_attn.k_proj.weight"], ["model.layers.0.mlp.up_proj.weight"]],
-        [[]],
+        [],
         [["model.layers.2.self_attn.q_proj.weight"], ["model.layers.2.mlp.down_proj.weight"]],
     ]
     for path in ("0.self_attn.k_proj", "0.mlp.up_proj", "2.self_attn.q_proj", "2.mlp.down_proj"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass, fields
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from secateur.collect.sites import Site
 from secateur.core.needs import Need
 from secateur.models.flow.stream import Stream, default_batch_size
-from secateur.models.flow.tap import Enough, InputTap
+from secateur.models.flow.tap import Enough, InputTap, Product
+from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
@@ -145,6 +147,11 @@ class Collector:
         """Numbers that are held beside it while a matrix of this width is solved with it."""
         return 0
 
+    @property
+    def watched(self) -> Collection[str]:
+        """Submodules of the block that was entered, whose inputs have to be kept while forwards wait in it."""
+        return ()
+
     def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> Mapping[str, Any]:
         """Get to know a loaded block before anything in it changes; returns what the manifest says of it."""
         return {}
@@ -173,6 +180,13 @@ class Collector:
     def end(self, batch: int, output: Tensor | None) -> None:
         """Add the batch, whose forward is over; `output` is None where it ended early."""
 
+    def takes_while_waiting(self, forwards: WaitingForwards, batch: int) -> bool:
+        """Whether a batch that waits at the place knows all that is needed, so that it need not run once more."""
+        return not (self.whole or self.ends or self.runs)
+
+    def take(self, forwards: WaitingForwards, batch: int, product: Product) -> None:
+        """Take what is needed of a batch that waits before a product."""
+
     def finished(self) -> None:
         """Take notice of the end of all batches. Raises for evidence that cannot be used."""
 
@@ -183,11 +197,14 @@ class Collector:
 
 @dataclass(frozen=True)
 class Collected:
-    """What was collected of some matrices of a block, and what went into it and came out of it for the first batch."""
+    """What was collected of some matrices of a block.
+
+    Where batches ran through the whole block: what went into it and came out of it for the first one.
+    """
 
     collectors: Sequence[Collector]
-    input: Tensor
-    output: Tensor
+    input: Tensor | None = None
+    output: Tensor | None = None
 
 
 def run_batches(
@@ -232,3 +249,45 @@ def run_batches(
         own.finished()
     assert first is not None
     return first
+
+
+def reach_site(
+    place: Place,
+    collectors: Sequence[Collector],
+    site: Site,
+    forwards: WaitingForwards,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Collected:
+    """Let the forwards go on until all wait at a site, and collect there. No forward is repeated.
+
+    Where the matrices of the site read several inputs, or a collector needs more than an input, batches run through
+    the block once more, beside the forwards that wait.
+    """
+    again = site.leader is None
+    batches = len(place.stream.batches)
+    for batch in range(batches):
+        product = forwards.reach(batch, site.parameters)
+        if batch == 0 and not again:
+            again = not all(own.takes_while_waiting(forwards, batch) for own in collectors)
+            place.inputs.leader.update({} if again else site.leader or {})
+        if not again:
+            for own in collectors:
+                own.begin(batch, stop=True)
+            place.inputs.begin(stop=False)
+            if product is not None:
+                place.inputs.before(product)
+                for own in collectors:
+                    own.take(forwards, batch, product)
+            place.inputs.end()
+            for own in collectors:
+                own.end(batch, None)
+            progress(batch + 1, batches)
+        del product
+        forwards.set_aside(batch)
+    if again:
+        return run_batches(place, collectors, progress=progress)
+    place.inputs.takers.clear()
+    for own in collectors:
+        own.finished()
+    return Collected(collectors)

@@ -1,6 +1,6 @@
 """How far the residual stream has drifted from the dense model's where a matrix has written to it: `Drift`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
 from secateur.core.gram import add_product
 from secateur.core.needs import Drift
-from secateur.errors import CalibrationError
-from secateur.models.flow.residual import ResidualRecorder, Writer, residual_writers
+from secateur.errors import CalibrationError, ModelStructureError
+from secateur.models.flow.residual import BLOCK_INPUT, ResidualRecorder, Writer, residual_writers
 from secateur.models.flow.stream import Stream
-from secateur.models.flow.tap import InputRecorder, Inputs
+from secateur.models.flow.tap import InputRecorder, Inputs, Product
+from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.structure import Block
 
@@ -29,11 +30,13 @@ class ResidualDrift(Collector):
         self._writers: Mapping[str, Writer] = {}
 
     def cost(self, extent: Extent) -> Cost:
-        """Two more sets of hidden states, a dense copy of the block, its forwards, and sums of the weights' size."""
+        """Two more sets of hidden states, a dense copy of the block, its forward, the products of the writers as they
+        were, and sums of the weights' size.
+        """
         hidden = extent.skeleton.hidden_size
         fitting = by_block(own for own in extent.matrices if own.shape[0] == hidden and own.expert is None)
         widths = max((sum(matrix.shape[1] for matrix in own) for own in fitting.values()), default=0)
-        return Cost(held=extent.number_bytes * hidden * widths, states=2, block_copies=1, forwards=2.0)
+        return Cost(held=extent.number_bytes * hidden * widths, states=2, block_copies=1, forwards=1.5)
 
     def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
         """Find the writers among the matrices of the block; the manifest lists them."""
@@ -71,6 +74,34 @@ class ResidualDrift(Collector):
         stack.enter_context(streams)
         return stack
 
+    @property
+    def watched(self) -> Collection[str]:
+        """What writers of this block add to."""
+        return {own.base for own in self._writers.values() if own.base not in (None, BLOCK_INPUT)}
+
+    def takes_while_waiting(self, forwards: WaitingForwards, batch: int) -> bool:
+        """Where it is known what the one writer of the site adds to."""
+        return not self._matrices or (len(self._matrices) == 1 and self._base(forwards, batch) is not None)
+
+    def _base(self, forwards: WaitingForwards, batch: int) -> Tensor | None:
+        base = self._writers[self._matrices[0].name].base
+        if base == BLOCK_INPUT:
+            return self.place.stream.states.get(batch, self.place.stream.device)
+        return None if base is None else forwards.seen(batch, base)
+
+    def take(self, forwards: WaitingForwards, batch: int, product: Product) -> None:
+        """The input of the writer, and the residual stream as it would be after the matrix as it is now."""
+        if not self._matrices:
+            return
+        writer, base = self._writers[self._matrices[0].name], self._base(forwards, batch)
+        if base is None:
+            raise ModelStructureError(
+                f"{self._matrices[0].name}: what it adds to is overwritten in batch {batch + 1}, and was not in the "
+                "first one. Use --targets pruned."
+            )
+        self._inputs = {(product.name, None): [product.x.reshape(-1, product.x.shape[-1])]}
+        self._seen = {writer.at: base + writer.factor * forwards.multiply(batch).view_as(base)}
+
     def end(self, batch: int, output: Tensor | None) -> None:
         """Run the batch through the dense block, and add ``e xᵀ``, with e divided by the factor of the writer."""
         if not self._matrices:
@@ -84,10 +115,10 @@ class ResidualDrift(Collector):
             stream = self._seen[writer.at]
             x = x if matrix.columns is None else x[:, matrix.columns.to(x.device)]
             wide = torch.promote_types(stream.dtype, torch.float32)
-            drift = (dense[writer.at].to(wide) - stream.to(wide)).flatten(0, -2) / writer.factor
+            ahead = dense[writer.at].to(wide).flatten(0, -2) - stream.to(wide).flatten(0, -2)
             if matrix.name not in self._totals:
                 self._totals[matrix.name] = torch.zeros(matrix.shape, device=self.place.device or x.device)
-            self._totals[matrix.name] = add_product(self._totals[matrix.name], drift, x)
+            self._totals[matrix.name] = add_product(self._totals[matrix.name], ahead / writer.factor, x)
 
     def finished(self) -> None:
         """Take the share that was asked for. Raises `CalibrationError` for sums that are not finite."""

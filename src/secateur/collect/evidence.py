@@ -12,6 +12,7 @@ from secateur.collect.collector import (
     Cost,
     Extent,
     Place,
+    reach_site,
     run_batches,
 )
 from secateur.collect.dense_products import DenseProducts
@@ -21,11 +22,13 @@ from secateur.collect.gradient_file import GradientFile
 from secateur.collect.input_sums import InputSums
 from secateur.collect.model_gradients import ModelGradients
 from secateur.collect.regional_gradients import RegionalGradients
+from secateur.collect.sites import Site
 from secateur.collect.survey import Survey
 from secateur.core.gram import CrossGram
 from secateur.core.needs import Drift, Need, gradient_kind, input_statistics
 from secateur.errors import MethodError
 from secateur.models.flow.stream import Stream
+from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
@@ -84,6 +87,11 @@ class RunEvidence:
         """Numbers that are held beside it while a matrix of this width is solved."""
         return sum(own.solving(in_features) for own in self.collectors)
 
+    @property
+    def watched(self) -> set[str]:
+        """Submodules of the block that was entered, whose inputs have to be kept while forwards wait in it."""
+        return {path for own in self.collectors for path in own.watched}
+
     def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
         """Get to know a loaded block before anything in it changes; returns what the manifest says of it."""
         record: dict[str, Any] = {}
@@ -105,6 +113,19 @@ class RunEvidence:
         place = Place(block, matrices, stream, twin, self.device)
         collectors = [own.at(place) for own in self.collectors if own.forwards]
         return run_batches(place, collectors, keep_outputs=keep_outputs, progress=progress)
+
+    def collect_at(
+        self,
+        site: Site,
+        forwards: WaitingForwards,
+        twin: DenseTwin | None,
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Collected:
+        """Let forwards go on to a site, and collect what is asked of its matrices; see `reach_site`."""
+        place = Place(forwards.block, site.matrices, forwards.stream, twin, self.device)
+        collectors = [own.at(place) for own in self.collectors if own.forwards]
+        return reach_site(place, collectors, site, forwards, progress=progress)
 
     def of(self, matrix: Matrix, collected: Collected | None, device: torch.device) -> dict[Need, Any]:
         """All evidence of a matrix; what has to be read first is read to `device`."""

@@ -53,7 +53,7 @@ def check_solution(problem: Problem, solution: Solution, method: Method) -> None
     expected, found = (weight.shape, weight.dtype, torch.bool), (new.shape, new.dtype, mask.dtype)
     if found != expected or mask.shape != weight.shape:
         raise PatternError(
-            f"{name}: {method.name} gave a {new.dtype} weight of shape {tuple(new.shape)} and a {mask.dtype} "
+            f"{name}: {method.name} returned a {new.dtype} weight of shape {tuple(new.shape)} and a {mask.dtype} "
             f"mask of {tuple(mask.shape)}, expected {weight.dtype} and torch.bool, both of {tuple(weight.shape)}."
         )
     violation = problem.pattern.violation(mask)
@@ -61,14 +61,14 @@ def check_solution(problem: Problem, solution: Solution, method: Method) -> None
         raise PatternError(f"{name}: the mask of {method.name} breaks {problem.pattern}: {violation}.")
     if not bool(new.isfinite().all()):
         raise NumericalError(
-            f"{name}: {method.name} gave {int((~new.isfinite()).sum())} of {new.numel()} weights that are NaN "
+            f"{name}: {method.name} returned {int((~new.isfinite()).sum())} of {new.numel()} weights that are NaN "
             f"or infinite, where the source has none. Use more damping, if the method has any, or leave this matrix "
             f'out with --skip "{name}".'
         )
     outside = new.ne(0) & ~mask
     if bool(outside.any()):
         raise PatternError(
-            f"{name}: {method.name} gave {int(outside.sum())} non-zero weights where its own mask "
+            f"{name}: {method.name} returned {int(outside.sum())} non-zero weights where its own mask "
             "says that they are removed."
         )
 
@@ -79,11 +79,11 @@ def _check_kind(problem: Problem, solution: object, method: Method) -> None:
     end = f" It is made in {place}." if place is not None else ""
     if not isinstance(solution, Solution):
         raise MethodError(
-            f"{problem.name}: {method.name} gave a {type(solution).__name__}, expected a secateur.Solution.{end}"
+            f"{problem.name}: {method.name} returned a {type(solution).__name__}, expected a secateur.Solution.{end}"
         )
     for part, value in (("weight", solution.weight), ("mask", solution.mask)):
         device = value.device if isinstance(value, torch.Tensor) else None
         if device != problem.weight.device:
             found = f"on {device}" if device is not None else f"that is a {type(value).__name__}"
             expected = f"expected a tensor on {problem.weight.device}"
-            raise MethodError(f"{problem.name}: {method.name} gave a {part} {found}, {expected}.{end}")
+            raise MethodError(f"{problem.name}: {method.name} returned a {part} {found}, {expected}.{end}")

@@ -17,7 +17,7 @@ class GradientKind:
     """Which gradients, and how they are added up over the calibration samples.
 
     `norm`: "l1", the sum of ``|g_n|``, or "l2", the root of the sum of ``g_n ** 2``. `granularity`: ``g_n`` is the
-    gradient that a whole "sample" gives, as published, or that each of its "token"s gives by itself. `scope`: the
+    gradient of the loss of a whole "sample", as published, or of each of its "token"s by itself. `scope`: the
     gradient is that of the "model"'s loss, the mean next-token cross-entropy of the sample, or of the Euclidean norm
     of the "block"'s own output (the regional gradient of Wanda++).
 

@@ -18,7 +18,7 @@ Need = Any
 
 @dataclass(frozen=True)
 class Drift:
-    """Asks for ``share * sum e xᵀ`` over tokens: updated weights are to give ``W x + share * e`` instead of ``W x``.
+    """Asks for ``share * sum e xᵀ`` over tokens: updated weights are to make ``W x + share * e`` instead of ``W x``.
 
     e is by how much the dense model's residual stream, after the matrix has written to it, differs from this one's.
     """

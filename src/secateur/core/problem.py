@@ -146,12 +146,12 @@ def _check_score(name: str, problem: Problem, found: object, end: str) -> None:
     weight = problem.weight
     if not isinstance(found, Tensor):
         raise MethodError(
-            f"{problem.name}: {name} gave a {type(found).__name__} as its scores, expected a tensor of "
+            f"{problem.name}: {name} returned a {type(found).__name__} as its scores, expected a tensor of "
             f"{tuple(weight.shape)}.{end}"
         )
     if found.shape != weight.shape or found.is_complex() or found.device != weight.device:
         raise MethodError(
-            f"{problem.name}: {name} gave {found.dtype} scores of shape {tuple(found.shape)} on {found.device}, "
+            f"{problem.name}: {name} returned {found.dtype} scores of shape {tuple(found.shape)} on {found.device}, "
             f"expected real ones of {tuple(weight.shape)} on {weight.device}: one for each weight.{end}"
         )
 

@@ -12,17 +12,17 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.core.columns import BLOCK, Score, column_method, follow, update
 from secateur.core.gram import Gram
 from secateur.core.harmonic import weighted
 from secateur.core.linalg import working_dtype
 from secateur.core.problem import Method, Problem, Refinement, Solution, at_least, with_options
 from secateur.core.statistics import SquaredNorm
-from secateur.core.sweep import BLOCK, Score, column_method, follow, update
 
 
 @with_options
 def obs_update(*, damping: float = 0.01) -> Refinement:
-    """The refinement that prunes the dense weights once more with the same mask, by SparseGPT's column sweep.
+    """The refinement that prunes the dense weights once more with the same mask, by SparseGPT's loop over columns.
 
     ``chain(wanda(), obs_update())`` is the sequential ablation. Weights of the solution before it do not matter.
     Option: `damping`, as in `sparsegpt`. Notes: `obs_update_damping` as used, `reconstruction_error`.

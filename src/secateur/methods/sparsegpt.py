@@ -7,8 +7,8 @@ arXiv 2301.00774, algorithm 1; published code, `fasterprune`.
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.core.columns import Score, column_method
 from secateur.core.problem import Method, Problem, with_options
-from secateur.core.sweep import Score, column_method
 
 
 @with_options

@@ -1,8 +1,9 @@
 """The one loop over the blocks: read, take statistics, solve, write, move on.
 
 For each block: read it, run the calibration samples through it while statistics of the matrices' inputs are taken,
-solve every matrix, write the block, and run the samples through the pruned block to make the next block's inputs.
-The next block is read and the last one written while this one is computed.
+solve every matrix, write the block, and run the samples through the pruned block to make the next block's inputs. Site
+by site the samples run only once: they wait in the middle of the block while matrices are solved. The next block is
+read and the last one written while this one is computed.
 """
 
 import time
@@ -21,7 +22,8 @@ from secateur.core.checks import check_weight, solved
 from secateur.core.histogram import histogram
 from secateur.core.problem import Problem, Solution
 from secateur.models.flow.stream import Stream, states_folder
-from secateur.models.shape.matrices import Matrix, by_block
+from secateur.models.flow.waiting import WaitingForwards
+from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.pruning.preparation import Prepared
@@ -111,12 +113,14 @@ class BlockLoop:
             if self.skeleton.resident:
                 self._update(matrices, changed, tensors)
         else:
+            by_site = matrices and self.settings.within == "site"
             with loaded(self.skeleton, block, tensors):
-                record |= self._prune_loaded(block, tensors, matrices, self.stream, changed)
+                prune = self._prune_by_site if by_site else self._prune_at_once
+                record |= prune(block, tensors, matrices, self.stream, changed)
         self.manifest.blocks.append(record)
         return own | changed
 
-    def _prune_loaded(
+    def _prune_at_once(
         self,
         block: Block,
         tensors: dict[str, Tensor],
@@ -124,39 +128,89 @@ class BlockLoop:
         stream: Stream,
         changed: dict[str, Tensor],
     ) -> dict[str, Any]:
-        """Collect evidence and solve, for all matrices at once or site by site, and move on; returns the record."""
-        twin, by_site = self.twin, self.settings.within == "site"
+        """Collect evidence of all matrices, solve them, and run the samples once more; returns the record."""
+        twin = self.twin
         if twin is not None:
             twin.enter(block)
-        groups = sites(block, matrices, stream) if by_site and matrices else [matrices]
         # Whether the outputs of the dense block are the next block's inputs, so that no second pass is needed.
         single = self.settings.propagate == "dense" or not matrices
-        started = time.perf_counter()
-        facts = self.evidence.enter(block, matrices, stream)
-        self.clock.add("statistics forward", started)
-        first: tuple[Tensor, Tensor] | None = None  # of the first batch, what goes in and what comes out
-        for group in groups:
-            started = time.perf_counter()
+        with self.clock.timed("statistics forward"):
+            facts = self.evidence.enter(block, matrices, stream)
             collected = self.evidence.collect(
                 block,
-                group,
+                matrices,
                 stream,
                 twin,
                 keep_outputs=single,
                 progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
             )
-            first = first or (collected.input, collected.output)
-            self.clock.add("statistics forward", started)
-            self._solve(block, group, tensors, collected, changed)
-            del collected  # Memory: Gram matrices are gone before the next forward
-            self._update(group, changed, tensors)
+        states, dense = collected.input, collected.output
+        assert dense is not None
+        self._solve(block, matrices, tensors, collected, changed)
+        del collected  # Memory: Gram matrices are gone before the next forward
+        self._update(matrices, changed, tensors)
         if twin is not None:
             twin.leave(block)
-        assert first is not None
-        record: dict[str, Any] = {"output_change": self._move_on(block, stream, first, single)}
-        if by_site:
-            record["sites"] = [[matrix.name for matrix in group] for group in groups]
-        return record | facts
+        change: float | None = None
+        with self.clock.timed("propagation forward"):
+            if matrices:
+                pruned = stream.run(block, 0, states=states, aside=single)
+                change = relative_change(dense, pruned)
+                if not single and block.index < self.last:
+                    for batch in range(len(stream.batches)):
+                        self._put(block, stream, batch, pruned if batch == 0 else stream.run(block, batch))
+            stream.release(block)
+        return {"output_change": change, **facts}
+
+    def _prune_by_site(
+        self,
+        block: Block,
+        tensors: dict[str, Tensor],
+        matrices: list[Matrix],
+        stream: Stream,
+        changed: dict[str, Tensor],
+    ) -> dict[str, Any]:
+        """One forward, which waits at every site until its matrices are solved; returns the record."""
+        twin = self.twin
+        if twin is not None:
+            twin.enter(block)
+        with self.clock.timed("statistics forward"):
+            found, dense = sites(block, matrices, stream)
+            facts = self.evidence.enter(block, matrices, stream)
+        leader = {key: own for site in found for key, own in (site.leader or {}).items()}
+        parameters, _ = tapped(block, matrices)
+        place, offload = self.states.with_name(f"{self.states.name}-waiting"), self.settings.offload_states
+        with WaitingForwards(
+            block, stream, parameters, leader, watched=self.evidence.watched, offload=offload, place=place
+        ) as forwards:
+            for site in found:
+                with self.clock.timed("statistics forward"):
+                    collected = self.evidence.collect_at(
+                        site,
+                        forwards,
+                        twin,
+                        progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
+                    )
+                self._solve(block, site.matrices, tensors, collected, changed)
+                del collected  # Memory: Gram matrices are gone before the forwards go on
+                self._update(site.matrices, changed, tensors)
+                forwards.waits_at -= site.parameters
+            if twin is not None:
+                twin.leave(block)
+            with self.clock.timed("propagation forward"):
+                pruned = forwards.output(0)
+                change = relative_change(dense, pruned)
+                if block.index < self.last:
+                    for batch in range(len(stream.batches)):
+                        self._put(block, stream, batch, pruned if batch == 0 else forwards.output(batch))
+        stream.release(block)
+        names = [[matrix.name for matrix in site.matrices] for site in found]
+        return {"output_change": change, "sites": names, **facts}
+
+    def _put(self, block: Block, stream: Stream, batch: int, states: Tensor) -> None:
+        """Keep what the pruned block made of a batch for the next one."""
+        stream.states.put(batch, states)
+        self.conveyor.tell("forward", block, batch + 1, len(stream.batches))
 
     def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put some matrices' changed tensors, and what makes one parameter with them, into the block's module."""
@@ -192,21 +246,6 @@ class BlockLoop:
                 "tokens": problem.tokens,
                 "seconds": round(self.clock.add("solve", started), 6),
             }
-
-    def _move_on(self, block: Block, stream: Stream, first: tuple[Tensor, Tensor], single: bool) -> float | None:
-        """Make the next block's inputs; returns how far the first batch's output moved, relative to its norm."""
-        started = time.perf_counter()
-        change: float | None = None
-        if block.index in self.planned:
-            pruned = stream.run(block, 0, states=first[0], aside=single)
-            change = relative_change(first[1], pruned)
-            if not single and block.index < self.last:
-                for batch in range(len(stream.batches)):
-                    stream.states.put(batch, pruned if batch == 0 else stream.run(block, batch))
-                    self.conveyor.tell("forward", block, batch + 1, len(stream.batches))
-        stream.release(block)
-        self.clock.add("propagation forward", started)
-        return change
 
 
 def _record(matrix: Matrix, problem: Problem, solution: Solution) -> dict[str, Any]:

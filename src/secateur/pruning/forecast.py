@@ -84,7 +84,7 @@ def estimate(settings: PruneSettings) -> Estimate:
 
 
 def dry_run(settings: PruneSettings) -> Estimate:
-    """What `estimate` gives, from settings."""
+    """What `estimate` does, from its settings."""
     began = time.perf_counter()
     settings = resolved(settings)
     target = None if settings.output is None else output_of(settings)

@@ -13,6 +13,7 @@ from secateur.models.flow.stream import states_folder
 from secateur.models.shape.matrices import by_block
 from secateur.models.shape.skeleton import Skeleton
 from secateur.pruning.preparation import Prepared
+from secateur.pruning.trial import waiting_bytes
 
 LIBRARY_BYTES = 40_000_000  # kernels and buffers that torch loads when it first computes
 FACTORISING_BYTES = 40_000_000  # buffers of the linear algebra library, once something was factorised
@@ -84,7 +85,11 @@ def memory_of(ready: Prepared) -> Memory:
     # A graph holds the activations of its batch too.
     pruning = sums + max(activations, cost.batch, solving + cost.reading)
     in_memory = 0 if offloaded else states
-    stages = [both(pruning, waiting, in_memory + elsewhere)]
+    # Forwards that wait hold more than hidden states, and go to files or to the host's memory by the same rule.
+    held = extent.tokens * waiting_bytes(skeleton, extent.matrices) if extent.by_site else 0
+    if not on_gpu and states_folder(extent.offload, held, Path.cwd()) is not None:
+        held = 0
+    stages = [both(pruning + held, waiting, in_memory + elsewhere)]
     if extent.tokens and not skeleton.resident:
         # Memory: embeddings are gone again when the calls are recorded; blocks come one at a time until then.
         stages.append(both(activations // 4, 0, in_memory, sum(outside.values()) - head))

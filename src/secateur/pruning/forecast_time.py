@@ -18,8 +18,8 @@ LENGTH = 512  # of windows where none is known
 def run_seconds(ready: Prepared, passes: int) -> float:
     """About how long a prepared run takes from here on.
 
-    Two forwards where samples run through the blocks, about one more site by site, where they end early, and those that
-    evidence takes; choosing and solving; reading, converting, hashing and writing.
+    Two forwards where samples run through the blocks, or one site by site, and those that evidence takes; choosing and
+    solving; reading, converting, hashing and writing.
     """
     skeleton, method = ready.opened.skeleton, ready.method
     extent = ready.extent
@@ -29,7 +29,10 @@ def run_seconds(ready: Prepared, passes: int) -> float:
     own = pace(skeleton, method, ready.plan[planned[0].name], extent.length, extent.chosen_batch_size)
     batches = math.ceil(extent.samples / extent.chosen_batch_size)
     once = sum(token * extent.tokens + batch * batches for token, batch in own.forwards[: last + 1])
-    forwards = 2.0 + extent.by_site if ready.evidence.forwards else 0.0
+    passes_of_states = 2.0
+    if extent.by_site:  # the first batch twice, and all of them twice more where the inputs of experts are looked at
+        passes_of_states = 1.0 + 1 / max(1, batches) + 2.0 * any(matrix.routed for matrix in planned)
+    forwards = passes_of_states if ready.evidence.forwards else 0.0
     bytes_ = source_bytes(skeleton, skeleton.source.names)
     computing = (forwards + cost.forwards) * once + cost.computing * own.multiply + cost.moved * own.move
     computing += own.weight * sum(math.prod(matrix.shape) for matrix in planned) + own.digest * cost.hashings * bytes_

@@ -169,7 +169,7 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
             "as o_proj and down_proj), or use --targets pruned."
         )
     raise ModelStructureError(
-        f"--targets residual: no matrix of {next(iter(alike.values())).path} adds what it gives to the residual stream "
+        f"--targets residual: no matrix of {next(iter(alike.values())).path} adds its outputs to the residual stream "
         "as it is (in some architectures a norm comes between). Use --targets pruned for this model."
     )
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from secateur.collect.sites import sites
 from secateur.core.checks import check_solution
 from secateur.core.histogram import histogram
 from secateur.core.patterns import Pattern
@@ -19,12 +21,17 @@ from secateur.core.scores import magnitude
 from secateur.errors import SecateurError
 from secateur.files.checkpoint import Layout
 from secateur.models.flow.stream import Stream
+from secateur.models.flow.waiting import WaitingForwards
+from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.skeleton import Skeleton, Source, loaded
 from secateur.models.shape.structure import Block
 
 LONG = 0.3  # seconds after which nothing is tried again
 TRIAL_FLOPS = 2e10  # of all forwards that are tried, about
 WEIGHTS = 1 << 24  # of the matrix that is solved
+WAITING = (1, 32)  # samples and tokens of the forward whose memory is counted while it waits
+# What a model's own code may raise on zeros.
+NOT_TRIED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, SecateurError)
 
 
 @dataclass(frozen=True)
@@ -154,13 +161,29 @@ def forwards(skeleton: Skeleton, length: int, batch_size: int, multiply: float) 
 
 
 @torch.no_grad()
+def waiting_bytes(skeleton: Skeleton, matrices: Sequence[Matrix]) -> int:
+    """What a forward holds for each token while it waits at the site where it holds most, in one block with zeros."""
+    block = skeleton.blocks[matrices[0].block]
+    own = [matrix for matrix in matrices if matrix.block == block.index]
+    try:
+        with _zeros_in(skeleton, block, *WAITING) as stream:
+            found, _ = sites(block, own, stream)
+            with WaitingForwards(block, stream, tapped(block, own)[0], {}) as forwards:
+                held = []
+                for site in found:
+                    forwards.reach(0, site.parameters)
+                    held.append(forwards.held_bytes(0))
+                    forwards.waits_at -= site.parameters
+        return max(held) // math.prod(WAITING)
+    except NOT_TRIED:
+        return 8 * skeleton.hidden_size * skeleton.dtype.itemsize
+
+
+@torch.no_grad()
 def _try_forwards(skeleton: Skeleton, length: int, batch_size: int, multiply: float) -> list[tuple[float, float]]:
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for index, names in enumerate(skeleton.block_tensors):
         alike.setdefault(tuple(sorted(skeleton.source.shape(name) for name in names)), []).append(index)
-    trial = copy(skeleton)
-    if not skeleton.resident:
-        trial.source = ZeroSource(skeleton.source, skeleton.dtype)
     found: dict[int, tuple[float, float]] = {}
     for indices in alike.values():
         block = skeleton.blocks[indices[0]]
@@ -169,22 +192,32 @@ def _try_forwards(skeleton: Skeleton, length: int, batch_size: int, multiply: fl
         fitting = max(16, int(TRIAL_FLOPS / (2 * weights * len(alike))))
         samples, tokens = max(1, min(batch_size, fitting // length)), min(length, fitting)
         try:
-            short, long = (_one_forward(trial, block, *size) for size in ((1, 2), (samples, tokens)))
+            short, long = (_one_forward(skeleton, block, *size) for size in ((1, 2), (samples, tokens)))
             each = max(long - short, 0.1 * long) / (samples * tokens)
             cost = (each + 2 * skeleton.hidden_size * (length - tokens) * multiply, short)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, SecateurError):
+        except NOT_TRIED:
             cost = (weights * multiply, 0.0)
         found |= dict.fromkeys(indices, cost)
     return [found[index] for index in range(len(skeleton.blocks))]
 
 
-def _one_forward(trial: Skeleton, block: Block, samples: int, tokens: int) -> float:
+def _one_forward(skeleton: Skeleton, block: Block, samples: int, tokens: int) -> float:
+    with _zeros_in(skeleton, block, samples, tokens) as stream:
+        return timed(skeleton.device, lambda: stream.run(block, 0, aside=True))
+
+
+@contextmanager
+def _zeros_in(skeleton: Skeleton, block: Block, samples: int, tokens: int) -> Iterator[Stream]:
+    """A stream of one batch, at a block that is loaded with zeros in the place of weights."""
+    trial = copy(skeleton)
+    if not skeleton.resident:
+        trial.source = ZeroSource(skeleton.source, skeleton.dtype)
     ids = (torch.arange(samples * tokens) + 3).view(samples, tokens) % trial.vocabulary_size
     trial.load_outside(head=False)
     stream = Stream(trial, [ids])
     try:
         with loaded(trial, block, trial.read(block)):
-            return timed(trial.device, lambda: stream.run(block, 0, aside=True))
+            yield stream
     finally:
         stream.close()
         trial.unload_outside()

@@ -21,16 +21,20 @@ from secateur.models.flow.tap import MULTIPLICATIONS, Enough, ProductTap
 from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.structure import Block
 
+BLOCK_INPUT = "input"
+
 
 @dataclass(frozen=True)
 class Writer:
     """A matrix whose outputs, times `factor`, are added to the residual stream.
 
-    The sum is what goes into the block's submodule `at`, or what comes out of the block where that is None.
+    The sum is what goes into the block's submodule `at`, or what comes out of the block where that is None. `base` is
+    what the outputs are added to: "input" of the block, what goes into that submodule, or None where neither is.
     """
 
     at: str | None
     factor: float
+    base: str | None = None
 
 
 class ResidualRecorder:
@@ -121,11 +125,19 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
         for name, part in zip(single, parts, strict=True):
             factor = _constant(part, signs)
             if in_stream and factor and name not in found:
-                found[name] = Writer(at, factor)
+                added = factor * cut.given[candidates[name]][0].view_as(value)
+                places = {BLOCK_INPUT: states, **recorder.seen}
+                base = next((place for place, own in places.items() if _sums_to(own, added, value)), None)
+                found[name] = Writer(at, factor, base)
             if at is None and part is not None and bool(part.any()):
                 leaving.add(name)
     # A sum that only some module inside reads is not the stream that leaves the block.
     return {name: writer for name, writer in found.items() if name in leaving}
+
+
+def _sums_to(one: Tensor, other: Tensor, value: Tensor) -> bool:
+    """Whether the value is the sum of both, to the last bit."""
+    return one.numel() == value.numel() and torch.equal(one.view_as(value) + other, value)
 
 
 def _constant(derivative: Tensor | None, signs: Tensor) -> float:

@@ -150,35 +150,41 @@ class InputTap(ProductTap):
         super().__init__(parameters)
         self.takers: list[Take] = []
         self.leader: dict[Key, Key] = {}  # in the order of the products
+        self.calls: dict[Key, int] = {}  # products of this forward
         self._count = len(parameters)
         self._can_stop = all(parameter.dim() == 2 for parameter, _ in parameters.values())
         # Memory: a few inputs are kept alive, just long enough for the other matrices that read the same one.
         self._recent: deque[tuple[Tensor, int, Key]] = deque(maxlen=4)
         self._updates: dict[Key, int] = {}
-        self._calls: dict[Key, int] = {}
         self._stop = False
 
     def begin(self, *, stop: bool) -> None:
         """Expect another forward, which with `stop` may end with `Enough` after the last product of interest."""
         self._stop = self._can_stop and stop
-        self._calls.clear()
+        self.calls.clear()
         self._recent.clear()
 
     def end(self) -> None:
         """Let go of the inputs that were kept for sharing."""
         self._recent.clear()
         # Exact: a forward may end early only where every matrix multiplies exactly once.
-        self._can_stop = self._can_stop and len(self._calls) == self._count and set(self._calls.values()) <= {1}
+        self._can_stop = self._can_stop and len(self.calls) == self._count and set(self.calls.values()) <= {1}
+
+    def let_go(self, leader: Key) -> None:
+        """Forget the input that was kept for those who share it with this one."""
+        kept = [recent for recent in self._recent if recent[2] != leader]
+        self._recent.clear()
+        self._recent.extend(kept)
 
     def before(self, product: Product) -> None:
         """Hand on the input, and end the forward where nothing more is wanted."""
         for key, rows in by_expert(product):
             self._add(key, rows, None if product.batched else product.x)
-        if self._stop and len(self._calls) == self._count:
+        if self._stop and len(self.calls) == self._count:
             raise Enough  # before the last product, whose result nobody needs
 
     def _add(self, key: Key, x: Tensor, source: Tensor | None) -> None:
-        self._calls[key] = self._calls.get(key, 0) + 1
+        self.calls[key] = self.calls.get(key, 0) + 1
         leader = self.leader.get(key)
         if source is not None:
             for recent, version, recent_key in self._recent:
@@ -198,7 +204,7 @@ class InputTap(ProductTap):
             raise ModelStructureError(f"{key[0]}: shared its input with {leader[0]} at first, and then did not.")
         self.leader[key] = key
         for take in self.takers:
-            take(key, self._calls[key] - 1, x)
+            take(key, self.calls[key] - 1, x)
         self._updates[key] = self._updates.get(key, 0) + 1
         if source is not None:
             self._recent.append((source, source._version, key))

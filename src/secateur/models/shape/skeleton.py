@@ -291,20 +291,20 @@ class Skeleton:
             raise self._missing(missing)
 
     def update(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put changed checkpoint tensors into a loaded block, together with the others of their groups.
+        """Write changed checkpoint tensors into the parameters of a loaded block, with the others of their groups.
 
-        `tensors` must hold every tensor of each group that it touches.
+        `tensors` must hold every tensor of each group that it touches. Parameters stay the same objects in the same
+        memory, so that forwards that have begun go on with the new values.
         """
-        if not self.resident:
-            for group in self.conversion.of(tensors):
-                self._set(group, tensors)
-            return
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for group in self.conversion.of(tensors):
-            for name, value in self.conversion.convert(group, tensors).items():
-                if parameters[name].data_ptr() != value.data_ptr():
+            parts = {name: tensors[name].to(self.device, non_blocking=True) for name in group.names}
+            for name, value in self.conversion.convert(group, parts).items():
+                path, _, leaf = name.rpartition(".")
+                parameter = self._modules[path]._parameters[leaf]
+                assert parameter is not None
+                if parameter.data_ptr() != value.data_ptr():
                     with torch.no_grad():
-                        parameters[name].copy_(value)
+                        parameter.copy_(value)
 
     def unload(self, block: Block) -> None:
         """Drop a block's weights, and those of earlier blocks that it shared."""

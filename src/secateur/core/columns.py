@@ -1,4 +1,4 @@
-"""The column sweep of the optimal brain surgeon: remove from left to right, and make up for it to the right."""
+"""The loop over columns of the optimal brain surgeon: remove from left to right, and make up for it to the right."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from secateur.errors import NumericalError
 
 BLOCK = 128  # columns, as published
 LAZY = 512  # columns between two updates of all that are to the right of them
-LEAF = 16  # columns that are swept one by one; wider stretches go by halves
+LEAF = 16  # columns that are done one by one; wider stretches go by halves
 
 Choose = Callable[[int, Float[Tensor, "out some"]], Bool[Tensor, "out some"]]
 """(first column, the weights of some columns as they are by then) -> mask, True = kept."""
@@ -43,7 +43,7 @@ def column_method(name: str, damping: float, score: Callable[[Problem, Float[Ten
 def update(
     problem: Problem, damping: float, choice: Callable[[Float[Tensor, " in"]], tuple[Choose, int]], *, note: str
 ) -> Solution:
-    """The solution of a sweep, with the damping as used in its `note`.
+    """The solution of `prune_columns`, with the damping as used in its `note`.
 
     `choice` is given the pivots ``U_jj``, and says how to choose and for how many columns at a time. Damping is
     relative to the mean of the diagonal.
@@ -52,12 +52,12 @@ def update(
     factor, used = inverse_factor(problem.name, gram, damping)
     choose, group = choice(factor.diagonal())
     target = outputs_target(problem, gram, factor)
-    weight, mask = sweep(target, factor, choose, live=gram.diagonal() > 0, group=group)
+    weight, mask = prune_columns(target, factor, choose, live=gram.diagonal() > 0, group=group)
     return finished(problem, weight, mask, **{note: used})
 
 
 @full_precision()
-def sweep(
+def prune_columns(
     weight: Float[Tensor, "out in"],
     factor: Float[Tensor, "in in"],
     choose: Choose,
@@ -67,7 +67,7 @@ def sweep(
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
     """The pruned weights and their mask: one pass over the columns, each removal made up for in all later columns.
 
-    With ``Uᵀ U = G⁻¹`` (`factor`, upper triangular), removing ``w_ij`` gives the error ``e = w_ij / U_jj`` and moves
+    With ``Uᵀ U = G⁻¹`` (`factor`, upper triangular), removing ``w_ij`` causes the error ``e = w_ij / U_jj`` and moves
     the later weights of row i by ``- e U_j,j+1:``. `choose` is asked for the mask of each `group` columns when all
     columns before them are done. Columns that are not `live`, whose inputs are always zero, are zero from the start.
 
@@ -82,12 +82,12 @@ def sweep(
     kept = torch.empty_like(columns, dtype=torch.bool)
     width = len(columns)
     block = max(LAZY // group, 1) * group
-    # Of a column whose mask is known, but which is not swept yet: 1 / U_jj where it goes, else 0.
+    # Of a column whose mask is known, but which is not done yet: 1 / U_jj where it goes, else 0.
     errors = columns.new_empty(min(block, width), columns.shape[1])
     pivots = factor.diagonal()
 
     def stretch(first: int, last: int, offset: int) -> None:
-        """Sweep the columns from `first` to before `last`, whose errors go to row ``column - offset``."""
+        """Do the columns from `first` to before `last`, whose errors go to row ``column - offset``."""
         if last - first > LEAF:
             # Exact: no half but the last ends inside a group, whose mask is chosen when its first column is reached.
             groups = -(-(last - first) // group)
