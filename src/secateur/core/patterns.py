@@ -6,15 +6,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.core.choices import Group
 from secateur.errors import NumericalError, PatternError
-
-LARGE = 2**16  # entries that are compared with each other, from which on a sample says where to look for the threshold
-SPACING = 64  # of that sample
 
 
 @runtime_checkable
@@ -59,37 +57,31 @@ def lowest(score: Float[Tensor, "rows columns"], count: int) -> Bool[Tensor, "ro
     """
     if count <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    threshold = _bracketed(score, count) if len(score) == 1 and score.shape[1] >= LARGE else None
-    if threshold is None:
-        threshold = score.topk(count, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
+    threshold, tied = _threshold(score, count)
     removed = score <= threshold
-    surplus = removed.sum(dim=1) - count
-    if bool(surplus.any()):
-        tied = surplus.nonzero().squeeze(1)
+    if bool(tied.any()):
+        rows = tied.nonzero().squeeze(1)
         # Exact: of the entries that equal the threshold, the first ones by column fill the count.
-        equal = score[tied] == threshold[tied]
-        below = removed[tied] & ~equal
+        equal = score[rows] == threshold[rows]
+        below = removed[rows] & ~equal
         room = count - below.sum(dim=1, keepdim=True)
-        removed[tied] = below | (equal & (equal.cumsum(dim=1) <= room))
+        removed[rows] = below | (equal & (equal.cumsum(dim=1) <= room))
     return removed
 
 
-def _bracketed(score: Float[Tensor, "1 columns"], count: int) -> Float[Tensor, "1 1"] | None:
-    """The `count`-th lowest score of the one row, or None where it is not between the bounds that a sample gives.
-
-    Exact: the sample decides where to look, not what is found. Up to 2.7 times as fast as a selection from all.
-    """
-    sample = score[0, ::SPACING].sort().values
-    middle = round(count / score.shape[1] * len(sample))
-    margin = math.ceil(2 * len(sample) ** 0.5)  # four standard deviations, and more at the ends
-    if not margin <= middle < len(sample) - margin:
-        return None
-    low, high = sample[middle - margin], sample[middle + margin]
-    below = int((score < low).sum())
-    between = score[(score >= low) & (score <= high)]
-    if not below < count <= below + len(between):
-        return None
-    return between.kthvalue(count - below).values.view(1, 1)
+def _threshold(
+    score: Float[Tensor, "rows columns"], count: int
+) -> tuple[Float[Tensor, "rows 1"], Bool[Tensor, " rows"]]:
+    """The `count`-th lowest score of each row, and whether another that is not among the lowest equals it."""
+    if score.device.type != "cpu":
+        threshold = score.topk(count, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
+        return threshold, (score <= threshold).sum(dim=1) > count
+    # Fast: numpy selects on CPUs in a fifth of the time that torch takes. It has no bfloat16.
+    wide = torch.promote_types(score.dtype, torch.float32)
+    ordered = np.partition(score.to(wide).numpy(), count - 1, axis=1)
+    last, higher = ordered[:, count - 1 : count].copy(), ordered[:, count:]
+    tied = (higher == last).any(axis=1)
+    return torch.from_numpy(last).to(score.dtype), torch.from_numpy(tied)
 
 
 @dataclass(frozen=True)
