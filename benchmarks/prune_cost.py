@@ -1,85 +1,143 @@
-"""What pruning costs in plain forwards: SmolLM2-135M on this machine's CPU.
+"""What pruning costs in plain forwards, on this machine.
 
-    python benchmarks/prune_cost.py [--samples 64] [--length 512] [--rounds 3]
+    python benchmarks/prune_cost.py [--model smollm2|1b|FOLDER] [--runs wanda,wanda/site] [--samples 64] [--rounds 3]
 
-The floor: Wanda needs each block's inputs after the pruned blocks before it, so two forwards through the blocks, less
-what need not be done (the first pass ends at a block's last statistic, the last block has no second pass, and the head
-never runs). The baseline is one plain forward of the same tokens through the same model, measured before and after
-the pruning in the same process: whole, as a user would run it, and without the head and its logits, which is the
-stricter comparison. Reading and writing are excluded from the ratios, and shown.
+A run is a method and, after slashes, how it goes over the blocks: `wanda`, `wanda/site`, `sparsegpt/site`,
+`alps/site/residual`, `gblm`. `smollm2` is SmolLM2-135M, `1b` four random blocks in the shape of a LLaMA with a billion
+weights.
+
+The baseline is one plain forward of the same tokens through the same model, measured before and after the pruning in
+the same process, without the head and its logits. The floor adds to it, for methods that need them, the products of one
+triangle of each Gram matrix and two and a half Cholesky factorisations of it, both measured. Wanda block by block needs
+two forwards, less what need not be done (the first pass ends at a block's last statistic, the last block has no second
+pass, and the head never runs); site by site it needs one, and one of the first batch. Reading and writing are excluded
+from the ratios, and shown.
 """
 
 import argparse
 import resource
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import secateur
 import smollm2
+from secateur.core.gram import Gram
 
-COMPUTING = ("record calls", "statistics forward", "solve", "propagation forward")
+COMPUTING = ("gradients", "record calls", "statistics forward", "solve", "propagation forward")
+SECOND_ORDER = ("sparsegpt", "alps", "admm", "least_squares")
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """What a call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def plain_forward(model: torch.nn.Module, ids: torch.Tensor, batch_size: int) -> float:
     """Seconds of one forward of all tokens, batch by batch."""
-    started = time.perf_counter()
     with torch.no_grad():
-        for batch in ids.split(batch_size):
-            model(input_ids=batch, use_cache=False)
-    return time.perf_counter() - started
+        return seconds(lambda: [model(input_ids=batch, use_cache=False) for batch in ids.split(batch_size)])
+
+
+def model_folder(name: str, scratch: Path) -> Path:
+    """The checkpoint that is pruned, with a tokenizer."""
+    small = smollm2.checkpoint(scratch / "smollm2")
+    if name != "1b":
+        return small if name == "smollm2" else Path(name)
+    folder = scratch / "one-billion"
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(small)
+        shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+        config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, tie_word_embeddings=True, **shape)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def solving_floor(manifest: Any, tokens: int, batch: int) -> tuple[float, float]:
+    """(seconds of the Gram products of all tokens, of two and a half factorisations) for every input of the run."""
+    products = factorisations = 0.0
+    blocks = len(manifest.blocks)
+    for site in manifest.blocks[0]["sites"]:
+        width = manifest.matrices[site[0]]["shape"][1]
+        gram, x = Gram.empty(width), torch.randn(batch, width)
+        gram.update(x)
+        products += blocks * tokens / batch * min(seconds(lambda: gram.update(x)) for _ in range(3))  # noqa: B023
+        matrix = gram.total + torch.eye(width)
+        factorisations += 2.5 * blocks * min(seconds(lambda: torch.linalg.cholesky(matrix)) for _ in range(3))  # noqa: B023
+    return products, factorisations
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, 1b, or a checkpoint")
+    parser.add_argument("--runs", default="wanda,wanda/site")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--patterns", default="0.5,2:4")
+    parser.add_argument("--rounds", type=int, default=3, help="the median counts")
+    parser.add_argument("--pattern", default="0.5", help="a sparsity or N:M")
     arguments = parser.parse_args()
     scratch = Path(tempfile.gettempdir()) / "secateur-benchmarks"
-    folder = smollm2.checkpoint(scratch / "smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder = model_folder(arguments.model, scratch)
     windows = secateur.calibration_windows(
-        "python-docs", tokenizer, samples=arguments.samples, length=arguments.length, sampling="concat"
+        "python-docs",
+        AutoTokenizer.from_pretrained(folder),
+        samples=arguments.samples,
+        length=arguments.length,
+        sampling="concat",
     )
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().model
     batch_size = max(1, 2048 // arguments.length)
     plain_forward(dense, windows.input_ids[:batch_size], batch_size)
-    print(f"{arguments.samples} samples of {arguments.length} tokens, {torch.get_num_threads()} threads, float32")
-    columns = ("pruning s", "forward s", "ratio", "no head s", "ratio", "masks", "whole run s")
-    print(f"{'wanda':<8}" + "".join(f"{column:>12}" for column in columns), flush=True)
-    for text in arguments.patterns.split(","):
-        pattern = secateur.parse_pattern(text) if ":" in text else secateur.Unstructured(float(text))
+    size = f"{arguments.samples} samples of {arguments.length} tokens"
+    print(f"{folder.name}, {arguments.pattern}, {size}, {torch.get_num_threads()} threads, float32")
+    columns = ("pruning s", "forward s", "forwards", "floor s", "/ floor", "/ wanda", "solve s", "whole run s")
+    print(f"{'':<20}" + "".join(f"{column:>12}" for column in columns), flush=True)
+    wanda = None
+    pattern = secateur.parse_pattern(arguments.pattern) if ":" in arguments.pattern else float(arguments.pattern)
+    for text in arguments.runs.split(","):
+        method, *ways = text.split("/")
+        settings: dict[str, Any] = {"within": "site" if "site" in ways else "block"}
+        if {*ways} & {"dense", "residual"}:
+            settings["targets"] = ways[-1]
         rows = []
         for _ in range(arguments.rounds):
-            forwards = [plain_forward(model, windows.input_ids, batch_size) for model in (dense, dense.model)]
+            before = plain_forward(dense, windows.input_ids, batch_size)
             started = time.perf_counter()
             manifest = secateur.prune(
                 folder,
-                method=secateur.wanda(),
+                method=method,
                 pattern=pattern,
                 calibration=windows,
                 batch_size=batch_size,
                 output=scratch / "pruned",
                 overwrite=True,
+                **settings,
             )
             run = time.perf_counter() - started
-            again = [plain_forward(model, windows.input_ids, batch_size) for model in (dense, dense.model)]
-            whole, headless = ((before + after) / 2 for before, after in zip(forwards, again, strict=True))
+            forward = (before + plain_forward(dense, windows.input_ids, batch_size)) / 2
             computing = sum(manifest.seconds.get(part, 0.0) for part in COMPUTING)
-            masks = manifest.seconds["solve"] / computing
-            rows.append(((computing, whole, computing / whole, headless, computing / headless, masks, run), manifest))
-        numbers, manifest = sorted(rows, key=lambda row: row[0][4])[len(rows) // 2]
-        computing, whole, ratio, headless, strict, masks, run = numbers
+            rows.append((computing / forward, computing, forward, manifest.seconds["solve"], run))
+        ratio, computing, forward, solve, run = sorted(rows)[len(rows) // 2]
+        floor = forward
+        if any(name in method for name in SECOND_ORDER) and "site" in ways:
+            floor += sum(solving_floor(manifest, windows.input_ids.numel(), batch_size * arguments.length))
+        wanda = computing if text == "wanda" else wanda
+        beside = f"{computing / wanda:>12.2f}" if wanda else f"{'':>12}"
         print(
-            f"{text:<8}{computing:>12.2f}{whole:>12.2f}{ratio:>12.2f}{headless:>12.2f}{strict:>12.2f}"
-            f"{masks:>12.1%}{run:>12.2f}"
+            f"{text:<20}{computing:>12.2f}{forward:>12.2f}{ratio:>12.2f}{floor:>12.2f}{computing / floor:>12.2f}"
+            f"{beside}{solve:>12.2f}{run:>12.2f}   spread {statistics.pstdev(row[0] for row in rows):.3f}"
         )
-        print("    " + ", ".join(f"{part} {seconds:.2f}" for part, seconds in manifest.seconds.items()), flush=True)
+        print("    " + ", ".join(f"{part} {taken:.2f}" for part, taken in manifest.seconds.items()), flush=True)
     print(
         f"peak RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB (dense baseline in memory too)"
     )

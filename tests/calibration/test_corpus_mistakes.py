@@ -99,7 +99,7 @@ def test_damaged_gzip(tmp_path):
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "x.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(CalibrationError, match=r"x\.txt: not UTF-8 text \(byte 3: .*\)\. Convert it"):
+    with pytest.raises(CalibrationError, match=r"x\.txt, line 1: not UTF-8 text \(byte 3: .*\)\. Convert it"):
         load_corpus(str(tmp_path / "x.txt"), "calibration")
 
 

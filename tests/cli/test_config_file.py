@@ -115,7 +115,7 @@ def test_a_file_that_is_not_there(call: Call, model: Path, tmp_path: Path) -> No
         (tmp_path / "nope.yaml", "nope.yaml: no such file."),
         (tmp_path, "is a folder, expected a regular file."),
         (tmp_path / "pipe.yaml", "pipe.yaml: is a pipe, expected a regular file."),
-        (tmp_path / "latin.yaml", "latin.yaml: not UTF-8 text (byte 6"),
+        (tmp_path / "latin.yaml", "latin.yaml, line 1: not UTF-8 text (byte 6"),
     ):
         result = call("plan", model, "--config", path)
         assert result.code == 2

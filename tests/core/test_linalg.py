@@ -1,6 +1,7 @@
 """The linear algebra under the solvers, against slow references."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import reference
 import reference_solvers
 from layer_problems import correlated, gram_of, normal, problem
 from secateur.core import linalg
+from secateur.core.gram import Gram
 from secateur.core.patterns import NM, Unstructured, gradual_mask
 from secateur.errors import NumericalError
 
@@ -34,6 +36,32 @@ def test_the_inverse_factor_is_the_published_one() -> None:
     factor, used = linalg.inverse_factor("w", total, 0.01)
     torch.testing.assert_close(factor, reference_solvers.inverse_cholesky(total, 0.01), rtol=1e-9, atol=1e-12)
     assert used == 0.01
+
+
+def test_matrices_of_the_same_inputs_share_a_factor_and_others_do_not() -> None:
+    x, other = correlated(300, 60), correlated(300, 60, seed=1)
+    query = problem(normal(30, 60, 1), x, Unstructured(0.5))
+    key = dataclasses.replace(query, name="key", weight=normal(10, 60, 2))
+    first, _ = linalg.factor_of_inputs(query, 0.01)
+    assert linalg.factor_of_inputs(key, 0.01)[0] is first
+    for changed, damping in ((key, 0.1), (problem(query.weight, other, query.pattern), 0.01)):
+        expected, _ = linalg.inverse_factor("w", gram_of(changed), damping)
+        assert torch.equal(linalg.factor_of_inputs(changed, damping)[0], expected)
+    again, _ = linalg.factor_of_inputs(query, 0.01)
+    query.statistic(Gram).update(other)  # in the same memory
+    assert not torch.equal(linalg.factor_of_inputs(query, 0.01)[0], again)
+    query.statistic(Gram).total.mul_(4)
+    torch.testing.assert_close(
+        linalg.factor_of_inputs(query, 0.01)[0], linalg.inverse_factor("w", gram_of(query), 0.01)[0]
+    )
+
+
+def test_a_factor_goes_with_the_last_of_its_inputs() -> None:
+    own = problem(normal(30, 60, 1), correlated(300, 60), Unstructured(0.5))
+    factor = weakref.ref(linalg.factor_of_inputs(own, 0.01)[0])
+    assert factor() is not None
+    del own
+    assert factor() is None
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 700), (1100, 5), (1030, 520)])

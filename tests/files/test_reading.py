@@ -66,7 +66,7 @@ def test_only_regular_files_within_the_limit_are_read(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="has 101 bytes, and at most 100"):
         read_text(tmp_path / "long", limit=100, error=CalibrationError)
     (tmp_path / "latin").write_bytes("é".encode("latin-1"))
-    with pytest.raises(CheckpointError, match=r"not UTF-8 text \(byte 0"):
+    with pytest.raises(CheckpointError, match=r", line 1: not UTF-8 text \(byte 0"):
         read_text(tmp_path / "latin")
 
 

@@ -53,7 +53,16 @@ class Batches:
 
 def matrices(module: nn.Module) -> list[Matrix]:
     return [
-        Matrix(f"b.0.{name}", tuple(value.shape), 0, f"b.0.{name}", None, False, f"b.0.{name}", None)
+        Matrix(
+            name=f"b.0.{name}",
+            shape=tuple(value.shape),
+            block=0,
+            tensor=f"b.0.{name}",
+            index=None,
+            transposed=False,
+            parameter=f"b.0.{name}",
+            expert=None,
+        )
         for name, value in module.named_parameters()
     ]
 

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.core.gram import Gram, full_precision
-from secateur.core.linalg import finished, inverse_factor, outputs_target, working_gram
+from secateur.core.linalg import factor_of_inputs, finished, outputs_target, working_gram
 from secateur.core.patterns import NM, Pattern, Unstructured, lowest, removed_count, with_group
 from secateur.core.problem import Method, Problem, Solution, at_least
 from secateur.errors import NumericalError
@@ -49,7 +49,7 @@ def update(
     relative to the mean of the diagonal.
     """
     gram = working_gram(problem)
-    factor, used = inverse_factor(problem.name, gram, damping)
+    factor, used = factor_of_inputs(problem, damping)
     choose, group = choice(factor.diagonal())
     target = outputs_target(problem, gram, factor)
     weight, mask = prune_columns(target, factor, choose, live=gram.diagonal() > 0, group=group)

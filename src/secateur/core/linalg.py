@@ -7,6 +7,7 @@ row of W' solves a least squares problem of its own, all with the same G and wit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -197,6 +198,23 @@ def inverse_factor(name: str, gram: Float[Tensor, "in in"], damping: float) -> t
     factor, used = climb(name, reverse, damping, cholesky)
     del reverse, diagonal
     return invert_triangle(factor).flip(0, 1), used
+
+
+# Of the inputs whose factor was last asked for: what it was made of, the factor and its damping.
+_LAST: WeakKeyDictionary[Gram, tuple[object, tuple[Float[Tensor, "in in"], float]]] = WeakKeyDictionary()
+
+
+def factor_of_inputs(problem: Problem, damping: float) -> tuple[Float[Tensor, "in in"], float]:
+    """The `inverse_factor` of a problem's inputs, made once for all matrices in a row that read the same ones."""
+    statistic, gram = problem.statistic(Gram), working_gram(problem)
+    made_of = damping, gram.dtype, gram.device, statistic.total.data_ptr(), statistic.total._version
+    found, factor = _LAST.get(statistic, (None, None))
+    if factor is None or found != made_of:
+        _LAST.clear()  # Memory: the one before is gone before this one is made
+        del factor
+        factor = inverse_factor(problem.name, gram, damping)
+        _LAST[statistic] = made_of, factor
+    return factor
 
 
 @dataclass(frozen=True)

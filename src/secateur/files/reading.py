@@ -50,7 +50,9 @@ def read_text(file: Path, *, limit: int = TEXT_BYTES, error: Raise = CheckpointE
         try:
             return stream.read(limit + 1).decode("utf-8")
         except UnicodeDecodeError as problem:
-            raise error(f"{file}: not UTF-8 text (byte {problem.start}: {problem.reason}). Convert it.") from None
+            before = problem.object[: problem.start]
+            line, byte = before.count(b"\n") + 1, len(before) - before.rfind(b"\n") - 1
+            raise error(f"{file}, line {line}: not UTF-8 text (byte {byte}: {problem.reason}). Convert it.") from None
         except OSError as problem:
             raise error(f"{file}: cannot be read ({problem.strerror}).") from None
 

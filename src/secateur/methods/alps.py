@@ -48,21 +48,23 @@ def alps(
         scaled = normalise(problem)
         gram, right, used = scaled.damped(damping)
         mask = first_mask = pattern.mask(scaled.weight.abs())
-        sparse, dual = scaled.weight * mask, torch.zeros_like(right)
+        # Memory: `missing` is V / rho, which has entries only where `sparse`, D, has none.
+        sparse, missing = scaled.weight * mask, torch.zeros_like(right)
+        weight, sides = torch.empty_like(right), torch.empty_like(right)
         rho, moved, step = penalty, False, 0
         inverse: Tensor | None = None
-        weight = scaled.weight
         for step in range(1, iterations + 1):
             if inverse is None:
                 inverse = shifted_inverse(problem.name, gram, rho)
-            weight = torch.add(right, sparse, alpha=rho).sub_(dual) @ inverse
-            sparse = torch.add(weight, dual, alpha=1 / rho)
-            new_mask = pattern.mask(sparse.abs())
-            sparse *= new_mask
-            dual.add_(weight, alpha=rho).sub_(sparse, alpha=rho)
+            torch.add(right, sparse, alpha=rho, out=sides).sub_(missing, alpha=rho)
+            torch.mm(sides, inverse, out=weight)
+            missing += weight
+            new_mask = pattern.mask(torch.abs(missing, out=sides))
+            torch.mul(missing, new_mask.to(missing), out=sparse)
+            missing -= sparse
             if step % EVERY:
                 continue
-            changed = float((new_mask != mask).sum()) / max(int(new_mask.sum()), 1)
+            changed = int((new_mask ^ mask).count_nonzero()) / max(int(new_mask.count_nonzero()), 1)
             mask = new_mask
             if moved and (changed == 0 or (step >= SETTLING and changed < settled)):
                 break
@@ -70,11 +72,12 @@ def alps(
                 break
             if changed > GROWTH[1][0] or moved:
                 moved = True
-                rho *= next(factor for least, factor in GROWTH if changed > least)
+                growth = next(factor for least, factor in GROWTH if changed > least)
+                rho, missing = rho * growth, missing.div_(growth)
             else:
                 # A penalty that holds the first mask in place from the start is too high: begin again with less.
                 rho, mask, sparse = rho / 5, first_mask, scaled.weight * first_mask
-                dual.zero_()
+                missing.zero_()
             inverse = None  # Memory: gone before the next one is made
         mask = pattern.mask(weight.abs())
         weight, _ = conjugate_gradients(gram, right, weight, mask, iterations=polish)
