@@ -80,11 +80,6 @@ def estimate(settings: PruneSettings) -> Estimate:
     its work starts. With ``calibration=None`` nothing is asked of the text, and `samples` (128) and `length` (2048) say
     how many tokens there will be.
     """
-    return dry_run(settings)
-
-
-def dry_run(settings: PruneSettings) -> Estimate:
-    """What `estimate` does, from its settings."""
     began = time.perf_counter()
     settings = resolved(settings)
     target = None if settings.output is None else output_of(settings)

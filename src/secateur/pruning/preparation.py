@@ -14,6 +14,7 @@ from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.model_windows import Foreseen, foreseen_windows, model_windows
+from secateur.collect.settings import ModelSettings
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.needs import Drift
 from secateur.core.patterns import with_group
@@ -29,6 +30,7 @@ from secateur.plans.uniform import by_glob, uniform
 from secateur.pruning.named import resolved
 from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
+from secateur.runs.options import shared
 from secateur.runs.output import check_output
 
 CORRECTION = 0.5  # of what the residual stream lacks of the dense model's
@@ -86,13 +88,7 @@ def prepared(
         raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
     kept_on = settings.statistics_device
     statistics_device = None if kept_on is None else choose_device(kept_on, "--statistics-device")
-    opened = open_model(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    opened = open_model(**shared(settings, ModelSettings))
     try:
         skeleton = opened.skeleton
         plan = make_plan(skeleton, method, settings)
