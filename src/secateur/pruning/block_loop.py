@@ -8,13 +8,14 @@ read and the last one written while this one is computed.
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.collect.collector import Collected
+from secateur.collect.collector import Collected, Place, reach_site, run_batches
 from secateur.collect.dense_twin import DenseTwin
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.sites import sites
@@ -136,14 +137,9 @@ class BlockLoop:
         single = self.settings.propagate == "dense" or not matrices
         with self.clock.timed("statistics forward"):
             facts = self.evidence.enter(block, matrices, stream)
-            collected = self.evidence.collect(
-                block,
-                matrices,
-                stream,
-                twin,
-                keep_outputs=single,
-                progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
-            )
+            place = Place(block, matrices, stream, twin, self.evidence.device)
+            progress = partial(self.conveyor.tell, "statistics", block)
+            collected = run_batches(place, self.evidence.at(place), keep_outputs=single, progress=progress)
         states, dense = collected.input, collected.output
         assert dense is not None
         self._solve(block, matrices, tensors, collected, changed)
@@ -179,18 +175,20 @@ class BlockLoop:
             facts = self.evidence.enter(block, matrices, stream)
         leader = {key: own for site in found for key, own in (site.leader or {}).items()}
         parameters, _ = tapped(block, matrices)
-        place, offload = self.states.with_name(f"{self.states.name}-waiting"), self.settings.offload_states
+        progress = partial(self.conveyor.tell, "statistics", block)
         with WaitingForwards(
-            block, stream, parameters, leader, watched=self.evidence.watched, offload=offload, place=place
+            block,
+            stream,
+            parameters,
+            leader,
+            watched=self.evidence.watched,
+            offload=self.settings.offload_states,
+            place=self.states.with_name(f"{self.states.name}-waiting"),
         ) as forwards:
             for site in found:
                 with self.clock.timed("statistics forward"):
-                    collected = self.evidence.collect_at(
-                        site,
-                        forwards,
-                        twin,
-                        progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
-                    )
+                    place = Place(block, site.matrices, stream, twin, self.evidence.device)
+                    collected = reach_site(place, self.evidence.at(place), site, forwards, progress=progress)
                 self._solve(block, site.matrices, tensors, collected, changed)
                 del collected  # Memory: Gram matrices are gone before the forwards go on
                 self._update(site.matrices, changed, tensors)
