@@ -47,7 +47,7 @@ def removed_count(entries: int, sparsity: float) -> int:
     """The number of entries to remove: floor(entries * sparsity).
 
     Exact: the sparsity counts as the decimal it was written as (0.29 of 100 is 29), where the floating-point
-    product would sometimes give one less.
+    product is sometimes one less.
     """
     return math.floor(entries * Fraction(str(sparsity)))
 
@@ -75,7 +75,7 @@ def lowest(score: Float[Tensor, "rows columns"], count: int) -> Bool[Tensor, "ro
 
 
 def _bracketed(score: Float[Tensor, "1 columns"], count: int) -> Float[Tensor, "1 1"] | None:
-    """The `count`-th lowest score of the one row, or None where it is not between the bounds that a sample gives.
+    """The `count`-th lowest score of the one row, or None where it is not between the bounds that a sample sets.
 
     Exact: the sample decides where to look, not what is found. Up to 2.7 times as fast as a selection from all.
     """
@@ -285,7 +285,7 @@ def with_group(pattern: Pattern, per: Group) -> Pattern:
 
 
 def gradual_mask(pattern: Pattern, score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
-    """The mask of a pattern on the way to it, when only `sparsity` of its own sparsity is reached: True = kept.
+    """The mask of a pattern that is reached step by step, at a `sparsity` below the final one: True = kept.
 
     An unstructured pattern has fewer zeros. Any other keeps what it would keep in the end, and of the rest the highest
     scores of the matrix, so that every zero is one that the pattern allows.

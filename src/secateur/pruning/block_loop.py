@@ -116,6 +116,8 @@ class BlockLoop:
         else:
             by_site = matrices and self.settings.within == "site"
             with loaded(self.skeleton, block, tensors):
+                if self.twin is not None:
+                    self.twin.enter(block)
                 prune = self._prune_by_site if by_site else self._prune_at_once
                 record |= prune(block, tensors, matrices, self.stream, changed)
         self.manifest.blocks.append(record)
@@ -130,14 +132,11 @@ class BlockLoop:
         changed: dict[str, Tensor],
     ) -> dict[str, Any]:
         """Collect evidence of all matrices, solve them, and run the samples once more; returns the record."""
-        twin = self.twin
-        if twin is not None:
-            twin.enter(block)
         # Whether the outputs of the dense block are the next block's inputs, so that no second pass is needed.
         single = self.settings.propagate == "dense" or not matrices
         with self.clock.timed("statistics forward"):
             facts = self.evidence.enter(block, matrices, stream)
-            place = Place(block, matrices, stream, twin, self.evidence.device)
+            place = Place(block, matrices, stream, self.twin, self.evidence.device)
             progress = partial(self.conveyor.tell, "statistics", block)
             collected = run_batches(place, self.evidence.at(place), keep_outputs=single, progress=progress)
         states, dense = collected.input, collected.output
@@ -145,8 +144,8 @@ class BlockLoop:
         self._solve(block, matrices, tensors, collected, changed)
         del collected  # Memory: Gram matrices are gone before the next forward
         self._update(matrices, changed, tensors)
-        if twin is not None:
-            twin.leave(block)
+        if self.twin is not None:
+            self.twin.leave(block)
         change: float | None = None
         with self.clock.timed("propagation forward"):
             if matrices:
@@ -167,9 +166,6 @@ class BlockLoop:
         changed: dict[str, Tensor],
     ) -> dict[str, Any]:
         """One forward, which waits at every site until its matrices are solved; returns the record."""
-        twin = self.twin
-        if twin is not None:
-            twin.enter(block)
         with self.clock.timed("statistics forward"):
             found, dense = sites(block, matrices, stream)
             facts = self.evidence.enter(block, matrices, stream)
@@ -187,14 +183,14 @@ class BlockLoop:
         ) as forwards:
             for site in found:
                 with self.clock.timed("statistics forward"):
-                    place = Place(block, site.matrices, stream, twin, self.evidence.device)
+                    place = Place(block, site.matrices, stream, self.twin, self.evidence.device)
                     collected = reach_site(place, self.evidence.at(place), site, forwards, progress=progress)
                 self._solve(block, site.matrices, tensors, collected, changed)
                 del collected  # Memory: Gram matrices are gone before the forwards go on
                 self._update(site.matrices, changed, tensors)
                 forwards.waits_at -= site.parameters
-            if twin is not None:
-                twin.leave(block)
+            if self.twin is not None:
+                self.twin.leave(block)
             with self.clock.timed("propagation forward"):
                 pruned = forwards.output(0)
                 change = relative_change(dense, pruned)

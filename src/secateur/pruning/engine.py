@@ -17,7 +17,7 @@ from secateur.files.names import unique
 from secateur.models.flow.memory import return_large
 from secateur.pruning.block_loop import BlockLoop
 from secateur.pruning.named import resolved
-from secateur.pruning.preparation import Prepared, output_of, prepared
+from secateur.pruning.preparation import Prepared, chosen_correction, output_of, prepared
 from secateur.pruning.settings import PruneSettings
 from secateur.record.manifest import Manifest
 from secateur.record.versions import run_facts
@@ -127,7 +127,7 @@ def _manifest(ready: Prepared) -> Manifest:
             "statistics": sorted(kind.__name__ for kind in input_statistics(ready.evidence.needs)),
             "within": settings.within,
             "targets": settings.targets,
-            "correction": ready.correction,
+            "correction": chosen_correction(settings),
             "options": dict(method.options),
             "fingerprint": recorded(method),
             "gradient": None if method.gradient is None else asdict(method.gradient),

@@ -33,7 +33,7 @@ from secateur.record.manifest import source_digest
 from secateur.runs.options import shared
 from secateur.runs.output import check_output
 
-CORRECTION = 0.5  # of what the residual stream lacks of the dense model's
+CORRECTION = 0.5  # of the difference between the dense model's residual stream and this one's
 TRIAL_TOKENS = 8  # that residual targets look for writers with
 
 
@@ -52,8 +52,6 @@ class Prepared:
     evidence: RunEvidence
     windows: Windows | None
     extent: Extent
-    correction: float | None
-    target: Path | None
     unchecked: Sequence[str]
 
 
@@ -103,7 +101,7 @@ def prepared(
         given = gradient_file(settings.gradient, method, skeleton, planned)
         evidence = RunEvidence(needs, given, survey, statistics_device)
         if survey is not None and given is None and method.gradient is not None and method.gradient.scope == "block":
-            raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
+            raise PatternError(f"{method.name}: runs that share statistics need its gradients as a file.")
         seen = Foreseen(None, 0, 0, ())
         if evidence.looks_at_samples and dry:
             seen = foreseen_windows(opened, settings)
@@ -130,8 +128,6 @@ def prepared(
                 offload=settings.offload_states,
                 beside=target or Path.cwd() / "secateur",
             ),
-            correction=correction,
-            target=target,
             unchecked=seen.unchecked,
         )
     finally:
@@ -171,7 +167,7 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
 
 
 def chosen_correction(settings: PropagationSettings) -> float | None:
-    """The share of what the residual stream lacks that targets make up for; None for targets that do not.
+    """The share of its distance from the dense residual stream that targets make up for; None where they do not.
 
     Raises `PatternError` for one that is no share, or that would not be used.
     """
