@@ -27,3 +27,15 @@ def wanda(problem: Problem, kind: type[SquaredNorm] = SquaredNorm) -> Float[Tens
     """
     weight = absolute(problem.weight)
     return weight.mul_(problem.statistic(kind).per_sample().sqrt().to(weight))
+
+
+def ria(problem: Problem, exponent: float = 0.5) -> Float[Tensor, "out in"]:
+    """``S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * sqrt(s_j) ** exponent``, 0 where a sum is 0.
+
+    A weight's share of its column and of its row, times the damped norm of its input (``s_j`` as in `wanda`).
+    """
+    weight = absolute(problem.weight)
+    column, row = weight.sum(dim=0, keepdim=True), weight.sum(dim=1, keepdim=True)
+    tiny = torch.finfo(weight.dtype).tiny
+    share = (weight / column.clamp(min=tiny)).add_(weight / row.clamp(min=tiny))
+    return share.mul_(problem.statistic(SquaredNorm).per_sample().sqrt().pow(exponent).to(weight))
