@@ -242,16 +242,11 @@ def search_rows(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor,
             f"the scores of row {int(total.isfinite().int().argmin())} add up to more than {score.dtype} holds; "
             "use fixed counts per row or per matrix."
         )
-
-    def removed_at(alpha: float) -> Bool[Tensor, "out in"]:
-        under = (running <= (total * alpha).unsqueeze(1)).sum(dim=1, keepdim=True)
-        threshold = ascending.gather(1, (under - 1).clamp(min=0))
-        return (score <= threshold) & (under > 0)
-
     low, high = 0.0, 0.8
     while True:
         alpha = (low + high) / 2
-        removed = removed_at(alpha)
+        under = (running <= (total * alpha).unsqueeze(1)).sum(dim=1, keepdim=True)
+        removed = (score <= ascending.gather(1, (under - 1).clamp(min=0))) & (under > 0)
         achieved = float(removed.sum()) / removed.numel()
         if abs(achieved - sparsity) <= 0.001 or high - low < 0.001:
             return ~removed
