@@ -82,7 +82,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PatternError, match='with propagate="dense" only'):
         prune(source, output=tmp_path / "a", **base)
     base["propagate"] = "dense"
-    with pytest.raises(PatternError, match="wanda_plus takes gradients on the way"):
+    with pytest.raises(PatternError, match="wanda_plus: runs that share statistics need its gradients as a file"):
         prune(source, output=tmp_path / "b", **base | {"method": secateur.wanda_plus()})
     prune(source, output=tmp_path / "c", **base)
     for options, name in (

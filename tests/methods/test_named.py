@@ -49,7 +49,7 @@ def test_names_stand_for_methods_and_patterns() -> None:
             secateur.select,
             "method select: expected a secateur.Method, or a function without arguments that returns one",
         ),
-        (lambda: 3, "method <lambda>: gives a int, expected a secateur.Method."),
+        (lambda: 3, "method <lambda>: got a int, expected a secateur.Method."),
         (lambda: 1 // 0, "method <lambda> failed: ZeroDivisionError: integer division or modulo by zero ("),
     ],
 )

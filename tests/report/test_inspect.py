@@ -23,7 +23,7 @@ from secateur.models.opening.opened import open_model
 from secateur.pruning import forecast, forecast_memory, forecast_time
 from secateur.pruning.forecast import Estimate
 from secateur.pruning.settings import PruneSettings
-from secateur.pruning.trial import Pace, forwards
+from secateur.pruning.trial import forwards
 from secateur.report.inspect import detect_pattern
 
 KINDS = [f"model.layers.*.{leaf}.weight" for leaf in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")] + [
@@ -266,8 +266,9 @@ def test_what_gram_matrices_add(model: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_solving_is_part_of_the_estimated_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Pace(forwards=[(1e-3, 0.0)] * 3, multiply=1e-6, wide=2e-6, weight=1e-9, move=1e-12, digest=1e-12)
-    monkeypatch.setattr(forecast_time, "pace", lambda *arguments: own)
+    monkeypatch.setattr(forecast_time, "forwards", lambda *arguments: [(1e-3, 0.0)] * 3)
+    for name, seconds_of_one in {"multiplying": 2e-6, "choosing": 1e-9, "moving": 1e-12, "digesting": 1e-12}.items():
+        monkeypatch.setattr(forecast_time, name, lambda *arguments, own=seconds_of_one: own)
     options: dict[str, Any] = {"samples": 100, "length": 48}
 
     def seconds(name: str, **more: Any) -> float:

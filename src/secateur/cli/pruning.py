@@ -32,11 +32,11 @@ def plan(settings: PruneSettings, config: Config = None, as_json: Json = False) 
     with quiet_libraries(), status("Reading the model"):
         import psutil
 
-        from secateur.pruning.forecast import dry_run
+        from secateur.pruning.forecast import estimate
         from secateur.report.terminal import estimate_tables
 
         started = time.time() - psutil.Process().create_time()  # Python and its libraries, also for `prune`
-        result = dry_run(settings)
+        result = estimate(**vars(settings))
         result = replace(result, seconds=result.seconds + started)
     print_result(result, estimate_tables, as_json)
 
@@ -54,10 +54,10 @@ def prune(settings: PruneSettings, config: Config = None, as_json: Json = False)
     The source is never changed, and the output appears under its name only when it is complete.
     """
     with quiet_libraries(), progress() as on_event:
-        from secateur.pruning.engine import run
+        from secateur.pruning.engine import prune as run
         from secateur.report.terminal import manifest_tables
 
-        manifest = run(replace(settings, on_event=on_event))
+        manifest = run(**vars(settings) | {"on_event": on_event})
     print_result(manifest, partial(manifest_tables, output=str(settings.output)), as_json)
 
 
@@ -72,10 +72,10 @@ def gradients(settings: GradientSettings, config: Config = None, as_json: Json =
     file, prune takes the gradients that it needs itself.
     """
     with quiet_libraries(), stage_progress(lines=True) as show:
-        from secateur.collect.gradient_pass import take
+        from secateur.collect.gradient_pass import gradients as take
         from secateur.report.terminal import gradient_table
 
-        file = take(replace(settings, progress=show))
+        file = take(**vars(settings) | {"progress": show})
     if as_json:
         print_json({"file": str(file.path), "matrices": len(file.matrices), **file.provenance})
     else:

@@ -21,8 +21,7 @@ class DenseProducts(InputSums):
 
     def cost(self, extent: Extent) -> Cost:
         """A dense copy of the block, the states before and after it, and its forwards."""
-        own = Cost(states=2, block_copies=1, forwards=4.0 if extent.by_site else 1.0)
-        return super().cost(extent) + own
+        return super().cost(extent) + Cost(states=2, block_copies=1, forwards=4.0 if extent.by_site else 1.0)
 
     def begin(self, batch: int, *, stop: bool) -> None:
         """Run the batch through the dense block first."""

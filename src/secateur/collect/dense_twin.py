@@ -17,12 +17,13 @@ class DenseTwin:
     """The dense model's hidden states beside those of the pruned one, and a dense copy of the block at hand."""
 
     _block: Block  # a dense copy of the one at hand
+    _after: HiddenStates  # what comes out of it
 
     def __init__(self, stream: Stream, folder: Path | None) -> None:
         """`folder` is where hidden states go, if not into memory."""
         self.stream = stream
         self._folder = folder
-        self._after: HiddenStates | None = None
+        self._after = stream.states
 
     def enter(self, block: Block) -> None:
         """Copy a loaded block before anything in it changes."""
@@ -43,7 +44,6 @@ class DenseTwin:
     def residuals(self, batch: int, places: Set[str | None]) -> dict[str | None, Tensor]:
         """What goes into some submodules of the dense block for a batch, and what comes out (None)."""
         if None in places and len(places) == 1 and batch < self._done:
-            assert self._after is not None
             return {None: self._after.get(batch, self.stream.device)}
         recorder = ResidualRecorder(self._block.module, (place for place in places if place is not None))
         with recorder:
@@ -52,7 +52,6 @@ class DenseTwin:
 
     def _run(self, batch: int) -> Tensor:
         """A batch through the dense block; batches come in order, and may come again."""
-        assert self._after is not None
         output = self.stream.run(self._block, batch, aside=batch < self._done)
         if batch >= self._done:
             self._after.put(batch, output)
@@ -61,17 +60,14 @@ class DenseTwin:
 
     def leave(self, block: Block) -> None:
         """Move on to the next block, also with batches that nobody asked for."""
-        assert self._after is not None
         for batch in range(self._done, len(self.stream.batches)):
             self._run(batch)
         self.stream.states.close()
         self.stream.states = self._after
         self.stream.release(block)
-        self._after = None
         del self._block  # Memory: the copy goes with the block
 
     def close(self) -> None:
         """Drop all hidden states."""
         self.stream.close()
-        if self._after is not None:
-            self._after.close()
+        self._after.close()

@@ -15,9 +15,10 @@ from torch import Tensor
 from secateur.core.choices import Norm
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.errors import CalibrationError, CheckpointError
-from secateur.files.checkpoint import TensorRecord, read_header, read_tensor, tensor_bytes
+from secateur.files.checkpoint import TensorRecord, read_header, read_tensor
 from secateur.files.reading import checked, parse_json
 from secateur.files.writer import CheckpointWriter
+from secateur.record.manifest import tensor_digest
 
 FORMAT = 2
 REVISION = 1  # of how gradients are taken; raise it when the same model and tokens give others
@@ -147,17 +148,16 @@ class GradientFile:
         """The statistic of one matrix, on the device. Raises `CheckpointError` when it is not what was written."""
         name = f"{kind.norm}:{matrix}"
         held = read_tensor(self._records[name])
-        found = hashlib.sha256(tensor_bytes(held)).hexdigest()
+        found = tensor_digest(held)
         if found != self._digests[name]:
             raise CheckpointError(
                 f"{self.path}: the gradients {name} have changed since they were written: digest {found[:12]}, "
                 f"expected {self._digests[name][:12]}. {_ANEW}"
             )
-        total = held.to(device)
-        samples = int(self.provenance["samples"])
+        samples = self.provenance["samples"]
         # Fewer than samples times length where samples differ in length.
-        tokens = int(self.provenance.get("tokens", samples * int(self.provenance["length"])))
-        return GradientNorm(kind, total, tokens, samples)
+        tokens = self.provenance.get("tokens", samples * self.provenance["length"])
+        return GradientNorm(kind, held.to(device), tokens, samples)
 
 
 class GradientWriter:

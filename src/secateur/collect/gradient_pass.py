@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from secateur.calibration.windows import Windows, check_predictions
 from secateur.collect.block_gradients import GradientPass
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.collect.model_windows import model_windows
-from secateur.collect.settings import File, GradientSettings, Model
+from secateur.collect.settings import File, GradientSettings, Model, ModelSettings
 from secateur.core.checks import check_weight
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
@@ -34,7 +35,7 @@ from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest, tensor_digest
 from secateur.runs.events import Progress
-from secateur.runs.options import taking
+from secateur.runs.options import shared, taking
 from secateur.runs.output import check_writable, resolved
 from secateur.runs.transaction import Transaction
 
@@ -48,11 +49,6 @@ def gradients(settings: GradientSettings) -> GradientFile:
 
     Raises what `prune` raises.
     """
-    return take(settings)
-
-
-def take(settings: GradientSettings) -> GradientFile:
-    """What `gradients` does, from its settings."""
     norms = [settings.norms] if isinstance(settings.norms, str) else settings.norms
     if not norms:
         raise CalibrationError("norm: got none, expected l1, l2 or both.")
@@ -60,19 +56,11 @@ def take(settings: GradientSettings) -> GradientFile:
     target = _check_file(settings.output, settings.model, settings.overwrite)
     return_large()
     with Transaction(target, settings.overwrite, file=True) as transaction, ExitStack() as stack:
-        opened = open_model(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        opened = open_model(**shared(settings, ModelSettings))
         stack.callback(opened.restore)
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
-        windows = model_windows(
-            opened, settings, progress=lambda done, total: settings.progress("calibrate", done, total)
-        )
+        windows = model_windows(opened, settings, progress=partial(settings.progress, "calibrate"))
         collect(
             opened,
             windows,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
-from secateur.core.statistics import Statistic, by_sample, cost
+from secateur.core.statistics import Statistic, cost
 from secateur.errors import CalibrationError, ModelStructureError
 from secateur.models.flow.memory import LARGE_BYTES
 from secateur.models.flow.tap import Key
@@ -60,16 +60,28 @@ class InputSums(Collector):
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """One sample where a statistic goes by samples. Raises `CalibrationError` when more are asked for."""
-        ordered = by_sample(self.kinds)
-        if ordered is None:
-            return batch_size
-        if batch_size not in (None, 1):
-            raise CalibrationError(f"--batch-size: got {batch_size}, expected 1: {ordered.__name__} goes by samples.")
-        return 1
+        ordered = [kind.__name__ for kind in self.kinds if getattr(kind, "one_sample_at_a_time", False)]
+        if ordered and batch_size not in (None, 1):
+            raise CalibrationError(f"--batch-size: got {batch_size}, expected 1: {ordered[0]} goes by samples.")
+        return 1 if ordered else batch_size
 
     def cost(self, extent: Extent) -> Cost:
         """A sum for every input of a block, and its products with every token that is routed there."""
-        return Cost(held=self._held(extent), products=self._products(extent))
+        # The share of a layer's experts that a token is routed to; 1 without experts.
+        configuration = extent.skeleton.text_config
+        share = getattr(configuration, "num_experts_per_tok", None) or 1
+        share /= numbered_experts(configuration) or 1
+        sums: dict[int, int] = {}
+        products = 0.0
+        for matrix, inputs in inputs_of(extent.matrices):
+            for kind in self.kinds:
+                own = cost(kind, matrix.shape[1])
+                held = inputs * extent.number_bytes * own.numbers
+                # Memory: measured. Many buffers that are too small to be given back at once leave holes of their size.
+                holes = held if matrix.expert is not None and held < LARGE_BYTES else 0
+                sums[matrix.block] = sums.get(matrix.block, 0) + held + holes
+                products += inputs * extent.tokens * own.products * (1 if matrix.expert is None else share)
+        return Cost(held=max(sums.values(), default=0), products=products)
 
     def solving(self, in_features: int) -> int:
         """As the statistics say."""
@@ -92,7 +104,7 @@ class InputSums(Collector):
             self.add(statistic, key, number, x)
 
     def add(self, statistic: Statistic, key: Key, number: int, x: Tensor) -> None:
-        """Add the inputs of a product, the so-and-so-many-th of this forward with that key."""
+        """Add the inputs of a product; `number` counts the products of this forward with that key, from 0."""
         statistic.update(x)
 
     def end(self, batch: int, output: Tensor | None) -> None:
@@ -123,9 +135,10 @@ class InputSums(Collector):
         sums, matrices = self.sums, self.place.matrices
         unseen = [matrix.name for matrix in matrices if not any(own.tokens for own in sums.whole(matrix).values())]
         if unseen:
+            some = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
             its, it = ("its", "it") if len(unseen) == 1 else ("their", "them")
             raise ModelStructureError(
-                f"{_some(unseen)}: saw no token of the {self.place.samples} calibration samples, so nothing is known "
+                f"{some}: saw no token of the {self.place.samples} calibration samples, so nothing is known "
                 f"of {its} inputs. Calibrate on more samples (--samples), or leave {it} dense with --skip "
                 f'"{unseen[0]}"{" and so on" if len(unseen) > 1 else ""}.'
             )
@@ -143,24 +156,6 @@ class InputSums(Collector):
                     )
                 sound.add(id(statistic))
 
-    def _held(self, extent: Extent) -> int:
-        sums: dict[int, int] = {}
-        for matrix, inputs in inputs_of(extent.matrices):
-            for kind in self.kinds:
-                own = inputs * extent.number_bytes * cost(kind, matrix.shape[1]).numbers
-                # Memory: measured. Many buffers that are too small to be given back at once leave holes of their size.
-                holes = own if matrix.expert is not None and own < LARGE_BYTES else 0
-                sums[matrix.block] = sums.get(matrix.block, 0) + own + holes
-        return max(sums.values(), default=0)
-
-    def _products(self, extent: Extent) -> float:
-        share = _share_of_experts(extent.skeleton)
-        return sum(
-            inputs * extent.tokens * cost(kind, matrix.shape[1]).products * (share if matrix.expert is not None else 1)
-            for matrix, inputs in inputs_of(extent.matrices)
-            for kind in self.kinds
-        )
-
 
 def inputs_of(matrices: Sequence[Matrix]) -> list[tuple[Matrix, int]]:
     """One matrix for all that read the same input, and how many such inputs of its width its module has.
@@ -173,13 +168,3 @@ def inputs_of(matrices: Sequence[Matrix]) -> list[tuple[Matrix, int]]:
         module = matrix.name.removesuffix(".weight").rpartition(".")[0]
         alike.setdefault((matrix.block, module, matrix.expert, matrix.shape[1]), []).append(matrix)
     return [(found[0], 2 if len(found) > 3 else 1) for found in alike.values()]
-
-
-def _share_of_experts(skeleton: Skeleton) -> float:
-    """The share of a layer's experts that a token is routed to; 1 without experts."""
-    experts = numbered_experts(skeleton.text_config) or 1
-    return (getattr(skeleton.text_config, "num_experts_per_tok", None) or 1) / experts
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

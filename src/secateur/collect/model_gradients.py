@@ -43,38 +43,37 @@ class ModelGradients(Collector):
         """The gradients of one matrix while it is solved; and the pass that takes them.
 
         That is a forward, and a backward of about three. The head runs forwards and back, with logits that pass about
-        six times through memory. Every sample's gradients are added up once, and the model is hashed.
+        six times through memory. Every sample's gradients are added up once, and the model is hashed. The inputs of all
+        blocks are saved for as many samples at once as fit.
         """
-        weights = sum(math.prod(matrix.shape) for matrix in extent.matrices)
-        own = Cost(reading=4 * max(math.prod(matrix.shape) for matrix in extent.matrices))
+        skeleton, matrices = extent.skeleton, extent.matrices
+        sizes = [math.prod(matrix.shape) for matrix in matrices]
         if self.file is not None:
-            return own
-        logits = extent.tokens * extent.skeleton.vocabulary_size
-        return own + Cost(
-            file=4 * weights,
-            forwards=4.0,
-            computing=3 * logits * extent.skeleton.hidden_size,
-            moved=24 * logits + 16 * weights * extent.samples,
-            hashings=1,
-            before=(self._pass(extent),),
-        )
-
-    def _pass(self, extent: Extent) -> PassBefore:
-        """The inputs of all blocks are saved for as many samples at once as fit."""
-        skeleton, matrices, scope = extent.skeleton, extent.matrices, self.kind.scope
+            return Cost(reading=4 * max(sizes))
+        logits, weights = extent.tokens * skeleton.vocabulary_size, sum(sizes)
         batch = gradient_batch_size(skeleton, extent.length, self.kind.granularity, extent.batch_size)
         first = min(matrix.block for matrix in matrices)
-        chunk = chunk_sizes(skeleton, extent.samples, extent.length, batch, scope, extent.offload, first, extent.beside)
+        chunk = chunk_sizes(
+            skeleton, extent.samples, extent.length, batch, self.kind.scope, extent.offload, first, extent.beside
+        )
         tokens = min(extent.batch_tokens, chunk.samples * extent.length)
-        return PassBefore(
-            working=accumulator_bytes(matrices)
-            + 4 * max(math.prod(matrix.shape) for matrix in matrices)
-            + graph_bytes(matrices, tokens, skeleton.dtype.itemsize),
+        graph = graph_bytes(matrices, tokens, skeleton.dtype.itemsize)
+        before = PassBefore(
+            working=accumulator_bytes(matrices) + 4 * max(sizes) + graph,
             head=3 * LOGITS_BYTES,
             saved=chunk.bytes,
             samples=chunk.samples,
             passes=math.ceil(extent.samples / chunk.samples),
             folder=chunk.folder,
+        )
+        return Cost(
+            reading=4 * max(sizes),
+            file=4 * weights,
+            forwards=4.0,
+            computing=3 * logits * skeleton.hidden_size,
+            moved=24 * logits + 16 * weights * extent.samples,
+            hashings=1,
+            before=(before,),
         )
 
     def of(self, matrix: Matrix, device: torch.device) -> Evidence:

@@ -182,7 +182,8 @@ def _placed(
         nats = bos_nats(model(), windows)
     if nats is not None and nats[1] - nats[0] > BOS_MARGIN:
         windows = cut("always")
-    figures = {} if nats is None else dict(zip(("nats_with", "nats_without"), map(_finite, nats), strict=True))
+    known_nats = [value if math.isfinite(value) else None for value in nats or ()]
+    figures = dict(zip(("nats_with", "nats_without"), known_nats, strict=False))
     record = {"asked": bos, **windows.provenance["bos"], **figures}
     windows = replace(windows, provenance={**windows.provenance, "bos": record})
     if nats is not None and record["used"] == "always":
@@ -209,10 +210,6 @@ def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | Non
     with torch.no_grad(), after_the_last_block(skeleton, batches, offload_states="never") as stream:
         losses = [torch.cat(list(stream.losses(batch)), dim=1)[0].double() for batch in range(2)]
     return float(losses[0][1:].mean()), float(losses[1].mean())
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _say_fewer(windows: Windows, what: str, asked: int | None) -> None:

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from secateur.core.own_code import raised_at, written_at
+from secateur.core.own_code import blamed, written_at
 from secateur.core.problem import Method, Problem, Solution
-from secateur.errors import MethodError, NumericalError, PatternError, SecateurError
+from secateur.errors import MethodError, NumericalError, PatternError
 
 
 def check_weight(name: str, weight: Shaped[Tensor, "out in"]) -> None:
@@ -29,29 +29,31 @@ def solved(problem: Problem, method: Method) -> Solution:
 
     Raises `MethodError` with the line of somebody's own code that raised an error there.
     """
-    try:
+    with blamed(f"{problem.name}: {method.name} failed with", method.solve):
         solution = method.solve(problem)
-    except (SecateurError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        place = raised_at(error) or written_at(method.solve)
-        if place is None:
-            raise  # ours, which nobody else can mend
-        what = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise MethodError(
-            f"{problem.name}: {method.name} failed with {type(error).__name__}: {what} ({place}). --debug shows the "
-            "traceback."
-        ) from error
     check_solution(problem, solution, method)
     return solution
 
 
 def check_solution(problem: Problem, solution: Solution, method: Method) -> None:
-    """Raise for a solution of another shape or dtype, one that is not finite, or one that breaks its pattern."""
-    _check_kind(problem, solution, method)
+    """Raise `MethodError` for what is no solution, or one of other things than tensors beside the weight.
+
+    Raise `PatternError` or `NumericalError` for another shape or dtype, numbers that are not finite, a broken pattern.
+    """
+    place = written_at(method.solve)
+    end = f" It is made in {place}." if place is not None else ""
+    if not isinstance(solution, Solution):
+        raise MethodError(
+            f"{problem.name}: {method.name} returned a {type(solution).__name__}, expected a secateur.Solution.{end}"
+        )
+    for part, value in (("weight", solution.weight), ("mask", solution.mask)):
+        device = value.device if isinstance(value, torch.Tensor) else None
+        if device != problem.weight.device:
+            found = f"on {device}" if device is not None else f"that is a {type(value).__name__}"
+            expected = f"expected a tensor on {problem.weight.device}"
+            raise MethodError(f"{problem.name}: {method.name} returned a {part} {found}, {expected}.{end}")
     name, weight, new, mask = problem.name, problem.weight, solution.weight, solution.mask
-    expected, found = (weight.shape, weight.dtype, torch.bool), (new.shape, new.dtype, mask.dtype)
-    if found != expected or mask.shape != weight.shape:
+    if {new.shape, mask.shape} != {weight.shape} or (new.dtype, mask.dtype) != (weight.dtype, torch.bool):
         raise PatternError(
             f"{name}: {method.name} returned a {new.dtype} weight of shape {tuple(new.shape)} and a {mask.dtype} "
             f"mask of {tuple(mask.shape)}, expected {weight.dtype} and torch.bool, both of {tuple(weight.shape)}."
@@ -71,19 +73,3 @@ def check_solution(problem: Problem, solution: Solution, method: Method) -> None
             f"{name}: {method.name} returned {int(outside.sum())} non-zero weights where its own mask "
             "says that they are removed."
         )
-
-
-def _check_kind(problem: Problem, solution: object, method: Method) -> None:
-    """Raise `MethodError` for what is no solution, or one of other things than tensors beside the weight."""
-    place = written_at(method.solve)
-    end = f" It is made in {place}." if place is not None else ""
-    if not isinstance(solution, Solution):
-        raise MethodError(
-            f"{problem.name}: {method.name} returned a {type(solution).__name__}, expected a secateur.Solution.{end}"
-        )
-    for part, value in (("weight", solution.weight), ("mask", solution.mask)):
-        device = value.device if isinstance(value, torch.Tensor) else None
-        if device != problem.weight.device:
-            found = f"on {device}" if device is not None else f"that is a {type(value).__name__}"
-            expected = f"expected a tensor on {problem.weight.device}"
-            raise MethodError(f"{problem.name}: {method.name} returned a {part} {found}, {expected}.{end}")

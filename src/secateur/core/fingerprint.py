@@ -40,8 +40,8 @@ _ALL_NAMES = {"globals", "vars", "eval", "exec", "getattr", "__import__", "impor
 def fingerprint(method: Method) -> dict[str, str]:
     """What the results of a method depend on beside its problem: names of values, and values, or digests of them.
 
-    Two methods with equal fingerprints give equal solutions. Raises `PatternError` for a method that holds something
-    of which that cannot be said, such as an open file.
+    Two methods with equal fingerprints return equal solutions. Raises `PatternError` for a method that holds
+    something that cannot be compared in that way, such as an open file.
     """
     try:
         walk = _Walk(method.name)

@@ -3,10 +3,15 @@
 import functools
 import sysconfig
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import secateur
+from secateur.errors import MethodError, SecateurError
 
 _OURS = Path(secateur.__file__).resolve().parent
 
@@ -44,3 +49,25 @@ def written_at(function: Any) -> str | None:
     if not isinstance(code, types.CodeType):
         code = getattr(vars(type(function)).get("__call__"), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None and is_own(code.co_filename) else None
+
+
+@contextmanager
+def blamed(what: str, function: Any = None, *, always: bool = False) -> Iterator[None]:
+    """Turn errors of somebody's own code into a `MethodError` that says what failed, and where.
+
+    Where the error names no place, it is that of `function`. An error from our own code goes on as it is, unless
+    `always`.
+    """
+    try:
+        yield
+    except (SecateurError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        place = raised_at(error) or written_at(function)
+        if place is None and isinstance(error, SyntaxError) and error.filename:
+            place = f"{error.filename}:{error.lineno}"
+        if place is None and not always:
+            raise
+        found = error.args[0] if isinstance(error, KeyError) and error.args else error
+        where = "" if place is None else f" ({place})"
+        raise MethodError(f"{what} {type(error).__name__}: {found}{where}. --debug shows the traceback.") from error

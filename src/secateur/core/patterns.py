@@ -45,7 +45,7 @@ def removed_count(entries: int, sparsity: float) -> int:
     """The number of entries to remove: floor(entries * sparsity).
 
     Exact: the sparsity counts as the decimal it was written as (0.29 of 100 is 29), where the floating-point
-    product would sometimes give one less.
+    product is sometimes one less.
     """
     return math.floor(entries * Fraction(str(sparsity)))
 
@@ -234,16 +234,11 @@ def search_rows(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor,
             f"the scores of row {int(total.isfinite().int().argmin())} add up to more than {score.dtype} holds; "
             "use fixed counts per row or per matrix."
         )
-
-    def removed_at(alpha: float) -> Bool[Tensor, "out in"]:
-        under = (running <= (total * alpha).unsqueeze(1)).sum(dim=1, keepdim=True)
-        threshold = ascending.gather(1, (under - 1).clamp(min=0))
-        return (score <= threshold) & (under > 0)
-
     low, high = 0.0, 0.8
     while True:
         alpha = (low + high) / 2
-        removed = removed_at(alpha)
+        under = (running <= (total * alpha).unsqueeze(1)).sum(dim=1, keepdim=True)
+        removed = (score <= ascending.gather(1, (under - 1).clamp(min=0))) & (under > 0)
         achieved = float(removed.sum()) / removed.numel()
         if abs(achieved - sparsity) <= 0.001 or high - low < 0.001:
             return ~removed
@@ -277,7 +272,7 @@ def with_group(pattern: Pattern, per: Group) -> Pattern:
 
 
 def gradual_mask(pattern: Pattern, score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
-    """The mask of a pattern on the way to it, when only `sparsity` of its own sparsity is reached: True = kept.
+    """The mask of a pattern that is reached step by step, at a `sparsity` below the final one: True = kept.
 
     An unstructured pattern has fewer zeros. Any other keeps what it would keep in the end, and of the rest the highest
     scores of the matrix, so that every zero is one that the pattern allows.

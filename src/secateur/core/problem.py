@@ -127,8 +127,19 @@ def select(
 
     def solve(problem: Problem) -> Solution:
         scores = score(problem)
-        place = written_at(score)
-        _check_score(name, problem, scores, "" if place is None else f" The score is computed in {place}.")
+        weight, place = problem.weight, written_at(score)
+        end = "" if place is None else f" The score is computed in {place}."
+        if not isinstance(scores, Tensor):
+            raise MethodError(
+                f"{problem.name}: {name} returned a {type(scores).__name__} as its scores, expected a tensor of "
+                f"{tuple(weight.shape)}.{end}"
+            )
+        if scores.shape != weight.shape or scores.is_complex() or scores.device != weight.device:
+            raise MethodError(
+                f"{problem.name}: {name} returned {scores.dtype} scores of shape {tuple(scores.shape)} on "
+                f"{scores.device}, expected real ones of {tuple(weight.shape)} on {weight.device}: one for each "
+                f"weight.{end}"
+            )
         if not bool(scores.isfinite().all()):
             why = "their product overflows float32." if place is None else f"they are computed in {place}."
             raise NumericalError(
@@ -136,24 +147,9 @@ def select(
                 f"although weights and statistics are: {why}"
             )
         mask = with_group(problem.pattern, per).mask(scores)
-        return Solution(torch.where(mask, problem.weight, 0), mask, score=scores)
+        return Solution(torch.where(mask, weight, 0), mask, score=scores)
 
     return Method(name, solve, needs, per)
-
-
-def _check_score(name: str, problem: Problem, found: object, end: str) -> None:
-    """Raise `MethodError` for scores that are no tensor of numbers, one for each weight, beside the weight."""
-    weight = problem.weight
-    if not isinstance(found, Tensor):
-        raise MethodError(
-            f"{problem.name}: {name} returned a {type(found).__name__} as its scores, expected a tensor of "
-            f"{tuple(weight.shape)}.{end}"
-        )
-    if found.shape != weight.shape or found.is_complex() or found.device != weight.device:
-        raise MethodError(
-            f"{problem.name}: {name} returned {found.dtype} scores of shape {tuple(found.shape)} on {found.device}, "
-            f"expected real ones of {tuple(weight.shape)} on {weight.device}: one for each weight.{end}"
-        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Sums (never running means) make batching, sharding and resuming exact: update in any split, merge in any order.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -64,11 +63,6 @@ def cost(kind: type[Statistic], in_features: int) -> Cost:
     """What a kind of statistic takes for an input of this width; nothing where it does not say."""
     own: Any = getattr(kind, "cost", None)
     return Cost() if own is None else own(in_features)
-
-
-def by_sample(kinds: Iterable[Any]) -> type[Statistic] | None:
-    """The first of these kinds that has to be given one calibration sample at a time, or None."""
-    return next((kind for kind in kinds if getattr(kind, "one_sample_at_a_time", False)), None)
 
 
 class Sum:

@@ -19,10 +19,10 @@ def swaps(*, limit: int = 100, candidates: int = 64) -> Refinement:
     every unstructured pattern still holds. No step raises the error of any row. All weights are the dense ones: an
     update by the method before is not kept.
 
-    Options: at most `limit` swaps per row; of unstructured rows only the `candidates` best removals and the as many
-    best returns, each judged alone, are paired (0 for all pairs, of time ``in²`` per row and swap). Notes: `swaps` in
-    all, `dropped_update` 1 where the method before had updated weights, `reconstruction_error`. Raises `PatternError`
-    for other patterns: a swap may break them.
+    Options: at most `limit` swaps per row; in unstructured rows only the `candidates` best removals and the
+    `candidates` best returns, each judged alone, are paired (0 for all pairs, of time ``in²`` per row and swap).
+    Notes: `swaps` in all, `dropped_update` 1 where the method before had updated weights, `reconstruction_error`.
+    Raises `PatternError` for other patterns: a swap may break them.
     """
     at_least(1, "swaps", limit=limit)
     at_least(0, "swaps", candidates=candidates)

@@ -8,13 +8,14 @@ read and the last one written while this one is computed.
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.collect.collector import Collected
+from secateur.collect.collector import Collected, Place, reach_site, run_batches
 from secateur.collect.dense_twin import DenseTwin
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.sites import sites
@@ -115,6 +116,8 @@ class BlockLoop:
         else:
             by_site = matrices and self.settings.within == "site"
             with loaded(self.skeleton, block, tensors):
+                if self.twin is not None:
+                    self.twin.enter(block)
                 prune = self._prune_by_site if by_site else self._prune_at_once
                 record |= prune(block, tensors, matrices, self.stream, changed)
         self.manifest.blocks.append(record)
@@ -129,28 +132,20 @@ class BlockLoop:
         changed: dict[str, Tensor],
     ) -> dict[str, Any]:
         """Collect evidence of all matrices, solve them, and run the samples once more; returns the record."""
-        twin = self.twin
-        if twin is not None:
-            twin.enter(block)
         # Whether the outputs of the dense block are the next block's inputs, so that no second pass is needed.
         single = self.settings.propagate == "dense" or not matrices
         with self.clock.timed("statistics forward"):
             facts = self.evidence.enter(block, matrices, stream)
-            collected = self.evidence.collect(
-                block,
-                matrices,
-                stream,
-                twin,
-                keep_outputs=single,
-                progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
-            )
+            place = Place(block, matrices, stream, self.twin, self.evidence.device)
+            progress = partial(self.conveyor.tell, "statistics", block)
+            collected = run_batches(place, self.evidence.at(place), keep_outputs=single, progress=progress)
         states, dense = collected.input, collected.output
         assert dense is not None
         self._solve(block, matrices, tensors, collected, changed)
         del collected  # Memory: Gram matrices are gone before the next forward
         self._update(matrices, changed, tensors)
-        if twin is not None:
-            twin.leave(block)
+        if self.twin is not None:
+            self.twin.leave(block)
         change: float | None = None
         with self.clock.timed("propagation forward"):
             if matrices:
@@ -171,32 +166,31 @@ class BlockLoop:
         changed: dict[str, Tensor],
     ) -> dict[str, Any]:
         """One forward, which waits at every site until its matrices are solved; returns the record."""
-        twin = self.twin
-        if twin is not None:
-            twin.enter(block)
         with self.clock.timed("statistics forward"):
             found, dense = sites(block, matrices, stream)
             facts = self.evidence.enter(block, matrices, stream)
         leader = {key: own for site in found for key, own in (site.leader or {}).items()}
         parameters, _ = tapped(block, matrices)
-        place, offload = self.states.with_name(f"{self.states.name}-waiting"), self.settings.offload_states
+        progress = partial(self.conveyor.tell, "statistics", block)
         with WaitingForwards(
-            block, stream, parameters, leader, watched=self.evidence.watched, offload=offload, place=place
+            block,
+            stream,
+            parameters,
+            leader,
+            watched=self.evidence.watched,
+            offload=self.settings.offload_states,
+            place=self.states.with_name(f"{self.states.name}-waiting"),
         ) as forwards:
             for site in found:
                 with self.clock.timed("statistics forward"):
-                    collected = self.evidence.collect_at(
-                        site,
-                        forwards,
-                        twin,
-                        progress=lambda done, total: self.conveyor.tell("statistics", block, done, total),
-                    )
+                    place = Place(block, site.matrices, stream, self.twin, self.evidence.device)
+                    collected = reach_site(place, self.evidence.at(place), site, forwards, progress=progress)
                 self._solve(block, site.matrices, tensors, collected, changed)
                 del collected  # Memory: Gram matrices are gone before the forwards go on
                 self._update(site.matrices, changed, tensors)
                 forwards.waits_at -= site.parameters
-            if twin is not None:
-                twin.leave(block)
+            if self.twin is not None:
+                self.twin.leave(block)
             with self.clock.timed("propagation forward"):
                 pruned = forwards.output(0)
                 change = relative_change(dense, pruned)

@@ -17,13 +17,13 @@ from secateur.files.names import unique
 from secateur.models.flow.memory import return_large
 from secateur.pruning.block_loop import BlockLoop
 from secateur.pruning.named import resolved
-from secateur.pruning.preparation import Prepared, output_of, prepared
+from secateur.pruning.preparation import Prepared, chosen_correction, output_of, prepared
 from secateur.pruning.settings import PruneSettings
 from secateur.record.manifest import Manifest
 from secateur.record.versions import run_facts
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor
-from secateur.runs.events import Clock, Event
+from secateur.runs.events import Clock, Event, named
 from secateur.runs.options import taking
 from secateur.runs.transaction import Transaction
 
@@ -59,11 +59,6 @@ def prune(settings: PruneSettings) -> Manifest:
     Raises `PatternError`, `CalibrationError`, `ModelStructureError`, `NumericalError` or `CheckpointError`, each of
     which says what to do.
     """
-    return run(settings)
-
-
-def run(settings: PruneSettings) -> Manifest:
-    """What `prune` does, from its settings."""
     started = time.perf_counter()
     settings = resolved(settings)
     on_event = settings.on_event
@@ -99,7 +94,7 @@ def run(settings: PruneSettings) -> Manifest:
                 extent.matrices,
                 batch_size=extent.batch_size,
                 offload_states=extent.offload,
-                progress=lambda stage, done, total: tell(f"gradients: {stage}", done, total),
+                progress=named(tell, "gradients"),
             )
             evidence = replace(evidence, gradients=file)
             clock.add("gradients", began)
@@ -132,7 +127,7 @@ def _manifest(ready: Prepared) -> Manifest:
             "statistics": sorted(kind.__name__ for kind in input_statistics(ready.evidence.needs)),
             "within": settings.within,
             "targets": settings.targets,
-            "correction": ready.correction,
+            "correction": chosen_correction(settings),
             "options": dict(method.options),
             "fingerprint": recorded(method),
             "gradient": None if method.gradient is None else asdict(method.gradient),

@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -80,19 +81,14 @@ def estimate(settings: PruneSettings) -> Estimate:
     its work starts. With ``calibration=None`` nothing is asked of the text, and `samples` (128) and `length` (2048) say
     how many tokens there will be.
     """
-    return dry_run(settings)
-
-
-def dry_run(settings: PruneSettings) -> Estimate:
-    """What `estimate` does, from its settings."""
     began = time.perf_counter()
     settings = resolved(settings)
     target = None if settings.output is None else output_of(settings)
     with prepared(settings, target, dry=True) as ready:
-        return _estimate(ready, opening=time.perf_counter() - began)
+        return _estimate(ready, target, opening=time.perf_counter() - began)
 
 
-def _estimate(ready: Prepared, *, opening: float) -> Estimate:
+def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estimate:
     skeleton, plan, method = ready.opened.skeleton, ready.plan, ready.method
     memory = memory_of(ready)
     free = psutil.virtual_memory().available
@@ -101,8 +97,8 @@ def _estimate(ready: Prepared, *, opening: float) -> Estimate:
     notes = [*ready.unchecked, *_memory_notes(ready, memory)]
     if memory.host > free:
         notes.append("This needs more host memory than is free now: use fewer or shorter samples, or --batch-size 1.")
-    if ready.target is not None:
-        above = next(folder for folder in ready.target.parents if folder.exists())
+    if target is not None:
+        above = next(folder for folder in target.parents if folder.exists())
         room = shutil.disk_usage(above).free
         if room < disk:
             notes.append(f"This needs more disk than the {bytes_text(room)} that are free in {above}.")

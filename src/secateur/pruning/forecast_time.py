@@ -8,7 +8,7 @@ from secateur.models.flow.stream import default_batch_size
 from secateur.models.shape.skeleton import Skeleton
 from secateur.pruning.forecast_memory import source_bytes
 from secateur.pruning.preparation import Prepared
-from secateur.pruning.trial import forwards, moving, multiplying, pace
+from secateur.pruning.trial import choosing, digesting, forwards, moving, multiplying
 
 DISK_BYTES_PER_SECOND = 500e6  # a plain SSD; no disk is measured, since that would take writing to it
 AROUND_SECONDS = 1.0  # manifest, model card, and the libraries that write them
@@ -26,22 +26,27 @@ def run_seconds(ready: Prepared, passes: int) -> float:
     cost = ready.evidence.cost(extent)
     planned = extent.matrices
     last = max(matrix.block for matrix in planned)
-    own = pace(skeleton, method, ready.plan[planned[0].name], extent.length, extent.chosen_batch_size)
-    batches = math.ceil(extent.samples / extent.chosen_batch_size)
-    once = sum(token * extent.tokens + batch * batches for token, batch in own.forwards[: last + 1])
+    multiply, move, digest = multiplying(skeleton, skeleton.dtype), moving(skeleton.device), digesting()
+    wide = torch.promote_types(skeleton.dtype, torch.float32)  # the dtype of Gram matrices
+    multiply_wide = multiply if wide == skeleton.dtype else multiplying(skeleton, wide)
+    batches, once = math.ceil(extent.samples / extent.chosen_batch_size), 0.0
+    if extent.length:
+        tried = forwards(skeleton, extent.length, extent.chosen_batch_size, multiply)
+        once = sum(token * extent.tokens + batch * batches for token, batch in tried[: last + 1])
     passes_of_states = 2.0
     if extent.by_site:  # the first batch twice, and all of them twice more where the inputs of experts are looked at
         passes_of_states = 1.0 + 1 / max(1, batches) + 2.0 * any(matrix.routed for matrix in planned)
-    forwards = passes_of_states if ready.evidence.forwards else 0.0
+    passed = passes_of_states if ready.evidence.forwards else 0.0
     bytes_ = source_bytes(skeleton, skeleton.source.names)
-    computing = (forwards + cost.forwards) * once + cost.computing * own.multiply + cost.moved * own.move
-    computing += own.weight * sum(math.prod(matrix.shape) for matrix in planned) + own.digest * cost.hashings * bytes_
+    computing = (passed + cost.forwards) * once + cost.computing * multiply + cost.moved * move
+    weights = sum(math.prod(matrix.shape) for matrix in planned)
+    computing += choosing(skeleton, method, ready.plan[planned[0].name]) * weights + digest * cost.hashings * bytes_
     products = sum(method.products * math.prod(matrix.shape) * matrix.shape[1] for matrix in planned)
-    computing += (products + cost.products) * own.wide
+    computing += (products + cost.products) * multiply_wide
     # Reading, hashing and writing go on beside all this, and take a part of the cores; a block is read before them.
-    disk = bytes_ * ((0 if skeleton.resident else 1) + 1) / DISK_BYTES_PER_SECOND
-    hashing = own.digest * 2 * bytes_
-    converting = own.move * 3 * bytes_ * passes
+    disk = bytes_ * (1 if skeleton.resident else 2) / DISK_BYTES_PER_SECOND
+    hashing = digest * 2 * bytes_
+    converting = move * 3 * bytes_ * passes
     busy = computing + converting + hashing / max(1, torch.get_num_threads())
     return max(busy, disk + hashing / 2) + AROUND_SECONDS
 

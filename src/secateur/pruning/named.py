@@ -7,18 +7,17 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from secateur.core.choices import Group
-from secateur.core.own_code import raised_at
+from secateur.core.own_code import blamed
 from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern, with_group
 from secateur.core.problem import Method, Refinement, chain
-from secateur.errors import MethodError, PatternError, SecateurError
+from secateur.errors import PatternError
 from secateur.methods import METHODS, REFINEMENTS
 from secateur.plans.plan import Plan
 from secateur.pruning.settings import PruneSettings
@@ -207,7 +206,7 @@ def _module(name: str, module: str) -> ModuleType:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    with _blamed(f"--method {name}: the module {module} cannot be imported"):
+    with blamed(f"--method {name}: the module {module} cannot be imported:", always=True):
         try:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -239,7 +238,7 @@ def _file(name: str, text: str) -> ModuleType:
     made = importlib.util.module_from_spec(specification)
     sys.modules[module] = made
     try:
-        with _blamed(f"--method {name}: {file} cannot be imported"):
+        with blamed(f"--method {name}: {file} cannot be imported:", always=True):
             specification.loader.exec_module(made)
     except BaseException:
         del sys.modules[module]
@@ -257,25 +256,10 @@ def _made(where: str, found: Any, options: Mapping[str, object]) -> Method:
                 f"{where}: expected a secateur.Method, or a function without arguments that returns one, and "
                 f"this one cannot be called so ({error}). See docs/methods.md."
             ) from None
-        with _blamed(f"{where} failed"):
+        with blamed(f"{where} failed:", always=True):
             found = found(**options)
         if options and isinstance(found, Method) and not found.options:
             found = replace(found, options=dict(options))
     if not isinstance(found, Method):
-        raise PatternError(f"{where}: gives a {type(found).__name__}, expected a secateur.Method.")
+        raise PatternError(f"{where}: got a {type(found).__name__}, expected a secateur.Method.")
     return found
-
-
-@contextmanager
-def _blamed(what: str) -> Iterator[None]:
-    """Turns errors of somebody's own code into a `MethodError` that says what failed, and where."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, SecateurError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            raise
-        place = raised_at(error)
-        if place is None and isinstance(error, SyntaxError) and error.filename:
-            place = f"{error.filename}:{error.lineno}"
-        where = f" ({place})" if place is not None else ""
-        raise MethodError(f"{what}: {type(error).__name__}: {error}{where}. --debug shows the traceback.") from error

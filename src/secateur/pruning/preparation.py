@@ -14,6 +14,7 @@ from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.model_windows import Foreseen, foreseen_windows, model_windows
+from secateur.collect.settings import ModelSettings
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.needs import Drift
 from secateur.core.patterns import with_group
@@ -29,9 +30,10 @@ from secateur.plans.uniform import by_glob, uniform
 from secateur.pruning.named import resolved
 from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
+from secateur.runs.options import shared
 from secateur.runs.output import check_output
 
-CORRECTION = 0.5  # of what the residual stream lacks of the dense model's
+CORRECTION = 0.5  # of the difference between the dense model's residual stream and this one's
 TRIAL_TOKENS = 8  # that residual targets look for writers with
 
 
@@ -50,8 +52,6 @@ class Prepared:
     evidence: RunEvidence
     windows: Windows | None
     extent: Extent
-    correction: float | None
-    target: Path | None
     unchecked: Sequence[str]
 
 
@@ -86,13 +86,7 @@ def prepared(
         raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
     kept_on = settings.statistics_device
     statistics_device = None if kept_on is None else choose_device(kept_on, "--statistics-device")
-    opened = open_model(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    opened = open_model(**shared(settings, ModelSettings))
     try:
         skeleton = opened.skeleton
         plan = make_plan(skeleton, method, settings)
@@ -107,7 +101,7 @@ def prepared(
         given = gradient_file(settings.gradient, method, skeleton, planned)
         evidence = RunEvidence(needs, given, survey, statistics_device)
         if survey is not None and given is None and method.gradient is not None and method.gradient.scope == "block":
-            raise PatternError(f"{method.name} takes gradients on the way, from all samples: give it their file.")
+            raise PatternError(f"{method.name}: runs that share statistics need its gradients as a file.")
         seen = Foreseen(None, 0, 0, ())
         if evidence.looks_at_samples and dry:
             seen = foreseen_windows(opened, settings)
@@ -134,8 +128,6 @@ def prepared(
                 offload=settings.offload_states,
                 beside=target or Path.cwd() / "secateur",
             ),
-            correction=correction,
-            target=target,
             unchecked=seen.unchecked,
         )
     finally:
@@ -175,7 +167,7 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
 
 
 def chosen_correction(settings: PropagationSettings) -> float | None:
-    """The share of what the residual stream lacks that targets make up for; None for targets that do not.
+    """The share of its distance from the dense residual stream that targets make up for; None where they do not.
 
     Raises `PatternError` for one that is no share, or that would not be used.
     """

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,34 +33,8 @@ WAITING = (1, 32)  # samples and tokens of the forward whose memory is counted w
 NOT_TRIED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, SecateurError)
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Seconds of what was tried: a forward for each token of one block, a weight, a byte."""
-
-    forwards: list[tuple[float, float]]  # through each block: for one token in windows of the run's length, one batch
-    multiply: float  # one multiplication and addition of a large product in the computing dtype
-    wide: float  # the same in the dtype of Gram matrices
-    weight: float  # choosing, checking and recording one weight
-    move: float  # one byte that is read and written by an operation on large tensors
-    digest: float  # one byte of a sha256
-
-
 # What was tried of a model, for the next estimate of it: of a sweep's other methods.
 _tried: WeakKeyDictionary[Skeleton, dict[tuple[int, int], list[tuple[float, float]]]] = WeakKeyDictionary()
-
-
-def pace(skeleton: Skeleton, method: Method, pattern: Pattern, length: int, batch_size: int) -> Pace:
-    """The pace of this machine at a run of a method; nothing of the model is read."""
-    multiply = multiplying(skeleton, skeleton.dtype)
-    wide = torch.promote_types(skeleton.dtype, torch.float32)
-    return Pace(
-        forwards=forwards(skeleton, length, batch_size, multiply) if length else [],
-        multiply=multiply,
-        wide=multiply if wide == skeleton.dtype else multiplying(skeleton, wide),
-        weight=choosing(skeleton, method, pattern),
-        move=moving(skeleton.device),
-        digest=digesting(),
-    )
 
 
 def timed(device: torch.device, run: Callable[[], object], *, least: float = 0.0) -> float:

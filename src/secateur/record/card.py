@@ -29,11 +29,6 @@ _GBLM = (
     "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models",
     "2311.04902",
 )
-_SPARSEGPT = (
-    "Frantar and Alistarh, 2023",
-    "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
-    "2301.00774",
-)
 _ALPS = (
     "Meng et al., 2024",
     "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
@@ -61,7 +56,11 @@ PAPERS: dict[str, tuple[str, str, str | None]] = {
         "Pruner-Zero: Evolving Symbolic Pruning Metric from Scratch for Large Language Models",
         "2406.02924",
     ),
-    "sparsegpt": _SPARSEGPT,
+    "sparsegpt": (
+        "Frantar and Alistarh, 2023",
+        "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+        "2301.00774",
+    ),
     "magnitude_iterative": _WANDA,
     "wanda_iterative": _WANDA,
     "obs_update": _WANDA,
