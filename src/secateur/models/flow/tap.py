@@ -5,7 +5,8 @@ that is multiplied is recognised by its storage instead, whichever module or fun
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +128,21 @@ def _check_inputs(product: Product) -> None:
         )
 
 
+@contextmanager
+def watched_inputs(block: nn.Module, paths: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls `see` with its path and the first tensor that goes into it, for some submodules of a block."""
+    with ExitStack() as stack:
+        for path in paths:
+
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+                if found is not None:
+                    see(path, found)
+
+            stack.callback(block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
 def by_expert(product: Product) -> Iterator[tuple[Key, Tensor]]:
     """The tokens of a product, (tokens, in), for each (parameter, expert) that it multiplies."""
     x = product.x.detach()  # Memory: what sees an input must not hold on to the graph of a forward that has one
@@ -172,9 +188,7 @@ class InputTap(ProductTap):
 
     def let_go(self, leader: Key) -> None:
         """Forget the input that was kept for those who share it with this one."""
-        kept = [recent for recent in self._recent if recent[2] != leader]
-        self._recent.clear()
-        self._recent.extend(kept)
+        self._recent = deque((recent for recent in self._recent if recent[2] != leader), self._recent.maxlen)
 
     def before(self, product: Product) -> None:
         """Hand on the input, and end the forward where nothing more is wanted."""

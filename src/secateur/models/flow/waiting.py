@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelStructureError
 from secateur.models.flow.stream import HiddenStates, Stream, states_folder
-from secateur.models.flow.tap import InputTap, Key, Product
+from secateur.models.flow.tap import InputTap, Key, Product, watched_inputs
 from secateur.models.shape.structure import Block
 
 
@@ -81,16 +80,12 @@ class WaitingForwards:
         self.waits_at = set(parameters)
         self._forwards = [_Forward(self, batch, parameters, leader) for batch in range(len(stream.batches))]
         self._hooks = ExitStack()
-        for path in watched:
-            module = block.module.get_submodule(path)
-            self._hooks.callback(module.register_forward_pre_hook(self._hook(path), with_kwargs=True).remove)
+        self._hooks.enter_context(watched_inputs(block.module, watched, self._see))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._hooks.close()
         for forward in self._forwards:
             forward.close()
@@ -116,14 +111,10 @@ class WaitingForwards:
         found, version = self._forwards[batch].seen.get(path, (None, 0))
         return found if found is not None and found._version == version else None
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            forward = next((own for own in self._forwards if own.is_running()), None)
-            value = next(_strided((*args, *kwargs.values())), None)
-            if forward is not None and value is not None:
-                forward.seen.setdefault(path, (value, value._version))
-
-        return hook
+    def _see(self, path: str, value: Tensor) -> None:
+        forward = next((own for own in self._forwards if own.is_running()), None)
+        if forward is not None:
+            forward.seen.setdefault(path, (value, value._version))
 
     def held_bytes(self, batch: int) -> int:
         """The memory that a waiting forward holds, but for what others hold too."""
