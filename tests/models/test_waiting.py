@@ -53,8 +53,10 @@ class Batches:
 
 def matrices(module: nn.Module) -> list[Matrix]:
     return [
-        Matrix(f"b.0.{name}", tuple(value.shape), 0, f"b.0.{name}", None, False, f"b.0.{name}", None)
-        for name, value in module.named_parameters()
+        Matrix(
+            *(f"b.0.{name}", None, False), name=f"b.0.{name}", shape=shape, block=0, tensor=f"b.0.{name}", index=None
+        )
+        for name, shape in ((name, tuple(value.shape)) for name, value in module.named_parameters())
     ]
 
 

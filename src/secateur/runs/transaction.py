@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from secateur.errors import CheckpointError, SecateurError
 from secateur.files.names import exchange, rename_new, unique
 from secateur.files.writer import writing
@@ -57,17 +59,13 @@ class Transaction:
                 raise CheckpointError(f"{self.target}: exists already. Choose another folder, or pass --overwrite.")
             if not self.file:
                 self.folder.mkdir()
-        except SecateurError:
+        except BaseException as error:
             self._remove()
-            raise
-        except OSError as error:
-            self._remove()
+            if not isinstance(error, OSError):
+                raise
             raise CheckpointError(
                 f"{self.target}: no folder can be made beside it ({error.strerror}). Choose another output folder."
             ) from None
-        except BaseException:
-            self._remove()
-            raise
         return self
 
     def _claim(self) -> None:
@@ -131,7 +129,7 @@ class Transaction:
         for entry in left:
             _delete(entry)
         logger.warning(
-            "%s: left by a run that ended before it was complete (%s); removed.", self.partial, _size_text(size)
+            "%s: left by a run that ended before it was complete (%s); removed.", self.partial, decimal(size)
         )
 
     def commit(self) -> None:
@@ -232,10 +230,3 @@ def _listing(target: Path) -> dict[str, tuple[int, int, int]] | None:
             # A folder's own time changes with the names in it, which are listed, and with a rename of itself.
             listing[name] = (facts.st_ino, *((0, 0) if file.is_dir() else (facts.st_size, facts.st_mtime_ns)))
     return listing
-
-
-def _size_text(size: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

@@ -109,8 +109,7 @@ def prepare(model: nn.Module) -> Callable[[], None]:
     implementation = getattr(config, "_experts_implementation", None)
     model.eval()
     model.requires_grad_(False)
-    if hasattr(model, "set_experts_implementation"):
-        _set_experts(model, "eager")
+    _set_experts(model, "eager")
 
     def restore() -> None:
         for parameter in trained:
