@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -30,8 +31,8 @@ class Transaction:
     """The folder `OUT.partial`, in which an output is made, and the right to give the output its name.
 
     `folder` is what becomes the output: a folder that is made here, or with `file=True` a file that the run makes.
-    `place(name)` is for what the run needs on the disk meanwhile. All of it vanishes at the end, come what may; only a
-    finished result whose name was taken meanwhile is kept, under a name that the error says.
+    `place(name)` is for what the run needs on the disk meanwhile. All of it is removed at the end, however the run
+    ends; only a finished result whose name was taken meanwhile is kept, under a name that the error tells.
     """
 
     def __init__(self, target: Path, overwrite: bool, *, file: bool = False) -> None:
@@ -61,7 +62,7 @@ class Transaction:
                 self.folder.mkdir()
         except BaseException as error:
             self._remove()
-            if not isinstance(error, OSError):
+            if isinstance(error, SecateurError) or not isinstance(error, OSError):
                 raise
             raise CheckpointError(
                 f"{self.target}: no folder can be made beside it ({error.strerror}). Choose another output folder."
@@ -163,14 +164,11 @@ class Transaction:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.target))
 
     def _keep(self) -> CheckpointError:
-        number = 1
-        while True:
+        for number in count(1):
             kept = self.target.with_name(f"{self.target.name}.finished" + (f"-{number}" if number > 1 else ""))
-            try:
+            with suppress(FileExistsError):
                 rename_new(self.folder, kept)
                 break
-            except FileExistsError:
-                number += 1
         what = "has appeared there" if self._found is None else "has changed what was there"
         return CheckpointError(
             f"{self.target}: something {what} while the run was working, so it was left as it is. The finished result "

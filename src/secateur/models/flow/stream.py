@@ -24,7 +24,7 @@ from secateur.models.shape.causality import check_causal
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block, embeddings_of
 
-LOGITS_BYTES = 64 << 20  # of float32 logits that are looked at at once
+LOGITS_BYTES = 64 << 20  # of float32 logits that are computed at once
 
 
 @dataclass

@@ -26,7 +26,7 @@ Key = tuple[str, int | None]
 """A parameter's name, and which slice of it, where it holds several experts."""
 
 Take = Callable[[Key, int, Tensor], None]
-"""Is given an input: whose it is, how many products of this forward came before with the same key, and (tokens, in)."""
+"""Takes an input: its key, how many products of this forward came before with the same key, and (tokens, in)."""
 
 
 @dataclass(frozen=True)
@@ -202,16 +202,8 @@ class InputTap(ProductTap):
         leader = self.leader.get(key)
         if source is not None:
             for recent, version, recent_key in self._recent:
-                same = recent is source or (
-                    recent.data_ptr() == source.data_ptr()
-                    and recent.shape == source.shape
-                    and recent.stride() == source.stride()
-                )
-                if (
-                    same
-                    and version == source._version
-                    and (leader == recent_key or (leader is None and self._updates[recent_key] == 1))
-                ):
+                same = _place(recent) == _place(source) and version == source._version
+                if same and (leader == recent_key or (leader is None and self._updates[recent_key] == 1)):
                     self.leader[key] = recent_key
                     return
         if leader is not None and leader != key:
@@ -222,6 +214,10 @@ class InputTap(ProductTap):
         self._updates[key] = self._updates.get(key, 0) + 1
         if source is not None:
             self._recent.append((source, source._version, key))
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 Inputs = dict[Key, list[Tensor]]

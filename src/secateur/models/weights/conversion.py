@@ -7,7 +7,6 @@ out where each entry of a tensor lands, it converts tagged tensors by the same r
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -140,9 +139,14 @@ class Conversion:
             return {name: [Placement(parameter, expert, transposed[parameter]) for expert in experts]}
         if not any(parameter in transposed for parameter in group.parameters):
             return {}
-        parts, stacked = self._representatives(group)
+        order: dict[str, list[str]] = {}
+        for name, pattern in group.parts:
+            order.setdefault(pattern, []).append(name)
+        # Of a stack of experts two are traced, since stacking treats them all alike.
+        merging = type(group.converter.operations[0]).__name__ == "MergeModulelist"
+        stacked = merging and min(map(len, order.values())) > 1
+        parts = [(name, p) for name, p in group.parts if not stacked or name in order[p][:2]]
         traced = self._trace(group, parts, transposed)
-        order = {pattern: [name for name, p in group.parts if p == pattern] for _, pattern in group.parts}
         result: dict[str, list[Placement]] = {}
         for name, pattern in group.parts:
             index = order[pattern].index(name)
@@ -156,18 +160,6 @@ class Conversion:
                 place = replace(place, expert=index)
             result[name] = [place]
         return result
-
-    @staticmethod
-    def _representatives(group: TensorGroup) -> tuple[list[tuple[str, str]], bool]:
-        """The parts to trace. Of a stack of experts two are enough, since stacking treats them all alike."""
-        counts: Counter[str] = Counter()
-        parts = []
-        for name, pattern in group.parts:
-            counts[pattern] += 1
-            if counts[pattern] <= 2:
-                parts.append((name, pattern))
-        stacked = type(group.converter.operations[0]).__name__ == "MergeModulelist" and min(counts.values()) >= 2
-        return (parts, True) if stacked else (list(group.parts), False)
 
     def _trace(
         self, group: TensorGroup, parts: Sequence[tuple[str, str]], transposed: Mapping[str, bool]

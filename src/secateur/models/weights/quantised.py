@@ -133,25 +133,17 @@ class DequantisedCheckpoint:
         formats = Counter(one.format for one in self.packed.values())
         return {"formats": dict(formats), "dtype": str(PLAIN).removeprefix("torch."), "left_out": len(self.left_out)}
 
-    def say(self) -> None:
-        """Warn once, through the logger "secateur", that the quantised weights become bfloat16."""
-        formats = " and ".join(dict.fromkeys(one.format for one in self.packed.values()))
-        left = f" {len(self.left_out)} scales of activations are left out." if self.left_out else ""
-        _say_once(
-            f"{self.folder}: {len(self.packed)} weights are stored as {formats}; they are dequantised to bfloat16 as "
-            f"they are read, and what is written is bfloat16.{left}"
-        )
-
 
 @cache
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     logging.getLogger("secateur").warning(text)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint | DequantisedCheckpoint:
     """The weights of a folder, dequantised where they are stored as FP8, int8 or MXFP4 with scales.
 
-    Raises `CheckpointError` for any other way to pack weights, and for scales that do not fit or that nothing uses.
+    Warns once, through the logger "secateur", that they become bfloat16. Raises `CheckpointError` for weights packed in
+    any other format, and for scales that do not fit or that nothing uses.
     """
     checkpoint = Checkpoint(folder)
     announced = list(_announced(folder))
@@ -169,7 +161,12 @@ def open_checkpoint(folder: Path) -> Checkpoint | DequantisedCheckpoint:
     used = {part for one in packed.values() for part in one.parts}
     left_out = [name for name in checkpoint.names if OF_ACTIVATIONS.search(name) and name not in used]
     found = DequantisedCheckpoint(checkpoint, packed, left_out)
-    found.say()
+    formats = " and ".join(found.origin["formats"])
+    left = f" {len(left_out)} scales of activations are left out." if left_out else ""
+    _warn_once(
+        f"{folder}: {len(packed)} weights are stored as {formats}; they are dequantised to bfloat16 as they are read, "
+        f"and what is written is bfloat16.{left}"
+    )
     return found
 
 
@@ -251,7 +248,7 @@ def _aligned_shape(shape: Sequence[int], dimensions: int) -> tuple[int, ...] | N
 
 
 def packing_entries(config: Mapping[str, Any], where: str = CONFIGURATION) -> Iterator[tuple[str, Any]]:
-    """Where a configuration, or one inside it, says how weights are packed, and what it says there."""
+    """(where, entry) for every entry of a configuration, and of those inside it, on how weights are packed."""
     for key, value in config.items():
         if key in PACKING_ENTRIES and value:
             yield f"{where}: {key}", value
@@ -260,7 +257,7 @@ def packing_entries(config: Mapping[str, Any], where: str = CONFIGURATION) -> It
 
 
 def _announced(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the files of a folder say of how its weights are packed."""
+    """(where, entry) for every entry in the files of a folder on how its weights are packed."""
     entries: list[tuple[str, Any]] = []
     if (folder / CONFIGURATION).exists():
         entries += packing_entries(read_configuration(folder))
@@ -318,7 +315,7 @@ def _refused(folder: Path | str, packing: str, what: str) -> CheckpointError:
 
 
 def check_dtypes(skeleton: Skeleton) -> None:
-    """Raise `CheckpointError` for codes in the place of a float parameter, and for scales that nothing uses."""
+    """Raise `CheckpointError` for codes in place of a float parameter, and for scales that nothing uses."""
     source = skeleton.source
     where = str(getattr(source, "folder", type(skeleton.model).__name__))
     parameters: dict[str, nn.Parameter] = dict(skeleton.model.named_parameters(remove_duplicate=False))
