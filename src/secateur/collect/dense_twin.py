@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from secateur.models.flow.residual import ResidualRecorder
+from secateur.models.flow.residual import first_inputs
 from secateur.models.flow.stream import HiddenStates, Stream
 from secateur.models.flow.tap import InputRecorder, Inputs
 from secateur.models.shape.matrices import Matrix, tapped
@@ -45,10 +45,10 @@ class DenseTwin:
         """What goes into some submodules of the dense block for a batch, and what comes out (None)."""
         if None in places and len(places) == 1 and batch < self._done:
             return {None: self._after.get(batch, self.stream.device)}
-        recorder = ResidualRecorder(self._block.module, (place for place in places if place is not None))
-        with recorder:
-            output = self._run(batch)
-        return {**recorder.seen, None: output}
+        inside = [place for place in places if place is not None]
+        with first_inputs(self._block.module, inside) as found:
+            found[None] = self._run(batch)
+        return found
 
     def _run(self, batch: int) -> Tensor:
         """A batch through the dense block; batches come in order, and may come again."""

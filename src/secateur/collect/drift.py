@@ -11,7 +11,7 @@ from secateur.collect.collector import Collector, Cost, Evidence, Extent
 from secateur.core.gram import add_product
 from secateur.core.needs import Drift
 from secateur.errors import CalibrationError, ModelStructureError
-from secateur.models.flow.residual import BLOCK_INPUT, ResidualRecorder, Writer, residual_writers
+from secateur.models.flow.residual import BLOCK_INPUT, ResidualWriter, first_inputs, residual_writers
 from secateur.models.flow.stream import Stream
 from secateur.models.flow.tap import InputRecorder, Inputs, Product
 from secateur.models.flow.waiting import WaitingForwards
@@ -27,7 +27,7 @@ class ResidualDrift(Collector):
     def __init__(self, need: Drift) -> None:
         self.needs = frozenset({need})
         self.need = need
-        self._writers: Mapping[str, Writer] = {}
+        self._writers: Mapping[str, ResidualWriter] = {}
 
     def cost(self, extent: Extent) -> Cost:
         """Two more sets of hidden states, a dense copy of the block, its forward, the products of the writers as they
@@ -67,11 +67,9 @@ class ResidualDrift(Collector):
         if not self._matrices:
             return stack
         inputs = InputRecorder(self._parameters)
-        inside = (at for at in self._places if at is not None)
-        streams = ResidualRecorder(self.place.block.module, inside, stop=self._stop)
-        self._inputs, self._seen = inputs.inputs, streams.seen
-        stack.enter_context(inputs)
-        stack.enter_context(streams)
+        inside = [at for at in self._places if at is not None]
+        self._inputs = stack.enter_context(inputs).inputs
+        self._seen = stack.enter_context(first_inputs(self.place.block.module, inside, stop=self._stop))
         return stack
 
     @property

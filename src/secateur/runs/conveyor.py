@@ -1,7 +1,7 @@
-"""The one way through the blocks: the next block is read, and the last one written, while one is worked on."""
+"""The one pass over the blocks: while one is worked on, the next one is read and the previous one written."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -48,9 +48,7 @@ class Conveyor:
         """
         blocks = self.skeleton.blocks if blocks is None else blocks
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-            written: Future[None] | None = (
-                None if self.output is None else writer.submit(self.output.copy_outside, check)
-            )
+            written = None if self.output is None else writer.submit(self.output.copy_outside, check)
             coming = reader.submit(self._read, read, blocks[0])
             for position, block in enumerate(blocks):
                 self.tell("read", block)
@@ -59,10 +57,9 @@ class Conveyor:
                 if position + 1 < len(blocks):
                     coming = reader.submit(self._read, read, blocks[position + 1])
                 finished = work(block, found)
-                if self.output is not None:
+                if written is not None:
                     with self.clock.timed("wait for write"):
-                        if written is not None:
-                            written.result()  # Memory: at most one finished block waits to be written
+                        written.result()  # Memory: at most one finished block waits to be written
                     written = writer.submit(self._write, finished or {})
                 del found, finished
                 trim()

@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def named(progress: Progress, name: str) -> Progress:
-    """What tells `progress` of stages with a name in front."""
+    """A `Progress` that tells `progress` of the same stages with a name in front."""
     return lambda stage, done, total: progress(f"{name}: {stage}", done, total)
 
 

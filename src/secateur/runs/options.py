@@ -19,12 +19,12 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 
-ARGUMENTS, OPTIONS = "Arguments", "Options"  # panels of the help; what is in the first is given without a name
+ARGUMENTS, OPTIONS = "Arguments", "Options"  # panels of the help; those in the first are passed without a name
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a command line and the documentation say of a field. A field without one is for Python code alone.
+    """How a command line and the documentation present a field. A field without one is for Python code alone.
 
     `panel` is where the help shows it, `short` a second name such as "-m", `name` the first one where it is not that of
     the field. `least` is the lowest whole number that it may be, `positive` says that it must be above zero,
@@ -126,7 +126,7 @@ def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P,
             return function(settings(*arguments, **keywords))
 
         signature = inspect.signature(settings)
-        hints = get_type_hints(settings)  # without what is said of options
+        hints = get_type_hints(settings)  # without their `Option`s
         parameters = [one.replace(annotation=hints[one.name]) for one in signature.parameters.values()]
         returned = inspect.signature(function).return_annotation
         setattr(taken, "__signature__", inspect.Signature(parameters, return_annotation=returned))  # noqa: B010

@@ -1,4 +1,4 @@
-"""Whose an output's name is: what must hold of it before a run starts."""
+"""Whether an output may be written: what must hold of its name before a run starts."""
 
 import os
 from pathlib import Path
@@ -83,10 +83,10 @@ def _check_own(output: str | os.PathLike[str], target: Path) -> None:
 
 def check_apart(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> None:
     """Raise `CheckpointError` when the output is the source, lies inside it, or holds it."""
-    target, source = Path(output).expanduser().absolute(), Path(model).expanduser()
-    if source.exists() and (source.resolve() == target.resolve() or source.resolve() in target.resolve().parents):
+    target, source = Path(output).expanduser().resolve(), Path(model).expanduser()
+    if source.exists() and source.resolve() in (target, *target.parents):
         raise CheckpointError(f"{output}: the output is the source, or lies inside it. Choose another folder.")
-    if source.exists() and target.resolve() in source.resolve().parents:
+    if source.exists() and target in source.resolve().parents:
         raise CheckpointError(f"{output}: the output holds the source ({source}). Choose another folder.")
 
 

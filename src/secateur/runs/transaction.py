@@ -13,7 +13,10 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
+
+from rich.filesize import decimal
 
 from secateur.errors import CheckpointError, SecateurError
 from secateur.files.names import exchange, rename_new, unique
@@ -28,8 +31,8 @@ class Transaction:
     """The folder `OUT.partial`, in which an output is made, and the right to give the output its name.
 
     `folder` is what becomes the output: a folder that is made here, or with `file=True` a file that the run makes.
-    `place(name)` is for what the run needs on the disk meanwhile. All of it vanishes at the end, come what may; only a
-    finished result whose name was taken meanwhile is kept, under a name that the error says.
+    `place(name)` is for what the run needs on the disk meanwhile. All of it is removed at the end, however the run
+    ends; only a finished result whose name was taken meanwhile is kept, under a name that the error tells.
     """
 
     def __init__(self, target: Path, overwrite: bool, *, file: bool = False) -> None:
@@ -57,17 +60,13 @@ class Transaction:
                 raise CheckpointError(f"{self.target}: exists already. Choose another folder, or pass --overwrite.")
             if not self.file:
                 self.folder.mkdir()
-        except SecateurError:
+        except BaseException as error:
             self._remove()
-            raise
-        except OSError as error:
-            self._remove()
+            if isinstance(error, SecateurError) or not isinstance(error, OSError):
+                raise
             raise CheckpointError(
                 f"{self.target}: no folder can be made beside it ({error.strerror}). Choose another output folder."
             ) from None
-        except BaseException:
-            self._remove()
-            raise
         return self
 
     def _claim(self) -> None:
@@ -131,7 +130,7 @@ class Transaction:
         for entry in left:
             _delete(entry)
         logger.warning(
-            "%s: left by a run that ended before it was complete (%s); removed.", self.partial, _size_text(size)
+            "%s: left by a run that ended before it was complete (%s); removed.", self.partial, decimal(size)
         )
 
     def commit(self) -> None:
@@ -165,14 +164,11 @@ class Transaction:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.target))
 
     def _keep(self) -> CheckpointError:
-        number = 1
-        while True:
+        for number in count(1):
             kept = self.target.with_name(f"{self.target.name}.finished" + (f"-{number}" if number > 1 else ""))
-            try:
+            with suppress(FileExistsError):
                 rename_new(self.folder, kept)
                 break
-            except FileExistsError:
-                number += 1
         what = "has appeared there" if self._found is None else "has changed what was there"
         return CheckpointError(
             f"{self.target}: something {what} while the run was working, so it was left as it is. The finished result "
@@ -232,10 +228,3 @@ def _listing(target: Path) -> dict[str, tuple[int, int, int]] | None:
             # A folder's own time changes with the names in it, which are listed, and with a rename of itself.
             listing[name] = (facts.st_ino, *((0, 0) if file.is_dir() else (facts.st_size, facts.st_mtime_ns)))
     return listing
-
-
-def _size_text(size: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

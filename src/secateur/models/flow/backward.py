@@ -1,15 +1,15 @@
-"""Gradient statistics of every matrix in the memory of one block: the forward, and then the way back through it.
+"""Gradient statistics of every matrix in the memory of one block: a forward, and then a backward block by block.
 
-A sweep forward saves what goes into each block; the model's own head gives the gradient of the loss with respect to
-the last hidden states; a sweep backward runs each block once more with autograd on, takes the gradient of each
-weight from its input and the gradient of its output, and passes the gradient of its input on. Parameters never
-require a gradient and never get one.
+The forward saves what goes into each block. The model's own head yields the gradient of the loss with respect to the
+last hidden states. The backward then runs each block once more with autograd on, takes the gradient of each weight
+from its input and the gradient of its output, and passes the gradient of its input on to the block before. Parameters
+never require a gradient and never get one.
 
 The work is that of four forwards: two of them, one for the gradients of states and one for those of weights.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,10 +48,9 @@ class GradientTap(ProductTap):
         self._granularity = granularity
         self.totals: dict[tuple[str, Norm], Tensor] = {}
         for name, (parameter, _) in parameters.items():
+            wide = torch.promote_types(parameter.dtype, torch.float32)
             for norm in self._norms:
-                total = torch.empty_strided(
-                    parameter.shape, parameter.stride(), dtype=_wide(parameter.dtype), device=parameter.device
-                )
+                total = torch.empty_strided(parameter.shape, parameter.stride(), dtype=wide, device=parameter.device)
                 self.totals[name, norm] = total.zero_()
         self._samples, self._length, self._scale = 1, 1, 1.0
         self._calls: dict[tuple[Any, ...], int] = {}
@@ -90,7 +89,7 @@ class GradientTap(ProductTap):
             )
         if product.is_left:
             gradient = gradient.transpose(-1, -2)
-        wide = _wide(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
         x, gradient = x.to(wide), gradient.to(wide) * factor if factor != 1 else gradient.to(wide)
         if self._granularity == "token":
             with full_precision():
@@ -166,10 +165,6 @@ def _region(product: Product) -> tuple[Any, ...]:
     return product.name, weight.storage_offset(), tuple(weight.shape)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @dataclass
 class SavedInputs:
     """What is needed to run a block again: its inputs, and what earlier blocks had left for it, by batch."""
@@ -212,7 +207,7 @@ def head_gradients(stream: Stream, folder: Path | None, progress: Callable[[str,
         parts = []
         for leaf, targets, logits in stream.head(batch):
             # Exact: samples are added up, not averaged, so that each one's gradient is that of its own mean loss.
-            wide = logits.to(_wide(logits.dtype)).flatten(0, 1)
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
             loss = nn.functional.cross_entropy(wide, targets.flatten(), reduction="sum")
             (loss * (scale / predictions)).backward()  # type: ignore[no-untyped-call]
             parts.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
@@ -247,13 +242,14 @@ def backward(
     ids = stream.batches[batch]
     call = stream.call(block, batch)
     mappings = _mappings(call)
-    leaves = [{key: pytree.tree_map(_leaf, value) for key, value in kept.items()} for kept in saved.shared[batch]]
+    leaves = [pytree.tree_map_only(Tensor, _leaf, kept) for kept in saved.shared[batch]]
     fresh = [_filled(mapping, kept) for mapping, kept in zip(mappings, leaves, strict=True)]
+    exchanged = {id(mapping): new for mapping, new in zip(mappings, fresh, strict=True)}
     states = saved.states.get(batch, stream.device).detach().requires_grad_()
     tap.begin(len(ids), ids.shape[1], outgoing.scales[batch])
     with tap:
         # Exact: a copy, since a block may write into its input.
-        output = stream.replay(block, _exchanged(call, mappings, fresh), states.clone())
+        output = stream.replay(block, call.mapped(lambda value: exchanged.get(id(value), value)), states.clone())
     roots, gradients = [output], [outgoing.states.get(batch, stream.device)]
     for mapping, kept, now in zip(mappings, leaves, fresh, strict=True):
         for key, value in now.items():
@@ -295,12 +291,12 @@ def regional_gradient(stream: Stream, block: Block, batch: int, tap: GradientTap
     with tap:
         output = stream.run(block, batch, states=states.clone())
     # The last three dimensions are (samples, tokens, hidden); some models have more before them.
-    by_sample = output.to(_wide(output.dtype)).movedim(-3, 0).flatten(1)
+    by_sample = output.to(torch.promote_types(output.dtype, torch.float32)).movedim(-3, 0).flatten(1)
     (by_sample.norm(dim=1).sum() * scale).backward()
     tap.end()
     for mapping in _mappings(stream.call(block, batch)):
         for key, value in mapping.items():
-            mapping[key] = pytree.tree_map(lambda item: item.detach() if isinstance(item, Tensor) else item, value)
+            mapping[key] = pytree.tree_map_only(Tensor, Tensor.detach, value)
     return output.detach()
 
 
@@ -316,21 +312,8 @@ def _filled(mapping: MutableMapping[Any, Any], content: Mapping[Any, Any]) -> Mu
     return fresh
 
 
-def _exchanged(
-    call: Call, before: Sequence[MutableMapping[Any, Any]], after: Sequence[MutableMapping[Any, Any]]
-) -> Call:
-    replacement = {id(old): new for old, new in zip(before, after, strict=True)}
-    return Call(
-        tuple(replacement.get(id(value), value) for value in call.args),
-        {key: replacement.get(id(value), value) for key, value in call.kwargs.items()},
-        call.keyword,
-    )
-
-
-def _leaf(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().requires_grad_()
-    return value
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_() if value.is_floating_point() else value
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system."""
+"""Returning freed memory to the system."""
 
 import ctypes
 from contextlib import suppress
@@ -9,7 +9,7 @@ _UNKNOWN = (OSError, AttributeError, TypeError)  # raised where the C library do
 
 
 def trim() -> None:
-    """Give freed heap memory back, where the C library knows how (glibc); elsewhere do nothing.
+    """Return freed heap memory to the system, where the C library knows how (glibc); elsewhere do nothing.
 
     Memory: glibc keeps freed buffers of up to 32 MB in its heaps, where the next block's buffers do not quite fit; the
     resident size then grows with every block although nothing is held. Called once per block, this keeps it flat.
@@ -19,7 +19,7 @@ def trim() -> None:
 
 
 def return_large() -> None:
-    """From now on give every large buffer back to the system at once, where the C library knows how (glibc).
+    """From now on return every large buffer to the system as soon as it is freed, where the C library can (glibc).
 
     Memory: left to itself glibc takes buffers of up to 32 MB from its heaps as soon as one of that size was freed, and
     weights and activations of some megabytes then leave holes between them: up to a third of the peak. A fixed limit

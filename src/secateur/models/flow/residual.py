@@ -8,8 +8,8 @@ For targets that make up for damage done before. Arai and Ichikawa, "Quantizatio
 correct in part as well, but towards each matrix's own outputs in the dense model.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.models.flow.stream import Stream
-from secateur.models.flow.tap import MULTIPLICATIONS, Enough, ProductTap
+from secateur.models.flow.tap import MULTIPLICATIONS, Enough, ProductTap, watched_inputs
 from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.structure import Block
 
@@ -25,7 +25,7 @@ BLOCK_INPUT = "input"
 
 
 @dataclass(frozen=True)
-class Writer:
+class ResidualWriter:
     """A matrix whose outputs, times `factor`, are added to the residual stream.
 
     The sum is what goes into the block's submodule `at`, or what comes out of the block where that is None. `base` is
@@ -37,38 +37,26 @@ class Writer:
     base: str | None = None
 
 
-class ResidualRecorder:
-    """Keeps what goes into some submodules of a block for the first time in a forward, while it is active."""
+@contextmanager
+def first_inputs(block: nn.Module, paths: Collection[str], *, stop: bool = False) -> Iterator[dict[str | None, Tensor]]:
+    """What goes into some submodules of a block for the first time in a forward, by their paths.
 
-    def __init__(self, block: nn.Module, paths: Iterable[str], *, stop: bool = False) -> None:
-        """With `stop`, the forward ends with `Enough` when all of them were reached."""
-        self.seen: dict[str | None, Tensor] = {}
-        self._modules = {path: block.get_submodule(path) for path in paths}
-        self._stop = stop
-        self._stack = ExitStack()
+    With `stop`, the forward ends with `Enough` when all of them were reached.
+    """
+    found: dict[str | None, Tensor] = {}
 
-    def __enter__(self) -> "ResidualRecorder":
-        for path, module in self._modules.items():
-            handle = module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
-            self._stack.callback(handle.remove)
-        return self
+    def keep(path: str, value: Tensor) -> None:
+        if path not in found:
+            found[path] = value.clone()  # Exact: a block may add to it in place later.
+        if stop and len(found) == len(paths):
+            raise Enough
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if found is not None and path not in self.seen:
-                self.seen[path] = found.clone()  # Exact: a block may add to it in place later.
-            if self._stop and len(self.seen) == len(self._modules):
-                raise Enough
-
-        return hook
+    with watched_inputs(block, paths, keep):
+        yield found
 
 
 class _Cut(ProductTap):
-    """Cuts the graph of a forward at every product; what some parameters give begins it anew."""
+    """Cuts the graph of a forward at every product; what some parameters make begins it anew."""
 
     def __init__(
         self, parameters: dict[str, tuple[nn.Parameter, bool]], others: Iterable[nn.Parameter], wanted: set[str]
@@ -76,7 +64,7 @@ class _Cut(ProductTap):
         super().__init__(parameters)
         self._others = {parameter.untyped_storage().data_ptr() for parameter in others}
         self._wanted = wanted
-        self.given: dict[str, list[Tensor]] = {}
+        self.results: dict[str, list[Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -90,12 +78,12 @@ class _Cut(ProductTap):
             return result.detach() if routed else result
         result = result.detach()
         if product.name in self._wanted:
-            self.given.setdefault(product.name, []).append(result.requires_grad_())
+            self.results.setdefault(product.name, []).append(result.requires_grad_())
             result = result.clone()  # a block may add to it in place
         return result
 
 
-def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Writer]:
+def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, ResidualWriter]:
     """Those of all matrices of a loaded block that write to the residual stream, by name; experts never do.
 
     Found by one forward of the first batch. Between a matrix and the sum may lie dropout, reshaping and multiplication
@@ -108,13 +96,13 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
     width = states.shape[-1]
     candidates = {m.name: m.parameter for m in matrices if m.expert is None and m.rows is None and m.shape[0] == width}
     cut = _Cut(parameters, others, set(candidates.values()))
-    recorder = ResidualRecorder(block.module, (path for path, _ in block.module.named_modules() if path))
-    with torch.enable_grad(), cut, recorder:
+    paths = [path for path, _ in block.module.named_modules() if path]
+    with torch.enable_grad(), cut, first_inputs(block.module, paths) as inputs:
         output = stream.run(block, 0, states=states.clone(), aside=True)
-    found: dict[str, Writer] = {}
+    found: dict[str, ResidualWriter] = {}
     leaving: set[str] = set()
-    single = {name: cut.given[path][0] for name, path in candidates.items() if len(cut.given.get(path, ())) == 1}
-    for at, value in {**recorder.seen, None: output}.items():
+    single = {name: cut.results[path][0] for name, path in candidates.items() if len(cut.results.get(path, ())) == 1}
+    for at, value in {**inputs, None: output}.items():
         if not value.requires_grad or value.numel() != states.numel() or value.shape[-1] != width:
             continue
         signs = torch.randint(2, value.shape, generator=torch.Generator().manual_seed(0)).to(value) * 2 - 1
@@ -125,10 +113,10 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
         for name, part in zip(single, parts, strict=True):
             factor = _constant(part, signs)
             if in_stream and factor and name not in found:
-                added = factor * cut.given[candidates[name]][0].view_as(value)
-                places = {BLOCK_INPUT: states, **recorder.seen}
+                added = factor * cut.results[candidates[name]][0].view_as(value)
+                places = {BLOCK_INPUT: states, **inputs}
                 base = next((place for place, own in places.items() if _sums_to(own, added, value)), None)
-                found[name] = Writer(at, factor, base)
+                found[name] = ResidualWriter(at, factor, base)
             if at is None and part is not None and bool(part.any()):
                 leaving.add(name)
     # A sum that only some module inside reads is not the stream that leaves the block.

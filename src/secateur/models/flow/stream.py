@@ -21,10 +21,10 @@ from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.files.writer import reserve, writing
 from secateur.models.opening.configuration import reason
 from secateur.models.shape.causality import check_causal
-from secateur.models.shape.skeleton import Skeleton
+from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block, embeddings_of
 
-LOGITS_BYTES = 64 << 20  # of float32 logits that are looked at at once
+LOGITS_BYTES = 64 << 20  # of float32 logits that are computed at once
 
 
 @dataclass
@@ -35,6 +35,25 @@ class Call:
     kwargs: dict[str, Any]
     keyword: str | None  # the name under which the hidden states go in; None when they are the first argument
 
+    def of(self, module: nn.Module, states: Tensor) -> Any:
+        """What a block's module returns when it is called in this way on hidden states."""
+        if self.keyword is None:
+            return module(states, *self.args, **self.kwargs)
+        return module(*self.args, **{self.keyword: states, **self.kwargs})
+
+    def mapped(self, function: Callable[[Any], Any]) -> "Call":
+        """The call with `function(value)` in place of every argument."""
+        kwargs = {key: function(value) for key, value in self.kwargs.items()}
+        return Call(tuple(map(function, self.args)), kwargs, self.keyword)
+
+    def with_copies(self) -> "Call":
+        """The call with shallow copies of the mappings in which blocks leave something for later ones."""
+        return self.mapped(lambda value: copy(value) if isinstance(value, MutableMapping) else value)
+
+
+Run = Callable[[int, Tensor, Call], Any]
+"""Is given a block's number, its hidden states and the rest of its call, and returns what the block would return."""
+
 
 class _Finished(Exception):  # noqa: N818 - not an error: it ends a forward after the last block
     """The last block has been reached; the head is not needed."""
@@ -43,19 +62,16 @@ class _Finished(Exception):  # noqa: N818 - not an error: it ends a forward afte
 class _Stub(nn.Module):
     """Stands in for a block: whatever else the model asks of the block, the block itself answers."""
 
-    def __init__(self, block: nn.Module, run: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    def __init__(self, block: nn.Module, run: Callable[[Tensor, Call], Any]) -> None:
         super().__init__()
-        self.__dict__["_block"] = block
-        self.__dict__["_run"] = run
+        self.__dict__["_block"] = block  # not as a submodule
+        self._run = run
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_run"](args, kwargs)
+        return self._run(*_hidden_states(args, kwargs))
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"], name)
+        return getattr(self.__dict__["_block"], name)
 
 
 class HiddenStates:
@@ -103,11 +119,10 @@ class HiddenStates:
 
     def close(self) -> None:
         """Forget the states and delete their files."""
-        for batch in range(len(self._batches)):
-            self._batches[batch] = None
-            if self._folder is not None:
-                (self._folder / f"states-{batch}.bin").unlink(missing_ok=True)
+        self._batches = [None] * len(self._batches)
         if self._folder is not None:
+            for batch in range(len(self._batches)):
+                (self._folder / f"states-{batch}.bin").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self._folder.rmdir()
 
@@ -160,34 +175,28 @@ class Stream:
     @torch.no_grad()
     def _record(self, progress: Callable[[int, int], None] | None) -> None:
         self._structures = self._output_structures()
-        for number, batch in enumerate(self.batches):
-            calls: list[Call] = []
-            self._calls.append(calls)
-            interned: dict[int, tuple[Tensor, Tensor]] = {}
-
-            def run(
-                index: int,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                *,
-                calls: list[Call] = calls,
-                number: int = number,
-                interned: dict[int, tuple[Tensor, Tensor]] = interned,
-            ) -> Any:
-                states, rest, keyword = _hidden_states(args, kwargs)
-                kept = {key: self._interned(value, interned) for key, value in kwargs.items() if key != keyword}
-                calls.append(Call(self._interned(rest, interned), kept, keyword))
-                if index == 0:
-                    self.states.put(number, states)
-                if index == len(self.skeleton.blocks) - 1:
-                    raise _Finished
-                return self._structures[type(self.skeleton.blocks[index].module)](states)
-
-            with _stubbed(self.skeleton, run), contextlib.suppress(_Finished):
-                self.skeleton.model(input_ids=batch.to(self.device), use_cache=False)
+        for number in range(len(self.batches)):
+            self._calls.append(self._recorded(number))
             if progress is not None:
                 progress(number + 1, len(self.batches))
         self._intern.clear()
+
+    def _recorded(self, number: int) -> list[Call]:
+        """How the model calls its blocks for a batch; what goes into the first block is kept."""
+        calls: list[Call] = []
+        interned: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def run(index: int, states: Tensor, call: Call) -> Any:
+            calls.append(call.mapped(lambda value: self._interned(value, interned)))
+            if index == 0:
+                self.states.put(number, states)
+            if index == len(self.skeleton.blocks) - 1:
+                raise _Finished
+            return self._structures[type(self.skeleton.blocks[index].module)](states)
+
+        with _stubbed(self.skeleton, run), contextlib.suppress(_Finished):
+            self.skeleton.model(input_ids=self.batches[number].to(self.device), use_cache=False)
+        return calls
 
     def _output_structures(self) -> dict[type[nn.Module], Callable[[Tensor], Any]]:
         """For each class of blocks, how it hands its hidden states back: learnt by running one of it on two tokens.
@@ -199,19 +208,16 @@ class Stream:
         called: list[int] = []
         passed: list[Tensor] = []
 
-        def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def run(index: int, states: Tensor, call: Call) -> Any:
             called.append(index)
             block = self.skeleton.blocks[index]
             kind = type(block.module)
             if kind not in wrappers:
-                tensors = self.skeleton.read(block)
-                self.skeleton.load(block, tensors)
-                try:
-                    self._check_causal(block, args, kwargs)
-                    wrappers[kind] = _wrapper(block.module(*args, **kwargs), block)
-                finally:
-                    self.skeleton.unload(block)
-            states = _hidden_states(args, kwargs)[0]
+                with loaded(self.skeleton, block, self.skeleton.read(block)):
+                    if states.shape[-2] > 1:
+                        apart = partial(self.replay, block, call.with_copies())
+                        check_causal(self.skeleton.model, block, states, apart)
+                    wrappers[kind] = _wrapper(call.of(block.module, states), block)
             previous = passed.pop() if passed else states
             in_order = called == list(range(index + 1))
             if in_order and states is not previous and not torch.equal(states, previous):
@@ -222,28 +228,24 @@ class Stream:
             passed.append(states)
             return wrappers[kind](states)
 
-        with _stubbed(self.skeleton, run), _own_failures(self.skeleton), _up_to_the_head(self.skeleton.model):
-            self.skeleton.model(input_ids=self.batches[0][:1, :2].to(self.device), use_cache=False)
-        if called != list(range(len(self.skeleton.blocks))):
+        model = self.skeleton.model
+        try:
+            with _stubbed(self.skeleton, run), _up_to_the_head(model):
+                model(input_ids=self.batches[0][:1, :2].to(self.device), use_cache=False)
+        except (SecateurError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the model's own code raises, which runs here for the first time
             raise ModelStructureError(
-                f"{self.skeleton.path}: a forward calls the blocks in the order {_abridged(called)}, expected each of "
-                f"the {len(self.skeleton.blocks)} once, in order. Such a model cannot be streamed block by block."
+                f"{type(model).__name__}: its own forward fails on two tokens ({reason(error)}). Does its config.json "
+                "belong to the weights, and its code to this version of transformers?"
+            ) from error
+        if called != list(range(len(self.skeleton.blocks))):
+            order = ", ".join(map(str, called[:8])) + (", ..." if len(called) > 8 else "")
+            raise ModelStructureError(
+                f"{self.skeleton.path}: a forward calls the blocks in the order {order}, expected each of the "
+                f"{len(self.skeleton.blocks)} once, in order. Such a model cannot be streamed block by block."
             )
         return wrappers
-
-    def _check_causal(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise `ModelStructureError` when a token of this call depends on the next one."""
-        states, rest, keyword = _hidden_states(args, kwargs)
-        if states.shape[-2] < 2:
-            return
-        others = {key: value for key, value in kwargs.items() if key != keyword}
-
-        def run(inputs: Tensor) -> Tensor:
-            # What blocks leave for later ones is left in copies.
-            call = Call(tuple(map(_copied, rest)), {key: _copied(value) for key, value in others.items()}, keyword)
-            return self.replay(block, call, inputs)
-
-        check_causal(self.skeleton.model, block, states, run)
 
     def _interned(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
         """The same value, with tensors that equal those of an earlier batch or block replaced by those.
@@ -261,10 +263,8 @@ class Stream:
                         known.append(value)
                 seen[id(value)] = (value, match)
             return seen[id(value)][1]
-        if type(value) is tuple:
-            return tuple(self._interned(item, seen) for item in value)
-        if type(value) is list:
-            return [self._interned(item, seen) for item in value]
+        if type(value) in (tuple, list):
+            return type(value)(self._interned(item, seen) for item in value)
         if type(value) is dict and all(isinstance(item, Tensor | tuple) for item in value.values()) and value:
             return {key: self._interned(item, seen) for key, item in value.items()}
         return value
@@ -276,9 +276,7 @@ class Stream:
         keys and values) is forgotten.
         """
         call = self.call(block, batch)
-        if aside:
-            kwargs = {key: _copied(value) for key, value in call.kwargs.items()}
-            call = Call(tuple(_copied(value) for value in call.args), kwargs, call.keyword)
+        call = call.with_copies() if aside else call
         return self.replay(block, call, self.states.get(batch, self.device) if states is None else states)
 
     def call(self, block: Block, batch: int) -> Call:
@@ -288,10 +286,7 @@ class Stream:
     @staticmethod
     def replay(block: Block, call: Call, states: Tensor) -> Tensor:
         """The hidden states that a loaded block makes of others, called in the given way."""
-        if call.keyword is None:
-            output = block.module(states, *call.args, **call.kwargs)
-        else:
-            output = block.module(*call.args, **{call.keyword: states, **call.kwargs})
+        output = call.of(block.module, states)
         return output if isinstance(output, Tensor) else output[0]
 
     def release(self, block: Block) -> None:
@@ -337,9 +332,8 @@ class Stream:
     def _logits(self, states: Tensor, ids: Tensor) -> Tensor:
         last = len(self.skeleton.blocks) - 1
 
-        def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            own = states if index == last else _hidden_states(args, kwargs)[0]
-            return self._structures[type(self.skeleton.blocks[index].module)](own)
+        def run(index: int, passed: Tensor, call: Call) -> Any:
+            return self._structures[type(self.skeleton.blocks[index].module)](states if index == last else passed)
 
         with _stubbed(self.skeleton, run):
             logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
@@ -350,18 +344,13 @@ class Stream:
         self.states.close()
 
 
-def _copied(value: Any) -> Any:
-    """A shallow copy of what a block may write to, and anything else as it is."""
-    return copy(value) if isinstance(value, MutableMapping) else value
-
-
-def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], str | None]:
-    """(hidden states, the other positional arguments, keyword of the hidden states) of a block's call."""
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states that a block is called with, and the call without them."""
     if args and isinstance(args[0], Tensor):
-        return args[0], args[1:], None
+        return args[0], Call(args[1:], kwargs, None)
     for keyword in ("hidden_states", "x", "hidden_state", "input"):
         if isinstance(kwargs.get(keyword), Tensor):
-            return kwargs[keyword], args, keyword
+            return kwargs.pop(keyword), Call(args, kwargs, keyword)
     raise ModelStructureError(
         f"a block was called without hidden states: positional {[type(arg).__name__ for arg in args]}, "
         f"keywords {sorted(kwargs)}."
@@ -377,46 +366,24 @@ def _wrapper(output: Any, block: Block) -> Callable[[Tensor], Any]:
     raise ModelStructureError(f"{block.path}: returns {type(output).__name__}, expected hidden states or a tuple.")
 
 
-def _abridged(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-
-
-@contextlib.contextmanager
-def _own_failures(skeleton: Skeleton) -> Iterator[None]:
-    """Where the model's own code runs for the first time: what it raises is said to be its own."""
-    try:
-        yield
-    except (SecateurError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ModelStructureError(
-            f"{type(skeleton.model).__name__}: its own forward fails on two tokens ({reason(error)}). Does its "
-            "config.json belong to the weights, and its code to this version of transformers?"
-        ) from error
-
-
 @contextlib.contextmanager
 def _up_to_the_head(model: nn.Module) -> Iterator[None]:
     """A forward inside ends before the head, where that is a module whose weights are not loaded."""
 
-    def finish(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def finish(*call: object) -> None:
         raise _Finished
 
     head = embeddings_of(model, "get_output_embeddings")
-    if head is None or not any(parameter.is_meta for parameter in head.parameters(recurse=False)):
+    with contextlib.ExitStack() as stack:
+        if head is not None and any(parameter.is_meta for parameter in head.parameters(recurse=False)):
+            stack.callback(head.register_forward_pre_hook(finish).remove)
+            stack.enter_context(contextlib.suppress(_Finished))
         yield
-        return
-    handle = head.register_forward_pre_hook(finish)
-    try:
-        with contextlib.suppress(_Finished):
-            yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
-def _stubbed(skeleton: Skeleton, run: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """The model with every block replaced by a stub that calls `run(index, args, kwargs)`."""
+def _stubbed(skeleton: Skeleton, run: Run) -> Iterator[None]:
+    """The model with every block replaced by a stub that calls `run`."""
     stack = skeleton.model.get_submodule(skeleton.path)
     try:
         for block in skeleton.blocks:

@@ -5,7 +5,8 @@ that is multiplied is recognised by its storage instead, whichever module or fun
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ Key = tuple[str, int | None]
 """A parameter's name, and which slice of it, where it holds several experts."""
 
 Take = Callable[[Key, int, Tensor], None]
-"""Is given an input: whose it is, how many products of this forward came before with the same key, and (tokens, in)."""
+"""Takes an input: its key, how many products of this forward came before with the same key, and (tokens, in)."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,21 @@ def _check_inputs(product: Product) -> None:
         )
 
 
+@contextmanager
+def watched_inputs(block: nn.Module, paths: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls `see` with its path and the first tensor that goes into it, for some submodules of a block."""
+    with ExitStack() as stack:
+        for path in paths:
+
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+                if found is not None:
+                    see(path, found)
+
+            stack.callback(block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
 def by_expert(product: Product) -> Iterator[tuple[Key, Tensor]]:
     """The tokens of a product, (tokens, in), for each (parameter, expert) that it multiplies."""
     x = product.x.detach()  # Memory: what sees an input must not hold on to the graph of a forward that has one
@@ -172,9 +188,7 @@ class InputTap(ProductTap):
 
     def let_go(self, leader: Key) -> None:
         """Forget the input that was kept for those who share it with this one."""
-        kept = [recent for recent in self._recent if recent[2] != leader]
-        self._recent.clear()
-        self._recent.extend(kept)
+        self._recent = deque((recent for recent in self._recent if recent[2] != leader), self._recent.maxlen)
 
     def before(self, product: Product) -> None:
         """Hand on the input, and end the forward where nothing more is wanted."""
@@ -188,16 +202,8 @@ class InputTap(ProductTap):
         leader = self.leader.get(key)
         if source is not None:
             for recent, version, recent_key in self._recent:
-                same = recent is source or (
-                    recent.data_ptr() == source.data_ptr()
-                    and recent.shape == source.shape
-                    and recent.stride() == source.stride()
-                )
-                if (
-                    same
-                    and version == source._version
-                    and (leader == recent_key or (leader is None and self._updates[recent_key] == 1))
-                ):
+                same = _place(recent) == _place(source) and version == source._version
+                if same and (leader == recent_key or (leader is None and self._updates[recent_key] == 1)):
                     self.leader[key] = recent_key
                     return
         if leader is not None and leader != key:
@@ -208,6 +214,10 @@ class InputTap(ProductTap):
         self._updates[key] = self._updates.get(key, 0) + 1
         if source is not None:
             self._recent.append((source, source._version, key))
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 Inputs = dict[Key, list[Tensor]]

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelStructureError
 from secateur.models.flow.stream import HiddenStates, Stream, states_folder
-from secateur.models.flow.tap import InputTap, Key, Product
+from secateur.models.flow.tap import InputTap, Key, Product, watched_inputs
 from secateur.models.shape.structure import Block
 
 
 @contextmanager
 def own_switches(device: torch.device) -> Iterator[None]:
-    """What code around a product may have switched for the whole thread is as it was afterwards, whoever ran since."""
+    """Restores at the end what code around a product may switch for the whole thread: grad mode, dtype and autocast."""
     grad, dtype, autocast = torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled(device.type)
     try:
         yield
@@ -67,7 +66,7 @@ class WaitingForwards:
         offload: str = "never",
         place: Path = Path("waiting"),
     ) -> None:
-        """`leader` says of the matrices that read one input whose it is, as an `InputTap` finds out.
+        """`leader` maps each matrix to the one whose input it shares, as an `InputTap` finds out.
 
         What goes into the `watched` submodules is kept for `seen`.
 
@@ -81,16 +80,12 @@ class WaitingForwards:
         self.waits_at = set(parameters)
         self._forwards = [_Forward(self, batch, parameters, leader) for batch in range(len(stream.batches))]
         self._hooks = ExitStack()
-        for path in watched:
-            module = block.module.get_submodule(path)
-            self._hooks.callback(module.register_forward_pre_hook(self._hook(path), with_kwargs=True).remove)
+        self._hooks.enter_context(watched_inputs(block.module, watched, self._see))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._hooks.close()
         for forward in self._forwards:
             forward.close()
@@ -101,7 +96,7 @@ class WaitingForwards:
     def reach(self, batch: int, names: Collection[str]) -> Product | None:
         """Let a batch go on, and return the product with one of these parameters before which it waits, if it does.
 
-        Raises `ModelStructureError` where a matrix is multiplied in another way than in the first batch.
+        Raises `ModelStructureError` where a matrix is multiplied differently than in the first batch.
         """
         forward = self._forwards[batch]
         forward.go_on()
@@ -116,17 +111,13 @@ class WaitingForwards:
         found, version = self._forwards[batch].seen.get(path, (None, 0))
         return found if found is not None and found._version == version else None
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            forward = next((own for own in self._forwards if own.is_running()), None)
-            value = next(_strided((*args, *kwargs.values())), None)
-            if forward is not None and value is not None:
-                forward.seen.setdefault(path, (value, value._version))
-
-        return hook
+    def _see(self, path: str, value: Tensor) -> None:
+        forward = next((own for own in self._forwards if own.greenlet is getcurrent()), None)
+        if forward is not None:
+            forward.seen.setdefault(path, (value, value._version))
 
     def held_bytes(self, batch: int) -> int:
-        """The memory that a waiting forward holds, but for what others hold too."""
+        """Bytes that a waiting forward holds and nobody else does."""
         return sum(map(len, self._forwards[batch].held()))
 
     def set_aside(self, batch: int) -> None:
@@ -153,7 +144,7 @@ class WaitingForwards:
 
 
 class _Forward(InputTap):
-    """One of them. Checks that matrices share inputs as they did before, and are multiplied once."""
+    """The forward of one batch. Checks that matrices share inputs as in the first batch, and are multiplied once."""
 
     def __init__(
         self,
@@ -164,7 +155,7 @@ class _Forward(InputTap):
     ) -> None:
         super().__init__(parameters)
         self.leader = dict(leader)
-        self.waiting: Product | None = None  # that it waits before
+        self.waiting: Product | None = None  # the product before which it waits
         self.output: Tensor | None = None
         self._forwards, self._batch, self._once = forwards, batch, set(leader)
         self._sharing = Counter(leader.values())
@@ -174,24 +165,20 @@ class _Forward(InputTap):
         self._own: set[int] = set()  # addresses of that memory
         self._aside: HiddenStates | None = None
         self._emptied: list[torch.UntypedStorage] = []
-        self._greenlet = greenlet(self._run)
-        self._greenlet.gr_context = contextvars.copy_context()
+        self.greenlet = greenlet(self._run)
+        self.greenlet.gr_context = contextvars.copy_context()
 
     def go_on(self) -> None:
         """Run until it has to wait, or to the end."""
-        if self._greenlet.dead or (self.waiting is not None and self.waiting.name in self._forwards.waits_at):
+        if self.greenlet.dead or (self.waiting is not None and self.waiting.name in self._forwards.waits_at):
             return
         self.waiting = None
         self._bring_back()
-        self._greenlet.parent = getcurrent()
+        self.greenlet.parent = getcurrent()
         with own_switches(self._forwards.stream.device):
-            self._greenlet.switch()
-        if self._greenlet.dead:
+            self.greenlet.switch()
+        if self.greenlet.dead:
             self.seen.clear()
-
-    def is_running(self) -> bool:
-        """Whether it is this forward that runs now."""
-        return getcurrent() is self._greenlet
 
     def close(self) -> None:
         """End it where it is."""
@@ -199,16 +186,16 @@ class _Forward(InputTap):
         self.seen.clear()
         if self._aside is not None:
             self._aside.close()
-        if self._greenlet:
+        if self.greenlet:
             with own_switches(self._forwards.stream.device):
-                self._greenlet.throw(GreenletExit)
+                self.greenlet.throw(GreenletExit)
 
     def _run(self) -> None:
         with self:
             self.output = self._forwards.stream.run(self._forwards.block, self._batch)
 
     def held(self) -> list[torch.UntypedStorage]:
-        """The memory that results of this forward take now. What others hold too, such as weights, is not among it."""
+        """The storages of this forward's results that are alive, except those that others hold too, such as weights."""
         alive = [tensor for reference in self._made if (tensor := reference()) is not None]
         self._made = [weakref.ref(tensor) for tensor in alive]
         found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in alive}
@@ -216,7 +203,7 @@ class _Forward(InputTap):
 
     def set_aside(self, folder: Path | None, *, pin: bool) -> None:
         """Move that memory to files in the folder, or to host memory."""
-        if self._greenlet.dead or self._aside is not None:
+        if self.greenlet.dead or self._aside is not None:
             return
         self._emptied = self.held()
         self._aside = HiddenStates(len(self._emptied), folder, pin=pin)
@@ -267,6 +254,6 @@ class _Forward(InputTap):
                 self.let_go(leader)
         if product.name in self._forwards.waits_at:
             self.waiting = product
-            assert self._greenlet.parent is not None
+            assert self.greenlet.parent is not None
             with own_switches(self._forwards.stream.device):
-                self._greenlet.parent.switch()
+                self.greenlet.parent.switch()

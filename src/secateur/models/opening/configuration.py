@@ -34,7 +34,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
 
 
 def load_configuration(folder: Path, shapes: Shapes, *, trust_remote_code: bool = False) -> Any:
-    """Transformers' configuration of a folder, without what it says of packed weights.
+    """Transformers' configuration of a folder, without its entries about packed weights.
 
     Raises `CheckpointError` where it cannot be that of tensors of these shapes, or transformers cannot use it.
     """
@@ -102,7 +102,7 @@ def limited(folder: Path, shapes: Shapes) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of another library says, in one line; which package to install where one is missing."""
+    """The message of another library's exception, in one line; for a missing module, the package to install."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return f"it needs the package {package}, which is not installed here: pip install {package}"

@@ -13,8 +13,8 @@ from secateur.models.shape.skeleton import Skeleton
 def check_loads(opened: OpenedModel, folder: Path) -> None:
     """Raise `CheckpointError` that names parameters and tensors which do not belong together in a written checkpoint.
 
-    Reads configuration and headers, no weights. Tensors that the source has as well without use are no mistake (some
-    files hold parts that transformers leaves alone), nor are buffers that the source lacks as well.
+    Reads configuration and headers, no weights. Tensors that are unused in the source too are accepted (some files hold
+    parts that transformers ignores), and so are buffers for which the source has no tensor either.
     """
     model = opened.expected(folder)
     written = Checkpoint(folder)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -98,10 +99,8 @@ def open_model(
         return _open_gguf(Path(name).expanduser(), chosen, dtype)
     folder = locate(name, revision)
     source = open_checkpoint(folder)
-    shapes = {tensor: source.shape(tensor) for tensor in source.names}
-    empty = build_skeleton(folder, shapes, trust_remote_code=trust_remote_code)
-    stored = main_dtype(source)
-    skeleton = Skeleton(empty, source, device=chosen, dtype=choose_dtype(dtype, chosen, stored))
+    empty = build_skeleton(folder, source, trust_remote_code=trust_remote_code)
+    skeleton = Skeleton(empty, source, device=chosen, dtype=choose_dtype(dtype, chosen, main_dtype(source)))
     check_declared(empty, skeleton.blocks)
     check_dtypes(skeleton)
     skeleton.check_complete()
@@ -136,12 +135,12 @@ def open_source(model: str, revision: str | None = None) -> Source:
 
 def main_dtype(source: Source) -> torch.dtype:
     """The dtype that most of the floating-point weights have, counted in bytes."""
-    sizes: dict[torch.dtype, int] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for name in source.names:
         dtype = source.dtype(name)
         if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + dtype.itemsize * math.prod(source.shape(name))
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+            sizes[dtype] += dtype.itemsize * math.prod(source.shape(name))
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
 def _open_module(given: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
@@ -201,15 +200,13 @@ def first_parameter(module: nn.Module, dtype: str) -> nn.Parameter:
 
 def _described(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     """The model that the configuration in a written folder describes, without weights."""
-    written = Checkpoint(folder)
-    shapes = {name: written.shape(name) for name in written.names}
-    return build_skeleton(folder, shapes, trust_remote_code=trust_remote_code)
+    return build_skeleton(folder, Checkpoint(folder), trust_remote_code=trust_remote_code)
 
 
 def _same_class(model: nn.Module, target: Path) -> nn.Module:
     """A model of the same class without weights, as the written configuration has it.
 
-    Of a module that is none of transformers' models, what its configuration says.
+    For a module that is not one of transformers' models, what its configuration describes.
     """
     from accelerate import init_empty_weights
     from transformers import PreTrainedModel
@@ -293,7 +290,7 @@ def _copy_companions(folder: Path, target: Path) -> None:
 
 
 def _card_facts(folder: Path) -> dict[str, Any]:
-    """What the model card of a checkpoint says of its licence and languages; nothing where there is none to read."""
+    """Licence and languages as the model card of a checkpoint states them; empty where there is none to read."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
@@ -302,14 +299,12 @@ def _card_facts(folder: Path) -> dict[str, Any]:
         found = ModelCard(text, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
     except (SecateurError, ValueError, TypeError, RecursionError, YAMLError):
         return {}
-    return {key: found[key] for key in _CARD_FACTS if _is_text(found.get(key))}
-
-
-_CARD_FACTS = ("license", "license_name", "license_link", "language")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    facts = {key: found.get(key) for key in ("license", "license_name", "license_link", "language")}
+    return {
+        key: value
+        for key, value in facts.items()
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    }
 
 
 def _clean_configuration(file: Path) -> None:

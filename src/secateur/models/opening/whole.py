@@ -56,11 +56,18 @@ class WholeModel:
         self._offloaded: tempfile.TemporaryDirectory[str] | None = None
         self.device = choose_device(device)
         self.path: Path | None = None
-        self._module = model if isinstance(model, nn.Module) else None
-        if self._module is not None:
-            self._use_as_it_is(self._module, dtype)
+        self._module: nn.Module | None = None
+        if isinstance(model, nn.Module):
+            self._module, self.name = model, getattr(model, "name_or_path", "") or type(model).__name__
+            first = first_parameter(model, dtype)
+            self.dtype = first.dtype
+            self._training = {name: part.training for name, part in model.named_modules()}
+            if device == "auto":
+                self.device = first.device
+            else:
+                model.to(self.device)
             return
-        self.name = os.fspath(model)  # type: ignore[arg-type]  # a module was dealt with
+        self.name = os.fspath(model)
         self._checkpoint: Checkpoint | DequantisedCheckpoint | None = None
         if self.name.endswith(".gguf"):
             self.path = Path(self.name).expanduser()
@@ -69,16 +76,6 @@ class WholeModel:
             self.path = locate(self.name, revision)
             self._checkpoint = open_checkpoint(self.path)
             self.dtype = choose_dtype(dtype, self.device, main_dtype(self._checkpoint))
-
-    def _use_as_it_is(self, module: nn.Module, dtype: str) -> None:
-        self.name = getattr(module, "name_or_path", "") or type(module).__name__
-        first = first_parameter(module, dtype)
-        self.dtype = first.dtype
-        self._training = {name: part.training for name, part in module.named_modules()}
-        if self._device_name == "auto":
-            self.device = first.device
-        else:
-            module.to(self.device)
 
     @cached_property
     def module(self) -> Any:
@@ -152,8 +149,7 @@ class WholeModel:
         self.__dict__.pop("tokenizer", None)
         self._module = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         trim()
         if self._offloaded is not None:
             self._offloaded.cleanup()

@@ -12,7 +12,7 @@ LEAK = 1e-4  # of the gradient with respect to the token itself; that of a causa
 
 
 def check_declared(model: nn.Module, blocks: Sequence[Block]) -> None:
-    """Raise `ModelStructureError` for blocks whose attention says of itself that it is no decoder's."""
+    """Raise `ModelStructureError` for blocks whose attention modules declare that they are not a decoder's."""
     said = {
         (name, value)
         for block in blocks

@@ -1,14 +1,14 @@
 """Which matrices of a model are prunable, block by block, and why every other tensor is not."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from secateur.models.shape.matrices import Matrix, numbered_experts, prunable_parameters
 from secateur.models.shape.structure import embeddings_of
 
 if TYPE_CHECKING:
-    from secateur.models.shape.skeleton import Skeleton, Source
+    from secateur.models.shape.skeleton import Skeleton
 
 
 def inventory(skeleton: "Skeleton") -> list[tuple[list[Matrix], dict[str, str]]]:
@@ -34,28 +34,20 @@ def inventory(skeleton: "Skeleton") -> list[tuple[list[Matrix], dict[str, str]]]
                 if name not in placed:
                     vector = "bias or norm" if len(skeleton.source.shape(name)) < 2 else "not a linear matrix"
                     left_out[name] = reasons.get(group.target, vector)
-            matrices += _matrices(block.index, placed, skeleton.source)
+            for name, places in placed.items():
+                shape = skeleton.source.shape(name)
+                fused = len(shape) == 3
+                for index, place in enumerate(places):
+                    matrix = Matrix(
+                        name=f"{name}.{index}" if fused else name,
+                        shape=(shape[-1], shape[-2]) if place.transposed else (shape[-2], shape[-1]),
+                        block=block.index,
+                        tensor=name,
+                        index=index if fused else None,
+                        **vars(place),
+                    )
+                    matrices.append(matrix)
         result.append((matrices, left_out))
-    return result
-
-
-def _matrices(block: int, placed: Mapping[str, Sequence[Any]], source: "Source") -> list[Matrix]:
-    result = []
-    for name, places in placed.items():
-        shape = source.shape(name)
-        fused = len(shape) == 3
-        for index, place in enumerate(places):
-            rows, columns = (shape[-1], shape[-2]) if place.transposed else (shape[-2], shape[-1])
-            result.append(
-                Matrix(
-                    name=f"{name}.{index}" if fused else name,
-                    shape=(rows, columns),
-                    block=block,
-                    tensor=name,
-                    index=index if fused else None,
-                    **vars(place),
-                )
-            )
     return result
 
 

@@ -123,10 +123,7 @@ def tapped(block: Block, matrices: Sequence[Matrix]) -> tuple[dict[str, tuple[nn
 
 
 def _is_router(module_name: str, module: nn.Module, parameter: nn.Parameter, experts: int | None) -> bool:
-    class_name = type(module).__name__
-    if "Router" in class_name or "TopK" in class_name or "Gating" in class_name:
-        return True
-    if "router" in module_name:
+    if any(word in type(module).__name__ for word in ("Router", "TopK", "Gating")) or "router" in module_name:
         return True
     # A plain linear layer called `gate` may be a projection; a router has one output per expert.
     is_plain = isinstance(module, nn.Linear) and parameter.shape[0] not in (1, experts)
@@ -136,8 +133,5 @@ def _is_router(module_name: str, module: nn.Module, parameter: nn.Parameter, exp
 def numbered_experts(config: Any) -> int | None:
     """The number of experts that a configuration names, under any of the names in use."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-        value = getattr(text, name, None)
-        if isinstance(value, int):
-            return value
-    return None
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -62,6 +62,7 @@ class Skeleton:
         self.device = device
         self.dtype = dtype
         self.resident = resident
+        self._where = str(getattr(source, "folder", "the checkpoint"))
         self.path, self.blocks = find_blocks(model)
         self.conversion = Conversion(model, {name: source.shape(name) for name in source.names})
         self._float32 = _float32_pattern(model, dtype)
@@ -197,10 +198,6 @@ class Skeleton:
             "The two do not belong together; download the checkpoint again."
         )
 
-    @property
-    def _where(self) -> str:
-        return str(getattr(self.source, "folder", "the checkpoint"))
-
     def load_outside(self, *, head: bool = True) -> None:
         """Load the embeddings, the final norm and the head; needed for any forward.
 
@@ -219,15 +216,7 @@ class Skeleton:
                 # Without a tensor of its own it is tied anew, in case the model was filled from another source before.
                 if parameters[absent].is_meta or not self.conversion.making([absent]):
                     self._assign(absent, parameters[present])
-        self._buffers_to_device(self.model)
-        needed = set(self.conversion.groups) & set(parameters)
-        missing = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.is_meta and name not in needed and not name.startswith(f"{self.path}.")
-        ]
-        if missing:
-            raise self._missing(missing)
+        self._buffers_to_device(self._outside)
 
     def load_all(self) -> nn.Module:
         """The model with all of its weights in it, on the device, in the computing dtype."""
@@ -241,12 +230,15 @@ class Skeleton:
         if self.resident:
             return
         shared = {id(parameter) for block in self.blocks for parameter in block.module.parameters()}
-        for path, module in self._modules.items():
-            if path == self.path or path.startswith(f"{self.path}."):
-                continue
+        for module in self._outside:
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and not parameter.is_meta and id(parameter) not in shared:
                     module._parameters[leaf] = _on_meta(parameter)
+
+    @property
+    def _outside(self) -> list[nn.Module]:
+        """The modules outside the stack of blocks."""
+        return [module for path, module in self._modules.items() if not f"{path}.".startswith(f"{self.path}.")]
 
     @cached_property
     def own_head(self) -> set[str]:
@@ -280,7 +272,7 @@ class Skeleton:
             return
         for group in self.conversion.of(tensors):
             self._set(group, tensors)
-        self._buffers_to_device(block.module)
+        self._buffers_to_device(block.module.modules())
         for name, parameter in block.module.named_parameters():
             source = self.tied_to(f"{block.path}.{name}")
             if parameter.is_meta and source.startswith(f"{self.path}."):
@@ -356,15 +348,11 @@ class Skeleton:
             value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
         )
 
-    def _buffers_to_device(self, root: nn.Module) -> None:
-        stack = {id(block.module) for block in self.blocks} if root is self.model else set()
-        pending = [root]
-        while pending:
-            module = pending.pop()
+    def _buffers_to_device(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta and buffer.device != self.device:
                     module._buffers[name] = buffer.to(self.device)
-            pending += [child for child in module.children() if id(child) not in stack]
 
 
 def _on_meta(parameter: Tensor) -> nn.Parameter:

@@ -4,13 +4,16 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
-from secateur.models.opening.configuration import Shapes, limited, load_configuration, reason
+from secateur.models.opening.configuration import limited, load_configuration, reason
+
+if TYPE_CHECKING:
+    from secateur.models.shape.skeleton import Source
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,16 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return model
 
 
-def build_skeleton(folder: Path, shapes: Shapes, *, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = False) -> nn.Module:
     """The model that a folder's config.json describes, in eval mode, its parameters on the meta device.
 
-    `shapes` are those of the checkpoint's tensors. Buffers that are computed (rotary frequencies, causal masks) are
+    `source` has the tensors that belong to it. Buffers that are computed (rotary frequencies, causal masks) are
     real. Raises `CheckpointError` when transformers cannot build it, or it is far larger than the tensors.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    shapes = {name: source.shape(name) for name in source.names}
     config = load_configuration(folder, shapes, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelStructureError(
@@ -109,8 +113,7 @@ def prepare(model: nn.Module) -> Callable[[], None]:
     implementation = getattr(config, "_experts_implementation", None)
     model.eval()
     model.requires_grad_(False)
-    if hasattr(model, "set_experts_implementation"):
-        _set_experts(model, "eager")
+    _set_experts(model, "eager")
 
     def restore() -> None:
         for parameter in trained:

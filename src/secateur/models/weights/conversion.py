@@ -6,7 +6,7 @@ file to module: by transformers' own rules (`conversion_mapping`), applied to on
 out where each entry of a tensor lands, it converts tagged tensors by the same rules.
 """
 
-from collections import Counter
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -79,12 +79,16 @@ class Conversion:
                 self.unused.append(name)
         prefix = f"{getattr(self._model, 'base_model_prefix', None) or ''}."
         for target, parts in found.items():
-            _check_one_layout(target, [name for name, _ in parts], prefix)
-            pattern = parts[0][1]
+            name, pattern = parts[0]
+            held: dict[str, str] = {}
+            for other, _ in parts:  # a tensor that is only renamed is alone
+                same = held.setdefault(target if pattern is None else other.removeprefix(prefix), other)
+                if same != other:
+                    raise CheckpointError(
+                        f"{same} and {other}: both are the parameter {target} of the model, so that one of them would "
+                        "be lost. The checkpoint holds weights in two layouts of names; remove one of them."
+                    )
             if pattern is None:
-                if len(parts) > 1:
-                    raise _two_layouts(target, parts[0][0], parts[1][0])
-                name = parts[0][0]
                 yield TensorGroup(target, ((name, name),), {target: self._shapes[name]})
                 continue
             matched = tuple((name, str(part)) for name, part in parts)
@@ -135,9 +139,14 @@ class Conversion:
             return {name: [Placement(parameter, expert, transposed[parameter]) for expert in experts]}
         if not any(parameter in transposed for parameter in group.parameters):
             return {}
-        parts, stacked = self._representatives(group)
+        order: dict[str, list[str]] = {}
+        for name, pattern in group.parts:
+            order.setdefault(pattern, []).append(name)
+        # Of a stack of experts two are traced, since stacking treats them all alike.
+        merging = type(group.converter.operations[0]).__name__ == "MergeModulelist"
+        stacked = merging and min(map(len, order.values())) > 1
+        parts = [(name, p) for name, p in group.parts if not stacked or name in order[p][:2]]
         traced = self._trace(group, parts, transposed)
-        order = {pattern: [name for name, p in group.parts if p == pattern] for _, pattern in group.parts}
         result: dict[str, list[Placement]] = {}
         for name, pattern in group.parts:
             index = order[pattern].index(name)
@@ -151,18 +160,6 @@ class Conversion:
                 place = replace(place, expert=index)
             result[name] = [place]
         return result
-
-    @staticmethod
-    def _representatives(group: TensorGroup) -> tuple[list[tuple[str, str]], bool]:
-        """The parts to trace. Of a stack of experts two are enough, since stacking treats them all alike."""
-        counts: Counter[str] = Counter()
-        parts = []
-        for name, pattern in group.parts:
-            counts[pattern] += 1
-            if counts[pattern] <= 2:
-                parts.append((name, pattern))
-        stacked = type(group.converter.operations[0]).__name__ == "MergeModulelist" and min(counts.values()) >= 2
-        return (parts, True) if stacked else (list(group.parts), False)
 
     def _trace(
         self, group: TensorGroup, parts: Sequence[tuple[str, str]], transposed: Mapping[str, bool]
@@ -214,23 +211,6 @@ def _each_once(groups: Mapping[str, TensorGroup], names: Iterable[str]) -> list[
     return list({group.target: group for group in found}.values())
 
 
-def _check_one_layout(target: str, names: Sequence[str], prefix: str) -> None:
-    """Raise `CheckpointError` for two tensors that name the same parameter in two ways."""
-    held: dict[str, str] = {}
-    for name in names:
-        plain = name.removeprefix(prefix)
-        if plain in held:
-            raise _two_layouts(target, held[plain], name)
-        held[plain] = name
-
-
-def _two_layouts(target: str, one: str, other: str) -> CheckpointError:
-    return CheckpointError(
-        f"{one} and {other}: both are the parameter {target} of the model, so that one of them would be lost. The "
-        "checkpoint holds weights in two layouts of names; remove one of them."
-    )
-
-
 _BITS = 20  # of each coordinate in a tag; no matrix is wider than a million
 _COORDINATE = (1 << _BITS) - 1
 
@@ -275,6 +255,4 @@ def _rules(model: nn.Module) -> tuple[list[Any], list[Any]]:
 
 def _after_digits(name: str) -> str:
     """The part of a name after its first number: the same for the same tensor of every block."""
-    parts = name.split(".")
-    first = next((index for index, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[first + 1 :])
+    return re.split(r"(?:^|\.)\d+(?:\.|$)", name, maxsplit=1)[-1]

@@ -78,5 +78,5 @@ def block_sizes(
 def _block_size(size: int, count: int) -> int | None:
     if count in (1, size):
         return max(1, size // max(1, count))
-    # Where nobody says so, blocks have a power of two entries; at most one of them makes this number of blocks.
+    # Where no size is configured, blocks have a power of two entries; at most one of them makes this number of blocks.
     return next((1 << power for power in range(size.bit_length()) if -(-size // (1 << power)) == count), None)

@@ -55,8 +55,14 @@ class Packed:
     scales: str
     zero_points: str | None
     shape: tuple[int, ...]
+    grid: tuple[int, ...]  # the shape of the scales, with as many dimensions as the codes
     blocks: tuple[int, ...]  # codes along each dimension that share a scale; none for MXFP4
     format: str  # in words
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the tensors that hold it."""
+        return [name for name in (self.codes, self.scales, self.zero_points) if name is not None]
 
 
 class DequantisedCheckpoint:
@@ -68,7 +74,7 @@ class DequantisedCheckpoint:
         self.folder = checkpoint.folder
         self.packed = packed
         self.left_out = left_out
-        parts = {part for one in packed.values() for part in (one.codes, one.scales, one.zero_points)}
+        parts = {part for one in packed.values() for part in one.parts}
         plain_names = {one.codes: name for name, one in packed.items()}
         hidden = (parts | set(left_out)) - set(plain_names)
         self._names = {plain_names.get(name, name): name for name in checkpoint.names if name not in hidden}
@@ -103,14 +109,13 @@ class DequantisedCheckpoint:
             yield from self.checkpoint.parts(name)
 
     def _read(self, packed: Packed, pin: bool) -> Tensor:
-        parts = [name for name in (packed.codes, packed.scales, packed.zero_points) if name is not None]
-        tensors = self.checkpoint.read(parts)
+        tensors = self.checkpoint.read(packed.parts)
         codes, scales = tensors[packed.codes], tensors[packed.scales]
         out = torch.empty(packed.shape, dtype=PLAIN, pin_memory=pin)
         if not packed.blocks:
             return unpacked_mxfp4(codes, scales, out)
-        offsets = None if packed.zero_points is None else _aligned(tensors[packed.zero_points], len(packed.shape))
-        return scaled(codes, _aligned(scales, len(packed.shape)), packed.blocks, offsets, out)
+        offsets = None if packed.zero_points is None else tensors[packed.zero_points].view(packed.grid)
+        return scaled(codes, scales.view(packed.grid), packed.blocks, offsets, out)
 
     def layout(self) -> Layout:
         """The shards of an output with the plain tensors, each in the shard where its codes were."""
@@ -128,25 +133,17 @@ class DequantisedCheckpoint:
         formats = Counter(one.format for one in self.packed.values())
         return {"formats": dict(formats), "dtype": str(PLAIN).removeprefix("torch."), "left_out": len(self.left_out)}
 
-    def say(self) -> None:
-        """Warn once, through the logger "secateur", that the quantised weights become bfloat16."""
-        formats = " and ".join(dict.fromkeys(one.format for one in self.packed.values()))
-        left = f" {len(self.left_out)} scales of activations are left out." if self.left_out else ""
-        _say_once(
-            f"{self.folder}: {len(self.packed)} weights are stored as {formats}; they are dequantised to bfloat16 as "
-            f"they are read, and what is written is bfloat16.{left}"
-        )
-
 
 @cache
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     logging.getLogger("secateur").warning(text)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint | DequantisedCheckpoint:
     """The weights of a folder, dequantised where they are stored as FP8, int8 or MXFP4 with scales.
 
-    Raises `CheckpointError` for any other way to pack weights, and for scales that do not fit or that nothing uses.
+    Warns once, through the logger "secateur", that they become bfloat16. Raises `CheckpointError` for weights packed in
+    any other format, and for scales that do not fit or that nothing uses.
     """
     checkpoint = Checkpoint(folder)
     announced = list(_announced(folder))
@@ -161,10 +158,15 @@ def open_checkpoint(folder: Path) -> Checkpoint | DequantisedCheckpoint:
         if not all(_says_dense(entry) for _, entry in announced):
             raise _refused(folder, announced[0][0], "no tensor has codes and scales of a known format")
         return checkpoint
-    used = {part for one in packed.values() for part in (one.codes, one.scales, one.zero_points)}
+    used = {part for one in packed.values() for part in one.parts}
     left_out = [name for name in checkpoint.names if OF_ACTIVATIONS.search(name) and name not in used]
     found = DequantisedCheckpoint(checkpoint, packed, left_out)
-    found.say()
+    formats = " and ".join(found.origin["formats"])
+    left = f" {len(left_out)} scales of activations are left out." if left_out else ""
+    _warn_once(
+        f"{folder}: {len(packed)} weights are stored as {formats}; they are dequantised to bfloat16 as they are read, "
+        f"and what is written is bfloat16.{left}"
+    )
     return found
 
 
@@ -205,12 +207,12 @@ def _with_scales(checkpoint: Checkpoint, name: str, scales: str, sizes: Sequence
         zero_points = None
     elif checkpoint.shape(zero_points) != checkpoint.shape(scales):
         raise _misfit(checkpoint, name, zero_points)
-    aligned = _aligned_shape(checkpoint.shape(scales), len(shape))
-    blocks = block_sizes(shape, aligned, sizes) if aligned is not None and shape and 0 not in shape else None
-    if blocks is None:
+    grid = _aligned_shape(checkpoint.shape(scales), len(shape))
+    blocks = block_sizes(shape, grid, sizes) if grid is not None and shape and 0 not in shape else None
+    if grid is None or blocks is None:
         raise _misfit(checkpoint, name, scales)
     kind = "int8" if checkpoint.dtype(name) == torch.int8 else "FP8"
-    return Packed(name, scales, zero_points, shape, blocks, f"{kind} with {_in_words(shape, blocks)}")
+    return Packed(name, scales, zero_points, shape, grid, blocks, f"{kind} with {_in_words(shape, blocks)}")
 
 
 def _mxfp4(checkpoint: Checkpoint, name: str, scales: str) -> Packed:
@@ -219,7 +221,7 @@ def _mxfp4(checkpoint: Checkpoint, name: str, scales: str) -> Packed:
         raise _misfit(checkpoint, name, scales)
     if checkpoint.dtype(scales) != torch.uint8:
         raise _refused(checkpoint.folder, f"scales of {checkpoint.dtype(scales)}", f"{scales} belongs to {name}")
-    return Packed(name, scales, None, (shape[0], 32 * shape[2], shape[1]), (), "MXFP4")
+    return Packed(name, scales, None, (shape[0], 32 * shape[2], shape[1]), shape[:3], (), "MXFP4")
 
 
 def _misfit(checkpoint: Checkpoint, name: str, scales: str) -> CheckpointError:
@@ -245,14 +247,8 @@ def _aligned_shape(shape: Sequence[int], dimensions: int) -> tuple[int, ...] | N
     return (*shape, *(1,) * (dimensions - len(shape))) if len(shape) <= dimensions else None
 
 
-def _aligned(scales: Tensor, dimensions: int) -> Tensor:
-    shape = _aligned_shape(tuple(scales.shape), dimensions)
-    assert shape is not None  # checked when the checkpoint was opened
-    return scales.view(shape)
-
-
 def packing_entries(config: Mapping[str, Any], where: str = CONFIGURATION) -> Iterator[tuple[str, Any]]:
-    """Where a configuration, or one inside it, says how weights are packed, and what it says there."""
+    """(where, entry) for every entry of a configuration, and of those inside it, on how weights are packed."""
     for key, value in config.items():
         if key in PACKING_ENTRIES and value:
             yield f"{where}: {key}", value
@@ -261,7 +257,7 @@ def packing_entries(config: Mapping[str, Any], where: str = CONFIGURATION) -> It
 
 
 def _announced(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the files of a folder say of how its weights are packed."""
+    """(where, entry) for every entry in the files of a folder on how its weights are packed."""
     entries: list[tuple[str, Any]] = []
     if (folder / CONFIGURATION).exists():
         entries += packing_entries(read_configuration(folder))
@@ -319,7 +315,7 @@ def _refused(folder: Path | str, packing: str, what: str) -> CheckpointError:
 
 
 def check_dtypes(skeleton: Skeleton) -> None:
-    """Raise `CheckpointError` for codes in the place of a float parameter, and for scales that nothing uses."""
+    """Raise `CheckpointError` for codes in place of a float parameter, and for scales that nothing uses."""
     source = skeleton.source
     where = str(getattr(source, "folder", type(skeleton.model).__name__))
     parameters: dict[str, nn.Parameter] = dict(skeleton.model.named_parameters(remove_duplicate=False))
