@@ -226,7 +226,8 @@ def test_half_precision_checkpoints(tmp_path: Path, dtype: torch.dtype) -> None:
             assert torch.equal(value == 0, before[name] == 0)
     (forecast,) = seen
     parameters = sum(value.numel() for value in before.values())
-    assert forecast.weight_bytes == forecast.gradient_bytes == forecast.moment_bytes // 2 == 4 * parameters
+    memory = forecast.memory
+    assert memory["weights"] == memory["gradients"] == memory["moments"] // 2 == 4 * parameters
     assert 0 < forecast.seconds < 60
 
 

@@ -70,7 +70,7 @@ def find_targets(model: nn.Module, asked: Sequence[str] = ()) -> list[str]:
 
     Raises `PatternError` that lists the matrices there are when one matches nothing, or peft has no choice.
     """
-    modules = _adaptable(model)
+    modules = adaptable(model)
     kind = getattr(getattr(model, "config", None), "model_type", "")
     if asked:
         globs = list(asked)
@@ -94,25 +94,7 @@ def find_targets(model: nn.Module, asked: Sequence[str] = ()) -> list[str]:
     return sorted(leaves) if sorted(everywhere) == sorted(chosen) else sorted(chosen)
 
 
-def with_adapters(model: nn.Module, config: Any) -> Any:
-    """The model wrapped by peft, trainable in its adapters alone.
-
-    Raises `PatternError` where peft takes the names for stacks of experts, whose adapters could not be merged.
-    """
-    from peft import get_peft_model
-
-    layers = set(_adaptable(model))
-    model_with: Any = get_peft_model(model, config)
-    adapters = (name.removeprefix(PREFIX) for name, _ in model_with.named_parameters() if ".lora_" in name)
-    if stacks := [name for name in adapters if name.partition(".lora_")[0] not in layers]:
-        raise PatternError(
-            f"peft puts adapters on fused stacks of experts for these targets ({stacks[0]}), and "
-            "those cannot be merged. Leave out names that experts have as well, such as gate_proj and down_proj."
-        )
-    return model_with
-
-
-def _adaptable(model: nn.Module) -> list[str]:
+def adaptable(model: nn.Module) -> list[str]:
     """Names of the modules of prunable matrices that peft can wrap: layers, and not fused stacks of experts."""
     return [
         name.removesuffix(".weight")

@@ -47,16 +47,7 @@ class Forecast:
     targets: list[str]
     device: str
     dtype: str
-    weight_bytes: int
-    gradient_bytes: int
-    moment_bytes: int
-    mask_bytes: int
-    dense_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        """All of them together. Activations come on top, and grow with batch size and length."""
-        return self.weight_bytes + self.gradient_bytes + self.moment_bytes + self.mask_bytes + self.dense_bytes
+    memory: Mapping[str, int]  # bytes by what they hold; activations come on top, and grow with batch size and length
 
 
 def forecast(way: Way, train: Windows, held: Windows, device: torch.device, computing: torch.dtype) -> Forecast:
@@ -85,11 +76,13 @@ def forecast(way: Way, train: Windows, held: Windows, device: torch.device, comp
         targets=way.targets,
         device=str(device),
         dtype=str(computing).removeprefix("torch."),
-        weight_bytes=4 * parameters if full else computing.itemsize * parameters + 4 * allocated,
-        gradient_bytes=4 * allocated,
-        moment_bytes=MOMENT_BYTES.get(settings.optimizer, 8) * allocated,
-        mask_bytes=way.mask_bytes,
-        dense_bytes=computing.itemsize * dense,
+        memory={
+            "weights": 4 * parameters if full else computing.itemsize * parameters + 4 * allocated,
+            "gradients": 4 * allocated,
+            "moments": MOMENT_BYTES.get(settings.optimizer, 8) * allocated,
+            "masks": way.mask_bytes,
+            "dense model": computing.itemsize * dense,
+        },
     )
 
 

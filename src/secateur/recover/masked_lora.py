@@ -44,11 +44,6 @@ class MaskedLinear(Linear):
 
 
 def masked(config: LoraConfig) -> LoraConfig:
-    """The configuration, with layers that mask their product. It is saved as if they were ordinary ones.
-
-    Raises `ValueError` for variants of LoRA, whose products are not simply added.
-    """
-    if config.use_dora or config.lora_bias:
-        raise ValueError("masked adapters are plain LoRA: no DoRA, no biases")
+    """The configuration, with layers that mask their product. It is saved as if they were ordinary ones."""
     config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
     return config

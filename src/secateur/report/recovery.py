@@ -33,15 +33,8 @@ def forecast_table(forecast: "Forecast") -> RenderableType:
         passes = ", each seen once"
     table.add_row("windows", f"{forecast.windows:,} of {forecast.length} tokens{passes}; {forecast.held_out} held out")
     table.add_row("computing on", f"{forecast.device}, {forecast.dtype}")
-    parts = {
-        "weights": forecast.weight_bytes,
-        "gradients": forecast.gradient_bytes,
-        "moments": forecast.moment_bytes,
-        "masks": forecast.mask_bytes,
-        "dense model": forecast.dense_bytes,
-    }
-    listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
-    table.add_row("memory", f"{bytes_text(forecast.bytes)} and activations: {listed}")
+    listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in forecast.memory.items() if size)
+    table.add_row("memory", f"{bytes_text(sum(forecast.memory.values()))} and activations: {listed}")
     return table
 
 
