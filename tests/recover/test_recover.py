@@ -295,7 +295,7 @@ def test_the_adapter_folder(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == str(base.resolve())
     learnt = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {value.dtype for value in learnt.values()} == {torch.float32}
-    assert sum(value.numel() for value in learnt.values()) == result.record["trainable"] == seen[0].trainable
+    assert sum(value.numel() for value in learnt.values()) == result.record["trainable"] == seen[0].way.trainable
     assert "fills the zeros of the base" in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "secateur_adapter.json").read_text())["method"] == "lora"
     # The base is untouched, and the output may be made anew.

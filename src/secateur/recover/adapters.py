@@ -1,6 +1,5 @@
 """Adapters: which matrices get one, how they are saved, and the record beside them that says what they belong to."""
 
-import hashlib
 import json
 import os
 import warnings
@@ -19,7 +18,7 @@ from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing
 from secateur.models.shape.matrices import matrix_kind
 from secateur.plans.plan import matches
-from secateur.record.manifest import Manifest
+from secateur.record.manifest import Manifest, digest_of
 from secateur.record.manifest_schema import BaseEntry
 from secateur.recover.masks import matrix_parameters
 from secateur.runs.output import ADAPTER_RECORD
@@ -192,10 +191,9 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
         wrapped: Any = root.get_submodule(module)
         wrapped.merge(safe_merge=True)
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{module}: the adapter {adapter.folder} does not fit the base's weight of shape {tuple(weight.shape)}: "
-            f"{reason} Is it for another model?"
+            f"{' '.join(str(error).split())} Is it for another model?"
         ) from None
     merged: Tensor = wrapped.get_base_layer().weight.detach()
     return merged
@@ -204,7 +202,7 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of an adapter, with a digest over it, and a README beside it."""
     value = {"format": 1, **record}
-    text = json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n"
+    text = json.dumps({**value, "digest": digest_of(value)}, indent=1) + "\n"
     with writing(folder):
         (folder / ADAPTER_RECORD).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(_readme(record), encoding="utf-8")
@@ -216,14 +214,10 @@ def _record(folder: Path) -> dict[str, Any] | None:
         return None
     value: dict[str, Any] = read_json(file, dict[str, Any], advice=_WITHOUT)
     found = value.pop("digest", None)
-    if found != _digest(value):
+    if found != digest_of(value):
         raise CheckpointError(f"{file}: altered since it was written. {_WITHOUT}")
     checked(value, file, Record, advice=_WITHOUT)
     return value
-
-
-def _digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> list[str]:

@@ -98,10 +98,9 @@ def tune(
     the weights as they were). `nudged` counts kept weights that would have been rounded to zero; `diverged` is the
     epoch whose loss was not finite, after which no more were run.
 
-    After each epoch the weights are judged on the held-out samples as
-    they would be written, rounded; the best ones are the result, those at the start included. With `seconds`, tuning
-    ends at the latest when they are over, and the learning rate falls with them; it rises over the first twentieth of
-    all steps and then falls in a straight line.
+    After each epoch the weights are judged on the held-out samples as they would be written, rounded; the best ones
+    are the result, those at the start included. With `seconds`, tuning ends when they are over at the latest, and the
+    learning rate falls with them; it rises over the first twentieth of all steps and then falls linearly.
 
     Source: block reconstruction after pruning, as in EBFT (arXiv 2402.12419) and "Rethinking pruning large language
     models" (EMNLP 2024), with their Adam and linear decay. Raises `NumericalError` for a loss that is not finite at the

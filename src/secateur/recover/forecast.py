@@ -33,18 +33,12 @@ class Forecast:
     `seconds` is about how long the steps take, evaluation not counted; None where the clock decides.
     """
 
-    method: str
-    steps: int | None
-    minutes: float | None
-    tokens_per_step: int
+    way: Way
     windows: int
     held_out: int
-    length: int
     passes: float | None
     seconds: float | None
     parameters: int
-    trainable: int
-    targets: list[str]
     device: str
     dtype: str
     memory: Mapping[str, int]  # bytes by what they hold; activations come on top, and grow with batch size and length
@@ -62,18 +56,12 @@ def forecast(way: Way, train: Windows, held: Windows, device: torch.device, comp
     # A backward is one forward's work for what comes in, and another for what is trained.
     forwards = (3 if full else 2) + settings.gradient_checkpointing + (settings.distill is not None)
     return Forecast(
-        method=settings.method,
-        steps=steps,
-        minutes=settings.minutes,
-        tokens_per_step=per_step * train.length,
+        way=way,
         windows=train.samples,
         held_out=held.samples,
-        length=train.length,
         passes=None if steps is None else steps * per_step / train.samples,
         seconds=None if steps is None else forwards * forward_seconds(skeleton, steps * per_step * train.length),
         parameters=parameters,
-        trainable=way.trainable,
-        targets=way.targets,
         device=str(device),
         dtype=str(computing).removeprefix("torch."),
         memory={
