@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from secateur.calibration.drawing import calibration_windows, evaluation_windows
-from secateur.calibration.windows import Windows, check_vocabulary
+from secateur.calibration.windows import Windows, check_fits
 from secateur.errors import CalibrationError
 from texts import tokenizer  # noqa: F401
 
@@ -147,14 +147,14 @@ def test_defaults_are_128_windows_of_2048_tokens(tokenizer):
     assert evaluation_windows("python-docs", tokenizer).length == 2048
 
 
-def test_check_vocabulary():
+def test_ids_outside_the_vocabulary():
     found = Windows(torch.tensor([[0, 1, 2], [3, 511, 512], [600, 0, 0]]), {})
-    check_vocabulary(found, 601)
+    check_fits(found, 601, None)
     with pytest.raises(
         CalibrationError,
         match=r"^sample 1, position 2: token id 512 is outside the vocabulary of 512 ids \(2 such ids in all\); "
         r"does the tokenizer belong to this model\?$",
     ):
-        check_vocabulary(found, 512)
+        check_fits(found, 512, None)
     with pytest.raises(CalibrationError, match=r"sample 0, position 1: token id -1 is outside"):
-        check_vocabulary(Windows(torch.tensor([[0, -1]]), {}), 512)
+        check_fits(Windows(torch.tensor([[0, -1]]), {}), 512, None)

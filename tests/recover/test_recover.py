@@ -226,7 +226,8 @@ def test_half_precision_checkpoints(tmp_path: Path, dtype: torch.dtype) -> None:
             assert torch.equal(value == 0, before[name] == 0)
     (forecast,) = seen
     parameters = sum(value.numel() for value in before.values())
-    assert forecast.weight_bytes == forecast.gradient_bytes == forecast.moment_bytes // 2 == 4 * parameters
+    memory = forecast.memory
+    assert memory["weights"] == memory["gradients"] == memory["moments"] // 2 == 4 * parameters
     assert 0 < forecast.seconds < 60
 
 
@@ -294,7 +295,7 @@ def test_the_adapter_folder(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == str(base.resolve())
     learnt = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {value.dtype for value in learnt.values()} == {torch.float32}
-    assert sum(value.numel() for value in learnt.values()) == result.record["trainable"] == seen[0].trainable
+    assert sum(value.numel() for value in learnt.values()) == result.record["trainable"] == seen[0].way.trainable
     assert "fills the zeros of the base" in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "secateur_adapter.json").read_text())["method"] == "lora"
     # The base is untouched, and the output may be made anew.

@@ -26,7 +26,6 @@ from secateur.calibration.hub import HUB_FILES, Role, cached, hub_dataset, hub_f
 from secateur.errors import CalibrationError
 
 C4_EVALUATION_DOCUMENTS = 1100
-WIKITEXT2_JOINERS: Mapping[Role, str] = {"calibration": " ", "evaluation": "\n\n"}
 PYTHON_DOCS_HELD_OUT_STEP = 10
 
 ACCEPTED_FORMS = (
@@ -113,7 +112,7 @@ def _wikitext2(role: Role, local: str) -> Corpus:
     else:  # the lines of an official raw file are the rows of the data set: with their line end, blank ones emptied
         lines = file_text(path).removesuffix("\n").split("\n")
         rows = [f"{line}\n" if line.strip() else "" for line in lines]
-    return Corpus("wikitext2", rows, provenance, WIKITEXT2_JOINERS[role])
+    return Corpus("wikitext2", rows, provenance, " " if role == "calibration" else "\n\n")
 
 
 def _source(name: str, local: str, role: Role) -> tuple[Path, dict[str, Any]]:
@@ -151,7 +150,7 @@ def quick_to_read(spec: str, most: int) -> str | None:
     if name == "hf":
         there = Path(hub_parts(spec)[0]).is_dir() or hub_trouble() is not None
         return None if there else "it has to be downloaded"
-    if name in HUB_FILES and not local:
+    if (name, "calibration") in HUB_FILES and not local:
         found = cached(name, "calibration")
         if found is None:
             return "it has to be downloaded"

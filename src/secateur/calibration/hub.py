@@ -5,34 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur.calibration.documents import (
-    DEFAULT_FIELD,
-    Corpus,
-    optional,
-    table_rows,
-    wrong_field,
-)
+from secateur.calibration.documents import DEFAULT_FIELD, Corpus, optional, table_rows, wrong_field
 from secateur.errors import CalibrationError
 
 Role = Literal["calibration", "evaluation"]
 
 HUB_PROBE_SECONDS = 5.0
-# Repository, and the files for calibration and for evaluation.
-HUB_FILES: Mapping[str, tuple[str, Mapping[Role, str]]] = {
-    "c4": (
-        "allenai/c4",
-        {
-            "calibration": "en/c4-train.00000-of-01024.json.gz",
-            "evaluation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-    ),
-    "wikitext2": (
-        "Salesforce/wikitext",
-        {
-            "calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
-            "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet",
-        },
-    ),
+HUB_FILES: Mapping[tuple[str, Role], tuple[str, str]] = {  # repository and file
+    ("c4", "calibration"): ("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
+    ("c4", "evaluation"): ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz"),
+    ("wikitext2", "calibration"): ("Salesforce/wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
+    ("wikitext2", "evaluation"): ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
 }
 
 
@@ -40,7 +23,7 @@ def hub_file(name: str, role: Role) -> tuple[Path, dict[str, Any]]:
     """Return the local path of the file with a named corpus, from the cache if it is there, and its origin."""
     import huggingface_hub
 
-    repository, file = HUB_FILES[name][0], HUB_FILES[name][1][role]
+    repository, file = HUB_FILES[name, role]
     found = cached(name, role)
     if found is None:
         try:
@@ -55,7 +38,7 @@ def cached(name: str, role: Role) -> str | None:
     """Return that file's path in the cache, or None if it can be fetched. Raises CalibrationError if it cannot."""
     import huggingface_hub
 
-    repository, file = HUB_FILES[name][0], HUB_FILES[name][1][role]
+    repository, file = HUB_FILES[name, role]
     found = huggingface_hub.try_to_load_from_cache(repository, file, repo_type="dataset")
     if isinstance(found, str):
         return found

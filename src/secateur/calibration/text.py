@@ -1,6 +1,6 @@
 """Text as token ids, and where BOS, the token that begins a text, stands in the windows that are cut from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -9,9 +9,9 @@ from secateur.core.choices import Bos
 from secateur.errors import CalibrationError
 
 
-def check_bos(bos: str, known: Sequence[str] = get_args(Bos)) -> None:
+def check_bos(bos: str) -> None:
     """Raise CalibrationError for a word that is no placement of BOS."""
-    if bos not in known:
+    if bos not in (known := get_args(Bos)):
         raise CalibrationError(f'--bos: got "{bos}", expected {", ".join(known[:-1])} or {known[-1]}.')
 
 

@@ -144,8 +144,8 @@ def _padded_at_the_end(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Ten
 Source = str | os.PathLike[str] | torch.Tensor | Windows
 
 
-def check_vocabulary(windows: Windows, vocabulary_size: int) -> None:
-    """Raise CalibrationError for the first token id outside [0, vocabulary_size)."""
+def check_fits(windows: Windows, vocabulary_size: int, positions: int | None, option: str = "--length") -> None:
+    """Raise CalibrationError for a token id outside [0, vocabulary_size), and for windows longer than `positions`."""
     outside = (windows.input_ids < 0) | (windows.input_ids >= vocabulary_size)
     if outside.any():
         sample, position = outside.nonzero()[0].tolist()
@@ -154,10 +154,6 @@ def check_vocabulary(windows: Windows, vocabulary_size: int) -> None:
             f"vocabulary of {vocabulary_size} ids ({int(outside.sum())} such ids in all); "
             "does the tokenizer belong to this model?"
         )
-
-
-def check_length(windows: Windows, positions: int | None, option: str = "--length") -> None:
-    """Raise CalibrationError for windows longer than the positions of a model (None: without limit)."""
     if positions is not None and windows.length > positions:
         raise CalibrationError(
             f"windows of {windows.length} tokens, and the model has {positions} positions. "
@@ -194,18 +190,17 @@ def given_windows(source: Any, samples: int | None, length: int | None, what: st
     return None
 
 
-def _first(windows: Windows, samples: int | None, length: int | None, where: str, what: str = "samples") -> Windows:
-    _check_given_length(windows.length, length, where)
-    kept = windows.part(0, samples)
-    return replace(kept, provenance={**windows.provenance, **kept.shape, **fewer(what, samples, kept.samples)})
-
-
-def _check_given_length(found: int, length: int | None, where: str) -> None:
-    if length is not None and length != found:
+def _first(
+    windows: Windows, samples: int | None, length: int | None, where: str, what: str, stored: int | None = None
+) -> Windows:
+    """Return the first samples; `stored` is the length of a file's rows, padding included."""
+    if length not in (None, found := stored or windows.length):
         raise CalibrationError(
             f"{where}: windows of {found} tokens, expected --length {length}. "
             "Leave --length out, or make the windows anew."
         )
+    kept = windows.part(0, samples)
+    return replace(kept, provenance={**windows.provenance, **kept.shape, **fewer(what, samples, kept.samples)})
 
 
 def token_file(spec: str, samples: int | None, length: int | None, what: str = "samples") -> Windows:
@@ -222,12 +217,11 @@ def token_file(spec: str, samples: int | None, length: int | None, what: str = "
         found = ", ".join(sorted(tensors)) or "none"
         raise CalibrationError(f"{path}: no tensor {TOKEN_KEY!r}; found: {found}. Save the ids under {TOKEN_KEY!r}.")
     ids, mask = _checked_ids(tensors[TOKEN_KEY], str(path)), tensors.get(MASK_KEY)
-    _check_given_length(ids.shape[1], length, spec)
     try:
         windows = Windows(ids, {"source": "file", **file_provenance(path)}, mask)
     except CalibrationError as error:
         raise CalibrationError(f"{path}: {error}") from None
-    return _first(windows, samples, None, spec, what)
+    return _first(windows, samples, length, spec, what, ids.shape[1])
 
 
 def _checked_ids(ids: torch.Tensor, where: str) -> torch.Tensor:

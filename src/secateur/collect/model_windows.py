@@ -14,15 +14,14 @@ from torch import Tensor
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES, calibration_windows, evaluation_windows
 from secateur.calibration.quick import quick_windows
-from secateur.calibration.text import bos_text, check_bos
-from secateur.calibration.windows import Progress, Windows, check_length, check_predictions, check_vocabulary
+from secateur.calibration.text import bos_text
+from secateur.calibration.windows import Progress, Windows, check_fits, check_predictions
 from secateur.collect.settings import CalibrationSettings
 from secateur.core.choices import Bos
 from secateur.files.reading import read_json
 from secateur.models.opening.opened import OpenedModel
 from secateur.runs.forward import after_the_last_block
 
-BOS_WORDS = ("auto", *get_args(Bos))
 BOS_MARGIN = 0.1  # nats per token that a window must read better with BOS in front
 
 _log = logging.getLogger("secateur")
@@ -58,8 +57,7 @@ def model_windows(
             bos=where,  # type: ignore[arg-type]
             progress=progress,
         )
-        check_vocabulary(windows, opened.skeleton.vocabulary_size)
-        check_length(windows, opened.skeleton.positions)
+        check_fits(windows, opened.skeleton.vocabulary_size, opened.skeleton.positions)
         return windows
 
     windows = _placed(draw, asked.bos, known, "calibration", dense or (lambda: opened), text)
@@ -100,11 +98,11 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
         )
     if windows is None:
         samples, length = asked.samples or DEFAULT_SAMPLES, asked.length or DEFAULT_LENGTH
-        check_length(Windows(torch.zeros(1, length, dtype=torch.int64), {}), opened.skeleton.positions)
-        return Foreseen(None, samples, length, unchecked)
-    check_vocabulary(windows, opened.skeleton.vocabulary_size)
-    check_length(windows, opened.skeleton.positions)
-    return Foreseen(windows, windows.samples, windows.length, unchecked)
+    else:
+        samples, length = windows.samples, windows.length
+    checked = windows or Windows(torch.zeros(1, length, dtype=torch.int64), {})
+    check_fits(checked, opened.skeleton.vocabulary_size, opened.skeleton.positions)
+    return Foreseen(windows, samples, length, unchecked)
 
 
 def model_evaluation_windows(
@@ -132,8 +130,7 @@ def model_evaluation_windows(
 
     def cut(where: str) -> Windows:
         found = evaluation_windows(data, tokenizer, length=length, windows=windows, bos=where)  # type: ignore[arg-type]
-        check_vocabulary(found, opened.skeleton.vocabulary_size)
-        check_length(found, opened.skeleton.positions, option)
+        check_fits(found, opened.skeleton.vocabulary_size, opened.skeleton.positions, option)
         check_predictions(found, option)
         return found
 
@@ -171,7 +168,6 @@ def _placed(
     text: bool,
 ) -> Windows:
     """Windows with BOS where that word wants it, or where the model reads them better; recorded as `bos`."""
-    check_bos(bos, BOS_WORDS)
     if not text:
         return cut("papers" if bos == "auto" else bos)
     if known is not None:

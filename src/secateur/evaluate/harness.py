@@ -184,10 +184,8 @@ def _weights(group: Any, evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _check_numbers(task: str, samples: Sequence[Mapping[str, Any]]) -> None:
-    def is_nan(response: Any) -> bool:
-        return isinstance(response, tuple) and isinstance(response[0], float) and math.isnan(response[0])
-
-    if bad := sum(any(map(is_nan, chain.from_iterable(sample["resps"]))) for sample in samples):
+    likelihoods = ([answer[0] for answer in chain(*sample["resps"]) if isinstance(answer, tuple)] for sample in samples)
+    if bad := sum(any(isinstance(one, float) and math.isnan(one) for one in own) for own in likelihoods):
         raise NumericalError(
             f"{task}: {bad} of {len(samples)} documents have likelihoods that are not numbers. "
             "The model overflows or is damaged; try --dtype float32."

@@ -16,7 +16,7 @@ from secateur.collect.settings import ModelSettings
 from secateur.errors import NumericalError
 from secateur.evaluate.settings import PerplexitySettings, TextSettings
 from secateur.models.flow.stream import default_batch_size
-from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.models.opening.opened import open_model
 from secateur.runs.forward import after_the_last_block
 from secateur.runs.options import shared, taking
 
@@ -97,9 +97,19 @@ def perplexity(settings: PerplexitySettings) -> Perplexity:
     opened = open_model(**shared(settings, ModelSettings))
     try:
         cut = model_evaluation_windows(opened, settings.data, settings.tokenizer, **shared(settings, TextSettings))
-        losses = _window_losses(opened, cut, settings)
+        batches = cut.batches(settings.batch_size or default_batch_size(cut.length, opened.skeleton.device))
+        forward = partial(after_the_last_block, offload_states=settings.offload_states, progress=settings.progress)
+        means = []  # the cross-entropy of each window in nats, in float64
+        with forward(opened.skeleton, batches) as stream:
+            for batch, ids in enumerate(batches):
+                total = torch.zeros(len(ids), dtype=torch.float64, device=stream.device)
+                for part in stream.losses(batch):
+                    total += part.double().sum(dim=1)
+                means.append((total / (ids.shape[1] - 1)).cpu())
+                settings.progress("head", batch + 1, len(batches))
     finally:
         opened.restore()
+    losses = torch.cat(means)
     check_finite(losses)
     return Perplexity(
         **described(cut, settings.data),
@@ -108,21 +118,6 @@ def perplexity(settings: PerplexitySettings) -> Perplexity:
         window_nats=losses.tolist(),
         seconds=time.perf_counter() - started,
     )
-
-
-def _window_losses(opened: OpenedModel, windows: Windows, settings: PerplexitySettings) -> Tensor:
-    """The mean cross-entropy of each window, in nats: float64 of shape (windows,)."""
-    batches = windows.batches(settings.batch_size or default_batch_size(windows.length, opened.skeleton.device))
-    forward = partial(after_the_last_block, offload_states=settings.offload_states, progress=settings.progress)
-    with forward(opened.skeleton, batches) as stream:
-        losses = []
-        for batch, ids in enumerate(stream.batches):
-            total = torch.zeros(len(ids), dtype=torch.float64, device=stream.device)
-            for part in stream.losses(batch):
-                total += part.double().sum(dim=1)
-            losses.append((total / (ids.shape[1] - 1)).cpu())
-            settings.progress("head", batch + 1, len(stream.batches))
-        return torch.cat(losses)
 
 
 def described(cut: Windows, data: object) -> dict[str, Any]:

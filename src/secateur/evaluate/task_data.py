@@ -65,8 +65,7 @@ class LocalData:
         used: set[tuple[str, str, Path]] = set()
         self._configure(name, shots, used)
         for _, _, file in sorted(used):
-            with open_regular(file, error=CalibrationError):
-                pass
+            open_regular(file, error=CalibrationError).close()
         digests = {file: file_digest(file) for _, _, file in used}
         listing = sorted(f"{task} {split} {digests[file]}" for task, split, file in used)
         return hashlib.sha256("\n".join(listing).encode()).hexdigest()
@@ -90,8 +89,29 @@ class LocalData:
         splits, origins = self._splits(name, entry.cfg)
         used |= {(name, split, file) for split, file in origins.items()}
         evaluated = self._evaluated(name, entry.cfg, splits)
-        self._check_examples(name, entry.cfg, splits, evaluated, shots)
-        self._write(name, self._configuration(entry, splits))
+        own = entry.cfg.get("num_fewshot")
+        asked = own or 0 if shots is None or own == 0 else shots
+        sources = [entry.cfg.get(f"{role}_split") for role in ("fewshot", "training", "validation")]
+        supplied = "samples" in (entry.cfg.get("fewshot_config") or {})
+        if asked and not supplied and not any(source in splits for source in sources if source != evaluated):
+            expected = next((source for source in sources if source and source != evaluated), "train")
+            raise CalibrationError(
+                f"{name}: {asked} shots need examples, and {self.folder} has none for it. Add {name}_{expected}.jsonl, "
+                f"or use --shots 0; found {self._found()}."
+            )
+        # The harness's own, with other data; a role whose split has no file is left out.
+        roles = [f"{role}_split" for role in ("training", "validation", "test", "fewshot")]
+        files = {split: str(file.absolute()) for split, file in splits.items()}
+        configuration = {
+            "include": str(entry.yaml_path),
+            "task": entry.name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(self.written / "arrow")},
+            "custom_dataset": None,
+            **{role: split if (split := entry.cfg.get(role)) in splits else None for role in roles},
+        }
+        self._write(name, configuration)
 
     def _splits(self, name: str, config: Mapping[str, Any]) -> tuple[dict[str, Path], dict[str, Path]]:
         """(file of each split for a task, the file that the user gave for it): its own, or those of its family."""
@@ -150,34 +170,6 @@ class LocalData:
                 f"{name}_{split}*.jsonl; found {self._found()}."
             )
         return str(split)
-
-    def _check_examples(
-        self, name: str, config: Mapping[str, Any], splits: Mapping[str, Path], evaluated: str, shots: int | None
-    ) -> None:
-        own = config.get("num_fewshot")
-        asked = own or 0 if shots is None or own == 0 else shots
-        sources = [config.get(f"{role}_split") for role in ("fewshot", "training", "validation")]
-        supplied = "samples" in (config.get("fewshot_config") or {})
-        if asked and not supplied and not any(source in splits for source in sources if source != evaluated):
-            expected = next((source for source in sources if source and source != evaluated), "train")
-            raise CalibrationError(
-                f"{name}: {asked} shots need examples, and {self.folder} has none for it. Add {name}_{expected}.jsonl, "
-                f"or use --shots 0; found {self._found()}."
-            )
-
-    def _configuration(self, entry: Any, splits: Mapping[str, Path]) -> dict[str, Any]:
-        """The harness's own, with other data; a role whose split has no file is left out."""
-        roles = [f"{role}_split" for role in ("training", "validation", "test", "fewshot")]
-        files = {split: str(file.absolute()) for split, file in splits.items()}
-        return {
-            "include": str(entry.yaml_path),
-            "task": entry.name,
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": files, "cache_dir": str(self.written / "arrow")},
-            "custom_dataset": None,
-            **{role: split if (split := entry.cfg.get(role)) in splits else None for role in roles},
-        }
 
     def _found(self) -> str:
         return ", ".join(file.name for file in self.files) or "no .jsonl file at all"

@@ -54,7 +54,7 @@ class Manifest:
         value: dict[str, Any] = {"format": FORMAT, **vars(self)}
         if self.recovery is None:
             del value["recovery"]
-        value["digest"] = _digest(value)
+        value["digest"] = digest_of(value)
         return value
 
     @classmethod
@@ -160,7 +160,8 @@ def _text(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def _digest(value: Mapping[str, Any]) -> str:
+def digest_of(value: Mapping[str, Any]) -> str:
+    """The sha256 of a record's JSON, without the entry "digest" that holds it."""
     plain = {key: item for key, item in value.items() if key != "digest"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -185,7 +186,7 @@ def read_manifest(folder: Path) -> Manifest:
     head = checked(value, file, _Head)
     if head.format != FORMAT:
         raise CheckpointError(f"{file}: format {head.format}, expected {FORMAT}; another version of Secateur wrote it.")
-    expected = _digest(value)
+    expected = digest_of(value)
     if head.digest != expected:
         raise CheckpointError(
             f"{file}: altered since it was written: digest {expected[:12]}, expected {head.digest[:12]}."

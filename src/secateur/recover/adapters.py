@@ -1,6 +1,5 @@
 """Adapters: which matrices get one, how they are saved, and the record beside them that says what they belong to."""
 
-import hashlib
 import json
 import os
 import warnings
@@ -19,7 +18,7 @@ from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing
 from secateur.models.shape.matrices import matrix_kind
 from secateur.plans.plan import matches
-from secateur.record.manifest import Manifest
+from secateur.record.manifest import Manifest, digest_of
 from secateur.record.manifest_schema import BaseEntry
 from secateur.recover.masks import matrix_parameters
 from secateur.runs.output import ADAPTER_RECORD
@@ -70,7 +69,7 @@ def find_targets(model: nn.Module, asked: Sequence[str] = ()) -> list[str]:
 
     Raises `PatternError` that lists the matrices there are when one matches nothing, or peft has no choice.
     """
-    modules = _adaptable(model)
+    modules = adaptable(model)
     kind = getattr(getattr(model, "config", None), "model_type", "")
     if asked:
         globs = list(asked)
@@ -94,25 +93,7 @@ def find_targets(model: nn.Module, asked: Sequence[str] = ()) -> list[str]:
     return sorted(leaves) if sorted(everywhere) == sorted(chosen) else sorted(chosen)
 
 
-def with_adapters(model: nn.Module, config: Any) -> Any:
-    """The model wrapped by peft, trainable in its adapters alone.
-
-    Raises `PatternError` where peft takes the names for stacks of experts, whose adapters could not be merged.
-    """
-    from peft import get_peft_model
-
-    layers = set(_adaptable(model))
-    model_with: Any = get_peft_model(model, config)
-    adapters = (name.removeprefix(PREFIX) for name, _ in model_with.named_parameters() if ".lora_" in name)
-    if stacks := [name for name in adapters if name.partition(".lora_")[0] not in layers]:
-        raise PatternError(
-            f"peft puts adapters on fused stacks of experts for these targets ({stacks[0]}), and "
-            "those cannot be merged. Leave out names that experts have as well, such as gate_proj and down_proj."
-        )
-    return model_with
-
-
-def _adaptable(model: nn.Module) -> list[str]:
+def adaptable(model: nn.Module) -> list[str]:
     """Names of the modules of prunable matrices that peft can wrap: layers, and not fused stacks of experts."""
     return [
         name.removesuffix(".weight")
@@ -210,10 +191,9 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
         wrapped: Any = root.get_submodule(module)
         wrapped.merge(safe_merge=True)
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{module}: the adapter {adapter.folder} does not fit the base's weight of shape {tuple(weight.shape)}: "
-            f"{reason} Is it for another model?"
+            f"{' '.join(str(error).split())} Is it for another model?"
         ) from None
     merged: Tensor = wrapped.get_base_layer().weight.detach()
     return merged
@@ -222,7 +202,7 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of an adapter, with a digest over it, and a README beside it."""
     value = {"format": 1, **record}
-    text = json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n"
+    text = json.dumps({**value, "digest": digest_of(value)}, indent=1) + "\n"
     with writing(folder):
         (folder / ADAPTER_RECORD).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(_readme(record), encoding="utf-8")
@@ -234,14 +214,10 @@ def _record(folder: Path) -> dict[str, Any] | None:
         return None
     value: dict[str, Any] = read_json(file, dict[str, Any], advice=_WITHOUT)
     found = value.pop("digest", None)
-    if found != _digest(value):
+    if found != digest_of(value):
         raise CheckpointError(f"{file}: altered since it was written. {_WITHOUT}")
     checked(value, file, Record, advice=_WITHOUT)
     return value
-
-
-def _digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> list[str]:

@@ -26,7 +26,7 @@ from secateur.files.names import unique
 from secateur.models.flow.stream import HiddenStates, Stream, default_batch_size, states_folder
 from secateur.models.opening.opened import open_model
 from secateur.models.shape.matrices import Matrix, by_block
-from secateur.models.shape.skeleton import Skeleton, loaded
+from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import Plan, matching
 from secateur.record.manifest import Manifest, mask_digest, read_manifest, tensor_digest
@@ -82,7 +82,11 @@ def reconstruct(settings: BlockSettings) -> Manifest:
         original = DenseSource(folder, base, settings.dense)
         check_output(settings.output, original.path, settings.overwrite)
         original.check(skeleton)
-        matrices = _matrices(skeleton, base, settings)
+        shapes = {matrix.name: matrix.shape for matrix in skeleton.matrices}
+        plan = Plan.from_json(base.plan)
+        plan.check(shapes)
+        chosen = set(matching({name: shapes[name] for name in plan}, only=settings.only, skip=settings.skip))
+        matrices = by_block(matrix for matrix in skeleton.matrices if matrix.name in chosen)
         dtype = str(skeleton.dtype).removeprefix("torch.")
         clock = Clock(synchronise=skeleton.device.type == "cuda")
         on_event(Event("calibrate"))
@@ -146,15 +150,6 @@ def reconstruct(settings: BlockSettings) -> Manifest:
         written.publish(manifest)
     on_event(Event("done"))
     return manifest
-
-
-def _matrices(skeleton: Skeleton, manifest: Manifest, settings: BlockSettings) -> dict[int, list[Matrix]]:
-    """The pruned matrices that the globs leave, by block."""
-    shapes = {matrix.name: matrix.shape for matrix in skeleton.matrices}
-    plan = Plan.from_json(manifest.plan)
-    plan.check(shapes)
-    chosen = set(matching({name: shapes[name] for name in plan}, only=settings.only, skip=settings.skip))
-    return by_block(matrix for matrix in skeleton.matrices if matrix.name in chosen)
 
 
 def forwards(epochs: float, trained: float) -> float:

@@ -98,10 +98,9 @@ def tune(
     the weights as they were). `nudged` counts kept weights that would have been rounded to zero; `diverged` is the
     epoch whose loss was not finite, after which no more were run.
 
-    After each epoch the weights are judged on the held-out samples as
-    they would be written, rounded; the best ones are the result, those at the start included. With `seconds`, tuning
-    ends at the latest when they are over, and the learning rate falls with them; it rises over the first twentieth of
-    all steps and then falls in a straight line.
+    After each epoch the weights are judged on the held-out samples as they would be written, rounded; the best ones
+    are the result, those at the start included. With `seconds`, tuning ends when they are over at the latest, and the
+    learning rate falls with them; it rises over the first twentieth of all steps and then falls linearly.
 
     Source: block reconstruction after pruning, as in EBFT (arXiv 2402.12419) and "Rethinking pruning large language
     models" (EMNLP 2024), with their Adam and linear decay. Raises `NumericalError` for a loss that is not finite at the
@@ -257,9 +256,14 @@ class _Loss:
             total += loss.detach()
         return total
 
-    def _of(self, weights: Mapping[str, Tensor], batch: int, among: range) -> Tensor:
+    def _of(self, weights: dict[str, Tensor], batch: int, among: range) -> Tensor:
         """A batch's share of the loss of several batches."""
-        block = Block(self._block.index, self._block.path, _Substituted(self._block.module, weights))
+
+        def module(*args: Any, **kwargs: Any) -> Any:
+            """The block's own with these weights instead; gradients flow to them."""
+            return torch.func.functional_call(self._block.module, weights, args, kwargs)
+
+        block = Block(self._block.index, self._block.path, module)  # type: ignore[arg-type]  # it is only called
         output = self._stream.run(block, batch, aside=True)
         target = self._targets.states.get(batch, self._stream.device)
         wide = torch.promote_types(output.dtype, torch.float32)
@@ -267,14 +271,3 @@ class _Loss:
         lengths = target.square().sum(dim=-1).clamp(min=self._least)
         tokens = sum(self._targets.tokens[number] for number in among)
         return ((output - target).square().sum(dim=-1) / lengths).sum() / tokens
-
-
-class _Substituted(nn.Module):
-    """A module with other tensors in the place of some of its parameters, through which gradients flow to them."""
-
-    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._module, self._weights = module, dict(weights)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self._module, self._weights, args, kwargs)

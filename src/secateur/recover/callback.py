@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from secateur.errors import ModelStructureError, PatternError
-from secateur.recover.masks import sparse_parameters
+from secateur.recover.masks import matrix_parameters, planned_parameters
 
 
 class SparsityCallback(TrainerCallback):
@@ -27,7 +28,7 @@ class SparsityCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.zeros = 0  # how many are kept, known once training has begun
-        self._checkpoint: str | os.PathLike[str] | None = None
+        self._checkpoint: Path | None = None
         self._zeros: dict[str, tuple[nn.Parameter, int]] = {}
         self._removed: dict[str, Tensor] = {}  # where those that are trained are pruned
         self._hooks: list[Any] = []
@@ -36,18 +37,29 @@ class SparsityCallback(TrainerCallback):
     def from_checkpoint(cls, folder: str | os.PathLike[str]) -> "SparsityCallback":
         """The callback for the matrices that a pruned checkpoint's manifest plans, and with its counts of zeros."""
         callback = cls()
-        callback._checkpoint = folder
+        callback._checkpoint = Path(folder)
         return callback
 
     def attach(self, model: nn.Module) -> None:
         """Take the zeros that a model has now as those to keep. Training does so itself when it begins."""
         self._detach()
-        for name, (parameter, removed) in sparse_parameters(model, self._checkpoint).items():
-            self._zeros[name] = (parameter, int(removed.sum()))
-            if parameter.requires_grad:
+        if self._checkpoint is None:
+            parameters = {name: parameter for name, (parameter, _) in matrix_parameters(model).items()}
+        else:
+            parameters = planned_parameters(model, self._checkpoint)
+        for name, parameter in parameters.items():
+            removed = parameter.detach() == 0
+            if zeros := int(removed.sum()):
+                self._zeros[name] = (parameter, zeros)
+            if zeros and parameter.requires_grad:
                 self._removed[name] = removed
                 hooked: Any = parameter
                 self._hooks.append(hooked.register_post_accumulate_grad_hook(partial(self._mask_gradient, name)))
+        if not self._zeros:
+            raise PatternError(
+                f"{type(model).__name__}: none of its {len(parameters)} prunable matrices has a zero, so there is no "
+                "sparsity to keep. Was the pruned checkpoint loaded, and not the dense one?"
+            )
         self.zeros = sum(count for _, count in self._zeros.values())
 
     @torch.no_grad()

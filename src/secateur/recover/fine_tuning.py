@@ -13,7 +13,7 @@ from torch import nn
 from transformers import set_seed
 
 from secateur.calibration.packing import training_windows
-from secateur.calibration.windows import check_length, check_predictions, check_vocabulary
+from secateur.calibration.windows import check_fits, check_predictions
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.evaluate.results import model_digest
@@ -88,18 +88,18 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
         text = isinstance(data, str)
         if asked_length is None:
             settings = replace(settings, length=min(settings.length, opened.skeleton.positions or settings.length))
+        per_step = settings.batch_size * settings.accumulation
         train, held = training_windows(
             data,
             opened.load_tokenizer() if text else None,
-            samples=settings.training_windows,
+            samples=settings.windows if settings.steps is None else settings.steps * per_step,
             length=settings.length if text else asked_length,
             held_out=settings.held_out,
             progress=lambda done, total: progress("packing text", done, total, ""),
         )
         settings = replace(settings, length=train.length)
         for windows in (train, held):
-            check_vocabulary(windows, opened.skeleton.vocabulary_size)
-            check_length(windows, opened.skeleton.positions)
+            check_fits(windows, opened.skeleton.vocabulary_size, opened.skeleton.positions)
             check_predictions(windows)
         kind: type[Way] = FullWeights if method == "full" else Adapters
         way = kind(opened, manifest, base, settings)
@@ -119,10 +119,12 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
         start = _start(work, asked, settings.resume)
 
         def measured(model: OpenedModel, name: str) -> Perplexity:
-            def show(stage: str, done: int, total: int) -> None:
-                progress(name, done, total, stage)
-
-            return perplexity(model, held, batch_size=settings.batch_size, progress=show)
+            return perplexity(
+                model,
+                held,
+                batch_size=settings.batch_size,
+                progress=lambda stage, done, total: progress(name, done, total, stage),
+            )
 
         before = measured(opened, "perplexity before")
         dense = None if distill is None else _load_dense(settings, opened, computing, device)

@@ -33,30 +33,15 @@ class Forecast:
     `seconds` is about how long the steps take, evaluation not counted; None where the clock decides.
     """
 
-    method: str
-    steps: int | None
-    minutes: float | None
-    tokens_per_step: int
+    way: Way
     windows: int
     held_out: int
-    length: int
     passes: float | None
     seconds: float | None
     parameters: int
-    trainable: int
-    targets: list[str]
     device: str
     dtype: str
-    weight_bytes: int
-    gradient_bytes: int
-    moment_bytes: int
-    mask_bytes: int
-    dense_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        """All of them together. Activations come on top, and grow with batch size and length."""
-        return self.weight_bytes + self.gradient_bytes + self.moment_bytes + self.mask_bytes + self.dense_bytes
+    memory: Mapping[str, int]  # bytes by what they hold; activations come on top, and grow with batch size and length
 
 
 def forecast(way: Way, train: Windows, held: Windows, device: torch.device, computing: torch.dtype) -> Forecast:
@@ -71,25 +56,21 @@ def forecast(way: Way, train: Windows, held: Windows, device: torch.device, comp
     # A backward is one forward's work for what comes in, and another for what is trained.
     forwards = (3 if full else 2) + settings.gradient_checkpointing + (settings.distill is not None)
     return Forecast(
-        method=settings.method,
-        steps=steps,
-        minutes=settings.minutes,
-        tokens_per_step=per_step * train.length,
+        way=way,
         windows=train.samples,
         held_out=held.samples,
-        length=train.length,
         passes=None if steps is None else steps * per_step / train.samples,
         seconds=None if steps is None else forwards * forward_seconds(skeleton, steps * per_step * train.length),
         parameters=parameters,
-        trainable=way.trainable,
-        targets=way.targets,
         device=str(device),
         dtype=str(computing).removeprefix("torch."),
-        weight_bytes=4 * parameters if full else computing.itemsize * parameters + 4 * allocated,
-        gradient_bytes=4 * allocated,
-        moment_bytes=MOMENT_BYTES.get(settings.optimizer, 8) * allocated,
-        mask_bytes=way.mask_bytes,
-        dense_bytes=computing.itemsize * dense,
+        memory={
+            "weights": 4 * parameters if full else computing.itemsize * parameters + 4 * allocated,
+            "gradients": 4 * allocated,
+            "moments": MOMENT_BYTES.get(settings.optimizer, 8) * allocated,
+            "masks": way.mask_bytes,
+            "dense model": computing.itemsize * dense,
+        },
     )
 
 

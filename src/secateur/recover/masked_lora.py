@@ -9,13 +9,12 @@ from transformers.pytorch_utils import Conv1D
 
 
 class MaskedLinear(Linear):
-    """W + s (BA) ⊙ M instead of W + s BA, where M is 1 where W is not zero.
+    """W + s (BA) ⊙ M instead of W + s BA, where M is 1 where W is not zero: it has the zeros of W, so merging is exact.
 
-    W' = W + s (BA) ⊙ M has the zeros of W, so that merging is exact. The mask is read off the weight at every forward
-    and kept nowhere. The product has the size of the weight while it is in use.
+    The mask is read off the weight at every forward and stored nowhere. The product takes as much memory as the weight
+    while it is in use. Dropout is that of peft, on the adapter's input.
 
-    Source: the masked product of MaskLoRA (PERP, arXiv 2312.15230). Dropout is that of peft, on the
-    adapter's input.
+    Source: the masked product of MaskLoRA (PERP, arXiv 2312.15230).
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
@@ -44,11 +43,6 @@ class MaskedLinear(Linear):
 
 
 def masked(config: LoraConfig) -> LoraConfig:
-    """The configuration, with layers that mask their product. It is saved as if they were ordinary ones.
-
-    Raises `ValueError` for variants of LoRA, whose products are not simply added.
-    """
-    if config.use_dora or config.lora_bias:
-        raise ValueError("masked adapters are plain LoRA: no DoRA, no biases")
+    """The configuration, with layers that mask their product. It is saved as if they were ordinary ones."""
     config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
     return config

@@ -1,6 +1,5 @@
 """Which weights of a model in memory are pruned: the zeros of its matrices, at most those that a manifest plans."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -39,36 +38,12 @@ def matrix_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
     return found
 
 
-def sparse_parameters(
-    model: nn.Module, checkpoint: str | os.PathLike[str] | None = None
-) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Every parameter whose matrices have zeros, and where they are: True = removed, of the parameter's shape.
+def planned_parameters(model: nn.Module, folder: Path) -> dict[str, nn.Parameter]:
+    """The parameters that hold the matrices that a pruned checkpoint's manifest plans, by their names in the model.
 
-    With `checkpoint`, the folder of a pruned checkpoint that the model was loaded from, only the parameters that its
-    manifest plans count, and each matrix must have the zeros that the manifest records.
-
-    Raises `PatternError` when there are no zeros, or not those of the checkpoint.
+    `model` was loaded from `folder`. Raises `PatternError` where a matrix has not the zeros that the manifest records.
     """
     parameters = matrix_parameters(model)
-    if checkpoint is not None:
-        planned = _planned(model, Path(checkpoint), parameters)
-        parameters = {name: parameters[name] for name in parameters if name in planned}
-    sparse: dict[str, tuple[nn.Parameter, Tensor]] = {}
-    with torch.no_grad():
-        for name, (parameter, _) in parameters.items():
-            removed = parameter == 0
-            if bool(removed.any()):
-                sparse[name] = (parameter, removed)
-    if not sparse:
-        raise PatternError(
-            f"{type(model).__name__}: none of its {len(parameters)} prunable matrices has a zero, so there is no "
-            "sparsity to keep. Was the pruned checkpoint loaded, and not the dense one?"
-        )
-    return sparse
-
-
-def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Parameter, bool]]) -> set[str]:
-    """Names of the parameters that hold planned matrices, each checked against the manifest's count of zeros."""
     manifest = read_manifest(folder)
     plain: Any = model
     if hasattr(model, "get_base_model"):  # adapters have renamed modules: where tensors land shows in a model without
@@ -90,7 +65,8 @@ def _planned(model: nn.Module, folder: Path, parameters: dict[str, tuple[nn.Para
                 f"{name}: {zeros} zeros of {list(weight.shape)} in the model, expected {entry['zeros']} of "
                 f"{entry['shape']} as in {folder}. Load the model from there before training."
             )
-    return {matrices[name].parameter for name in manifest.matrices}
+    planned = {matrices[name].parameter for name in manifest.matrices}
+    return {name: parameter for name, (parameter, _) in parameters.items() if name in planned}
 
 
 def keep_from_zero(values: Tensor, kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:

@@ -1,7 +1,7 @@
 """`merge`: an adapter into its pruned base, with the mask kept or dropped, tensor by tensor."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Merge:
     def to_json(self) -> dict[str, Any]:
         """All fields, and the sparsities before and after; perplexities as `eval` prints them."""
         sparsity = {"sparsity_before": self.zeros_before / self.weights, "sparsity": self.zeros / self.weights}
-        fields = {**vars(self), **sparsity}
+        fields = vars(self) | sparsity
         return {name: value.to_json() if isinstance(value, Perplexity) else value for name, value in fields.items()}
 
 
@@ -205,17 +205,13 @@ def merge(settings: MergeSettings) -> Merge:
 def _windows(settings: MergeSettings, adapter: Adapter, opened: OpenedModel) -> Windows:
     """The windows to measure on: of the text asked for, else those held out while the adapter was trained.
 
-    Raises `CalibrationError` when these cannot be drawn again, or are too few.
+    What was held out is cut anew where another length is asked for. Raises `CalibrationError` when it cannot be drawn
+    again, or is too little.
     """
-    length, windows = settings.length, settings.windows
-    if settings.data is None and adapter.record is not None and adapter.record["data"]["name"] is not None:
-        return _held_out(adapter.record, opened, length, windows)
-    text = "wikitext2" if settings.data is None else settings.data
-    return model_evaluation_windows(opened, text, None, length=length, windows=windows)
-
-
-def _held_out(record: Mapping[str, Any], opened: OpenedModel, length: int | None, windows: int | None) -> Windows:
-    """What was held out in training, cut anew where another length is asked for."""
+    length, windows, record = settings.length, settings.windows, adapter.record
+    if settings.data is not None or record is None or record["data"]["name"] is None:
+        data = "wikitext2" if settings.data is None else settings.data
+        return model_evaluation_windows(opened, data, None, length=length, windows=windows)
     name, held = record["data"]["name"], record["held_out"]
     _, text = training_windows(
         name, opened.load_tokenizer(), samples=1, length=held["length"], held_out=held["samples"]

@@ -215,11 +215,6 @@ class RecoverSettings(DeviceSettings):
             return None
         return self.steps or max(1, self.windows // (self.batch_size * self.accumulation))
 
-    @property
-    def training_windows(self) -> int:
-        """How many windows to draw, at most."""
-        return self.windows if self.steps is None else self.steps * self.batch_size * self.accumulation
-
     def to_json(self) -> dict[str, Any]:
         """The settings of training that matter for the method."""
         others = FULL_OPTIONS if self.method != "full" else ADAPTER_OPTIONS

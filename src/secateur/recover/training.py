@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 
 from secateur.calibration.windows import Windows
 from secateur.errors import CheckpointError, NumericalError, PatternError
@@ -46,11 +46,9 @@ class Budget(TrainerCallback):
     """The clock of a run: how much of the budget is spent, when to evaluate, and when to stop."""
 
     def __init__(self, settings: RecoverSettings) -> None:
-        self.minutes = settings.minutes
-        self.progress = settings.progress
+        self.settings = settings
         self.seconds_before = 0.0  # of the run that is resumed
         self.share = 0.0
-        self._steps = settings.total_steps
         self._started = time.monotonic()
         self._evaluated = 0
         self._loss: float | None = None
@@ -71,7 +69,7 @@ class Budget(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop a run that is limited by minutes in time, and evaluate it after each tenth of them."""
         self._spend(state)
-        if self.minutes is not None:
+        if self.settings.minutes is not None:
             tenth = int(10 * self.share)
             control.should_training_stop |= self.share >= 1
             if tenth > self._evaluated or control.should_training_stop:
@@ -95,19 +93,17 @@ class Budget(TrainerCallback):
         """The bar counts steps, or seconds where the clock decides."""
         parts = [] if self._loss is None else [f"loss {self._loss:.3f}"]
         parts += [] if self._perplexity is None else [f"held-out perplexity {self._perplexity:.3f}"]
-        if self._steps is None:
-            total = round(60 * (self.minutes or 0))
-            self.progress(
-                "training", round(self.share * total), total, ", ".join([f"step {state.global_step}", *parts])
-            )
-        else:
-            self.progress("training", state.global_step, self._steps, ", ".join(parts))
+        done, total = state.global_step, self.settings.total_steps
+        if total is None:
+            total = round(60 * (self.settings.minutes or 0))
+            done, parts = round(self.share * total), [f"step {done}", *parts]
+        self.settings.progress("training", done, total, ", ".join(parts))
 
     def _spend(self, state: Any) -> None:
-        if self.minutes is not None:
-            self.share = min(1.0, self.seconds / (60 * self.minutes))
-        elif self._steps:
-            self.share = min(1.0, state.global_step / self._steps)
+        if self.settings.minutes is not None:
+            self.share = min(1.0, self.seconds / (60 * self.settings.minutes))
+        elif steps := self.settings.total_steps:
+            self.share = min(1.0, state.global_step / steps)
 
 
 def require_finite(loss: float, what: str, step: int, args: Any, best: str | None) -> None:
@@ -134,12 +130,12 @@ def own_optimizer(settings: RecoverSettings) -> tuple[Any, dict[str, Any]] | Non
     text = settings.optimizer_args
     try:
         call: Any = ast.parse(f"f({text or ''})", mode="eval").body
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError
         given = {
             keyword.arg: keyword.value.id if isinstance(keyword.value, ast.Name) else ast.literal_eval(keyword.value)
             for keyword in call.keywords
         }
+        if call.args or None in given:  # **given
+            raise ValueError
     except (SyntaxError, ValueError):
         raise PatternError(
             f'--optimizer-args "{text}": expected name=value with commas between, such as momentum=0.9,nesterov=True.'
@@ -172,8 +168,7 @@ class RecoveryTrainer(Trainer):
         self.settings = settings
         self.budget = Budget(settings)
         self.dense = dense
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+        self.remove_callback(PrinterCallback)
         self.add_callback(self.budget)
         if settings.patience is not None:
             self.add_callback(EarlyStoppingCallback(settings.patience))

@@ -15,7 +15,7 @@ from secateur.models.weights.conversion import TensorGroup
 from secateur.models.weights.inverse import Inverse
 from secateur.plans.plan import matching
 from secateur.record.manifest import Manifest
-from secateur.recover.adapters import find_targets, read_adapter, with_adapters, write_record
+from secateur.recover.adapters import PREFIX, adaptable, find_targets, read_adapter, write_record
 from secateur.recover.callback import SparsityCallback
 from secateur.recover.merge import MergedCheckpoint
 from secateur.recover.settings import RecoverSettings, TrainingProgress
@@ -54,8 +54,11 @@ class Adapters(_Trained):
         )
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, list[Any]]:
-        """The model wrapped by peft, with its adapters in float32; no callbacks."""
-        from peft import LoraConfig
+        """The model wrapped by peft, with its adapters in float32, which alone are trainable; no callbacks.
+
+        Raises `PatternError` where peft takes the names for stacks of experts, whose adapters could not be merged.
+        """
+        from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
         alpha = self.settings.alpha
@@ -68,13 +71,20 @@ class Adapters(_Trained):
             fan_in_fan_out=stored_across,
             bias="none",
             task_type="CAUSAL_LM",
-            base_model_name_or_path=str(self.base.resolve()),
         )
         if self.masked:
             from secateur.recover.masked_lora import masked
 
             config = masked(config)
-        return with_adapters(model, config), []
+        layers = set(adaptable(model))
+        wrapped: Any = get_peft_model(model, config)
+        adapters = (name.removeprefix(PREFIX) for name, _ in wrapped.named_parameters() if ".lora_" in name)
+        if stacks := [name for name in adapters if name.partition(".lora_")[0] not in layers]:
+            raise PatternError(
+                f"peft puts adapters on fused stacks of experts for these targets ({stacks[0]}), and "
+                "those cannot be merged. Leave out names that experts have as well, such as gate_proj and down_proj."
+            )
+        return wrapped, []
 
     def write(self, model: nn.Module, transaction: Transaction) -> OpenedModel:
         """Write the adapter as peft saves it; returns the model that base and adapter amount to, ready to evaluate."""

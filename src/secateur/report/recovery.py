@@ -18,30 +18,24 @@ if TYPE_CHECKING:
 
 def forecast_table(forecast: "Forecast") -> RenderableType:
     """What will be trained, on what, and the memory that weights, gradients and moments take."""
-    table = _table("estimate", "")
-    share = forecast.trainable / forecast.parameters
-    table.add_row("trained", f"{forecast.trainable:,} of {forecast.parameters:,} weights ({share:.2%})")
-    if forecast.method != "full":
-        more = len(forecast.targets) - 8
-        table.add_row("adapters on", ", ".join(forecast.targets[:8]) + (f" and {more} more" if more > 0 else ""))
-    budget = f"{forecast.minutes:g} minutes" if forecast.steps is None else f"{forecast.steps:,} steps"
-    table.add_row("budget", f"{budget}, {forecast.tokens_per_step:,} tokens each step")
+    table, way, settings = _table("estimate", ""), forecast.way, forecast.way.settings
+    share = way.trainable / forecast.parameters
+    table.add_row("trained", f"{way.trainable:,} of {forecast.parameters:,} weights ({share:.2%})")
+    if settings.method != "full":
+        more = len(way.targets) - 8
+        table.add_row("adapters on", ", ".join(way.targets[:8]) + (f" and {more} more" if more > 0 else ""))
+    steps, tokens = settings.total_steps, settings.batch_size * settings.accumulation * settings.length
+    budget = f"{settings.minutes:g} minutes" if steps is None else f"{steps:,} steps"
+    table.add_row("budget", f"{budget}, {tokens:,} tokens each step")
     if forecast.seconds is not None:
         table.add_row("time", f"about {seconds_text(forecast.seconds)}, and evaluations")
     passes = "" if forecast.passes is None else f", each seen {forecast.passes:.3g} times"
     if forecast.passes == 1:
         passes = ", each seen once"
-    table.add_row("windows", f"{forecast.windows:,} of {forecast.length} tokens{passes}; {forecast.held_out} held out")
+    table.add_row("windows", f"{forecast.windows:,} of {settings.length} tokens{passes}; {forecast.held_out} held out")
     table.add_row("computing on", f"{forecast.device}, {forecast.dtype}")
-    parts = {
-        "weights": forecast.weight_bytes,
-        "gradients": forecast.gradient_bytes,
-        "moments": forecast.moment_bytes,
-        "masks": forecast.mask_bytes,
-        "dense model": forecast.dense_bytes,
-    }
-    listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
-    table.add_row("memory", f"{bytes_text(forecast.bytes)} and activations: {listed}")
+    listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in forecast.memory.items() if size)
+    table.add_row("memory", f"{bytes_text(sum(forecast.memory.values()))} and activations: {listed}")
     return table
 
 
