@@ -71,7 +71,7 @@ def _content(
     whole = Group("all", matrices)
     weights = sum(math.prod(record.shape) for record in Checkpoint(folder).tensors.values())
     zeros, planned = sum(matrix.zeros for matrix in matrices), sum(matrix.weights for matrix in matrices)
-    evaluated = tables(evaluations)
+    evaluated, drawn = tables(evaluations), manifest.calibration
     source = str(manifest.source.get("path"))
     part = (
         "" if len(shown) == len(matrices) else f"{len(shown)} of {len(matrices):,} matrices, evenly chosen in each kind"
@@ -95,7 +95,7 @@ def _content(
         "key_facts": [
             *_perplexity_fact(evaluations),
             ("Pattern", "; ".join(patterns(manifest.matrices.values()))),
-            ("Calibration", _calibration_words(manifest)),
+            ("Calibration", f"{drawn.get('samples')} × {drawn.get('length')} tokens" if drawn else "none"),
             ("Column structure", f"{share(whole.columns.excess, 1)} beyond chance"),
             ("Row structure", f"{share(whole.rows.excess, 1)} beyond chance"),
             ("Time", seconds_text(manifest.seconds.get("total", 0.0))),
@@ -130,11 +130,6 @@ def _perplexity_fact(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]
                 before = f"{result['perplexity_dense']:.4g} → " if "perplexity_dense" in result else ""
                 return [(f"Perplexity, {data_name(result)}", f"{before}{result['perplexity']:.4g}")]
     return []
-
-
-def _calibration_words(manifest: Manifest) -> str:
-    calibration = manifest.calibration
-    return "none" if calibration is None else f"{calibration.get('samples')} × {calibration.get('length')} tokens"
 
 
 def _group_words(manifest: Manifest) -> str:
