@@ -4,7 +4,7 @@ SecateurError
  ├─ ModelStructureError (ValueError)     the model is not shaped as a stack of decoder blocks, or a matrix saw no token
  ├─ PatternError (ValueError)            a pattern cannot hold here: width, range, N > M, a glob that matches nothing
  ├─ CalibrationError (ValueError)        no text, text too short, token ids outside the vocabulary, NaN in a statistic
- ├─ MethodError (RuntimeError)           somebody's own method raised, or gave what is none of what was expected
+ ├─ MethodError (RuntimeError)           a user's own method raised, or returned something else than expected
  ├─ NumericalError (ArithmeticError)     weights or solutions that are not finite
  └─ CheckpointError (OSError)            a file is missing, damaged, in the way, or cannot be written
 
@@ -29,7 +29,7 @@ class CalibrationError(SecateurError, ValueError):
 
 
 class MethodError(SecateurError, RuntimeError):
-    """A method of one's own raised an error, or gave something else than a score or a solution."""
+    """A method of one's own raised an error, or returned something else than a score or a solution."""
 
 
 class NumericalError(SecateurError, ArithmeticError):

@@ -1,4 +1,4 @@
-"""Where somebody's own code is: the line that an error comes from, and the function that gave something wrong."""
+"""Where somebody's own code is: the line that an error comes from, and the function that returned something wrong."""
 
 import functools
 import sysconfig

@@ -88,7 +88,7 @@ class Method:
     data. `per` is the comparison group of unstructured patterns that
     leave it open. `products` is about how many products of the weights with a Gram matrix a solve takes the time of,
     for estimates. `options` are what it was made with, for the record; `with_options` fills them in. `revision` is
-    raised when the same options give other results than before, so that kept results are not taken for new ones.
+    raised when the same options lead to other results than before, so that kept results are not taken for new ones.
     """
 
     name: str
