@@ -6,8 +6,8 @@
 Makes an environment for llm-compressor 0.14.0.1 beside the outputs, with the torch of this one. Every run is a process
 of its own that loads the same float32 checkpoint, prunes it on the same token ids and writes the result; runs of the
 tools alternate. Wall and CPU time are those from the first read of the model to the last written byte, imports
-excluded; peak RSS is that of the process. The tokens of each draw are others. Perplexity is measured by `secateur.perplexity` on the same
-windows for all, and differences are paired by window and pooled over draws.
+excluded; peak RSS is that of the process. The tokens of each draw are others. Perplexity is measured by
+`secateur.perplexity` on the same windows for all, and differences are paired by window and pooled over draws.
 
 Both tools get as many tokens in a batch (2,048) and the same number of threads. llm-compressor prunes the head unless a
 regular expression leaves it out, which it does here; it counts N zeros of M, which is the same for 2:4.
