@@ -7,7 +7,7 @@ from torch import nn
 
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE
-from secateur.record.manifest import FILE_NAME, read_manifest, unlisted_files
+from secateur.record.manifest import FILE_NAME, paths_below, read_manifest, unlisted_files
 
 ADAPTER_RECORD = "secateur_adapter.json"  # what an adapter has in the place of a manifest
 REPORT_FOLDER = "report"
@@ -71,8 +71,7 @@ def _check_own(output: str | os.PathLike[str], target: Path) -> None:
             ) from None
         others = [name for name in others if not name.startswith(f"{REPORT_FOLDER}/")]
     else:
-        others = [file.relative_to(target).as_posix() for file in target.rglob("*") if not file.is_dir()]
-        others = [name for name in others if name not in _ADAPTER_FILES]
+        others = [name for name in paths_below(target) if name not in _ADAPTER_FILES]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise CheckpointError(
