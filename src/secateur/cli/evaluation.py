@@ -112,7 +112,8 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     for row, name in zip(rows, pruned * len(agreements), strict=True):
         _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
     if settings.csv is not None:
-        write_csv(Path(settings.csv), [*map(_text_row, rows), *map(_task_row, answers)])
+        on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
+        write_csv(Path(settings.csv), [*on_texts, *map(_task_row, answers)])
     if as_json:
         print_json(
             {
@@ -131,10 +132,6 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             print_tables(task_comparison_table(answers))
         if written:
             print_tables(generations_table(list(zip(*written, strict=True))))
-
-
-def _text_row(row: "Agreement") -> dict[str, Any]:
-    return {"model": row.model, "kind": "text", "name": row.data, **row.to_json()}
 
 
 def _task_row(row: "TaskComparison") -> dict[str, Any]:
