@@ -31,12 +31,9 @@ for _panel in PANELS:
 def parsed(
     function: Callable[..., None], *, required: Collection[str] = (), hidden: Collection[str] = ()
 ) -> Callable[..., None]:
-    """The function as cyclopts calls it: with a parameter for each option, also those of its settings.
+    """The function as cyclopts calls it: with a parameter for each option, including those of its settings.
 
-    Settings that record the command line which they come from get it here.
-
-    `required` names fields that a command line cannot do without, though Python code can, `hidden` those that the help
-    does not show.
+    Settings that record the command line receive it here. `required` and `hidden` are those of `app.command`.
     """
     takers = {
         name: kind

@@ -112,8 +112,8 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     for row, name in zip(rows, pruned * len(agreements), strict=True):
         _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
     if settings.csv is not None:
-        figures = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
-        write_csv(Path(settings.csv), [*figures, *map(_task_row, answers)])
+        on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
+        write_csv(Path(settings.csv), [*on_texts, *map(_task_row, answers)])
     if as_json:
         print_json(
             {

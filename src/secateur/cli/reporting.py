@@ -46,10 +46,11 @@ def report(
     """
     output = Path(folder)
     with quiet_libraries(), stage_progress() as show:
-        from secateur.report.sweep_page import build_sweep, is_sweep
+        from secateur.report.sweep_page import build_sweep
+        from secateur.sweeps.folder import SWEEP_FILE
 
         refreshed = True
-        if is_sweep(output):
+        if (output / SWEEP_FILE).is_file():
             if evaluation:
                 raise CheckpointError(f"{output} is a sweep; its sweep.json has the figures of every run.")
             page = build_sweep(output, show)

@@ -146,9 +146,9 @@ def _raw_header(file: Path) -> tuple[bytes, bytes, int]:
                     f"{HEADER_BYTES:,}. Download or copy it again."
                 )
             return prefix, stream.read(length), size
+        except CheckpointError:
+            raise
         except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
 
 

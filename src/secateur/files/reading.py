@@ -132,15 +132,8 @@ def read_yaml(file: Path) -> Any:
     text = read_text(file, limit=1 << 20)
     try:
         # Values stay text, as on a command line: YAML 1.1 would read `pattern: 2:4` as the number 124.
-        loader = yaml.BaseLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _check_yaml(node, yaml)
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
+        _check_yaml(yaml.compose(text, yaml.BaseLoader), yaml)
+        return yaml.load(text, yaml.BaseLoader)
     except RecursionError:
         raise CheckpointError(f"{file}: nested too deeply; lists and objects may be {DEPTH} deep.") from None
     except (yaml.YAMLError, ValueError, TypeError) as problem:

@@ -32,17 +32,17 @@ class CheckpointWriter:
         self._entries: dict[str, dict[str, Any]] = {}
         self._touched: set[str] = set()
         self.total_bytes = 0
-        for file, tensors in layout:
-            self._create(file, tensors)
-        if len(layout) > 1:
-            weight_map = {name: place[0] for name, place in sorted(self._place.items())}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            try:
+        try:
+            for file, tensors in layout:
+                self._create(file, tensors)
+            if len(layout) > 1:
+                weight_map = {name: place[0] for name, place in sorted(self._place.items())}
+                index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
                 with writing(folder / INDEX_FILE):
                     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            except CheckpointError:
-                self.close()
-                raise
+        except CheckpointError:
+            self.close()
+            raise
 
     def _create(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         entries: dict[str, Any] = {}
@@ -64,7 +64,6 @@ class CheckpointWriter:
             reserve(descriptor, len(head) + position)
             os.pwrite(descriptor, head, 0)
         except OSError as error:
-            self.close()
             raise CheckpointError(
                 f"{path}: cannot reserve {len(head) + position:,} bytes ({error.strerror}). "
                 "Free some space or choose another output folder."

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
 from secateur.errors import SecateurError
@@ -35,15 +35,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over a common axis. `summary` describes them in words; `level` is a horizontal line and its name."""
+    """Lines over a common axis. `summary` describes them in words; `level` is a horizontal line and its name.
+
+    With `limits`, the lowest and highest y shown, the y axis is in per cent.
+    """
 
     name: str
     title: str
     summary: str
-    x: str
     y: str
     series: Sequence[Series]
-    percent: bool = False
+    x: str = "block"
     logarithmic: bool = False
     limits: tuple[float, float] | None = None
     level: tuple[str, float] | None = None
@@ -57,8 +59,8 @@ class Chart:
         columns = [self.x, *(series.label for series in self.series)]
         return Table(f"{self.name}-numbers", f"{self.title}: the numbers", columns, rows)
 
-    def draw(self, folder: Path) -> tuple[str, str]:
-        """`<svg>` elements for wide and narrow screens, in the page's colours; NAME.svg and NAME.png go to a folder.
+    def draw(self, folder: Path) -> "Drawn":
+        """The chart as `<svg>` elements in the page's colours; NAME.svg and NAME.png are written to a folder.
 
         The files are on white, with letters as outlines, so that they look the same everywhere.
         """
@@ -66,11 +68,11 @@ class Chart:
 
         with _style(self.name):
             wide, narrow = self._figure(WIDE), self._figure(NARROW)
-            elements = _for_page(wide, f"{self.name}-wide", self), _for_page(narrow, f"{self.name}-narrow", self)
+            elements = [_for_page(wide, f"{self.name}-wide", self), _for_page(narrow, f"{self.name}-narrow", self)]
             with matplotlib.rc_context({"svg.fonttype": "path"}):
                 wide.savefig(folder / f"{self.name}.svg", metadata={"Date": None, "Title": self.title})
             wide.savefig(folder / f"{self.name}.png", dpi=200)
-        return elements
+        return Drawn(self.name, self.table, *elements)
 
     def _figure(self, width: float) -> "Figure":
         from matplotlib.figure import Figure
@@ -117,10 +119,9 @@ class Chart:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         if self.limits is not None:
             axes.set_ylim(*self.limits)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         elif not self.logarithmic:
             axes.set_ylim(bottom=0)
-        if self.percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         places = sorted({x for series in self.series for x in series.x})
         if len(places) <= 8:
             axes.set_xticks(places)
@@ -136,6 +137,15 @@ class Chart:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once, drawn several times
         return figure
+
+
+class Drawn(NamedTuple):
+    """A chart as templates show it: its numbers, and `<svg>` elements for wide and narrow screens."""
+
+    name: str
+    table: Table
+    wide: str
+    narrow: str
 
 
 def _style(salt: str) -> Any:

@@ -33,10 +33,8 @@ def _sparsity(matrices: Sequence[MaskReport]) -> Chart | None:
         title="Sparsity by block",
         summary="The share of zeros in the matrices of each kind, block by block, between "
         f"{share(min(values))} and {share(max(values))}.",
-        x="block",
         y="share of zeros",
         series=_over_blocks(matrices, lambda group: group.sparsity),
-        percent=True,
         limits=(0.0, 1.0),
     )
 
@@ -51,7 +49,6 @@ def _change(manifest: Manifest) -> Chart | None:
         title="Output change by block",
         summary=f"How far each block's output moved, relative to its norm; most in block {highest['index']}, by "
         f"{highest['output_change']:.3f}.",
-        x="block",
         y="relative change of the output",
         series=[
             Series("output change", [block["index"] for block in blocks], [block["output_change"] for block in blocks])
@@ -90,7 +87,6 @@ def _reconstruction(manifest: Manifest) -> Chart | None:
         summary="The loss of each block on held-out samples, relative to the dense block's outputs, "
         f"before and after its kept weights were tuned; block {least['index']} fell furthest, from "
         f"{least['before']:.3g} to {least['after']:.3g}.",
-        x="block",
         y="held-out loss",
         series=[Series(label, places, [block[label] for block in blocks]) for label in ("before", "after")],
         logarithmic=True,
@@ -108,7 +104,6 @@ def _error(matrices: Sequence[MaskReport]) -> Chart | None:
         title="Reconstruction error by block",
         summary="The mean reconstruction error of the matrices of each kind, block by block; the largest of one matrix "
         f"is {errors[worst]:.3g} in {worst}.",
-        x="block",
         y="reconstruction error",
         series=_over_blocks(known, lambda group: sum(errors[m.name] for m in group.matrices) / len(group.matrices)),
         logarithmic=min(errors.values()) > 0,
@@ -126,10 +121,8 @@ def _structure(matrices: Sequence[MaskReport], side: str) -> Chart | None:
         title=f"{side.capitalize()} structure by block",
         summary=f"The standard deviation of the sparsity of {side}s beyond chance, for each kind of matrix, block by "
         f"block. The largest is {share(top, 1)}, in {label}.",
-        x="block",
         y=f"excess of {side}s",
         series=series,
-        percent=True,
         limits=(0.0, max(0.05, 1.08 * top)),
     )
 

@@ -12,12 +12,11 @@ from secateur.files.checkpoint import Checkpoint
 from secateur.record.card import papers, patterns, source_name
 from secateur.record.manifest import Manifest, cautions, read_manifest
 from secateur.report import checkpoint_tables
-from secateur.report.charts import check_installed
+from secateur.report.charts import Drawn, check_installed
 from secateur.report.checkpoint_charts import depth_charts
 from secateur.report.evaluations import Evaluation, data_name, tables
 from secateur.report.masks import Group, MaskReport, groups, read_masks
-from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
-from secateur.report.structure import Structure
+from secateur.report.page import FOLDER, PAGE, render, report_folder
 from secateur.report.tables import share
 from secateur.report.terminal import seconds_text
 from secateur.runs.events import Progress
@@ -46,7 +45,7 @@ def build(
         found = depth_charts(manifest, matrices)
         charts = {}
         for done, (name, chart) in enumerate(found.items()):
-            charts[name] = Drawn(chart, made)
+            charts[name] = chart.draw(made)
             progress("charts", done + 1, len(found))
         html = render("checkpoint.html", _content(folder, manifest, matrices, shown, evaluations, charts))
         (made / PAGE).write_text(html, encoding="utf-8")
@@ -71,8 +70,9 @@ def _content(
     whole = Group("all", matrices)
     weights = sum(math.prod(record.shape) for record in Checkpoint(folder).tensors.values())
     zeros, planned = sum(matrix.zeros for matrix in matrices), sum(matrix.weights for matrix in matrices)
-    evaluated, drawn = tables(evaluations), manifest.calibration
-    source = str(manifest.source.get("path"))
+    evaluated = tables(evaluations)
+    source, text = str(manifest.source.get("path")), manifest.calibration
+    widths = [str(m) for m in sorted({e["pattern"]["m"] for e in manifest.matrices.values() if "m" in e["pattern"]})]
     part = (
         "" if len(shown) == len(matrices) else f"{len(shown)} of {len(matrices):,} matrices, evenly chosen in each kind"
     )
@@ -95,7 +95,7 @@ def _content(
         "key_facts": [
             *_perplexity_fact(evaluations),
             ("Pattern", "; ".join(patterns(manifest.matrices.values()))),
-            ("Calibration", f"{drawn.get('samples')} × {drawn.get('length')} tokens" if drawn else "none"),
+            ("Calibration", f"{text.get('samples')} × {text.get('length')} tokens" if text is not None else "none"),
             ("Column structure", f"{share(whole.columns.excess, 1)} beyond chance"),
             ("Row structure", f"{share(whole.rows.excess, 1)} beyond chance"),
             ("Time", seconds_text(manifest.seconds.get("total", 0.0))),
@@ -107,7 +107,7 @@ def _content(
         "kinds": checkpoint_tables.kinds(manifest, kinds),
         "charts": charts,
         "recovery": checkpoint_tables.recovery(manifest),
-        "group_words": _group_words(manifest),
+        "group_words": f", within each group of {' or '.join(widths)} inputs of the N:M pattern" if widths else "",
         "structure_kinds": checkpoint_tables.structure([*kinds, whole]),
         "pictures_words": f"Pictured are {part}." if part else "",
         "table_words": "A name shows its picture." + (f" Listed are {part}; matrices.csv has all." if part else ""),
@@ -130,11 +130,6 @@ def _perplexity_fact(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]
                 before = f"{result['perplexity_dense']:.4g} → " if "perplexity_dense" in result else ""
                 return [(f"Perplexity, {data_name(result)}", f"{before}{result['perplexity']:.4g}")]
     return []
-
-
-def _group_words(manifest: Manifest) -> str:
-    widths = sorted({entry["pattern"]["m"] for entry in manifest.matrices.values() if "m" in entry["pattern"]})
-    return f", within each group of {' or '.join(map(str, widths))} inputs of the N:M pattern" if widths else ""
 
 
 def _sparsity_words(matrices: Sequence[MaskReport]) -> str:
@@ -163,10 +158,7 @@ def _warnings(folder: Path, matrices: Sequence[MaskReport]) -> list[str]:
 
 def _data(matrix: MaskReport) -> dict[str, Any]:
     """A matrix with a picture, as the page's script reads it."""
-
-    def side(structure: Structure) -> dict[str, Any]:
-        return {"excess": structure.excess, "ratio": structure.ratio, "empty": structure.empty}
-
+    sides = {"columns": matrix.columns, "rows": matrix.rows}
     assert matrix.picture is not None
     return {
         "name": matrix.name,
@@ -174,8 +166,7 @@ def _data(matrix: MaskReport) -> dict[str, Any]:
         "block": matrix.block,
         "shape": list(matrix.shape),
         "sparsity": matrix.sparsity,
-        "columns": side(matrix.columns),
-        "rows": side(matrix.rows),
+        **{side: {"excess": own.excess, "ratio": own.ratio, "empty": own.empty} for side, own in sides.items()},
         "scored": matrix.scored,
         "values": dict(matrix.values),
         "side": matrix.picture.side,

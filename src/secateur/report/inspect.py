@@ -69,10 +69,7 @@ def inspect(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Inspection:
     """The sparsity and the detected pattern of every prunable matrix, read block by block."""
-    if isinstance(model, OpenedModel):
-        opened = model
-    else:
-        opened = open_model(model, device="cpu", revision=revision, trust_remote_code=trust_remote_code)
+    opened = open_model(model, device="cpu", revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
     rows = []
     for block in skeleton.blocks:

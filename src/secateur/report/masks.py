@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,10 @@ def groups(matrices: Sequence[MaskReport], key: Callable[[MaskReport], str]) -> 
 def short_kinds(kinds: Sequence[str]) -> dict[str, str]:
     """Labels for kinds of matrix: `model.layers.*.mlp.up_proj.weight` is `mlp.up_proj` where all begin alike."""
     parts = {kind: kind.removesuffix(".weight").split(".") for kind in kinds}
-    common = 0
-    while len(parts) > 1 and all(len(p) > common + 1 for p in parts.values()):
-        if len({p[common] for p in parts.values()}) > 1:
-            break
-        common += 1
+    shortest = min(map(len, parts.values()))
     if len(parts) == 1:
-        (only,) = parts.values()
-        common = max(0, len(only) - 2)
+        common = max(0, shortest - 2)
+    else:
+        by_place = zip(*parts.values(), strict=False)
+        common = min(len(list(takewhile(lambda words: len(set(words)) == 1, by_place))), shortest - 1)
     return {kind: ".".join(p[common:]) for kind, p in parts.items()}

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import secateur
 from secateur.errors import CheckpointError
 from secateur.files.writer import writing
-from secateur.report.charts import Chart
 from secateur.runs.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -21,14 +20,6 @@ if TYPE_CHECKING:
 FOLDER, PAGE = "report", "index.html"
 WRITTEN = (".html", ".png", ".svg", ".csv")  # what reports consist of
 GENERATOR = '<meta name="generator" content="Secateur'
-
-
-class Drawn:
-    """A chart drawn for the templates: `<svg>` for wide and for narrow screens, and its numbers."""
-
-    def __init__(self, chart: Chart, folder: Path) -> None:
-        self.name, self.table = chart.name, chart.table
-        self.wide, self.narrow = chart.draw(folder)
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:

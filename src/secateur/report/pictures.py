@@ -81,16 +81,11 @@ def _fold(counts: Shaped[Tensor, "lines width"], side: int) -> Int32[Tensor, "ce
     """Sums of `side` consecutive lines; the last sum may be of fewer."""
     if side == 1:
         return counts.int()
-    lines, width = counts.shape
-    whole = lines // side * side
-    sums = counts[:whole].reshape(-1, side, width).sum(dim=1, dtype=torch.int32)
-    rest = counts[whole:]
-    return torch.cat([sums, rest.sum(dim=0, dtype=torch.int32, keepdim=True)]) if len(rest) else sums
+    return torch.stack([part.sum(dim=0, dtype=torch.int32) for part in torch.split(counts, side)])
 
 
 def _extremes(zeros: Int64[Tensor, " lines"], side: int) -> Int64[Tensor, "2 cells"]:
-    parts = [zeros[start : start + side] for start in range(0, len(zeros), side)]
-    return torch.stack([torch.stack([part.min(), part.max()]) for part in parts], dim=1)
+    return torch.stack([torch.stack(part.aminmax()) for part in torch.split(zeros, side)], dim=1)
 
 
 def _lengths(length: int, side: int) -> list[int]:

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from secateur.evaluate.perplexity import Perplexity
 from secateur.pruning.forecast import bytes_text
-from secateur.report.terminal import _table, seconds_text
+from secateur.report.terminal import _table, plus_minus, seconds_text
 
 if TYPE_CHECKING:
     from secateur.record.manifest import Manifest
@@ -121,5 +121,4 @@ def merge_tables(merge: "Merge") -> RenderableType:
 
 
 def _measured(result: Perplexity) -> str:
-    several = f" ± {result.perplexity_error:.3f}" if result.windows > 1 else ""
-    return f"{result.perplexity:.3f}{several}"
+    return f"{result.perplexity:.3f}{plus_minus(result.perplexity_error, '.3f')}"

@@ -4,19 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.report.charts import Chart, Series, check_installed
+from secateur.report.charts import Chart, Drawn, Series, check_installed
 from secateur.report.checkpoint_tables import pairs
 from secateur.report.evaluations import data_name
-from secateur.report.page import FOLDER, PAGE, Drawn, render, report_folder
+from secateur.report.page import FOLDER, PAGE, render, report_folder
 from secateur.report.tables import Table, number, percent, text
 from secateur.report.terminal import seconds_text
 from secateur.runs.events import Progress
 from secateur.sweeps.folder import SWEEP_FILE, Sweep
-
-
-def is_sweep(folder: Path) -> bool:
-    """Whether a folder holds a sweep."""
-    return (folder / SWEEP_FILE).is_file()
 
 
 def build_sweep(folder: Path, progress: Progress = lambda stage, done, total: None) -> Path:
@@ -31,7 +26,7 @@ def build_sweep(folder: Path, progress: Progress = lambda stage, done, total: No
         charts: dict[str, Drawn | None] = {}
         for place, data in enumerate(_texts(sweep)):
             chart = _chart(sweep, data, place)
-            charts[data] = None if chart is None else Drawn(chart, made)
+            charts[data] = None if chart is None else chart.draw(made)
             progress("charts", place + 1, len(_texts(sweep)))
         (made / PAGE).write_text(render("sweep.html", _content(sweep, charts)), encoding="utf-8")
     return folder / FOLDER / PAGE

@@ -15,7 +15,7 @@ from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.perplexity import Perplexity
-from secateur.evaluate.task_results import Metric, TaskComparison, TaskResult, TaskResults
+from secateur.evaluate.task_results import Difference, Metric, TaskComparison, TaskResult, TaskResults
 from secateur.models.shape.matrices import matrix_kind
 from secateur.pruning.forecast import Estimate, bytes_text
 from secateur.record.manifest import Manifest, cautions, sparsity
@@ -113,13 +113,12 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
 def perplexity_table(result: Perplexity) -> RenderableType:
     """Perplexity with its standard error, and what it was measured on."""
     table = _table("data", "windows", "tokens", "nats", "perplexity", "seconds")
-    several = result.windows > 1
     table.add_row(
         result.data,
         f"{result.windows} x {result.length}",
         f"{result.tokens:,}",
-        f"{result.nats:.4f}" + (f" ± {result.standard_error:.4f}" if several else ""),
-        f"{result.perplexity:.3f}" + (f" ± {result.perplexity_error:.3f}" if several else ""),
+        f"{result.nats:.4f}{plus_minus(result.standard_error, '.4f')}",
+        f"{result.perplexity:.3f}{plus_minus(result.perplexity_error, '.3f')}",
         f"{result.seconds:.1f}",
     )
     return Group(table, *_bos_lines(result.provenance))
@@ -248,10 +247,10 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
         for row, own in zip(rows, values, strict=True):
             cells = [
                 f"{row.perplexity:.3f}",
-                f"{row.difference:+.4f}{_plus_minus(row.difference_error, '.4f')}",
-                f"{row.kl:.4f}{_plus_minus(row.kl_error, '.4f')}",
+                f"{row.difference:+.4f}{plus_minus(row.difference_error, '.4f')}",
+                f"{row.kl:.4f}{plus_minus(row.kl_error, '.4f')}",
                 f"{row.kl_99:.3f}",
-                f"{row.top1:.1%}{_plus_minus(100 * row.top1_error, '.1f')}",
+                f"{row.top1:.1%}{plus_minus(100 * row.top1_error, '.1f')}",
             ]
             bold = [len(rows) > 1 and value == best for value, best in zip(own, lowest, strict=True)]
             table.add_row(row.model, *(Text(cell, "bold" if b else "") for cell, b in zip(cells, bold, strict=True)))
@@ -259,7 +258,8 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
     return Group(*tables[:-1])
 
 
-def _plus_minus(error: float, form: str) -> str:
+def plus_minus(error: float, form: str) -> str:
+    """An error after its figure, nothing where it is NaN: that of a single window."""
     return "" if math.isnan(error) else f" ± {error:{form}}"
 
 
@@ -308,21 +308,21 @@ def task_comparison_table(rows: Sequence[TaskComparison]) -> RenderableType:
 
 
 def _difference(name: str, row: TaskComparison) -> tuple[str, str, str]:
-    """(value, its difference to the dense model's, flips) of a metric."""
+    """(value, its difference from the dense model's, flips) of a metric."""
     found = row.differences.get(name)
     if found is None:
         return "", "", ""
-    scale, form = (100, ".2f") if _is_share(name) else (1, ".4f")
-    error = "" if found.error is None else f" ± {scale * found.error:{form}}"
     flips = "" if found.right_to_wrong is None else f"-{found.right_to_wrong} +{found.wrong_to_right}"
-    return _metric(name, row.pruned.metrics[name]), f"{scale * found.value:+{form}}{error}", flips
+    return _metric(name, row.pruned.metrics[name]), _metric(name, found, "+"), flips
 
 
-def _metric(name: str, metric: Metric | None) -> str:
+def _metric(name: str, metric: Metric | Difference | None, sign: str = "") -> str:
     if metric is None:
         return ""
     scale, form = (100, ".2f") if _is_share(name) else (1, ".4f")
-    return f"{scale * metric.value:{form}}" + ("" if metric.error is None else f" ± {scale * metric.error:{form}}")
+    return f"{scale * metric.value:{sign}{form}}" + (
+        "" if metric.error is None else f" ± {scale * metric.error:{form}}"
+    )
 
 
 def _is_share(name: str) -> bool:

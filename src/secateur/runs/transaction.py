@@ -128,7 +128,7 @@ class Transaction:
             return
         size = sum(file.lstat().st_size for file in _entries(self.partial))
         for entry in left:
-            _delete(entry)
+            delete(entry)
         logger.warning(
             "%s: left by a run that ended before it was complete (%s); removed.", self.partial, decimal(size)
         )
@@ -191,7 +191,7 @@ class Transaction:
             with suppress(OSError):
                 for entry in list(self.partial.iterdir()):
                     if entry.name != _LOCK:
-                        _delete(entry)
+                        delete(entry)
                 self._lock.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
@@ -202,7 +202,8 @@ class Transaction:
                 folder.rmdir()
 
 
-def _delete(entry: Path) -> None:
+def delete(entry: Path) -> None:
+    """Remove a file, a link or a whole folder, as far as the system allows it."""
     if entry.is_dir() and not entry.is_symlink():
         shutil.rmtree(entry, ignore_errors=True)
     else:

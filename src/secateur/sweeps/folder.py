@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.output import check_apart, check_writable
+from secateur.runs.transaction import delete
 
 SWEEP_FILE = "sweep.json"
 CELL_FILE = "cell.json"
@@ -223,12 +223,8 @@ class SweepFolder:
         cells = [] if (self.path / "cells").is_symlink() else self.path.glob("cells/*/")
         for folder in (self.path, *(cell for cell in cells if not cell.is_symlink())):
             for entry in list(folder.iterdir()):
-                if not _LEFTOVER.search(entry.name):
-                    continue
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry, ignore_errors=True)
-                else:
-                    entry.unlink(missing_ok=True)
+                if _LEFTOVER.search(entry.name):
+                    delete(entry)
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the sweep, whole or not at all."""
@@ -274,7 +270,7 @@ class SweepFolder:
         elif folder.exists():
             # Under another name first: what is half removed must not be taken for a checkpoint.
             old = folder.rename(folder.with_name(f"{folder.name}.old"))
-            shutil.rmtree(old, ignore_errors=True)
+            delete(old)
 
 
 def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], finished: Collection[str]) -> None:

@@ -123,11 +123,11 @@ def _described(method: Method) -> dict[str, Any]:
 
 def _calibration_settings(calibration: str | Sequence[str] | Windows, settings: SweepSettings) -> dict[str, Any]:
     samples, length = settings.samples, settings.length
-    how = {"seed": settings.seed, "sampling": settings.sampling}
     if isinstance(calibration, Windows):
-        own = {"calibration": ["token ids"], "samples": calibration.samples, "length": calibration.length}
-        return {**own, **how}
-    specs = [calibration] if isinstance(calibration, str) else [os.fspath(spec) for spec in calibration]
-    if not all(map(is_token_file, specs)):
-        samples, length = samples or DEFAULT_SAMPLES, length or DEFAULT_LENGTH
+        specs, samples, length = ["token ids"], calibration.samples, calibration.length
+    else:
+        specs = [calibration] if isinstance(calibration, str) else [os.fspath(spec) for spec in calibration]
+        if not all(map(is_token_file, specs)):
+            samples, length = samples or DEFAULT_SAMPLES, length or DEFAULT_LENGTH
+    how = {"seed": settings.seed, "sampling": settings.sampling}
     return {"calibration": specs, "samples": samples, "length": length, **how}
