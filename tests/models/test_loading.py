@@ -172,11 +172,12 @@ def test_a_module_with_more_than_its_class_has(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_record_of_an_adapter(text: str, tmp_path: Path) -> None:
-    from secateur.recover.adapters import _digest, _record
+    from secateur.record.manifest import digest_of
+    from secateur.recover.adapters import _record
 
     value = json.loads(text) if len(text) < 1000 else None
     if isinstance(value, dict):
-        text = json.dumps({**value, "digest": _digest(value)})
+        text = json.dumps({**value, "digest": digest_of(value)})
     (tmp_path / "secateur_adapter.json").write_text(text)
     with pytest.raises(
         CheckpointError, match=r"secateur_adapter\.json: .*Remove it to merge the adapter without a record\."
