@@ -1,7 +1,5 @@
 """Corpora that cannot be read: every mistake is told with its place, and no file takes all memory."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import gzip
 import json
 import os
@@ -15,12 +13,7 @@ import pytest
 from secateur.calibration.corpora import load_corpus
 from secateur.calibration.drawing import calibration_windows
 from secateur.errors import CalibrationError
-from texts import (
-    sentences,
-    tokenizer,  # noqa: F401
-    write_jsonl,
-    write_parquet,
-)
+from texts import sentences, write_jsonl, write_parquet
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Evaluation: one text, cut without overlap, of which a few windows need only the start."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from pydoc_data.topics import topics
 
 import pytest
@@ -10,14 +8,7 @@ import torch
 from secateur.calibration import drawing
 from secateur.calibration.drawing import evaluation_windows
 from secateur.errors import CalibrationError
-from texts import (
-    NAMES,
-    sentences,
-    shared,
-    stories_tokenizer,  # noqa: F401
-    tokenizer,  # noqa: F401
-    write_jsonl,
-)
+from texts import NAMES, sentences, shared, write_jsonl
 
 
 def test_evaluation_is_one_call_cut_without_overlap(tokenizer):

@@ -1,7 +1,5 @@
 """Windows drawn by document, from one long sequence and from mixtures: the published loops, token by token."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import json
 import random
 from pathlib import Path
@@ -14,13 +12,7 @@ from secateur.calibration import drawing
 from secateur.calibration.corpora import load_corpus
 from secateur.calibration.drawing import calibration_windows, evaluation_windows
 from secateur.errors import CalibrationError
-from texts import (
-    sentences,
-    shared,
-    stories_tokenizer,  # noqa: F401
-    tokenizer,  # noqa: F401
-    write_jsonl,
-)
+from texts import sentences, shared, write_jsonl
 
 
 def published_document_loop(documents, tokenizer, samples, length, seed):

@@ -1,7 +1,5 @@
 """Token ids as they are, and what a set of windows says of itself."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import hashlib
 import json
 import struct
@@ -13,7 +11,6 @@ from safetensors.torch import save_file
 from secateur.calibration.drawing import calibration_windows, evaluation_windows
 from secateur.calibration.windows import Windows, check_fits
 from secateur.errors import CalibrationError
-from texts import tokenizer  # noqa: F401
 
 # Token ids as they are
 

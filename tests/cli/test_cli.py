@@ -1,7 +1,5 @@
 """The command line, as a person and as a program see it."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import json
 import re
 import shutil
@@ -13,15 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from command_line import (
-    CALIBRATION,
-    FIRST,
-    Call,
-    call,  # noqa: F401
-    model,  # noqa: F401
-    process,
-    terminal,
-)
+from command_line import CALIBRATION, FIRST, Call, process, terminal
 from secateur import cli
 from secateur.errors import NumericalError, PatternError
 from secateur.files.checkpoint import SINGLE_FILE

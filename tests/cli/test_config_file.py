@@ -1,7 +1,5 @@
 """`--config`: options from a file, which those of the command line overrule."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import itertools
 import os
 from collections.abc import Callable
@@ -9,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import (
-    FIRST,
-    Call,
-    call,  # noqa: F401
-    model,  # noqa: F401
-)
+from command_line import FIRST, Call
 
 Config = Callable[[str], Path]
 

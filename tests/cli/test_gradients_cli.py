@@ -1,18 +1,12 @@
 """`secateur gradients`, and pruning with its files from the command line."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 import re
 
 import pytest
 
-from command_line import (
-    CALIBRATION,
-    call,  # noqa: F401
-    save_model,
-)
+from command_line import CALIBRATION, save_model
 from full_autograd import NORMS, assert_same_weights
 from secateur.collect.gradient_file import GradientFile
 

@@ -1,7 +1,5 @@
 """The help tells every option there is, and nothing heavy is loaded for it."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import json
 import re
 import subprocess
@@ -11,10 +9,7 @@ from pathlib import Path
 import pytest
 from cyclopts.argument import Argument
 
-from command_line import (
-    Call,
-    call,  # noqa: F401
-)
+from command_line import Call
 from secateur import cli
 
 WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", "--per", "--only", "--skip"}

@@ -1,7 +1,5 @@
 """`--method module:function`, and the options that reach it."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import inspect
 import json
 import re
@@ -14,13 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command_line import (
-    CALIBRATION,
-    FIRST,
-    Call,
-    call,  # noqa: F401
-    model,  # noqa: F401
-)
+from command_line import CALIBRATION, FIRST, Call
 from secateur import cli
 from secateur.errors import MethodError
 from secateur.files.checkpoint import SINGLE_FILE

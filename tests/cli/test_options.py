@@ -14,13 +14,7 @@ import pytest
 from test_config_file import Config, config  # noqa: F401
 from test_help import OPTIONS, options
 
-from command_line import (
-    CALIBRATION,
-    FIRST,
-    Call,
-    call,  # noqa: F401
-    model,  # noqa: F401
-)
+from command_line import CALIBRATION, FIRST, Call
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from command_line import Call, call, process, save_model, terminal
+from command_line import Call, process, save_model, terminal
 from secateur.recover.training import last_checkpoint
-
-__all__ = ["call"]  # a fixture
 
 TEXT = ["--data", "python-docs", "--length", "32", "--held-out", "4"]
 

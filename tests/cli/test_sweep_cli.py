@@ -1,5 +1,4 @@
 """`secateur sweep` as a person and as a program see it."""
-# ruff: noqa: F811 - fixtures of another file
 
 import json
 import re
@@ -12,14 +11,7 @@ import pytest
 import yaml
 
 import secateur
-from command_line import (
-    CALIBRATION,
-    Call,
-    call,  # noqa: F401
-    model,  # noqa: F401
-    process,
-    terminal,
-)
+from command_line import CALIBRATION, Call, process, terminal
 from secateur.errors import PatternError
 from secateur.sweeps.grid import methods_of, patterns_of
 

@@ -1,7 +1,5 @@
 """Gradients in parts that fit into memory, on disk, and after failures."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -13,17 +11,7 @@ import pytest
 import torch
 
 import tiny
-from full_autograd import (
-    LENGTH,
-    assert_same_totals,
-    contents,
-    ids,  # noqa: F401
-    interrupting,
-    llama,  # noqa: F401
-    pinned,
-    routes,
-    take,
-)
+from full_autograd import LENGTH, assert_same_totals, contents, interrupting, pinned, routes, take
 from secateur.collect.gradient_pass import chunk_sizes
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.models.opening.opened import open_model

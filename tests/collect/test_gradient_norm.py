@@ -1,7 +1,5 @@
 """The statistic of gradients: a sum over samples that can be split and merged."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 import re
@@ -10,14 +8,7 @@ import pytest
 import torch
 
 import reference
-from full_autograd import (
-    contents,
-    each_norm,
-    ids,  # noqa: F401
-    llama,  # noqa: F401
-    pinned,
-    take,
-)
+from full_autograd import contents, each_norm, pinned, take
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.errors import CalibrationError
 

@@ -1,7 +1,5 @@
 """Gradient statistics: streamed through one block at a time, they are those of full autograd on the whole model."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 import re
@@ -28,10 +26,7 @@ from full_autograd import (
     autograd,
     dense,
     distance,
-    file,  # noqa: F401
-    ids,  # noqa: F401
     in_float64,
-    llama,  # noqa: F401
     loss_of,
     output_norm,
     own_calls,

@@ -1,7 +1,5 @@
 """Gradients in half precision neither underflow nor overflow unnoticed."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,16 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from full_autograd import (
-    autograd,
-    dense,
-    distance,
-    ids,  # noqa: F401
-    in_float64,
-    sums,
-    take,
-    totals_of,
-)
+from full_autograd import autograd, dense, distance, in_float64, sums, take, totals_of
 from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, NumericalError
 from secateur.models.opening.opened import open_model

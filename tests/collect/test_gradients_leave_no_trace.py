@@ -1,7 +1,5 @@
 """A module stays as it was given, whatever happens while gradients are taken."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,15 +10,7 @@ from torch import nn
 
 import secateur
 import tiny
-from full_autograd import (
-    NORMS,
-    contents,
-    file,  # noqa: F401
-    ids,  # noqa: F401
-    interrupting,
-    llama,  # noqa: F401
-    take,
-)
+from full_autograd import NORMS, contents, interrupting, take
 from pruned_checkpoints import bits
 from secateur.collect.block_gradients import GradientPass
 from secateur.errors import CalibrationError

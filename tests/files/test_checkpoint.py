@@ -1,7 +1,5 @@
 """Checkpoints on disk, read byte for byte as safetensors and transformers read them, and the files beside them."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import json
 import random
 from pathlib import Path
@@ -14,11 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from checkpoint_files import (
-    every_kind,
-    llama,  # noqa: F401
-    same_bytes,
-)
+from checkpoint_files import every_kind, same_bytes
 from secateur.files.checkpoint import (
     DTYPES,
     INDEX_FILE,

@@ -1,7 +1,5 @@
 """Checkpoints on disk that are damaged, cut short, or not what they claim to be: each is refused by name."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import json
 import os
 import re
@@ -14,10 +12,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from checkpoint_files import (
-    llama,  # noqa: F401
-    same_bytes,
-)
+from checkpoint_files import same_bytes
 from full_disks import unprivileged
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import (

@@ -1,7 +1,5 @@
 """Checkpoints written as safetensors and transformers expect them, and disks without room or permission."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import errno
 import hashlib
 import json
@@ -19,12 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from checkpoint_files import (
-    every_kind,
-    layout_of,
-    llama,  # noqa: F401
-    same_bytes,
-)
+from checkpoint_files import every_kind, layout_of, same_bytes
 from full_disks import file_size_limit, small_disk, unprivileged
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import (

@@ -1,7 +1,5 @@
 """What manifests say of a run, and manifests that say what cannot be."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,7 @@ from secateur.methods.wanda import wanda
 from secateur.pruning.engine import prune
 from secateur.record.manifest import FILE_NAME, Manifest, read_manifest
 from secateur.record.verify import only_chooses, verify
-from verified_runs import (
-    PLANNED,
-    _one_thread,  # noqa: F401
-    dense,  # noqa: F401
-    edit,
-    forge,
-    kept,  # noqa: F401
-    pruned,  # noqa: F401
-)
+from verified_runs import PLANNED, edit, forge
 
 # The manifest itself
 

@@ -1,7 +1,5 @@
 """`verify` on checkpoints that were really pruned: it agrees with what was done, and no bit can change unnoticed."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import json
 import random
 from collections.abc import Callable
@@ -22,15 +20,7 @@ from secateur.models.opening.opened import open_model
 from secateur.pruning.engine import prune
 from secateur.record.manifest import FILE_NAME, read_manifest
 from secateur.record.verify import verify
-from verified_runs import (
-    PLANNED,
-    _one_thread,  # noqa: F401
-    dense,  # noqa: F401
-    flipped,
-    forge,
-    kept,  # noqa: F401
-    pruned,  # noqa: F401
-)
+from verified_runs import PLANNED, flipped, forge
 
 # What holds
 

@@ -1,7 +1,5 @@
 """`verify` finds every file, shard and tensor that was added, renamed or removed after the run."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import json
 import os
 import shutil
@@ -20,15 +18,7 @@ from secateur.methods.magnitude import magnitude
 from secateur.pruning.engine import prune
 from secateur.record.manifest import FILE_NAME, read_manifest
 from secateur.record.verify import verify
-from verified_runs import (
-    PLANNED,
-    UNPLANNED,
-    _one_thread,  # noqa: F401
-    dense,  # noqa: F401
-    forge,
-    kept,  # noqa: F401
-    pruned,  # noqa: F401
-)
+from verified_runs import PLANNED, UNPLANNED, forge
 
 # Files and tensors that come and go
 

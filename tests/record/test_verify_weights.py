@@ -1,7 +1,5 @@
 """`verify` finds every weight that is not what the pattern and the source say."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import shutil
 from pathlib import Path
 
@@ -15,16 +13,7 @@ from secateur.files.checkpoint import Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.pruning.engine import prune
 from secateur.record.verify import verify
-from verified_runs import (
-    PLANNED,
-    UNPLANNED,
-    _one_thread,  # noqa: F401
-    dense,  # noqa: F401
-    edit,
-    forge,
-    kept,  # noqa: F401
-    pruned,  # noqa: F401
-)
+from verified_runs import PLANNED, UNPLANNED, edit, forge
 
 
 def first_zero(folder: Path, name: str) -> tuple[int, int]:

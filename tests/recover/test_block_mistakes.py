@@ -1,7 +1,5 @@
 """`reconstruct` refuses what cannot work, says why, and leaves nothing behind."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 import io
@@ -23,18 +21,7 @@ from pruned_checkpoints import file_hashes
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError
 from secateur.record.manifest import file_digests, read_manifest
 from secateur.report.recovery import block_tables
-from tuned_blocks import (  # noqa: F401
-    HELD_OUT,
-    OPTIONS,
-    SAMPLES,
-    assert_only_tuned,
-    assert_refused,
-    llama,
-    losses,
-    run,
-    samples,
-    tuned,
-)
+from tuned_blocks import assert_only_tuned, assert_refused, losses, run, tuned
 
 
 def changed(folder: Path, name: str, target: Path) -> Path:

@@ -1,7 +1,5 @@
 """`reconstruct`: blocks come closer to the dense model's on samples they never saw, and nothing else changes."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 import json
@@ -20,12 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 import tiny
-from command_line import (
-    CALIBRATION,
-    Call,
-    call,  # noqa: F401
-    save_model,
-)
+from command_line import CALIBRATION, Call, save_model
 from pruned_blocks import HALF, TWO_OF_FOUR, block_outputs, distance, pruned_model
 from pruned_checkpoints import STREAMED, file_hashes, load, read_tensors, same_bytes
 from real_data import STORIES, STORIES_TEXT
@@ -36,18 +29,7 @@ from secateur.record.manifest import read_manifest, tensor_digest
 from secateur.recover import block
 from secateur.recover.block import BlockPass, forwards, reconstruct
 from secateur.recover.block_tuning import _Copy
-from tuned_blocks import (  # noqa: F401
-    HELD_OUT,
-    OPTIONS,
-    SAMPLES,
-    assert_only_tuned,
-    assert_refused,
-    llama,
-    losses,
-    run,
-    samples,
-    tuned,
-)
+from tuned_blocks import HELD_OUT, SAMPLES, assert_only_tuned, assert_refused, losses, run, samples, tuned
 
 # One of each way in which blocks differ: norms, parallel residuals, fused and transposed projections, mixed attention,
 # shared keys and values, experts (numbered, stacked, transposed, fused in the file), states, shared blocks.

@@ -1,7 +1,5 @@
 """Training a pruned checkpoint: it gets better, keeps its zeros, says what it did, and goes on where it stopped."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import json
 import math
 import re
@@ -20,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from real_data import STORIES, STORIES_TEXT, byte_pair_tokenizer
-from recoveries import IDS, base, pruned, tensors, tune  # noqa: F401
+from recoveries import IDS, pruned, tensors, tune
 from secateur.calibration.packing import training_windows
 from secateur.errors import CalibrationError, CheckpointError, PatternError, SecateurError
 from secateur.models.opening.opened import open_source

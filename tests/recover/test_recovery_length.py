@@ -1,7 +1,5 @@
 """How long training goes on: by steps, by minutes, until it gets no better, and after an interruption."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import secateur
-from recoveries import IDS, base, pruned, tensors, tune  # noqa: F401
+from recoveries import IDS, pruned, tensors, tune
 from secateur.errors import CheckpointError, NumericalError, SecateurError
 from secateur.recover.settings import PRESETS, RecoverSettings, with_preset
 from secateur.recover.training import Budget, last_checkpoint

@@ -1,7 +1,5 @@
 """`sweep`: against separate prunings and evaluations, what its cells share, and its tables."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 import csv
@@ -26,16 +24,7 @@ from real_data import STORIES, STORIES_TEXT
 from secateur.errors import CheckpointError
 from secateur.sweeps.folder import Cell, cell_name
 from secateur.sweeps.loop import SweepEvent
-from sweep_runs import (
-    HALF,
-    METHODS,
-    MORE,
-    TWO_OF_FOUR,
-    Run,
-    contents,
-    place,  # noqa: F401
-    run,  # noqa: F401
-)
+from sweep_runs import HALF, METHODS, MORE, TWO_OF_FOUR, Run, contents
 
 
 def of_manifest(file: Path) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What a sweep keeps on disk, what it removes, and what happens when cells fail."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 import json
@@ -20,16 +18,7 @@ from secateur.core.statistics import SquaredNorm
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
 from secateur.sweeps.folder import Cell
 from secateur.sweeps.loop import SweepEvent
-from sweep_runs import (
-    HALF,
-    METHODS,
-    MORE,
-    Run,
-    contents,
-    finished,  # noqa: F401
-    place,  # noqa: F401
-    run,  # noqa: F401
-)
+from sweep_runs import HALF, METHODS, MORE, Run, contents
 
 # What stays on disk
 

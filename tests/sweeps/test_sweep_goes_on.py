@@ -1,7 +1,5 @@
 """A sweep goes on where it was, through kills and restarts, unless something has changed."""
 
-# ruff: noqa: F811 - fixtures of another file
-
 from __future__ import annotations
 
 import dataclasses
@@ -25,15 +23,7 @@ from counted_forwards import counted
 from secateur.core.statistics import SquaredNorm
 from secateur.errors import CheckpointError, PatternError
 from secateur.sweeps.loop import SweepEvent
-from sweep_runs import (
-    HALF,
-    MORE,
-    Run,
-    contents,
-    finished,  # noqa: F401
-    place,  # noqa: F401
-    run,  # noqa: F401
-)
+from sweep_runs import HALF, MORE, Run, contents
 
 
 def pruned_cells(events: list[SweepEvent]) -> list[str]:

@@ -83,4 +83,5 @@ def alps(
         weight, _ = conjugate_gradients(gram, right, weight, mask, iterations=polish)
         return finished(problem, scaled.back(weight), mask, damping=used, iterations=float(step), penalty=rho)
 
-    return Method("alps", solve, frozenset({Gram}), per="matrix", products=100 * min(iterations, 35) / 35)
+    products = 100 * min(iterations, 35) / 35
+    return Method("alps", solve, frozenset({Gram}), per="matrix", products=products, revision=2)

@@ -7,7 +7,7 @@ read and the last one written while this one is computed.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,8 @@ class BlockLoop:
             if matrices:
                 pruned = stream.run(block, 0, states=states, aside=single)
                 change = relative_change(dense, pruned)
-                if not single and block.index < self.last:
-                    for batch in range(len(stream.batches)):
-                        self._put(block, stream, batch, pruned if batch == 0 else stream.run(block, batch))
+                if not single:
+                    self._pass_on(block, stream, pruned, partial(stream.run, block))
             stream.release(block)
         return {"output_change": change, **facts}
 
@@ -194,17 +193,17 @@ class BlockLoop:
             with self.clock.timed("propagation forward"):
                 pruned = forwards.output(0)
                 change = relative_change(dense, pruned)
-                if block.index < self.last:
-                    for batch in range(len(stream.batches)):
-                        self._put(block, stream, batch, pruned if batch == 0 else forwards.output(batch))
+                self._pass_on(block, stream, pruned, forwards.output)
         stream.release(block)
         names = [[matrix.name for matrix in site.matrices] for site in found]
         return {"output_change": change, "sites": names, **facts}
 
-    def _put(self, block: Block, stream: Stream, batch: int, states: Tensor) -> None:
-        """Keep what the pruned block made of a batch for the next one."""
-        stream.states.put(batch, states)
-        self.conveyor.tell("forward", block, batch + 1, len(stream.batches))
+    def _pass_on(self, block: Block, stream: Stream, first: Tensor, output: Callable[[int], Tensor]) -> None:
+        """Keep the pruned block's outputs of all batches, of which the `first` is at hand, for the next block."""
+        if block.index < self.last:
+            for batch in range(len(stream.batches)):
+                stream.states.put(batch, first if batch == 0 else output(batch))
+                self.conveyor.tell("forward", block, batch + 1, len(stream.batches))
 
     def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put some matrices' changed tensors, and what makes one parameter with them, into the block's module."""

@@ -1,0 +1,7 @@
+"""Fixtures of this folder's tests."""
+
+# ruff: noqa: F401 - pytest finds them by name
+
+from command_line import call
+from recoveries import base
+from tuned_blocks import llama
