@@ -293,13 +293,12 @@ def test_something_else(llama, file, tmp_path):
     for number, content in enumerate(("not JSON", "[]", "3", '{"norms": ["l1"]}', "[" * 100_000)):
         other = tmp_path / f"other-{number}"
         save_file({"l1:w": torch.ones(2, 2)}, other, {"secateur_gradients": content})
-        with pytest.raises(CheckpointError, match=rf"^{other}: .* Make the file anew with secateur gradients\.$"):
+        with pytest.raises(CheckpointError, match=rf"^{other}: .* Make a new file with secateur gradients\.$"):
             GradientFile(other)
     later = tmp_path / "later"
     save_file({"l1:w": torch.ones(2, 2)}, later, {"secateur_gradients": '{"format": 3}'})
     message = (
-        f"{later}: format 3, expected 2; another version of Secateur wrote it. "
-        "Make the file anew with secateur gradients."
+        f"{later}: format 3, expected 2; another version of Secateur wrote it. Make a new file with secateur gradients."
     )
     with pytest.raises(CheckpointError, match=pinned(message)):
         GradientFile(later)
@@ -594,5 +593,5 @@ def test_an_altered_header(llama, ids, tmp_path, change, what):
     change(provenance)
     metadata["secateur_gradients"] = json.dumps(provenance)
     save_file(load_file(file.path), file.path, metadata)
-    with pytest.raises(CheckpointError, match=rf"gradients: .*{what}.*Make the file anew with secateur gradients\."):
+    with pytest.raises(CheckpointError, match=rf"gradients: .*{what}.*Make a new file with secateur gradients\."):
         GradientFile(file.path)

@@ -265,7 +265,7 @@ def test_files_of_evaluations(tmp_path):
     with pytest.raises(CheckpointError, match=r"e.json: holds results of elsewhere, none of .*out\. Give a file"):
         read({"dense": "d", "results": [other]})
     for broken in ("no JSON", "[]", "{}", "3", '{"results": 5}', '{"results": [1]}', "[" * 100_000):
-        with pytest.raises(CheckpointError, match=r"e.json: (not|lists and) .*Make it anew: secateur eval"):
+        with pytest.raises(CheckpointError, match=r"e.json: (not|lists and) .*Make a new one: secateur eval"):
             read(broken)
     for number, name in ((0, "perplexity"), (0, "windows"), (1, "kl_99")):
         with pytest.raises(CheckpointError, match=rf"e.json: damaged, or not what .* - at `\$.{name}`"):

@@ -196,8 +196,7 @@ def _first(
     """Return the first samples; `stored` is the length of a file's rows, padding included."""
     if length not in (None, found := stored or windows.length):
         raise CalibrationError(
-            f"{where}: windows of {found} tokens, expected --length {length}. "
-            "Leave --length out, or make the windows anew."
+            f"{where}: windows of {found} tokens, expected --length {length}. Leave --length out, or make new windows."
         )
     kept = windows.part(0, samples)
     return replace(kept, provenance={**windows.provenance, **kept.shape, **fewer(what, samples, kept.samples)})

@@ -80,7 +80,7 @@ def status(text: str) -> Iterator[None]:
 
 @contextmanager
 def _bar(first: str = "opening") -> Iterator[tuple[Any, Callable[..., None]]]:
-    """(a bar, what updates it by what is done, of how much, at which stage, with a detail after the times)."""
+    """A bar, and the function that updates it: `update(stage, done, total, detail)`; the detail follows the times."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -162,9 +162,9 @@ def stage_progress(*, lines: bool = False) -> Iterator[Callable[[str, int, int],
 
 @contextmanager
 def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[[Any], None]]]:
-    """(what shows an event, what prints a table above that).
+    """Two functions: one shows an event, the other prints a table above the bar.
 
-    Events are a bar over cells with the stage of the one at hand on a terminal, and one line per cell in a pipe.
+    On a terminal events move a bar over the cells, with the stage of the current one; in a pipe each cell is a line.
     """
     from secateur.report.terminal import seconds_text
 
@@ -210,9 +210,9 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
 
 @contextmanager
 def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], Callable[[Any], None]]]:
-    """(show, say): a bar for each stage, followed by a note; what is said stands above it.
+    """Two functions: `show` moves a bar for each stage, with a note after it; `say` prints a line above the bar.
 
-    In a pipe there is a line whenever a stage is done or a new perplexity was measured, and all of it on stderr.
+    In a pipe a line is printed whenever a stage is done or a perplexity was measured. All of it goes to stderr.
     """
     if sys.stderr.isatty():
         with _bar() as (bar, update):

@@ -180,7 +180,7 @@ def evaluation_store() -> "Results":
 def _keep(
     model: str, revision: str | None, kind: "Kind", result: "Perplexity | Agreement", how: Mapping[str, Any]
 ) -> None:
-    """Keep an evaluation of a text; one that cannot be kept is no failure of the evaluation, and said."""
+    """Store the evaluation of a text. Where it cannot be stored, a warning says so and the command goes on."""
     from secateur.evaluate.results import model_digest
 
     bos = result.provenance.get("bos", {}).get("used")
@@ -192,7 +192,7 @@ def _keep(
 
 
 def _answers(settings: EvalSettings | CompareSettings, progress: "Progress", **opening: Any) -> "TaskResults":
-    """The results of all tasks, from the store where they were run before, which is said."""
+    """The results of all tasks. Those found in the store are not run again, and a line says so."""
     from secateur.evaluate.tasks import tasks
 
     own = shared(settings, TaskSettings)

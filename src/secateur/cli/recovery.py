@@ -13,7 +13,7 @@ from secateur.errors import CalibrationError, PatternError
 from secateur.recover.settings import MergeSettings, RecoverSettings
 from secateur.runs.options import OPTIONS, Option, options
 
-# What of the options of `recover` has a meaning for block, and what `reconstruct` calls it.
+# The options of `recover` that apply to the method block, with the names that `reconstruct` gives them.
 SHARED = {name: name for name in ("pruned", "output", "seed", "device", "dtype", "trust_remote_code", "overwrite")}
 TAKEN = {name: name for name in ("only", "skip", "length", "held_out", "samples", "epochs", "minutes")}
 TAKEN |= {"batch_size": "step", "lr": "learning_rate", "patience": "patience", "dense": "dense", "bos": "bos"}

@@ -74,7 +74,7 @@ def guarded_streams() -> Iterator[None]:
 
 
 def _open_closed() -> None:
-    """Put the null device in the place of closed streams, before a checkpoint gets their number and what is printed."""
+    """Open the null device for closed streams; else a file opened later gets their number, and is printed into."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

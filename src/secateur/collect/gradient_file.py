@@ -25,7 +25,7 @@ REVISION = 1  # of how gradients are taken; raise it when the same model and tok
 _KEY = "secateur_gradients"
 _DIGESTS = "secateur_digests"
 _PLACE = "0" * 64  # of a digest that is not known yet
-_ANEW = "Make the file anew with secateur gradients."
+_ANEW = "Make a new file with secateur gradients."
 
 
 class ModelOrigin(TypedDict):
@@ -87,7 +87,7 @@ class GradientFile:
         if found.get("revision") != REVISION:
             raise CheckpointError(
                 f"{self.path}: its gradients were taken in another way (revision {found.get('revision')}, "
-                f"expected {REVISION}). Remove the file, and take them anew."
+                f"expected {REVISION}). Remove the file, and take them again."
             )
 
     @property

@@ -146,7 +146,7 @@ class CheckpointWriter:
 
 @contextlib.contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Where the output is written to: whatever the system says goes on as a `CheckpointError`."""
+    """Turn the system's errors while an output is written into a `CheckpointError` that names the file."""
     try:
         yield
     except CheckpointError:

@@ -96,7 +96,7 @@ def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping
         card = ModelCard.load(path)
     except (ValueError, YAMLError) as error:
         raise CheckpointError(
-            f"{path}: its metadata cannot be read ({error}). Repair it, or delete the file to have it written anew."
+            f"{path}: its metadata cannot be read ({error}). Repair it, or delete the file and a new one is written."
         ) from None
     figures = [_figure(item) for item in evaluations if item["kind"] in ("perplexity", "agreement")]
     place = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)

@@ -150,7 +150,7 @@ class RecoverSettings(DeviceSettings):
     ] = None
     minutes: Annotated[
         float | None,
-        Option(HOW_LONG, "Train for so long at most; the learning rate falls with the clock.", positive=True),
+        Option(HOW_LONG, "Train for at most so many minutes; the learning rate falls with the clock.", positive=True),
     ] = None
     epochs: Annotated[
         int | None, Option(HOW_LONG, "block: passes over the windows, at most [default: 10].", least=1)

@@ -18,7 +18,7 @@ def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
     Results of other models are passed over. Raises `CheckpointError` for another kind of file, and where all results
     are of other models.
     """
-    advice = f"Make it anew: secateur eval {pruned} --json > {file}"
+    advice = f"Make a new one: secateur eval {pruned} --json > {file}"
     content = read_json(file.expanduser(), advice=advice)
     try:
         found = list(_results(content))

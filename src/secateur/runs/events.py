@@ -26,7 +26,7 @@ class Event:
 OnEvent = Callable[[Event], None]
 
 Progress = Callable[[str, int, int], None]
-"""Is told of a stage, how much of it is done, and how much there is."""
+"""Called with a stage, how much of it is done, and how much there is in all."""
 
 
 def named(progress: Progress, name: str) -> Progress:

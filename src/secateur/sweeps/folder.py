@@ -276,8 +276,8 @@ class SweepFolder:
 def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], finished: Collection[str]) -> None:
     """Raise `CheckpointError` for a setting that differs from the one that the folder's cells were made with.
 
-    Methods, patterns and data sets may be added, and a method be changed that no cell is `finished` with. An entry that
-    only one side has is no difference.
+    Methods, patterns and data sets may be added. A method may be changed as long as no cell is `finished` with it.
+    An entry that only one side has is no difference.
     """
     growing = ("methods", "digests", "bos_choices", "data", "agreement")
     for key, value in new.items():

@@ -88,7 +88,7 @@ class SweepLoop:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What of the options of `prune` all cells share."""
+        """The options of `prune` that all cells share."""
         return shared(self.asked, BatchSettings, ModelSettings, PropagationSettings, SelectionSettings)
 
     @property
