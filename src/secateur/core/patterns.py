@@ -80,8 +80,8 @@ def _threshold(
     wide = torch.promote_types(score.dtype, torch.float32)
     ordered = np.partition(score.to(wide).numpy(), count - 1, axis=1)
     last, higher = ordered[:, count - 1 : count].copy(), ordered[:, count:]
-    tied = (higher == last).any(axis=1)
-    return torch.from_numpy(last).to(score.dtype), torch.from_numpy(tied)
+    tied = higher.min(axis=1, keepdims=True, initial=np.inf) == last
+    return torch.from_numpy(last).to(score.dtype), torch.from_numpy(tied[:, 0])
 
 
 @dataclass(frozen=True)

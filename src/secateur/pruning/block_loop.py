@@ -65,6 +65,9 @@ class BlockLoop:
         started = time.perf_counter()
         self.skeleton.load_outside(head=False)
         batches = self.ready.windows.batches(self.ready.extent.chosen_batch_size)
+        if self.settings.within == "site" and len(batches[0]) > 1:
+            # Fast: the first batch runs more often, to find out what the block multiplies. One sample shows it.
+            batches = [batches[0][:1], batches[0][1:], *batches[1:]]
         if self.evidence.known:  # how far each block's output moves is left to find out, on the first batch alone
             batches = batches[:1]
         # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.

@@ -34,8 +34,8 @@ def run_seconds(ready: Prepared, passes: int) -> float:
         tried = forwards(skeleton, extent.length, extent.chosen_batch_size, multiply)
         once = sum(token * extent.tokens + batch * batches for token, batch in tried[: last + 1])
     passes_of_states = 2.0
-    if extent.by_site:  # the first batch twice, and all of them twice more where the inputs of experts are looked at
-        passes_of_states = 1.0 + 1 / max(1, batches) + 2.0 * any(matrix.routed for matrix in planned)
+    if extent.by_site:  # one sample twice, and all of them twice more where the inputs of experts are looked at
+        passes_of_states = 1.0 + 1 / max(1, extent.samples) + 2.0 * any(matrix.routed for matrix in planned)
     passed = passes_of_states if ready.evidence.forwards else 0.0
     bytes_ = source_bytes(skeleton, skeleton.source.names)
     computing = (passed + cost.forwards) * once + cost.computing * multiply + cost.moved * move

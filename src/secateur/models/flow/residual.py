@@ -102,9 +102,14 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
     found: dict[str, ResidualWriter] = {}
     leaving: set[str] = set()
     single = {name: cut.results[path][0] for name, path in candidates.items() if len(cut.results.get(path, ())) == 1}
+    tried: list[Tensor] = []
     for at, value in {**inputs, None: output}.items():
         if not value.requires_grad or value.numel() != states.numel() or value.shape[-1] != width:
             continue
+        # Fast: q, k and v read the same input, and what holds of it is told by the first module that does.
+        if at is not None and any(torch.equal(value, other) for other in tried):
+            continue
+        tried.append(value)
         signs = torch.randint(2, value.shape, generator=torch.Generator().manual_seed(0)).to(value) * 2 - 1
         whole, *parts = torch.autograd.grad(
             value, [states, *single.values()], signs, retain_graph=True, allow_unused=True
