@@ -118,6 +118,22 @@ def test_a_writer_of_massive_activations_is_one(dtype: torch.dtype) -> None:
     assert len(found) == 2
 
 
+@torch.no_grad()
+def test_a_writer_that_writes_nothing_yet_is_one() -> None:
+    """A projection of zeros, as in blocks that were added to a model: the stream after it equals the one before."""
+    model = tiny.build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+    skeleton = open_model(model).skeleton
+    stream = Stream(skeleton, torch.split(calibration(), 3))
+    found = residual_writers(skeleton.blocks[0], skeleton.matrices[:7], stream)
+    written = {name.removeprefix("model.layers.0."): (own.at, own.base) for name, own in found.items()}
+    assert written == {
+        "self_attn.o_proj.weight": ("post_attention_layernorm", "input"),
+        "mlp.down_proj.weight": (None, "post_attention_layernorm"),
+    }
+
+
 def test_a_first_block_without_planned_writers() -> None:
     skip = ["*.0.*.o_proj.weight", "*.0.*.down_proj.weight"]
     settings: dict[str, Any] = {"method": sparsegpt(), "calibration": calibration(), "within": "site"}

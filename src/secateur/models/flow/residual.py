@@ -98,18 +98,24 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
     cut = _Cut(parameters, others, set(candidates.values()))
     paths = [path for path, _ in block.module.named_modules() if path]
     with torch.enable_grad(), cut, first_inputs(block.module, paths) as inputs:
-        output = stream.run(block, 0, states=states.clone(), aside=True)
+        entering = states.clone()
+        output = stream.run(block, 0, states=entering, aside=True)
     found: dict[str, ResidualWriter] = {}
     leaving: set[str] = set()
     single = {name: cut.results[path][0] for name, path in candidates.items() if len(cut.results.get(path, ())) == 1}
-    tried: list[Tensor] = []
+    places: dict[str, Tensor] = {BLOCK_INPUT: states}  # reached so far, each value under the first of its places
+    made_by = {(entering.grad_fn, 0)}
     for at, value in {**inputs, None: output}.items():
         if not value.requires_grad or value.numel() != states.numel() or value.shape[-1] != width:
             continue
-        # Fast: q, k and v read the same input, and what holds of it is told by the first module that does.
-        if at is not None and any(torch.equal(value, other) for other in tried):
-            continue
-        tried.append(value)
+        if at is not None:
+            # Exact: q, k and v read one value. Two that are equal may have come about differently, where one that
+            # was added is zero.
+            assert value.grad_fn is not None
+            origin = value.grad_fn.next_functions[0]
+            if origin in made_by:
+                continue
+            made_by.add(origin)
         signs = torch.randint(2, value.shape, generator=torch.Generator().manual_seed(0)).to(value) * 2 - 1
         whole, *parts = torch.autograd.grad(
             value, [states, *single.values()], signs, retain_graph=True, allow_unused=True
@@ -119,11 +125,13 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
             factor = _constant(part, signs)
             if in_stream and factor and name not in found:
                 added = factor * cut.results[candidates[name]][0].view_as(value)
-                places = {BLOCK_INPUT: states, **inputs}
-                base = next((place for place, own in places.items() if _sums_to(own, added, value)), None)
-                found[name] = ResidualWriter(at, factor, base)
+                # The latest one: an earlier one is as good only while nothing is added in between.
+                bases = (place for place, own in reversed(places.items()) if _sums_to(own, added, value))
+                found[name] = ResidualWriter(at, factor, next(bases, None))
             if at is None and part is not None and bool(part.any()):
                 leaving.add(name)
+        if at is not None:
+            places[at] = value
     # A sum that only some module inside reads is not the stream that leaves the block.
     return {name: writer for name, writer in found.items() if name in leaving}
 
