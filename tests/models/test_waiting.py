@@ -207,6 +207,19 @@ def test_site_by_site_every_batch_runs_through_every_block_once(name: str) -> No
     assert len(calls) == before + blocks * (len(ids) + 1)
 
 
+def test_one_sample_alone_shows_the_sites_of_larger_batches() -> None:
+    """Six samples, four at a time: the first one, the rest of its batch, the last two; and the first one once more."""
+    model, ids = tiny.build("llama"), tiny.tokens(samples=6, length=12)
+    with counted("llama") as overhead:
+        opened = open_model(model)
+        Stream(opened.skeleton, list(ids.split([1, 3, 2]))).close()
+        opened.restore()
+    before = len(overhead)
+    with counted("llama") as calls:
+        secateur.prune(model, method="wanda", calibration=ids, within="site", batch_size=4)
+    assert len(calls) == before + tiny.BLOCKS * (3 + 1)
+
+
 def test_residual_targets_take_one_forward_of_each_of_the_two_models() -> None:
     """And three of the first batch: for the sites, for the writers, and before the run, whether there is one."""
     model, ids = tiny.build("llama"), tiny.tokens(samples=6, length=12)
