@@ -180,7 +180,7 @@ def evaluation_store() -> "Results":
 def _keep(
     model: str, revision: str | None, kind: "Kind", result: "Perplexity | Agreement", how: Mapping[str, Any]
 ) -> None:
-    """Store the evaluation of a text. Where it cannot be stored, a warning says so and the command goes on."""
+    """Store the evaluation of a text. Where it cannot be stored, a line on standard error says so."""
     from secateur.evaluate.results import model_digest
 
     bos = result.provenance.get("bos", {}).get("used")

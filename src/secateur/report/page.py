@@ -60,7 +60,7 @@ def report_folder(parent: Path) -> "Iterator[Path]":
     others = [path for path in sorted(target.rglob("*")) if path.suffix not in WRITTEN and not path.is_dir()]
     if others:
         raise CheckpointError(
-            f"{others[0]}: no part of a report of Secateur, and a new report would replace it. Move it away."
+            f"{others[0]}: no part of a report of Secateur, and writing a new report would remove it. Move it away."
         )
     with Transaction(target, overwrite=True) as transaction, writing(target):
         yield transaction.folder
