@@ -61,6 +61,12 @@ class Extent:
         return min(self.chosen_batch_size, self.samples) * self.length
 
     @property
+    def product_bytes(self) -> int:
+        """What the widest matrix makes of a batch takes."""
+        widest = max((matrix.shape[0] for matrix in self.matrices), default=0)
+        return self.batch_tokens * widest * self.skeleton.dtype.itemsize
+
+    @property
     def number_bytes(self) -> int:
         """Of a sum."""
         return max(4, self.skeleton.dtype.itemsize)

@@ -67,13 +67,13 @@ def prune(settings: PruneSettings) -> Manifest:
         on_event(Event(stage, done=done, total=total))
 
     target = output_of(settings)
-    return_large()
     with ExitStack() as stack:
         transaction = None if target is None else stack.enter_context(Transaction(target, settings.overwrite))
         ready = stack.enter_context(prepared(settings, target, progress=partial(tell, "calibrate")))
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
+        pile_bytes = return_large(extent.product_bytes)
         manifest = _manifest(ready)
         written = None if transaction is None else stack.enter_context(checkpoint_output(transaction, opened))
         place = Path.cwd().joinpath if transaction is None else transaction.place
@@ -103,7 +103,7 @@ def prune(settings: PruneSettings) -> Manifest:
             assert windows is not None
             facts = facts_of(opened, windows, extent.matrices, extent.chosen_batch_size, evidence.device)
             shared.begin(method.inputs, facts)
-        BlockLoop(ready, evidence, manifest, Conveyor(skeleton, written, clock, on_event), states).run()
+        BlockLoop(ready, evidence, manifest, Conveyor(skeleton, written, clock, on_event, pile_bytes), states).run()
         if shared is not None:
             shared.complete = True
         manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from secateur.models.flow.memory import trim
+from secateur.models.flow.memory import FreedMemory
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 from secateur.runs.events import Clock, Event, OnEvent
@@ -31,6 +31,7 @@ class Conveyor:
     output: "CheckpointOutput | None" = None
     clock: Clock = field(default_factory=Clock)
     on_event: OnEvent = lambda event: None
+    pile_bytes: int = 0  # of memory that finished blocks have freed; 0 returns it to the system after each
 
     def carry(
         self,
@@ -46,7 +47,7 @@ class Conveyor:
         sha256)` may refuse one, then what `work` returned for the previous block. An exception from any of them ends
         the pass.
         """
-        blocks = self.skeleton.blocks if blocks is None else blocks
+        blocks, freed = self.skeleton.blocks if blocks is None else blocks, FreedMemory(self.pile_bytes)
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
             written = None if self.output is None else writer.submit(self.output.copy_outside, check)
             coming = reader.submit(self._read, read, blocks[0])
@@ -62,7 +63,7 @@ class Conveyor:
                         written.result()  # Memory: at most one finished block waits to be written
                     written = writer.submit(self._write, finished or {})
                 del found, finished
-                trim()
+                freed.after_block()
                 self.tell("write", block)
             if written is not None:
                 written.result()
