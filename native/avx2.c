@@ -6,7 +6,7 @@
 
 #define inlined static inline __attribute__((always_inline))
 #define LANES 8
-enum { PANEL_ROWS = 4, BLOCK = 8, AHEAD = 1536 /* bytes */ };
+enum { PANEL_ROWS = 4, BLOCK = 8, AHEAD = 3072 /* bytes */ };
 
 /* Shuffles of bytes: a value becomes the upper half (bfloat16) or the uppermost byte (int8) of four bytes, a gap becomes zero. */
 static uint8_t spread16[256][32] __attribute__((aligned(64))), spread8[256][32] __attribute__((aligned(64)));
@@ -57,8 +57,8 @@ inlined void multiply_panel(const int kind, const int batch, const packed *m, in
                             float sums[4][3]) {
     const int64_t size = kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2, blocks = blocks_of(m), groups = groups_of(m);
     const int64_t group_blocks = kind == INT8 && m->group_columns ? m->group_columns / BLOCK : blocks;
-    const uint32_t *masks = (const uint32_t *)m->masks + panel * blocks;
-    const uint8_t *next = m->values + m->starts[panel] * size;
+    const uint8_t *masks = m->masks + panel * blocks * 4, *values = m->values + m->starts[panel] * size;
+    int64_t next = 0; /* a count: added to in one step, and multiplied by the size in the address */
     for (int r = 0; r < 4; r++)
         for (int n = 0; n < batch; n++) sums[r][n] = 0;
     for (int64_t group = 0; group < groups; group++) {
@@ -67,14 +67,11 @@ inlined void multiply_panel(const int kind, const int batch, const packed *m, in
             for (int n = 0; n < batch; n++) acc[r][n] = _mm256_setzero_ps();
         int64_t end = least(blocks, (group + 1) * group_blocks);
         for (int64_t block = group * group_blocks; block < end; block++) {
-            uint32_t mask = masks[block];
-            _mm_prefetch((const char *)next + AHEAD, _MM_HINT_T0);
-            /* Each place from the mask alone, not from the row before: the chain from block to block stays short. */
-            const uint8_t *places[4] = {next, next + size * _mm_popcnt_u32(mask & 0xff), next + size * _mm_popcnt_u32(mask & 0xffff),
-                                        next + size * _mm_popcnt_u32(mask & 0xffffff)};
-            next += size * _mm_popcnt_u32(mask);
+            _mm_prefetch((const char *)values + next * size + AHEAD, _MM_HINT_T0);
             for (int r = 0; r < 4; r++) {
-                __m256 weights = spread(kind, places[r], mask >> (8 * r) & 0xff);
+                int64_t mask = masks[block * 4 + r];
+                __m256 weights = spread(kind, values + next * size, mask);
+                next += _mm_popcnt_u32(mask);
                 for (int n = 0; n < batch; n++)
                     acc[r][n] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + n * stride + block * BLOCK), acc[r][n]);
             }

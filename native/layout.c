@@ -2,6 +2,9 @@
 #include "kernel.h"
 
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define ROW4(n) n, n + 1, n + 1, n + 2
 #define ROW16(n) ROW4(n), ROW4(n + 1), ROW4(n + 1), ROW4(n + 2)
@@ -66,10 +69,23 @@ static inline __attribute__((always_inline)) void arrange(const packed *to, cons
     starts[panels] = (out - begin) / size;
 }
 
+/* Large pages for what is about to be written: a product reads it once, and every small page costs a walk. Only a wish. */
+static void in_large_pages(void *memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21;
+    uintptr_t begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 /* From the layout on disk to that of `numbers`, whose masks, values (with room for 8 values more) and starts are given apart. */
 EXPORT void secateur_arrange(const int64_t *numbers, const uint8_t *bitmask, const uint8_t *values, const int64_t *row_starts, uint8_t *masks,
                       uint8_t *out, int64_t *starts) {
     packed matrix = with_parts(numbers, masks, out, starts, 0), *to = &matrix;
+    in_large_pages(masks, panels_of(to) * blocks_of(to) * to->panel_rows * to->block_columns / 8);
+    in_large_pages(out, to->capacity * item_size(to->kind));
     switch (item_size(to->kind)) {
     case 1: arrange(to, bitmask, values, row_starts, masks, out, starts, 1); break;
     case 2: arrange(to, bitmask, values, row_starts, masks, out, starts, 2); break;

@@ -1,6 +1,6 @@
 """Packed weights, checked and laid out for the path that multiplies by them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,12 @@ class PackedWeight:
         """Bytes in memory, all parts together."""
         parts = (self.numbers, self.masks, self.values, self.starts, self.scales)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def with_parts(
+        self, numbers: Tensor, masks: Tensor, values: Tensor, starts: Tensor, scales: Tensor | None
+    ) -> "PackedWeight":
+        """The same weight with other tensors."""
+        return replace(self, numbers=numbers, masks=masks, values=values, starts=starts, scales=scales)
 
     def expand(self) -> Tensor:
         """The dense (rows, columns) matrix, bit for bit in the dtype of the values; int8 times its scales, in float32."""
