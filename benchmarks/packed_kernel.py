@@ -97,7 +97,9 @@ def main() -> None:
         for pattern in options.patterns.split(",")
         for dtype in options.values.split(",")
     }
-    print(f"{rows} x {columns}, {options.matrices} matrices in turn, path {kernels.chosen()}, torch {torch.__version__}")
+    print(
+        f"{rows} x {columns}, {options.matrices} matrices in turn, path {kernels.chosen()}, torch {torch.__version__}"
+    )
     for threads in map(int, options.threads.split(",")):
         torch.set_num_threads(threads)
         bandwidth = read_bandwidth(dense)
@@ -125,7 +127,9 @@ def main() -> None:
                 first, median, third = quartiles(times[name])
                 gain = f"{dense_median / median:5.2f}x" if third < dense_first else "  none"
                 print(
-                    f"{batch:5}  {pattern:>7} {dtype:>6}  {median * 1e3:7.2f} ({first * 1e3:.2f}-{third * 1e3:.2f})".ljust(46)
+                    f"{batch:5}  {pattern:>7} {dtype:>6}  {median * 1e3:7.2f} ({first * 1e3:.2f}-{third * 1e3:.2f})".ljust(
+                        46
+                    )
                     + f"{best:>18} {dense_median * 1e3:8.2f} {gain} {size / median / 1e9:6.1f} {size / median / bandwidth:6.2f}",
                     flush=True,
                 )

@@ -117,7 +117,6 @@ inlined const uint8_t *explode_kind(const int kind, const packed *m, int64_t pan
                                     const uint8_t *masks, const uint8_t *next, uint32_t column_bytes, row_list *lists) {
     const int64_t size = kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2, groups = groups_of(m);
     const __m256i step = _mm256_set1_epi32(column_bytes);
-    const float *scales = m->scales + panel * PANEL_ROWS * groups;
     const int64_t group_blocks = m->group_columns ? m->group_columns / BLOCK : INT64_MAX, rows_left = m->rows - panel * PANEL_ROWS;
     for (int r = 0; r < PANEL_ROWS; r++) lists[r].count = 0;
     for (int64_t i = 0; i < blocks; i++)
@@ -134,7 +133,7 @@ inlined const uint8_t *explode_kind(const int kind, const packed *m, int64_t pan
             else if (kind == FLOAT32)
                 values = _mm256_loadu_ps((const float *)next);
             else {
-                float scale = r < rows_left ? scales[r * groups + (block + i) / group_blocks] : 0;
+                float scale = r < rows_left ? m->scales[(panel * PANEL_ROWS + r) * groups + (block + i) / group_blocks] : 0;
                 values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)next)));
                 values = _mm256_mul_ps(values, _mm256_set1_ps(scale));
             }

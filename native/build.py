@@ -18,6 +18,7 @@ LIBRARY = "libsecateur_kernel.so"
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mtune=znver3"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi2", "-mprefer-vector-width=512"]
 PATHS = {"avx2": AVX2, "avx512": AVX512, "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 COMMON = ["layout.c", "pool.c", "plain.c"]
 
 
@@ -33,7 +34,7 @@ def build(folder: Path, options: tuple[str, ...] = (), emulated: Path | None = N
         return None
     base = [*compiler, "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", *options]
     if emulated:
-        base += [f"-I{emulated}", "-DSECATEUR_EMULATED"]
+        base += [f"-I{emulated}", "-DSECATEUR_EMULATED", "-O1"]
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     paths, objects = ["plain"], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -41,7 +42,9 @@ def build(folder: Path, options: tuple[str, ...] = (), emulated: Path | None = N
         def compiled(name: str, *flags: str) -> str:
             """Empty, or what the compiler said against it."""
             target = os.path.join(scratch, name + ".o")
-            result = subprocess.run([*base, *flags, "-c", str(HERE / name), "-o", target], capture_output=True, text=True)
+            result = subprocess.run(
+                [*base, *flags, "-c", str(HERE / name), "-o", target], capture_output=True, text=True
+            )
             if result.returncode == 0:
                 objects.append(target)
                 return ""
@@ -69,7 +72,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sanitize", action="store_true", help="with the address and undefined behaviour sanitizers")
     arguments = parser.parse_args()
-    sanitizers = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
-    paths = build(arguments.folder, sanitizers if arguments.sanitize else ())
+    paths = build(arguments.folder, SANITIZERS if arguments.sanitize else ())
     print("no C compiler" if paths is None else f"{arguments.folder / LIBRARY}: {', '.join(paths)}")
     sys.exit(paths is None)

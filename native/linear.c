@@ -10,8 +10,8 @@
 #endif
 #endif
 
-/* Few rows of x are multiplied one by one, more side by side in the lanes of a vector; from AVX2 measured on Zen 3. */
-enum { TILES_FROM = 12, AMX_FROM = 3, SMALL = 1 << 16, TILE_ROWS = 128 };
+/* Few rows of x are multiplied one by one, more side by side in the lanes of a vector. Measured for AVX2, on Zen 3, only. */
+enum { TILES_FROM = 12, TILES_FROM_AVX512 = 6, AMX_FROM = 3, SMALL = 1 << 16, TILE_ROWS = 128 };
 
 static inline float from_bits(uint32_t bits) {
     union { uint32_t bits; float value; } both = {bits};
@@ -99,6 +99,7 @@ static void pairs_apart(float *x, int64_t count) {
 }
 
 /* Blocks of 32 columns; of each, tiles of 16 rows of x; of each, 16 pairs of columns, and of each pair the two values of every row. */
+#if defined(SECATEUR_AMX)
 static void amx_order(const uint16_t *x, int64_t batch, int64_t columns, int64_t padded, uint16_t *out) {
     int64_t tiles = divide_up(batch, 16);
     memset(out, 0, (padded / 32) * tiles * 1024);
@@ -108,48 +109,46 @@ static void amx_order(const uint16_t *x, int64_t batch, int64_t columns, int64_t
             out[tile * 512 + column % 32 / 2 * 32 + b % 16 * 2 + column % 2] = x[b * columns + column];
         }
 }
+#endif
 
 static int multiply(product p, int64_t threads, const void *x, int64_t x_kind) {
     const packed *m = p.matrix;
-    int64_t path = m->path, columns = m->columns, padded = divide_up(columns, 32) * 32, panels = panels_of(m), width = p.batch;
-    int64_t bytes = padded * p.batch * sizeof(float);
-    int by_rows = path == PLAIN || p.batch < TILES_FROM;
-    if (!by_rows) {
-        width = divide_up(p.batch, 8) * 8;
-        if (width > 16) width = divide_up(width, 16) * 16;
-        bytes += padded * width * sizeof(float);
-    }
-    float *wide = scratch(bytes);
+    int64_t path = m->path, columns = m->columns, padded = divide_up(columns, 32) * 32, panels = panels_of(m);
+    int64_t tiles_from = path == AVX2 ? TILES_FROM : TILES_FROM_AVX512;
+    int by_tiles = path != PLAIN && p.batch >= tiles_from;
+    int64_t width = divide_up(p.batch, 16) * 16; /* of x transposed, and of the tiles of AMX */
+    if (by_tiles && p.batch <= 8 && path == AVX2) width = 8;
+    float *wide = scratch(padded * (p.batch + width) * (int64_t)sizeof(float)), *beside = wide + padded * p.batch;
     if (!wide) return 1;
     void (*work)(const void *, int64_t) = NULL;
-    int finite = 1;
-    for (int64_t b = 0; b < p.batch; b++) {
-        finite &= widen(x_kind, x, b * columns, columns, wide + b * padded);
-        memset(wide + b * padded + columns, 0, (padded - columns) * sizeof(float));
-    }
-    p.x = wide;
-    p.x_stride = padded;
-    int by_tiles = !by_rows && finite;
 #if defined(SECATEUR_AMX)
     /* Exact where both sides are bfloat16 or fit in it, as integers of 8 bits do. */
     if (path == AMX && p.batch >= AMX_FROM && x_kind == BFLOAT16 && (m->kind == BFLOAT16 || (m->kind == INT8 && !m->group_columns))) {
         amx_order(x, p.batch, columns, padded, (uint16_t *)wide);
+        p.x = wide;
+        by_tiles = 0;
         work = amx_tiles;
-    } else
+    }
 #endif
-    if (by_tiles) {
-        float *tiles = wide + p.batch * padded;
-        /* Blocks of columns that lie close together in both. */
-        for (int64_t block = 0; block < padded; block += 32)
-            for (int64_t b = 0; b < width; b++)
-                for (int64_t column = block; column < block + 32; column++)
-                    tiles[column * width + b] = b < p.batch ? wide[b * padded + column] : 0;
-        p.x = tiles;
-        p.x_stride = width;
-    } else if ((path == AVX512 || path == AMX) && m->kind == BFLOAT16)
-        for (int64_t b = 0; b < p.batch; b++) pairs_apart(wide + b * padded, padded);
+    if (!work) {
+        int finite = 1;
+        for (int64_t b = 0; b < p.batch; b++) {
+            finite &= widen(x_kind, x, b * columns, columns, wide + b * padded);
+            memset(wide + b * padded + columns, 0, (padded - columns) * sizeof(float));
+        }
+        by_tiles = by_tiles && finite;
+        p.x = by_tiles ? beside : wide;
+        p.x_stride = by_tiles ? width : padded;
+        if (by_tiles) /* Blocks of columns that lie close together in both. */
+            for (int64_t block = 0; block < padded; block += 32)
+                for (int64_t b = 0; b < width; b++)
+                    for (int64_t column = block; column < block + 32; column++)
+                        beside[column * width + b] = b < p.batch ? wide[b * padded + column] : 0;
+        else if ((path == AVX512 || path == AMX) && m->kind == BFLOAT16)
+            for (int64_t b = 0; b < p.batch; b++) pairs_apart(wide + b * padded, padded);
+    }
     int64_t units;
-    if (by_tiles && !work)
+    if (by_tiles)
         p.panels_per_unit = TILE_ROWS / m->panel_rows;
     else
         p.panels_per_unit = divide_up(panels, threads * 8);

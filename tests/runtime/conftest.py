@@ -13,6 +13,7 @@ from secateur.runtime.library import PathName
 
 NATIVE = Path(__file__).parents[2] / "native"
 EMULATED = Path(__file__).parent / "emulated"
+SANITIZED = os.environ.get("SECATEUR_KERNEL_LIBRARY")  # before the fixtures set it
 
 
 def build_script() -> ModuleType:
@@ -26,8 +27,8 @@ def build_script() -> ModuleType:
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library for this processor. SECATEUR_KERNEL_LIBRARY names one that was built with sanitizers."""
-    if named := os.environ.get("SECATEUR_KERNEL_LIBRARY"):
-        return Path(named)
+    if SANITIZED:
+        return Path(SANITIZED)
     folder = tmp_path_factory.mktemp("kernel")
     if build_script().build(folder) is None:
         pytest.skip("there is no C compiler")
@@ -38,8 +39,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled_emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with the instructions of AVX-512 and AMX replaced by C."""
     folder = tmp_path_factory.mktemp("emulated")
-    options = ("-g", "-fsanitize=address,undefined") if os.environ.get("SECATEUR_KERNEL_LIBRARY") else ()
-    paths = build_script().build(folder, options, emulated=EMULATED)
+    script = build_script()
+    paths = script.build(folder, script.SANITIZERS if SANITIZED else (), emulated=EMULATED)
     if paths is None or "avx512" not in paths:
         pytest.skip("there is no C compiler for x86")
     return folder / build_script().LIBRARY

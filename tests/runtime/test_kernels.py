@@ -22,7 +22,11 @@ INPUTS = [torch.bfloat16, torch.float16, torch.float32]
 BATCHES = [1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 16, 17, 31, 32, 33, 48, 63, 64, 65, 70]
 SHAPES = [(1, 1), (1, 40), (40, 1), (3, 7), (4, 8), (17, 33), (37, 129), (130, 300)]
 few = settings(
-    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 many = settings(few, max_examples=1500)
 
@@ -33,7 +37,9 @@ def assert_close(y: Tensor, x: Tensor, packed: Packed, bias: Tensor | None = Non
     if bias is not None:
         exact, sizes = exact + bias.double(), sizes + bias.double().abs()
     information = torch.finfo(y.dtype)
-    allowed = 0.51 * information.eps * exact.abs() + sizes * (8 + packed.stored.shape[1] / 8) * 2**-24 + information.tiny
+    allowed = (
+        0.51 * information.eps * exact.abs() + sizes * (8 + packed.stored.shape[1] / 8) * 2**-24 + information.tiny
+    )
     assert y.dtype == x.dtype
     assert y.shape == exact.shape
     overflowed = exact.abs() + allowed > information.max
@@ -246,7 +252,9 @@ def test_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = [name for name, reason in library.available().items() if reason]
     if missing:
         monkeypatch.setenv("SECATEUR_KERNEL", missing[0])
-        with pytest.raises(SecateurError, match=rf"SECATEUR_KERNEL={missing[0]}: (this processor|the kernel was compiled)"):
+        with pytest.raises(
+            SecateurError, match=rf"SECATEUR_KERNEL={missing[0]}: (this processor|the kernel was compiled)"
+        ):
             library.chosen()
 
 
