@@ -1,7 +1,7 @@
 """Compiles the kernel where there is a C compiler, for wheels and editable installs alike.
 
-A wheel with the kernel is for one platform, but for every version of Python and torch: the kernel knows neither. Without a compiler
-the wheel is pure Python, and the library says when it is used that the kernel is missing.
+A wheel with the kernel is for one platform, but for every version of Python and torch: the kernel knows neither.
+Without a compiler the wheel is pure Python, and the library says when it is used that the kernel is missing.
 """
 
 import importlib.util
@@ -20,9 +20,11 @@ class KernelBuildHook(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile the library and tag the wheel."""
         root = Path(self.root)
         spec = importlib.util.spec_from_file_location("native_build", root / "native" / "build.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
         folder = root / "src" / "secateur" / "runtime"

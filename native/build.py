@@ -25,9 +25,9 @@ COMMON = ["layout.c", "pool.c", "plain.c"]
 def build(folder: Path, options: tuple[str, ...] = (), emulated: Path | None = None) -> list[str] | None:
     """The paths of the library that was written to `folder`, or None where there is no C compiler.
 
-    `options` are given to every compilation. With `emulated`, a folder of headers, the paths of AVX-512 and AMX are compiled
-    for these in place of the processor's instructions, so that tests can run them anywhere. Raises RuntimeError with the
-    compiler's words if even the plain path does not compile.
+    `options` are given to every compilation. With `emulated`, a folder of headers, the paths of AVX-512 and AMX are
+    compiled for these in place of the processor's instructions, so that tests can run them anywhere. Raises
+    RuntimeError with the compiler's words if even the plain path does not compile.
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if not compiler or shutil.which(compiler[0]) is None or platform.system() not in ("Linux", "Darwin"):

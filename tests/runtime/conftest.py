@@ -18,7 +18,8 @@ SANITIZED = os.environ.get("SECATEUR_KERNEL_LIBRARY")  # before the fixtures set
 
 def build_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("native_build", NATIVE / "build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,5 +1,7 @@
 """`y = x @ W.T + bias` with packed weights, as an operator of torch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -44,8 +46,9 @@ def _check(x: Tensor, columns: int, name: str) -> None:
     devices = ("cpu", "meta")
     if x.shape[-1:] != (columns,) or x.dtype not in FLOATS or x.device.type not in devices:
         raise SecateurError(
-            f"{name}: the input is {x.dtype} {tuple(x.shape)} on {x.device}, expected (..., {columns}) in bfloat16, float16 "
-            "or float32 on the CPU. Load the model with backend='dense' for anything else."
+            f"{name}: the input is {x.dtype} {tuple(x.shape)} on {x.device}, "
+            f"expected (..., {columns}) in bfloat16, float16 or float32 on the CPU. "
+            "Load the model with backend='dense' for anything else."
         )
 
 
@@ -92,5 +95,5 @@ packed_linear = torch.library.custom_op("secateur::packed_linear", multiply, mut
 
 
 @packed_linear.register_fake
-def _shape(x: Tensor, *parts: Tensor | int | None) -> Tensor:
+def _shape(x: Tensor, *parts: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], parts[-1]))

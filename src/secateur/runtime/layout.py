@@ -17,8 +17,8 @@ PADDING = 64  # values that a path may read beyond the last, and drops
 class PackedWeight:
     """A sparse (rows, columns) matrix of which only the kept values are stored, laid out for one path.
 
-    `masks` and `values` are bytes, so that casting a module that holds them leaves them as they are; so are the `scales` of
-    int8 values. `numbers` is what the C code is told, `starts` the first value of each panel.
+    `masks` and `values` are bytes, so that casting a module that holds them leaves them as they are; so are the
+    `scales` of int8 values. `numbers` is what the C code is told, `starts` the first value of each panel.
     """
 
     name: str
@@ -46,7 +46,7 @@ class PackedWeight:
         return replace(self, numbers=numbers, masks=masks, values=values, starts=starts, scales=scales)
 
     def expand(self) -> Tensor:
-        """The dense (rows, columns) matrix, bit for bit in the dtype of the values; int8 times its scales, in float32."""
+        """The dense (rows, columns) matrix, bit for bit in the dtype of the values; int8 times scales, in float32."""
         values = self.values.view(self.dtype)
         if self.path == "torch":
             dense = _expand_by_torch(self.masks, values, self.columns)
@@ -67,9 +67,9 @@ def lay_out(
 ) -> PackedWeight:
     """The matrix of a packed checkpoint, laid out for `path`, or for the one that `chosen` gives.
 
-    `bitmask` is uint8 (rows, ceil(columns / 8)), the first column in the lowest bit, `values` 1-D with the kept weights row
-    by row, in bfloat16, float16, float32 or int8. int8 needs `scales`, float32: one for each row, or (rows, groups) for
-    groups of `group_size` columns. Raises CheckpointError, with `name`, where these do not agree.
+    `bitmask` is uint8 (rows, ceil(columns / 8)), the first column in the lowest bit, `values` 1-D with the kept
+    weights row by row, in bfloat16, float16, float32 or int8. int8 needs `scales`, float32: one for each row, or
+    (rows, groups) for groups of `group_size` columns. Raises CheckpointError, with `name`, where these do not agree.
     """
     path = path or chosen()
     rows, starts = _checked(bitmask, values, columns, name)

@@ -10,8 +10,8 @@ from secateur.runtime.layout import PackedWeight
 class PackedLinear(nn.Module):
     """`y = x @ W.T + bias` of a packed weight, in the dtype of `x`, on the CPU.
 
-    The parts of the weight are buffers that no state dict holds, as bytes and integers, so that `to(dtype)` leaves them as
-    they are. There is no gradient: a backward pass through it raises torch's error of an operator without one.
+    The parts of the weight are buffers that no state dict holds, as bytes and integers, so that `to(dtype)` leaves them
+    as they are. There is no gradient: a backward pass through it raises torch's error of an operator without one.
     """
 
     numbers: Tensor
