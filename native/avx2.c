@@ -30,20 +30,21 @@ __attribute__((constructor)) static void make_tables(void) {
     }
 }
 
-/* Eight columns of one row: their kept values begin at `values`. int8 comes out 2**24 times as great. */
-inlined __m256 spread(const int kind, const uint8_t *values, unsigned mask) {
+/* Eight columns of one row: their kept values begin at `values`, and `offset` is 32 times the mask. int8 comes out 2**24 times as
+   great. */
+inlined __m256 spread(const int kind, const uint8_t *values, uint64_t offset) {
     if (kind == BFLOAT16) {
         __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
-        return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, *(const __m256i *)spread16[mask]));
+        return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, *(const __m256i *)(spread16[0] + offset)));
     }
     if (kind == INT8) {
         __m256i both = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)values));
-        return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(both, *(const __m256i *)spread8[mask]));
+        return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(both, *(const __m256i *)(spread8[0] + offset)));
     }
     __m256 wide = kind == FLOAT32 ? _mm256_loadu_ps((const float *)values)
                                   : _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)values));
-    __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)ranks[mask]));
-    return _mm256_and_ps(_mm256_permutevar8x32_ps(wide, order), *(const __m256 *)whole[mask]);
+    __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)ranks[offset / 32]));
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(wide, order), *(const __m256 *)whole[offset / 32]);
 }
 
 inlined float sum_lanes(__m256 v) {
@@ -57,7 +58,8 @@ inlined void multiply_panel(const int kind, const int batch, const packed *m, in
                             float sums[4][3]) {
     const int64_t size = kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2, blocks = blocks_of(m), groups = groups_of(m);
     const int64_t group_blocks = kind == INT8 && m->group_columns ? m->group_columns / BLOCK : blocks;
-    const uint8_t *masks = m->masks + panel * blocks * 4, *values = m->values + m->starts[panel] * size;
+    const uint32_t *masks = (const uint32_t *)m->masks + panel * blocks;
+    const uint8_t *values = m->values + m->starts[panel] * size;
     int64_t next = 0; /* a count: added to in one step, and multiplied by the size in the address */
     for (int r = 0; r < 4; r++)
         for (int n = 0; n < batch; n++) sums[r][n] = 0;
@@ -68,10 +70,12 @@ inlined void multiply_panel(const int kind, const int batch, const packed *m, in
         int64_t end = least(blocks, (group + 1) * group_blocks);
         for (int64_t block = group * group_blocks; block < end; block++) {
             _mm_prefetch((const char *)values + next * size + AHEAD, _MM_HINT_T0);
+            uint32_t mask = masks[block];
             for (int r = 0; r < 4; r++) {
-                int64_t mask = masks[block * 4 + r];
-                __m256 weights = spread(kind, values + next * size, mask);
-                next += _mm_popcnt_u32(mask);
+                /* Each byte in turn where it is the offset of its entry in a table of 32 bytes each. */
+                uint32_t offset = (r ? mask >> (8 * r - 5) : mask << 5) & 0x1fe0;
+                __m256 weights = spread(kind, values + next * size, offset);
+                next += _mm_popcnt_u32(offset);
                 for (int n = 0; n < batch; n++)
                     acc[r][n] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + n * stride + block * BLOCK), acc[r][n]);
             }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LIBRARY = "libsecateur_kernel.so"
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mtune=znver3"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt", "-mtune=znver3"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi2", "-mprefer-vector-width=512"]
 PATHS = {"avx2": AVX2, "avx512": AVX512, "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
