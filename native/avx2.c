@@ -115,6 +115,39 @@ void avx2_vectors(const void *context, int64_t unit) {
     }
 }
 
+static uint8_t spread_words[256][16] __attribute__((aligned(64))), spread_bytes[256][8];
+
+__attribute__((constructor)) static void make_tables_of_items(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int column = 0, rank = 0; column < 8; column++) {
+            int kept = mask >> column & 1;
+            spread_bytes[mask][column] = kept ? rank : 0x80;
+            spread_words[mask][2 * column] = kept ? 2 * rank : 0x80;
+            spread_words[mask][2 * column + 1] = kept ? 2 * rank + 1 : 0x80;
+            rank += kept;
+        }
+}
+
+int64_t avx2_expand(const uint8_t *masks, int64_t groups, int64_t size, const uint8_t *values, int64_t readable, uint8_t *out) {
+    int64_t i = 0, next = 0;
+    for (; i < groups && next + 8 <= readable; i++) {
+        unsigned mask = masks[i];
+        const uint8_t *from = values + next * size;
+        if (size == 2)
+            _mm_storeu_si128((__m128i *)out, _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)from), *(const __m128i *)spread_words[mask]));
+        else if (size == 1)
+            _mm_storel_epi64((__m128i *)out, _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)from), _mm_loadl_epi64((const __m128i *)spread_bytes[mask])));
+        else {
+            __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)ranks[mask]));
+            __m256i moved = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)from), order);
+            _mm256_storeu_si256((__m256i *)out, _mm256_and_si256(moved, *(const __m256i *)whole[mask]));
+        }
+        out += 8 * size;
+        next += _mm_popcnt_u32(mask);
+    }
+    return i;
+}
+
 #include "batch.h"
 
 inlined const uint8_t *explode_kind(const int kind, const packed *m, int64_t panel, int64_t block, int64_t blocks,

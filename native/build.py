@@ -19,7 +19,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt", "-mtune=znver3"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi2", "-mprefer-vector-width=512"]
 PATHS = {"avx2": AVX2, "avx512": AVX512, "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
-COMMON = ["layout.c", "pool.c", "plain.c"]
+COMMON = ["layout.c", "linear.c", "pool.c", "plain.c"]
 
 
 def build(folder: Path, options: tuple[str, ...] = (), emulated: Path | None = None) -> list[str] | None:
@@ -55,7 +55,7 @@ def build(folder: Path, options: tuple[str, ...] = (), emulated: Path | None = N
             if needed and not compiled(f"{name}.c", *(AVX2 if emulated else flags)):
                 paths.append(name)
         defined = [f"-DSECATEUR_{name.upper()}" for name in paths]
-        for said in [compiled("linear.c", *defined), *(compiled(name) for name in COMMON)]:
+        for said in [compiled(name, *defined) for name in COMMON]:
             if said:
                 raise RuntimeError(f"the kernel does not compile:\n{said}")
         # Written beside and renamed: another process may have the old one loaded.

@@ -63,6 +63,7 @@ void finish(const product *p, int64_t row, int64_t rows, int64_t first_batch, in
             int64_t batch_step);
 
 /* Memory of this thread that later calls use again; null if there is none. */
+int64_t secateur_supported(void);
 void *scratch(int64_t bytes);
 void run_units(int64_t threads, int64_t units, void (*work)(const void *, int64_t), const void *context);
 
@@ -73,6 +74,8 @@ void avx2_vectors(const void *p, int64_t unit);
 void avx2_tiles(const void *p, int64_t unit);
 void avx512_vectors(const void *p, int64_t unit);
 void avx512_tiles(const void *p, int64_t unit);
+/* Groups of eight columns from the layout on disk to dense; returns how many, which are fewer near the end of the values. */
+int64_t avx2_expand(const uint8_t *masks, int64_t groups, int64_t size, const uint8_t *values, int64_t readable, uint8_t *out);
 /* x as bfloat16 in the order of the tile instructions. */
 void amx_tiles(const void *p, int64_t unit);
 

@@ -34,6 +34,17 @@ EXPORT int64_t secateur_row_starts(const uint8_t *bitmask, int64_t rows, int64_t
     return -1;
 }
 
+/* Large pages for what is about to be written: a product reads it once, and every small page costs a walk. Only a wish. */
+static void in_large_pages(void *memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21;
+    uintptr_t begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 /* Always inlined with a constant `size`, so that the copies of eight values are single moves. */
 static inline __attribute__((always_inline)) void arrange(const packed *to, const uint8_t *bitmask, const uint8_t *values,
                                                           const int64_t *row_starts, uint8_t *masks, uint8_t *out,
@@ -67,17 +78,6 @@ static inline __attribute__((always_inline)) void arrange(const packed *to, cons
         }
     }
     starts[panels] = (out - begin) / size;
-}
-
-/* Large pages for what is about to be written: a product reads it once, and every small page costs a walk. Only a wish. */
-static void in_large_pages(void *memory, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    const uintptr_t page = 1 << 21;
-    uintptr_t begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
-    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
 }
 
 /* From the layout on disk to that of `numbers`, whose masks, values (with room for 8 values more) and starts are given apart. */
@@ -125,9 +125,34 @@ EXPAND(uint8_t)
 EXPAND(uint16_t)
 EXPAND(uint32_t)
 
+#if defined(SECATEUR_AVX2)
+static void expand_rows(const packed *m, uint8_t *dense) {
+    int64_t size = item_size(m->kind), groups = m->columns / 8, bytes = divide_up(m->columns, 8);
+    for (int64_t row = 0; row < m->rows; row++) {
+        const uint8_t *masks = m->masks + row * bytes;
+        int64_t next = m->starts[row];
+        uint8_t *out = dense + row * m->columns * size;
+        int64_t done = avx2_expand(masks, groups, size, m->values + next * size, m->capacity - next, out);
+        for (int64_t i = 0; i < done; i++) next += bits_set[masks[i]];
+        for (int64_t column = done * 8; column < m->columns; column++)
+            if (masks[column / 8] >> (column % 8) & 1)
+                memcpy(out + column * size, m->values + next++ * size, size);
+            else
+                memset(out + column * size, 0, size);
+    }
+}
+#endif
+
 /* The dense matrix, (rows, columns) in the type of the values, bit for bit. */
 EXPORT void secateur_expand(const int64_t *numbers, const void *masks, const void *values, const int64_t *starts, void *dense) {
     packed matrix = with_parts(numbers, masks, values, starts, 0), *m = &matrix;
+    in_large_pages(dense, m->rows * m->columns * item_size(m->kind));
+#if defined(SECATEUR_AVX2)
+    if (m->panel_rows == 1 && m->block_columns == 8 && secateur_supported() >> AVX2 & 1) {
+        expand_rows(m, dense);
+        return;
+    }
+#endif
     switch (item_size(m->kind)) {
     case 1: expand_uint8_t(m, dense); break;
     case 2: expand_uint16_t(m, dense); break;

@@ -205,5 +205,7 @@ def _expand_by_library(
 
 def _scaled(dense: Tensor, scales: Tensor, group_size: int | None) -> Tensor:
     rows, columns = dense.shape
-    columns_of_scale = group_size or columns
-    return dense.float() * scales.reshape(rows, -1).repeat_interleave(columns_of_scale, dim=1)[:, :columns]
+    scales = scales.reshape(rows, -1)
+    if group_size is not None:
+        scales = scales.repeat_interleave(group_size, dim=1)[:, :columns]
+    return dense * scales
