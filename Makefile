@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/ready
 DEMO := $(VENV)/demo-ready
 
-.PHONY: help demo test test-slow test-browser test-lowest test-newest check format benchmarks clean
+.PHONY: help demo test test-slow test-browser test-sanitizers test-lowest test-newest check format benchmarks clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,12 @@ test-slow: $(DEMO)  ## The slower tests, on SmolLM2-135M
 
 test-browser: $(READY)  ## The tests of reports in Chromium, which has to be installed
 	$(BIN)/python -m pytest -m browser
+
+test-sanitizers: $(READY)  ## The tests of the kernel, with the address and undefined behaviour sanitizers
+	mkdir -p build/sanitizers
+	$(BIN)/python native/build.py build/sanitizers --sanitize
+	SECATEUR_KERNEL_LIBRARY=$(CURDIR)/build/sanitizers/libsecateur_kernel.so LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/runtime/test_kernels.py -m "not slow"
 
 test-lowest:  ## The tests with the lowest version of every dependency that is allowed
 	PYTHON=$(PYTHON) .ci/versions lowest

@@ -1,0 +1,1 @@
+"""How packed weights are computed with on a CPU."""
