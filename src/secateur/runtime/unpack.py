@@ -1,0 +1,78 @@
+"""`unpack`: from a packed checkpoint to a plain one, tensor by tensor."""
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.errors import CheckpointError
+from secateur.files.checkpoint import CARD_FILE
+from secateur.files.folders import companions, copy_files, locate
+from secateur.files.packed import PackedCheckpoint, is_packed
+from secateur.files.writer import CheckpointWriter
+from secateur.record.manifest import FILE_NAME
+from secateur.runs.options import taking
+from secateur.runs.output import check_output
+from secateur.runs.transaction import Transaction
+from secateur.runtime.settings import UnpackSettings
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """The result of `unpack`: how many tensors were packed, and the bytes of all before and after."""
+
+    model: str
+    output: str
+    format: str
+    matrices: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+@taking(UnpackSettings)
+def unpack(settings: UnpackSettings) -> Unpacking:
+    """Write the plain checkpoint that a packed one stands for, byte for byte; returns what was unpacked.
+
+    Tensors are read, expanded and written one at a time, each compared with the digest that it had before it was
+    packed. Raises `CheckpointError` for what is not packed, and for a packed checkpoint that is damaged.
+    """
+    started = time.perf_counter()
+    model = os.fspath(settings.model)
+    target = check_output(settings.output, model, settings.overwrite)
+    assert target is not None
+    folder = locate(model, settings.revision)
+    if not is_packed(folder):
+        raise CheckpointError(f"{folder}: is not packed: a checkpoint that secateur pack wrote is expected.")
+    source = PackedCheckpoint(folder)
+    digests = source.digests
+    with Transaction(target, settings.overwrite) as transaction:
+        own = [folder / name for name in (FILE_NAME, CARD_FILE) if (folder / name).is_file()]
+        copy_files(folder, [*companions(folder)[0], *own], transaction.folder)
+        writer = CheckpointWriter(transaction.folder, source.layout())
+        try:
+            for number, name in enumerate(source.names):
+                digest = writer.write_parts(name, source.parts(name))
+                if digest != digests[name]:
+                    raise CheckpointError(
+                        f"{folder}: {name}: what it stands for has the sha256 {digest[:12]}, expected "
+                        f"{digests[name][:12]}. The file is damaged; copy or download it again."
+                    )
+                settings.progress("unpack", number + 1, len(source.names))
+            writer.close()
+        finally:
+            writer.abandon()
+        transaction.commit()
+    return Unpacking(
+        model=model,
+        output=os.fspath(settings.output),
+        format=source.record.format,
+        matrices=len(source.record.matrices),
+        bytes_before=sum(record.bytes for record in source.stored.values()),
+        bytes_after=writer.total_bytes,
+        seconds=time.perf_counter() - started,
+    )
