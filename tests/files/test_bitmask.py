@@ -30,7 +30,8 @@ def sparse_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> 
 
 def unpacked_by_numpy(mask: torch.Tensor, kept: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """What mask and values stand for, one entry after the other."""
-    bits, values = mask.numpy().reshape(-1, mask.shape[-1]), iter(kept.view(torch.uint8).view(len(kept), -1).numpy())
+    bits = mask.numpy().reshape(-1, mask.shape[-1])
+    values = iter(kept.view(torch.uint8).view(len(kept), kept.dtype.itemsize).numpy())
     columns, size = shape[-1], kept.dtype.itemsize
     data = np.zeros((int(np.prod(shape)), size), dtype=np.uint8)
     for entry in range(len(data)):

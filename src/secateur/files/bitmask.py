@@ -36,17 +36,19 @@ def pack_bits(tensor: Tensor) -> tuple[Tensor, Tensor]:
     of a row are zero.
     """
     entries = _integers(tensor)
-    mask = np.zeros(mask_shape(tensor.shape), dtype=np.uint8)
-    kept = np.empty(int(np.count_nonzero(entries)), dtype=entries.dtype)
-    done = 0
-    rows, bits = entries.reshape(-1, tensor.shape[-1]), mask.reshape(-1, mask.shape[-1])
+    mask = torch.zeros(mask_shape(tensor.shape), dtype=torch.uint8)
+    kept = torch.empty(int(np.count_nonzero(entries)), dtype=tensor.dtype)
+    if not tensor.numel():
+        return mask, kept
+    values, done = _integers(kept), 0
+    rows, bits = entries.reshape(-1, tensor.shape[-1]), mask.numpy().reshape(-1, mask.shape[-1])
     for part in _parts(rows):
         chosen = rows[part] != 0
         bits[part] = np.packbits(chosen, axis=1, bitorder="little")
         found = np.compress(chosen.reshape(-1), rows[part].reshape(-1))
-        kept[done : done + len(found)] = found
+        values[done : done + len(found)] = found
         done += len(found)
-    return torch.from_numpy(mask), torch.from_numpy(kept).view(tensor.dtype)
+    return mask, kept
 
 
 def expand(mask: Tensor, kept: Tensor, shape: Sequence[int], out: Tensor | None = None) -> Tensor:
@@ -55,10 +57,10 @@ def expand(mask: Tensor, kept: Tensor, shape: Sequence[int], out: Tensor | None 
     `out`, contiguous, of that shape and dtype, is filled and returned where it is given.
     """
     out = torch.empty(tuple(shape), dtype=kept.dtype) if out is None else out
-    values: NDArray[Any] = _integers(kept)
-    rows = _integers(out).reshape(-1, shape[-1]) if out.numel() else np.zeros((0, 1), values.dtype)
-    bits: NDArray[np.uint8] = mask.numpy().reshape(-1, mask.shape[-1])
-    done = 0
+    if not out.numel():
+        return out
+    values, done = _integers(kept), 0
+    rows, bits = _integers(out).reshape(-1, shape[-1]), mask.numpy().reshape(-1, mask.shape[-1])
     for part in _parts(rows):
         chosen = np.unpackbits(bits[part], axis=1, count=rows.shape[1], bitorder="little")
         places = np.flatnonzero(chosen.view(np.bool_))  # several times as fast as of numbers

@@ -49,7 +49,7 @@ def read_text(file: Path, *, limit: int = TEXT_BYTES, error: Raise = CheckpointE
         if size > limit:
             raise error(f"{file}: has {size:,} bytes, and at most {limit:,} are read. Is it the right file?")
         try:
-            return stream.read(limit + 1).decode("utf-8")
+            return stream.read(size + 1).decode("utf-8")
         except UnicodeDecodeError as problem:
             before = problem.object[: problem.start]
             line, byte = before.count(b"\n") + 1, len(before) - before.rfind(b"\n") - 1
