@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import MODELOPT_FILE, Checkpoint, Layout, shard_names
+from secateur.files.packed import open_files
 from secateur.files.reading import read_json
 from secateur.models.opening.configuration import CONFIGURATION, PACKING_ENTRIES, read_configuration
 from secateur.models.shape.skeleton import Skeleton
@@ -140,12 +141,12 @@ def _warn_once(text: str) -> None:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint | DequantisedCheckpoint:
-    """The weights of a folder, dequantised where they are stored as FP8, int8 or MXFP4 with scales.
+    """The weights of a folder, expanded where they are packed, and dequantised from FP8, int8 or MXFP4 with scales.
 
     Warns once, through the logger "secateur", that they become bfloat16. Raises `CheckpointError` for weights packed in
     any other format, and for scales that do not fit or that nothing uses.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_files(folder)
     announced = list(_announced(folder))
     sizes = [size for where, entry in announced for size in _check_announced(folder, where, entry)]
     for name in checkpoint.names:
