@@ -25,9 +25,15 @@ def pack(settings: PackSettings, config: Config = None, as_json: Json = False) -
     print_result(result, packing_tables, as_json)
 
 
-@command("secateur unpack ./packed -o ./plain")
+@command(
+    "secateur unpack ./packed -o ./plain",
+    "secateur unpack ./sparse-bitmask -o ./plain",
+)
 def unpack(settings: UnpackSettings, config: Config = None, as_json: Json = False) -> None:
-    """Write the ordinary checkpoint that a packed one stands for, which transformers and other runtimes load."""
+    """Write the ordinary checkpoint that a packed one stands for, which transformers and other runtimes load.
+
+    It also reads the formats sparse-bitmask and sparse-24-bitmask of compressed-tensors, which no current release does.
+    """
     with quiet_libraries(), stage_progress() as show:
         from secateur.report.packed import unpacking_tables
         from secateur.runtime.unpack import unpack as write

@@ -15,7 +15,6 @@ from torch import nn
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import Checkpoint
 from secateur.files.folders import locate
-from secateur.files.packed import PackedCheckpoint
 from secateur.models.flow.memory import trim
 from secateur.models.opening.configuration import reason
 from secateur.models.opening.opened import (
@@ -102,12 +101,12 @@ class WholeModel:
         if self._checkpoint is None:
             return load_gguf(self.path, self.dtype).to(self.device)
         placement = self._placement(self._checkpoint)
-        if isinstance(self._checkpoint, DequantisedCheckpoint | PackedCheckpoint):
+        if type(self._checkpoint) is not Checkpoint:
             return self._read_here(self._checkpoint, fits=not placement)
         module = load_whole(self.path, self.dtype, trust_remote_code=self._trust, **placement)
         return module if placement else module.to(self.device)
 
-    def _read_here(self, source: DequantisedCheckpoint | PackedCheckpoint, *, fits: bool) -> nn.Module:
+    def _read_here(self, source: Checkpoint | DequantisedCheckpoint, *, fits: bool) -> nn.Module:
         """The model with the weights as they are read here: transformers dequantises some formats and expands none."""
         if not fits:
             raise CheckpointError(
