@@ -9,13 +9,15 @@ from secateur.runtime.settings import PackSettings, UnpackSettings
 
 @command(
     "secateur pack ./pruned -o ./packed",
+    "secateur pack ./pruned -o ./packed --values int8",
     "secateur pack ./pruned --dry-run",
 )
 def pack(settings: PackSettings, config: Config = None, as_json: Json = False) -> None:
     """Write a pruned checkpoint with its zeros left out: a bit for each weight, and the weights that are kept.
 
-    Every tensor that becomes smaller is packed, the others stay as they are. Nothing is lost: `unpack` gives back every
-    byte. Transformers and other runtimes do not load packed checkpoints and say so; Secateur's own commands do.
+    Every tensor that becomes smaller is packed, the others stay as they are. Nothing is lost, except with --values
+    int8: `unpack` gives back every byte. Transformers and other runtimes do not load packed checkpoints and say so;
+    Secateur's own commands do.
     """
     with quiet_libraries(), stage_progress() as show:
         from secateur.report.packed import packing_tables

@@ -31,6 +31,8 @@ from secateur.files.checkpoint import (
     read_tensor,
     shard_names,
 )
+from secateur.files.codes import DTYPES as CODED
+from secateur.files.codes import values_of
 from secateur.files.reading import checked, digest_of, parse_json, read_text
 
 FORMAT, VERSION = "secateur-bitmask", 1
@@ -45,8 +47,8 @@ class PackedMatrix:
     """What `sparse_config.json` says of a packed tensor: what it is when it is plain, and its parts.
 
     `kept` counts its values. `sha256` is the digest of the bytes that it stands for, `stored` those of its parts by the
-    last part of their names. With int8 values, `group` columns share a scale, and `error` is the Frobenius norm of what
-    rounding changed, divided by that of the matrix.
+    last part of their names. With int8 values, `error` is the Frobenius norm of what rounding changed, divided by that
+    of the matrix, and `sha256` the digest of what the codes and scales stand for.
     """
 
     dtype: str
@@ -55,7 +57,6 @@ class PackedMatrix:
     sha256: Digest
     stored: dict[str, Digest]
     values: Literal["same", "int8"] = "same"
-    group: Annotated[int, Meta(ge=1)] | None = None
     error: float | None = None
 
 
@@ -92,16 +93,23 @@ class PackedRecord:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A packed tensor in memory: mask (uint8), kept values (flat), and the shape and dtype of what they stand for."""
+    """A packed tensor in memory: mask (uint8), kept values (flat), and the shape and dtype of what they stand for.
+
+    With `scales` (float32, one for each row), the values are int8 codes.
+    """
 
     mask: Tensor
     kept: Tensor
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scales: Tensor | None = None
 
     def dense(self, out: Tensor | None = None) -> Tensor:
         """The plain tensor, in `out` where that is given."""
-        return expand(self.mask, self.kept, self.shape, out)
+        if self.scales is None:
+            return expand(self.mask, self.kept, self.shape, out)
+        out = torch.empty(self.shape, dtype=self.dtype) if out is None else out
+        return values_of(expand(self.mask, self.kept, self.shape), self.scales, out)
 
 
 def stem(name: str) -> str:
@@ -178,7 +186,12 @@ class PackedCheckpoint(Checkpoint):
 
     def _expected(self, matrix: PackedMatrix) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of each part of a packed tensor."""
-        return {"bitmask": ("U8", mask_shape(matrix.shape)), "compressed": (matrix.dtype, (matrix.kept,))}
+        int8 = matrix.values == "int8"
+        parts = {
+            "bitmask": ("U8", mask_shape(matrix.shape)),
+            "compressed": ("I8" if int8 else matrix.dtype, (matrix.kept,)),
+        }
+        return parts | ({"scales": ("F32", tuple(matrix.shape[:-1]))} if int8 else {})
 
     def _check_names(self) -> None:
         """Raise `CheckpointError` for a tensor in the shards that stands for nothing, or in two places."""
@@ -199,7 +212,8 @@ class PackedCheckpoint(Checkpoint):
         mask = read_tensor(self.stored[f"{stem(name)}.bitmask"])
         check_mask(mask, matrix.shape[-1], matrix.kept, f"{self.folder}: {name}")
         kept = read_tensor(self.stored[f"{stem(name)}.compressed"])
-        return PackedTensor(mask, kept, tuple(matrix.shape), DTYPES[matrix.dtype])
+        scales = read_tensor(self.stored[f"{stem(name)}.scales"]) if matrix.values == "int8" else None
+        return PackedTensor(mask, kept, tuple(matrix.shape), DTYPES[matrix.dtype], scales)
 
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The named tensors, packed ones expanded."""
@@ -257,9 +271,11 @@ def read_record(folder: Path) -> PackedRecord:
         raise CheckpointError(f"{file}: altered since it was written: its digest should be {expected[:12]}. {ADVICE}")
     record: PackedRecord = checked(value, file, PackedRecord, advice=ADVICE)
     for name, matrix in record.matrices.items():
-        for part in ("bitmask", "compressed"):
+        for part in ("bitmask", "compressed", "scales")[: 3 if matrix.values == "int8" else 2]:
             if part not in matrix.stored:
                 raise CheckpointError(f"{file}: {name}: has no digest of its {part}. {ADVICE}")
+        if matrix.values == "int8" and DTYPES.get(matrix.dtype) not in CODED:
+            raise CheckpointError(f"{file}: {name}: has int8 values that stand for {matrix.dtype}. {ADVICE}")
     return record
 
 
@@ -282,6 +298,7 @@ def packed_layout(shards: Sequence[Sequence[tuple[str, torch.dtype, tuple[int, .
     ]
 
 
-def stored_bytes(shape: Sequence[int], dtype: torch.dtype, kept: int) -> int:
+def stored_bytes(shape: Sequence[int], dtype: torch.dtype, kept: int, values: str = "same") -> int:
     """Size of a tensor when it is packed."""
-    return math.prod(mask_shape(shape)) + kept * dtype.itemsize
+    mask = math.prod(mask_shape(shape))
+    return mask + (kept * dtype.itemsize if values == "same" else kept + 4 * math.prod(shape[:-1]))

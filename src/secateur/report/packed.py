@@ -26,6 +26,16 @@ def packing_tables(result: Packing) -> RenderableType:
             example = next(name for name, own in result.dense.items() if own == reason)
             left.add_row(reason, str(count), example)
         parts += [left, ""]
+    if result.errors:
+        errors = sorted(result.errors.values())
+        worst = max(result.errors, key=lambda name: result.errors[name])
+        parts.append(
+            Text(
+                f"Rounded to int8: relative error {sum(errors) / len(errors):.4f} on average, at most "
+                f"{errors[-1]:.4f} ({worst})."
+            )
+        )
+    parts += [Text(f"{name} keeps its values: {reason}.", style="yellow") for name, reason in result.same.items()]
     kept = f"{result.kept / result.weights:.1%} of {result.weights:,} weights are kept"
     if result.output is None:
         return Group(*parts, Text(f"{kept}. Nothing was written."))
@@ -36,5 +46,10 @@ def unpacking_tables(result: Unpacking) -> RenderableType:
     """What was unpacked, in a sentence."""
     return Text(
         f"{result.matrices} matrices unpacked into {result.output} in {seconds_text(result.seconds)}: "
-        f"{bytes_text(result.bytes_before)} became {bytes_text(result.bytes_after)}, every tensor as it was packed."
+        f"{bytes_text(result.bytes_before)} became {bytes_text(result.bytes_after)}, "
+        + (
+            f"{result.rounded} of them with the values that int8 codes stand for."
+            if result.rounded
+            else "every tensor as it was packed."
+        )
     )

@@ -4,16 +4,20 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import secateur
 from secateur.errors import CheckpointError
 from secateur.files.bitmask import count_kept, mask_shape, pack_bits
 from secateur.files.checkpoint import CARD_FILE, DTYPE_NAMES, PACKED_FILE, PACKED_INDEX, Checkpoint
+from secateur.files.codes import DTYPES as CODED
+from secateur.files.codes import codes_of, relative_error, values_of
 from secateur.files.folders import companions, copy_files, locate
 from secateur.files.packed import (
     FORMAT,
@@ -29,11 +33,20 @@ from secateur.files.packed import (
     stored_bytes,
 )
 from secateur.files.writer import CheckpointWriter, writing
-from secateur.record.manifest import FILE_NAME, Manifest, file_digests, read_manifest, tensor_digest
+from secateur.record.manifest import (
+    FILE_NAME,
+    Manifest,
+    file_digests,
+    mask_digest,
+    read_manifest,
+    tensor_digest,
+    view_of,
+)
+from secateur.record.versions import run_facts
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
-from secateur.runtime.settings import PackSettings
+from secateur.runtime.settings import PackSettings, Values
 
 HEADER_BYTES = 256  # what another tensor takes in the header of a shard and in sparse_config.json, about
 
@@ -42,11 +55,14 @@ HEADER_BYTES = 256  # what another tensor takes in the header of a shard and in 
 class Packing:
     """The result of `pack`: bytes before and after, of the packed matrices and of all tensors, and what stayed dense.
 
-    `dense` maps tensors that might have been packed to the reason why they were not. `output` is None after a dry run.
+    `dense` maps tensors that might have been packed to the reason why they were not, and `same` packed ones to the
+    reason why their values are not int8, where that was asked. `errors` are the relative errors of those that are: the
+    Frobenius norm of what rounding changed, divided by that of the matrix. `output` is None after a dry run.
     """
 
     model: str
     output: str | None
+    values: Values
     matrices: int
     weights: int
     kept: int
@@ -56,6 +72,8 @@ class Packing:
     total_after: int
     seconds: float
     dense: Mapping[str, str] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bits(self) -> float:
@@ -68,10 +86,20 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Which tensors are packed, with the number of their kept values, and why others are not."""
+class _Planned:
+    """How a tensor will be packed: how many values are kept, in which form, and why not as int8, if that was asked."""
 
-    kept: dict[str, int]
+    kept: int
+    values: Values
+    error: float | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which tensors are packed and how, and why others are not."""
+
+    packed: dict[str, _Planned]
     dense: dict[str, str]
 
 
@@ -86,7 +114,7 @@ def pack(settings: PackSettings) -> Packing:
     Raises `CheckpointError` for what is no plain checkpoint, and for one that is not what its manifest says.
     """
     started = time.perf_counter()
-    model, progress = os.fspath(settings.model), settings.progress
+    model = os.fspath(settings.model)
     target = None if settings.dry_run else check_output(settings.output, model, settings.overwrite)
     folder = locate(model, settings.revision)
     if is_packed(folder):
@@ -94,7 +122,7 @@ def pack(settings: PackSettings) -> Packing:
     source = Checkpoint(folder)
     manifest = read_manifest(folder) if (folder / FILE_NAME).exists() else None
     plan = _planned(source, settings)
-    if not plan.kept:
+    if not plan.packed:
         raise CheckpointError(
             f"{folder}: no tensor in it would become smaller: none has enough zeros. Is it the pruned checkpoint? "
             f"See what there is with: secateur inspect {folder}"
@@ -102,46 +130,70 @@ def pack(settings: PackSettings) -> Packing:
     if target is not None:
         with Transaction(target, settings.overwrite) as transaction:
             _write(source, manifest, plan, transaction.folder, settings)
-            progress("rename", 0, 1)
             transaction.commit()
-    before = {name: source.tensors[name].bytes for name in plan.kept}
-    after = {name: stored_bytes(source.shape(name), source.dtype(name), kept) for name, kept in plan.kept.items()}
+    before = {name: source.tensors[name].bytes for name in plan.packed}
+    after = {
+        name: stored_bytes(source.shape(name), source.dtype(name), how.kept, how.values)
+        for name, how in plan.packed.items()
+    }
     total = sum(record.bytes for record in source.tensors.values())
     return Packing(
         model=model,
         output=None if target is None else os.fspath(settings.output or ""),
-        matrices=len(plan.kept),
-        weights=sum(math.prod(source.shape(name)) for name in plan.kept),
-        kept=sum(plan.kept.values()),
+        values=settings.values,
+        matrices=len(plan.packed),
+        weights=sum(math.prod(source.shape(name)) for name in plan.packed),
+        kept=sum(how.kept for how in plan.packed.values()),
         bytes_before=sum(before.values()),
         bytes_after=sum(after.values()),
         total_before=total,
         total_after=total - sum(before.values()) + sum(after.values()),
         seconds=time.perf_counter() - started,
         dense=plan.dense,
+        same={name: how.refusal for name, how in plan.packed.items() if how.refusal is not None},
+        errors={name: how.error for name, how in plan.packed.items() if how.error is not None},
     )
 
 
 def _planned(source: Checkpoint, settings: PackSettings) -> _Plan:
     """What is packed: every tensor of several dimensions that becomes smaller."""
-    kept, dense = {}, {}
+    packed, dense = {}, {}
     names = [name for name in source.names if len(source.shape(name)) > 1]
     taken = set(source.names)
     for number, name in enumerate(names):
         entries = math.prod(source.shape(name))
-        count = sum(count_kept(part) for part in source.parts(name))
-        size = stored_bytes(source.shape(name), source.dtype(name), count) + HEADER_BYTES
-        if taken & {f"{stem(name)}.bitmask", f"{stem(name)}.compressed"}:
+        found = _counted(source, name, settings.values)
+        size = stored_bytes(source.shape(name), source.dtype(name), found.kept) + HEADER_BYTES
+        parts = {f"{stem(name)}.{part}" for part in ("bitmask", "compressed", "scales")}
+        if taken & parts:
             dense[name] = "the names of its parts are taken"
-        elif size < source.tensors[name].bytes:
-            kept[name] = count
-            taken |= {f"{stem(name)}.bitmask", f"{stem(name)}.compressed"}
-        elif count == entries:
+        elif size < source.tensors[name].bytes:  # as it is: what has few zeros is not rounded either
+            packed[name] = found
+            taken |= parts
+        elif found.kept == entries:
             dense[name] = "no zeros"
         else:
-            dense[name] = f"{1 - count / entries:.1%} zeros: it would not shrink"
+            dense[name] = f"{1 - found.kept / entries:.1%} zeros: it would not shrink"
         settings.progress("count zeros", number + 1, len(names))
-    return _Plan(kept, dense)
+    return _Plan(packed, dense)
+
+
+def _counted(source: Checkpoint, name: str, values: Values) -> _Planned:
+    """How many values of a tensor are kept, and what is lost where they become codes."""
+    refusal = None
+    if values == "int8":
+        if source.dtype(name) in CODED:
+            tensor = source.read([name])[name]
+            try:
+                codes, scales = codes_of(tensor)
+            except ValueError as error:
+                refusal = str(error)
+            else:
+                lost = relative_error(tensor, values_of(codes, scales, torch.empty_like(tensor)))
+                return _Planned(count_kept(codes), "int8", lost)
+        else:
+            refusal = f"it is {str(source.dtype(name)).removeprefix('torch.')}"
+    return _Planned(sum(count_kept(part) for part in source.parts(name)), "same", refusal=refusal)
 
 
 def _write(source: Checkpoint, manifest: Manifest | None, plan: _Plan, folder: Path, settings: PackSettings) -> None:
@@ -150,15 +202,18 @@ def _write(source: Checkpoint, manifest: Manifest | None, plan: _Plan, folder: P
     layout = packed_layout([[part for name in names for part in _parts(source, plan, name)] for names in shards])
     copy_files(source.folder, _copied(source.folder), folder)
     writer = CheckpointWriter(folder, layout, index=PACKED_INDEX)
-    matrices, dense = {}, {}
+    matrices: dict[str, PackedMatrix] = {}
+    dense: dict[str, DenseTensor] = {}
     try:
         for number, name in enumerate(source.names):
-            if name in plan.kept:
-                matrices[name] = asdict(_pack(source, plan, name, writer))
-                digest = matrices[name]["sha256"]
+            how = plan.packed.get(name)
+            if how is not None:
+                tensor = source.read([name])[name]
+                matrices[name] = _pack(source, tensor, name, how, writer)
+                digest = matrices[name].sha256 if how.values == "same" else tensor_digest(tensor)
             else:
                 digest = writer.write_parts(name, source.parts(name))
-                dense[name] = asdict(DenseTensor(digest, plan.dense.get(name)))
+                dense[name] = DenseTensor(digest, plan.dense.get(name))
             if manifest is not None and manifest.tensors.get(name) != digest:
                 raise CheckpointError(
                     f"{source.folder}: {name}: its bytes differ from those that were written. The checkpoint was "
@@ -168,15 +223,17 @@ def _write(source: Checkpoint, manifest: Manifest | None, plan: _Plan, folder: P
         writer.close()
     finally:
         writer.abandon()
+    if manifest is not None and any(matrix.values == "int8" for matrix in matrices.values()):
+        _rounded(manifest, matrices, source).write(folder)
     headers = [writer.header_digests[name] for name in packed_shards(len(shards))]
     record = {
         "format": FORMAT,
         "version": VERSION,
         "secateur": secateur.__version__,
-        "values": "same",
+        "values": settings.values,
         "shards": [asdict(PackedShard(digest, names)) for digest, names in zip(headers, shards, strict=True)],
-        "matrices": matrices,
-        "dense": dense,
+        "matrices": {name: asdict(matrix) for name, matrix in matrices.items()},
+        "dense": {name: asdict(tensor) for name, tensor in dense.items()},
         "files": file_digests(folder),
     }
     with writing(folder / PACKED_FILE):
@@ -185,30 +242,63 @@ def _write(source: Checkpoint, manifest: Manifest | None, plan: _Plan, folder: P
 
 def _parts(source: Checkpoint, plan: _Plan, name: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Name, dtype and shape of what is stored for a tensor."""
-    shape, dtype = source.shape(name), source.dtype(name)
-    if name not in plan.kept:
+    shape, dtype, how = source.shape(name), source.dtype(name), plan.packed.get(name)
+    if how is None:
         return [(name, dtype, shape)]
-    return [
+    parts = [
         (f"{stem(name)}.bitmask", torch.uint8, mask_shape(shape)),
-        (f"{stem(name)}.compressed", dtype, (plan.kept[name],)),
+        (f"{stem(name)}.compressed", dtype if how.values == "same" else torch.int8, (how.kept,)),
     ]
+    return parts if how.values == "same" else [*parts, (f"{stem(name)}.scales", torch.float32, shape[:-1])]
 
 
-def _pack(source: Checkpoint, plan: _Plan, name: str, writer: CheckpointWriter) -> PackedMatrix:
-    tensor = source.read([name])[name]
-    mask, kept = pack_bits(tensor)
-    if len(kept) != plan.kept[name]:
+def _pack(source: Checkpoint, tensor: Tensor, name: str, how: _Planned, writer: CheckpointWriter) -> PackedMatrix:
+    """What sparse_config.json says of a tensor whose parts were written."""
+    parts: dict[str, Tensor] = {}
+    stands_for = tensor
+    if how.values == "int8":
+        codes, parts["scales"] = codes_of(tensor)
+        parts["bitmask"], parts["compressed"] = pack_bits(codes)
+        stands_for = values_of(codes, parts["scales"], torch.empty_like(tensor))
+    else:
+        parts["bitmask"], parts["compressed"] = pack_bits(tensor)
+    if len(parts["compressed"]) != how.kept:
         raise CheckpointError(f"{source.folder}: {name}: changed while it was packed. Let nothing write there.")
     return PackedMatrix(
         dtype=DTYPE_NAMES[tensor.dtype],
         shape=list(tensor.shape),
-        kept=len(kept),
-        sha256=tensor_digest(tensor),
-        stored={
-            "bitmask": writer.write(f"{stem(name)}.bitmask", mask),
-            "compressed": writer.write(f"{stem(name)}.compressed", kept),
-        },
+        kept=how.kept,
+        sha256=tensor_digest(stands_for),
+        stored={part: writer.write(f"{stem(name)}.{part}", value) for part, value in parts.items()},
+        values=how.values,
+        error=how.error,
     )
+
+
+def _rounded(manifest: Manifest, record: Mapping[str, PackedMatrix], source: Checkpoint) -> Manifest:
+    """The manifest of what a packed checkpoint with int8 values stands for: the masks of before, and other values."""
+    new = deepcopy(manifest)
+    rounded = {name: matrix.sha256 for name, matrix in record.items() if matrix.values == "int8"}
+    masks: dict[str, str] = {}
+    for name, entry in new.matrices.items():
+        if entry["tensor"] in rounded:
+            masks[name] = mask_digest(view_of(source.read([entry["tensor"]])[entry["tensor"]], entry) != 0)
+            entry["kept_identical"] = False
+    zeros = sum(entry["zeros"] for entry in manifest.matrices.values())
+    new.recovery = {
+        "method": "int8",
+        "base": {"path": str(source.folder.resolve()), "digest": manifest.digest},
+        "zeros_before": zeros,
+        "zeros": zeros,
+        "nudged": 0,
+        "trained": {name: manifest.tensors[name] for name in rounded},
+        "masks": masks,
+        "unmasked": {},
+        "earlier": manifest.recovery,
+        **run_facts(None),
+    }
+    new.tensors = manifest.tensors | rounded
+    return new
 
 
 def _copied(folder: Path) -> list[Path]:

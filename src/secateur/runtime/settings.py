@@ -25,6 +25,9 @@ class PackSettings(Settings):
     output: Annotated[File | None, Option(OPTIONS, "Folder for the packed checkpoint.", "-o")] = field(
         default=None, kw_only=False
     )
+    values: Annotated[
+        Values, Option(OPTIONS, "same: every byte comes back; int8: rounded to 8 bits, with a scale for each row.")
+    ] = "same"
     dry_run: Annotated[
         bool, Option(OPTIONS, "Count what would be packed and how large it would be; write nothing.")
     ] = False

@@ -23,12 +23,16 @@ from secateur.runtime.settings import UnpackSettings
 
 @dataclass(frozen=True)
 class Unpacking:
-    """The result of `unpack`: how many tensors were packed, and the bytes of all before and after."""
+    """The result of `unpack`: how many tensors were packed, and the bytes of all before and after.
+
+    `rounded` counts those whose values were rounded to int8, and come back as what the codes stand for.
+    """
 
     model: str
     output: str
     format: str
     matrices: int
+    rounded: int
     bytes_before: int
     bytes_after: int
     seconds: float
@@ -83,6 +87,9 @@ def unpack(settings: UnpackSettings) -> Unpacking:
         output=os.fspath(settings.output),
         format=checkpoint.record.format if isinstance(checkpoint, PackedCheckpoint) else checkpoint.format,
         matrices=len(checkpoint.record.matrices if isinstance(checkpoint, PackedCheckpoint) else checkpoint.sparse),
+        rounded=sum(how.values == "int8" for how in checkpoint.record.matrices.values())
+        if isinstance(checkpoint, PackedCheckpoint)
+        else 0,
         bytes_before=sum(record.bytes for record in checkpoint.stored.values()),
         bytes_after=writer.total_bytes,
         seconds=time.perf_counter() - started,
