@@ -48,6 +48,8 @@ OPTIONS = {
     | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
     "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}
     | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
+    "pack": {"--output", "--values", "--dry-run", "--revision", "--overwrite", "--config", "--json"},
+    "unpack": {"--output", "--revision", "--overwrite", "--config", "--json"},
     "eval": HOW | TASKS | {"--bos", "--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"})
     | TASKS

@@ -172,7 +172,7 @@ def test_a_module_with_more_than_its_class_has(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_record_of_an_adapter(text: str, tmp_path: Path) -> None:
-    from secateur.record.manifest import digest_of
+    from secateur.files.reading import digest_of
     from secateur.recover.adapters import _record
 
     value = json.loads(text) if len(text) < 1000 else None

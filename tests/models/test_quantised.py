@@ -360,10 +360,6 @@ FOREIGN: dict[str, tuple[dict[str, Tensor], str]] = {
         },
         "NVFP4",
     ),
-    "a bitmask": (
-        {"weight.compressed": torch.ones(700), "weight.bitmask": torch.ones(32, 6, dtype=torch.uint8)},
-        "a sparse format of compressed-tensors",
-    ),
     "FP8 alone": ({"weight": torch.ones(32, 48).to(FP8)}, "torch.float8_e4m3fn without scales that belong to it"),
     "a scale too many": ({"weight": torch.ones(32, 48), "weight_scale": torch.ones(())}, "a scale that nothing uses"),
 }

@@ -15,9 +15,10 @@ from msgspec import Meta
 
 import secateur
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import Checkpoint, file_digest
+from secateur.files.checkpoint import PACKED_FILE, file_digest
 from secateur.files.folders import companions, locate
 from secateur.files.names import unique
+from secateur.files.packed import is_packed, open_files
 from secateur.files.reading import checked, read_json
 
 REVISION = 1  # of how evaluations are made; raise it when the same key leads to other figures
@@ -172,7 +173,8 @@ def model_digest(model: str | os.PathLike[str], revision: str | None = None) -> 
             raise CheckpointError(f"{file}: no such file.")
         return file_digest(file)
     folder = locate(name, revision)
-    deciding = [*Checkpoint(folder).files, *filter(_decides, companions(folder)[0])]
+    own = [folder / PACKED_FILE] if is_packed(folder) else []
+    deciding = [*open_files(folder).files, *own, *filter(_decides, companions(folder)[0])]
     listing = {file.relative_to(folder).as_posix(): file_digest(file) for file in deciding}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 

@@ -39,6 +39,8 @@ SINGLE_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 MODELOPT_FILE = "hf_quant_config.json"  # how weights are packed; dense weights are not
 CARD_FILE = "README.md"
+PACKED_FILE = "sparse_config.json"  # how the matrices of a packed checkpoint are stored
+PACKED_INDEX = "sparse.index.json"
 HEADER_BYTES = 100_000_000  # what the format itself allows
 NAME_LENGTH = 200  # of a file; file systems allow for some 250 bytes
 DIMENSIONS = 16  # of a tensor; no model has more than six
@@ -168,9 +170,10 @@ class Checkpoint:
     `tensors` maps every tensor name to where it lies, in the order of the files and, within one, of the bytes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+        """The weights of a folder: those in `files`, where they are given, else as transformers would choose them."""
         self.folder = folder
-        self.files = _weight_files(folder)
+        self.files = _weight_files(folder) if files is None else list(files)
         self.headers = {file: read_header(file) for file in self.files}
         self.tensors: dict[str, TensorRecord] = {}
         for file, header in self.headers.items():
@@ -180,7 +183,8 @@ class Checkpoint:
                         f"{folder}: tensor {name} is in {self.tensors[name].file.name} and {file.name}."
                     )
                 self.tensors[name] = record
-        self._check_index()
+        if files is None:
+            self._check_index()
 
     def _check_index(self) -> None:
         index = self.folder / INDEX_FILE
@@ -273,6 +277,11 @@ def _weight_files(folder: Path) -> list[Path]:
                     "Download the checkpoint again."
                 )
         return files
+    if (folder / PACKED_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: a packed checkpoint, and a plain one is needed here. Unpack it first: secateur unpack {folder} "
+            "-o FOLDER"
+        )
     if any(folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder}: holds PyTorch .bin weights only, and Secateur reads safetensors. Convert it once with\n"

@@ -1,9 +1,13 @@
 """The folder of a checkpoint: a local one or the hub's copy in its cache, and the files beside the weights."""
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import CARD_FILE, INDEX_FILE, MODELOPT_FILE
+from secateur.files.checkpoint import CARD_FILE, INDEX_FILE, MODELOPT_FILE, PACKED_FILE, PACKED_INDEX
+from secateur.files.reading import open_regular
+from secateur.files.writer import writing
 
 OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "report")  # of other formats and tools
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
@@ -60,7 +64,7 @@ def companions(folder: Path) -> tuple[list[Path], list[str]]:
         name = entry.name
         if name.startswith((".git", ".cache", ".DS_Store", ".ipynb_checkpoints")) or name == "__pycache__":
             continue
-        if name in (CARD_FILE, "secateur.json", INDEX_FILE, MODELOPT_FILE):
+        if name in (CARD_FILE, "secateur.json", INDEX_FILE, MODELOPT_FILE, PACKED_FILE, PACKED_INDEX):
             continue
         if not entry.is_dir():
             if _is_companion(entry):
@@ -75,6 +79,16 @@ def companions(folder: Path) -> tuple[list[Path], list[str]]:
         else:
             copied += inside
     return copied, left
+
+
+def copy_files(folder: Path, files: Iterable[Path], target: Path) -> None:
+    """Copy files of a folder to the same places in another. Raises `CheckpointError` for what is no regular file."""
+    for file in files:
+        place = target / file.relative_to(folder)
+        with open_regular(file) as original, writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("wb") as copy:
+                shutil.copyfileobj(original, copy)
 
 
 def _is_companion(file: Path) -> bool:

@@ -5,10 +5,11 @@ trusted to be files, to be small, to be flat, or to hold what their names promis
 """
 
 import codecs
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,7 +49,7 @@ def read_text(file: Path, *, limit: int = TEXT_BYTES, error: Raise = CheckpointE
         if size > limit:
             raise error(f"{file}: has {size:,} bytes, and at most {limit:,} are read. Is it the right file?")
         try:
-            return stream.read(limit + 1).decode("utf-8")
+            return stream.read(size + 1).decode("utf-8")
         except UnicodeDecodeError as problem:
             before = problem.object[: problem.start]
             line, byte = before.count(b"\n") + 1, len(before) - before.rfind(b"\n") - 1
@@ -120,6 +121,12 @@ def checked(value: Any, where: Any, kind: Any, *, error: Raise = CheckpointError
 def read_json(file: Path, kind: Any = None, *, limit: int = TEXT_BYTES, advice: str = "") -> Any:
     """The value of a JSON file, of type `kind`: `read_text`, then `parse_json`."""
     return parse_json(read_text(file, limit=limit), file, kind, advice=advice)
+
+
+def digest_of(value: Mapping[str, Any]) -> str:
+    """The sha256 of a record's JSON, without the entry "digest" that holds it."""
+    plain = {key: item for key, item in value.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def read_yaml(file: Path) -> Any:

@@ -22,7 +22,10 @@ class CheckpointWriter:
     All space is reserved when the writer is made, so that a full disk is found out before the work, not after it.
     """
 
-    def __init__(self, folder: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, layout: Layout, metadata: Mapping[str, str] | None = None, *, index: str | None = None
+    ) -> None:
+        """Shards without an index of their tensors where there is one only, unless `index` is the name of one."""
         self.folder = folder
         self._metadata = {"format": "pt", **(metadata or {})}
         self.digests: dict[str, str] = {}
@@ -33,13 +36,14 @@ class CheckpointWriter:
         self._touched: set[str] = set()
         self.total_bytes = 0
         try:
-            for file, tensors in layout:
-                self._create(file, tensors)
-            if len(layout) > 1:
-                weight_map = {name: place[0] for name, place in sorted(self._place.items())}
-                index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-                with writing(folder / INDEX_FILE):
-                    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            for name, tensors in layout:
+                self._create(name, tensors)
+            if len(layout) > 1 or index is not None:
+                file = folder / (index or INDEX_FILE)
+                weight_map = {tensor: place[0] for tensor, place in sorted(self._place.items())}
+                listing = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+                with writing(file):
+                    file.write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
         except CheckpointError:
             self.close()
             raise

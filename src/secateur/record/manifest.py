@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE, file_digest, tensor_bytes
-from secateur.files.reading import checked, parse_json, read_text
+from secateur.files.reading import checked, digest_of, parse_json, read_text
 from secateur.files.writer import writing
 from secateur.models.shape.skeleton import Source
 from secateur.record.manifest_schema import check_manifest
@@ -158,12 +158,6 @@ def cautions(manifest: Manifest) -> list[str]:
 
 def _text(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=1) + "\n"
-
-
-def digest_of(value: Mapping[str, Any]) -> str:
-    """The sha256 of a record's JSON, without the entry "digest" that holds it."""
-    plain = {key: item for key, item in value.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

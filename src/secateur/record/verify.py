@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
 from secateur.files.checkpoint import INDEX_FILE, Checkpoint, file_digest
+from secateur.files.packed import PackedCheckpoint, open_files
 from secateur.models.shape.skeleton import Source
 from secateur.record.manifest import (
     Manifest,
@@ -22,6 +23,7 @@ from secateur.record.manifest import (
     unlisted_files,
     view_of,
 )
+from secateur.record.packed import file_problems, has_manifest, readable, tensor_problems
 
 # Methods that only choose which weights stay, by the names under which manifests record them.
 CHOOSING = frozenset(
@@ -38,6 +40,7 @@ class Verification:
     matrices: int = 0
     zeros: int = 0
     weights: int = 0
+    packed: int = 0  # tensors whose stored bytes, and the bytes that they stand for, were hashed
     changed: int = 0  # matrices whose kept weights are not the source's, as the manifest says
     compared_to: str | None = None
     problems: list[str] = field(default_factory=list)
@@ -67,25 +70,41 @@ def verify(
     pruning are exempt from that, but their zeros must lie where they lay before; `source` may then be the dense model
     or the pruned one that was trained.
 
+    Of a packed checkpoint, the bytes that are stored and those that they stand for are also compared with what its
+    sparse_config.json says of them; one without a manifest is compared with that file alone.
+
     Raises `CheckpointError` when there is nothing to verify: no manifest, or shards that cannot be read.
     """
     path = Path(folder)
-    check = _Check(read_manifest(path), Verification(path))
-    checkpoint = Checkpoint(path)
-    check.names(path, checkpoint)
-    result, source_names = check.result, set(source.names) if source is not None else set()
-    if source is not None:
+    checkpoint, result = open_files(path), Verification(path)
+    packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
+    check = None if packed and source is None and not has_manifest(path) else _Check(read_manifest(path), result)
+    if packed is not None:
+        result.problems += file_problems(packed)
+        result.packed = len(packed.record.matrices)
+    if check is not None:
+        check.names(path, checkpoint)
+    source_names = set(source.names) if source is not None else set()
+    if source is not None and check is not None:
         result.compared_to = str(getattr(source, "folder", None) or check.manifest.source.get("path"))
         for name in sorted(source_names ^ set(checkpoint.names)):
             where = "the source" if name in checkpoint.tensors else "the pruned checkpoint"
             result.problems.append(f"{name}: absent from {where}")
     for number, name in enumerate(checkpoint.names):
-        tensor = checkpoint.read([name])[name]
-        check.written(name, tensor)
-        if source is not None and name in source_names:
+        tensor = checkpoint.read([name])[name] if packed is None else readable(packed, name)
+        if isinstance(tensor, str):
+            result.problems.append(tensor)
+            continue
+        if packed is not None:
+            result.problems += tensor_problems(packed, name, tensor)
+        result.tensors += 1
+        if check is not None:
+            check.written(name, tensor)
+        if source is not None and check is not None and name in source_names:
             check.against(name, tensor, source.read([name])[name])
         progress(number + 1, len(checkpoint.names))
     if result.changed:
+        assert check is not None
         result.notes.append(
             f"Kept weights of {result.changed} of {len(check.manifest.matrices)} matrices differ from the source: the "
             f"manifest says that {check.manifest.method} changed them. What they should be, only its digests say."
@@ -118,7 +137,8 @@ class _Check:
 
     def names(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Headers of shards, names of tensors and matrices, and every other file."""
-        for name, digest in self.manifest.headers.items():
+        packed = isinstance(checkpoint, PackedCheckpoint)  # whose files are not the plain ones, and are proved apart
+        for name, digest in {} if packed else self.manifest.headers.items():
             header = checkpoint.headers.get(folder / name)
             if header is None:
                 self._problem(f"{name}: the shard is missing")
@@ -128,11 +148,13 @@ class _Check:
             self._problem(f"{name}: the tensor is missing")
         there = set(paths_below(folder))
         for name, digest in self.manifest.files.items():
+            if packed and name == INDEX_FILE:
+                continue
             if name not in there or not (folder / name).is_file():
                 self._problem(f"{name}: the file is missing")
             elif file_digest(folder / name) != digest:
                 self._problem(f"{name}: the file differs from the one that was written")
-        for name in unlisted_files(folder, self.manifest):
+        for name in () if packed else unlisted_files(folder, self.manifest):
             if name.endswith(".safetensors"):
                 self._problem(f"{name}: a shard that was not written by the run")
             elif name == INDEX_FILE:
@@ -145,7 +167,6 @@ class _Check:
 
     def written(self, name: str, tensor: Tensor) -> None:
         """The bytes of a tensor, and the patterns of its matrices."""
-        self.result.tensors += 1
         if self.manifest.tensors.get(name) != tensor_digest(tensor):
             self._problem(f"{name}: its bytes differ from those that were written")
         for entry in self._planned.get(name, ()):

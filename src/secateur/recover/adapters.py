@@ -14,11 +14,11 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, PatternError
-from secateur.files.reading import checked, read_json
+from secateur.files.reading import checked, digest_of, read_json
 from secateur.files.writer import writing
 from secateur.models.shape.matrices import matrix_kind
 from secateur.plans.plan import matches
-from secateur.record.manifest import Manifest, digest_of
+from secateur.record.manifest import Manifest
 from secateur.record.manifest_schema import BaseEntry
 from secateur.recover.masks import matrix_parameters
 from secateur.runs.output import ADAPTER_RECORD

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.files.checkpoint import Checkpoint
+from secateur.files.packed import open_files
 from secateur.record.card import papers, patterns, source_name
 from secateur.record.manifest import Manifest, cautions, read_manifest
 from secateur.report import checkpoint_tables
@@ -68,7 +68,7 @@ def _content(
     """What the template fills in."""
     kinds = groups(matrices, lambda matrix: matrix.label)
     whole = Group("all", matrices)
-    weights = sum(math.prod(record.shape) for record in Checkpoint(folder).tensors.values())
+    weights = sum(math.prod(record.shape) for record in open_files(folder).tensors.values())
     zeros, planned = sum(matrix.zeros for matrix in matrices), sum(matrix.weights for matrix in matrices)
     evaluated = tables(evaluations)
     source, text = str(manifest.source.get("path")), manifest.calibration

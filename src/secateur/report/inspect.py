@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.files.packed import PackedCheckpoint
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.skeleton import Source
 
 # Patterns worth a name, the strictest first.
 KNOWN_PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32))
@@ -38,10 +40,11 @@ class MatrixSparsity:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Every prunable matrix of a model, with its sparsity."""
+    """Every prunable matrix of a model, with its sparsity, and how much of the checkpoint is packed."""
 
     model: str
     matrices: list[MatrixSparsity]
+    packed: dict[str, Any] | None = None  # tensors, bytes, plain_bytes, values; None where the checkpoint is not packed
 
     @property
     def sparsity(self) -> float:
@@ -58,7 +61,8 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """All matrices, and the sparsity overall."""
         rows = [{**asdict(matrix), "sparsity": matrix.sparsity} for matrix in self.matrices]
-        return {"model": self.model, "sparsity": self.sparsity, "matrices": rows}
+        packed = {} if self.packed is None else {"packed": self.packed}
+        return {"model": self.model, "sparsity": self.sparsity, **packed, "matrices": rows}
 
 
 def inspect(
@@ -77,7 +81,19 @@ def inspect(
         tensors = skeleton.source.read(sorted({matrix.tensor for matrix in matrices}))
         rows += [_measure(matrix, matrix.view(tensors)) for matrix in matrices]
         progress(block.index + 1, len(skeleton.blocks))
-    return Inspection(str(opened.origin.get("path")), rows)
+    return Inspection(str(opened.origin.get("path")), rows, _packed(skeleton.source))
+
+
+def _packed(source: Source) -> dict[str, Any] | None:
+    checkpoint = getattr(source, "checkpoint", source)  # the one below, of one that is dequantised
+    if not isinstance(checkpoint, PackedCheckpoint):
+        return None
+    return {
+        "tensors": len(checkpoint.record.matrices),
+        "bytes": checkpoint.packed_bytes,
+        "plain_bytes": checkpoint.plain_bytes,
+        "values": checkpoint.record.values,
+    }
 
 
 def _measure(matrix: Matrix, weight: Tensor) -> MatrixSparsity:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.core.histogram import histogram
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import Checkpoint
+from secateur.files.packed import open_files
 from secateur.record.manifest import Manifest, view_of
 from secateur.report.pictures import Picture, draw_within
 from secateur.report.structure import Structure, columns, pooled, rows
@@ -71,7 +71,7 @@ def read_masks(
             f"{folder}: no pruned matrix is left to report on: training filled the zeros of all of them. "
             f"See what there is with: secateur inspect {folder}"
         )
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_files(folder)
     pictured = chosen(manifest)
     most = min(ONE_PICTURE, ALL_PICTURES // len(pictured))
     labels = short_kinds(list(dict.fromkeys(str(entry["kind"]) for entry in manifest.matrices.values())))

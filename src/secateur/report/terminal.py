@@ -138,6 +138,10 @@ def inspection_tables(inspection: Inspection, every_matrix: bool = False) -> Ren
             table.add_row(matrix.name, shape, f"{matrix.sparsity:.4f}", matrix.pattern)
         return table
     parts: list[RenderableType] = []
+    if inspection.packed is not None:
+        packed, stored, plain = (inspection.packed[key] for key in ("tensors", "bytes", "plain_bytes"))
+        share = f"{bytes_text(stored)}, {stored / plain:.3f} of {bytes_text(plain)} when they are plain"
+        parts += [Text(f"{packed} tensors are packed ({inspection.packed['values']} values): {share}."), ""]
     for key in ("kind", "block"):
         table = _table(f"by {key}", "count", "sparsity", "pattern")
         for value, matrices in inspection.grouped(key).items():
@@ -168,6 +172,10 @@ def verification_tables(result: Verification) -> RenderableType:
             f"sparsity {result.sparsity:.4f} of planned weights."
         )
     ]
+    if result.packed:
+        lines.append(
+            Text(f"{result.packed} tensors are packed: hashed as they are stored, and as what they stand for.")
+        )
     if result.compared_to:
         lines.append(Text(f"Compared with the source {result.compared_to}."))
     lines += [Text(note, style="yellow") for note in result.notes]

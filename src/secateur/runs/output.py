@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import CARD_FILE
+from secateur.files.checkpoint import CARD_FILE, PACKED_FILE
+from secateur.files.packed import packed_files
 from secateur.record.manifest import FILE_NAME, paths_below, read_manifest, unlisted_files
 
 ADAPTER_RECORD = "secateur_adapter.json"  # what an adapter has in the place of a manifest
@@ -55,15 +56,15 @@ def resolved(output: str | os.PathLike[str]) -> Path:
 
 def _check_own(output: str | os.PathLike[str], target: Path) -> None:
     """Raise `CheckpointError` when a folder that is to be overwritten holds anything that Secateur did not write."""
-    own = any((target / name).exists() for name in (FILE_NAME, ADAPTER_RECORD))
+    own = any((target / name).exists() for name in (FILE_NAME, ADAPTER_RECORD, PACKED_FILE))
     if not target.is_dir() or (any(target.iterdir()) and not own):
         raise CheckpointError(
             f"{output}: exists and holds no {FILE_NAME}, so Secateur did not write it and will not overwrite it. "
             "Choose another folder, or remove it yourself."
         )
-    if (target / FILE_NAME).exists():
+    if own and not (target / ADAPTER_RECORD).exists():
         try:
-            others = unlisted_files(target, read_manifest(target))
+            others = _foreign_files(target)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error} What else is in {output} is not known, so it is not overwritten. Remove it yourself, or "
@@ -78,6 +79,14 @@ def _check_own(output: str | os.PathLike[str], target: Path) -> None:
             f"{output}: holds {others[0]}{more}, which Secateur did not write; --overwrite would remove it. Move it "
             "away, or choose another folder."
         )
+
+
+def _foreign_files(target: Path) -> list[str]:
+    """What a checkpoint, plain or packed, does not account for by its manifest or by sparse_config.json."""
+    if (target / PACKED_FILE).exists():
+        known = packed_files(target) | {CARD_FILE, FILE_NAME}
+        return [name for name in paths_below(target) if name not in known]
+    return unlisted_files(target, read_manifest(target))
 
 
 def check_apart(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> None:

@@ -1,1 +1,1 @@
-"""How packed weights are computed with on a CPU."""
+"""Packed weights and what computes with them."""

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,9 +15,8 @@ from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.files.checkpoint import CARD_FILE, Checkpoint, file_digest
-from secateur.files.folders import companions, locate
-from secateur.files.reading import open_regular, read_json, read_text
-from secateur.files.writer import writing
+from secateur.files.folders import companions, copy_files, locate
+from secateur.files.reading import read_json, read_text
 from secateur.models.opening.configuration import PACKING_ENTRIES, reason
 from secateur.models.opening.wrapped import plain_module
 from secateur.models.shape.causality import check_declared
@@ -276,17 +274,12 @@ def _write_configuration(model: Any, target: Path) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(target)
-    _clean_configuration(target / "config.json")
+    clean_configuration(target / "config.json")
 
 
 def _copy_companions(folder: Path, target: Path) -> None:
-    for file in companions(folder)[0]:
-        place = target / file.relative_to(folder)
-        with open_regular(file) as original, writing(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("wb") as copy:
-                shutil.copyfileobj(original, copy)
-    _clean_configuration(target / "config.json")
+    copy_files(folder, companions(folder)[0], target)
+    clean_configuration(target / "config.json")
 
 
 def _card_facts(folder: Path) -> dict[str, Any]:
@@ -307,7 +300,7 @@ def _card_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _clean_configuration(file: Path) -> None:
+def clean_configuration(file: Path) -> None:
     """Drop packing entries from a copied config.json; without any, the file stays byte for byte as it was."""
     config = read_json(file, dict[str, Any])
     plain = _without_packing(config)

@@ -101,17 +101,17 @@ class WholeModel:
         if self._checkpoint is None:
             return load_gguf(self.path, self.dtype).to(self.device)
         placement = self._placement(self._checkpoint)
-        if isinstance(self._checkpoint, DequantisedCheckpoint):
-            return self._dequantised(self._checkpoint, fits=not placement)
+        if type(self._checkpoint) is not Checkpoint:
+            return self._read_here(self._checkpoint, fits=not placement)
         module = load_whole(self.path, self.dtype, trust_remote_code=self._trust, **placement)
         return module if placement else module.to(self.device)
 
-    def _dequantised(self, source: DequantisedCheckpoint, *, fits: bool) -> nn.Module:
-        """The model with the weights as they are dequantised here, which transformers does for some formats only."""
+    def _read_here(self, source: Checkpoint | DequantisedCheckpoint, *, fits: bool) -> nn.Module:
+        """The model with the weights as they are read here: transformers dequantises some formats and expands none."""
         if not fits:
             raise CheckpointError(
-                f"{source.folder}: dequantised it does not fit into the free memory of {self.device}, and only plain "
-                "checkpoints are spread over devices. Choose another device, or fewer other programs."
+                f"{source.folder}: as plain weights it does not fit into the free memory of {self.device}, and only "
+                "plain checkpoints are spread over devices. Choose another device, or fewer other programs."
             )
         from transformers import GenerationConfig
 

@@ -17,13 +17,15 @@ from secateur.files.checkpoint import MODELOPT_FILE, Checkpoint, Layout, shard_n
 from secateur.files.reading import read_json
 from secateur.models.opening.configuration import CONFIGURATION, PACKING_ENTRIES, read_configuration
 from secateur.models.shape.skeleton import Skeleton
+from secateur.models.weights.bitmask import FORMATS as SPARSE_FORMATS
+from secateur.models.weights.bitmask import SparseBitmaskCheckpoint, open_expanded
 from secateur.models.weights.packing import block_sizes, scaled, unpacked_mxfp4
 
 PLAIN = torch.bfloat16  # what codes become
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 METHODS = ("fp8", "finegrained_fp8", "fbgemm_fp8", "mxfp4", "modelopt", "compressed-tensors")
 ALGORITHMS = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN")  # ModelOpt's names
-FORMATS = ("dense", "naive-quantized", "int-quantized", "float-quantized")  # compressed-tensors' names
+FORMATS = ("dense", "naive-quantized", "int-quantized", "float-quantized", *SPARSE_FORMATS)  # compressed-tensors' names
 SCALE_ENDINGS = ("_scale", "_scale_inv")  # after the name of a weight
 # Scales of inputs, outputs and caches: without quantised activations nothing needs them.
 OF_ACTIVATIONS = re.compile(
@@ -42,7 +44,6 @@ FOREIGN = {
     "quant_map": "bitsandbytes, 4 bits",
     "W_q": "HQQ",
     "weight_scales": "EETQ",
-    "bitmask": "a sparse format of compressed-tensors",
     "_data": "quanto",
 }
 
@@ -140,22 +141,26 @@ def _warn_once(text: str) -> None:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint | DequantisedCheckpoint:
-    """The weights of a folder, dequantised where they are stored as FP8, int8 or MXFP4 with scales.
+    """The weights of a folder, expanded where they are packed, and dequantised from FP8, int8 or MXFP4 with scales.
 
     Warns once, through the logger "secateur", that they become bfloat16. Raises `CheckpointError` for weights packed in
     any other format, and for scales that do not fit or that nothing uses.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_expanded(folder)
     announced = list(_announced(folder))
     sizes = [size for where, entry in announced for size in _check_announced(folder, where, entry)]
     for name in checkpoint.names:
         ending = name.rpartition(".")[2]
         if ending in FOREIGN:
             raise _refused(folder, FOREIGN[ending], f"{name} is stored as {checkpoint.dtype(name)}")
+    sparse = isinstance(checkpoint, SparseBitmaskCheckpoint)
+    for where, entry in announced:
+        if _sparse_format(entry) is not None and not sparse:
+            raise _refused(folder, f"{_sparse_format(entry)}, of which no tensor is there", where)
     packed = _find_packed(checkpoint, sizes)
     _check_pairs(checkpoint, packed)
     if not packed:
-        if not all(_says_dense(entry) for _, entry in announced):
+        if not all(_says_dense(entry) or _says_sparse(entry) for _, entry in announced):
             raise _refused(folder, announced[0][0], "no tensor has codes and scales of a known format")
         return checkpoint
     used = {part for one in packed.values() for part in one.parts}
@@ -304,6 +309,17 @@ def _check_announced(folder: Path, where: str, entry: Mapping[str, Any]) -> list
 def _says_dense(entry: Mapping[str, Any]) -> bool:
     """Whether an entry is about something else than packed weights: sparsity, or caches alone."""
     return entry.get("format") == "dense" or ("quant_algo" in entry and entry["quant_algo"] is None)
+
+
+def _says_sparse(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry is about weights that are sparse and not quantised."""
+    return not entry.get("config_groups") and _sparse_format(entry) is not None
+
+
+def _sparse_format(entry: Mapping[str, Any]) -> str | None:
+    """The sparse format that an entry names, or None."""
+    found = _mapping(entry.get("sparsity_config")).get("format")
+    return found if found in SPARSE_FORMATS else None
 
 
 def _refused(folder: Path | str, packing: str, what: str) -> CheckpointError:

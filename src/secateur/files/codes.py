@@ -1,0 +1,60 @@
+"""Weights as whole numbers of 8 bits with a scale for each row: what int8 values of a packed matrix are.
+
+A weight w that is kept becomes the number c = round(w / s), but never zero, so that it stays kept; the scale s of a row
+is its largest weight / 127. What comes back is c s, computed in float32 and rounded to the dtype of w.
+Searching for a smaller scale, which cuts off large weights, lowers the error of 8-bit numbers by nothing measurable.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that have codes
+_AT_ONCE = 1 << 20  # entries, for which float32 copies are made
+
+
+def codes_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes (int8, of the tensor's shape, zero exactly where it is) and the scales (float32, one for each row).
+
+    Raises `ValueError` for entries that are not finite.
+    """
+    codes = torch.empty(tensor.shape, dtype=torch.int8)
+    scales = torch.empty(tensor.shape[:-1], dtype=torch.float32)
+    rows, out, factors = tensor.reshape(-1, tensor.shape[-1]), codes.view(-1, tensor.shape[-1]), scales.view(-1)
+    for part in _parts(rows):
+        weights = rows[part].float()
+        if not bool(rows[part].isfinite().all()):
+            raise ValueError("it has values that are not finite")
+        scale = (weights.abs().amax(dim=1) / LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+        found = (weights / scale[:, None]).round_()
+        found = torch.where(found == 0, weights.sign(), found).clamp_(-LARGEST, LARGEST)
+        out[part], factors[part] = found.to(torch.int8), scale
+    return codes, scales
+
+
+def values_of(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    """The weights that codes and scales stand for, in `out`, which is contiguous and of the codes' shape."""
+    columns = out.shape[-1]
+    rows, factors, result = codes.reshape(-1, columns), scales.reshape(-1, 1), out.view(-1, columns)
+    for part in _parts(rows):
+        result[part] = rows[part].float().mul_(factors[part]).to(out.dtype)
+    return out
+
+
+def relative_error(tensor: Tensor, other: Tensor) -> float:
+    """The Frobenius norm of the difference of two tensors, divided by that of the first."""
+    difference = square = 0.0
+    rows, others = tensor.reshape(-1, tensor.shape[-1]), other.reshape(-1, tensor.shape[-1])
+    for part in _parts(rows):
+        weights = rows[part].double()
+        difference += float((others[part].double() - weights).square().sum())
+        square += float(weights.square().sum())
+    return math.sqrt(difference / square) if square else 0.0
+
+
+def _parts(rows: Tensor) -> Sequence[slice]:
+    step = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(rows), step)] if rows.numel() else []

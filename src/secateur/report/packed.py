@@ -1,0 +1,55 @@
+"""Packed checkpoints as tables in a terminal."""
+
+from collections import Counter
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from secateur.pruning.forecast import bytes_text
+from secateur.report.terminal import _table, seconds_text
+from secateur.runtime.pack import Packing
+from secateur.runtime.unpack import Unpacking
+
+
+def packing_tables(result: Packing) -> RenderableType:
+    """Sizes before and after, and the tensors that stayed dense, by reason."""
+    sizes = _table("", "before", "after", "after / before", "bits per weight")
+    for label, before, after, bits in (
+        (f"{result.matrices} packed matrices", result.bytes_before, result.bytes_after, f"{result.bits:.2f}"),
+        ("all tensors", result.total_before, result.total_after, ""),
+    ):
+        sizes.add_row(label, bytes_text(before), bytes_text(after), f"{after / before:.3f}", bits)
+    parts: list[RenderableType] = [sizes, ""]
+    if result.dense:
+        left = _table("stayed dense", "tensors", "for example")
+        for reason, count in Counter(result.dense.values()).most_common():
+            example = next(name for name, own in result.dense.items() if own == reason)
+            left.add_row(reason, str(count), example)
+        parts += [left, ""]
+    if result.errors:
+        errors = sorted(result.errors.values())
+        worst = max(result.errors, key=lambda name: result.errors[name])
+        parts.append(
+            Text(
+                f"Rounded to int8: relative error {sum(errors) / len(errors):.4f} on average, at most "
+                f"{errors[-1]:.4f} ({worst})."
+            )
+        )
+    parts += [Text(f"{name} keeps its values: {reason}.", style="yellow") for name, reason in result.same.items()]
+    kept = f"{result.kept / result.weights:.1%} of {result.weights:,} weights are kept"
+    if result.output is None:
+        return Group(*parts, Text(f"{kept}. Nothing was written."))
+    return Group(*parts, Text(f"{kept}; packed into {result.output} in {seconds_text(result.seconds)}."))
+
+
+def unpacking_tables(result: Unpacking) -> RenderableType:
+    """What was unpacked, in a sentence."""
+    return Text(
+        f"{result.matrices} matrices unpacked into {result.output} in {seconds_text(result.seconds)}: "
+        f"{bytes_text(result.bytes_before)} became {bytes_text(result.bytes_after)}, "
+        + (
+            f"{result.rounded} of them with the values that int8 codes stand for."
+            if result.rounded
+            else "every tensor as it was packed."
+        )
+    )
