@@ -55,6 +55,11 @@ _NAMES = {
     "recover.merge": ("Merge", "merge"),
     "report.inspect": ("inspect",),
     "runs.events": ("Event",),
+    "runtime.bench": ("Bench", "bench"),
+    "runtime.generate": ("Generated", "generate"),
+    "runtime.load": ("load", "pack_module"),
+    "runtime.pack": ("Packing", "pack"),
+    "runtime.unpack": ("Unpacking", "unpack"),
     "sweeps.folder": ("Sweep",),
     "sweeps.run": ("sweep",),
 }

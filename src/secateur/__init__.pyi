@@ -72,6 +72,11 @@ from secateur.recover.fine_tuning import Recovery as Recovery, fine_tune as fine
 from secateur.recover.merge import Merge as Merge, merge as merge
 from secateur.report.inspect import inspect as inspect
 from secateur.runs.events import Event as Event
+from secateur.runtime.bench import Bench as Bench, bench as bench
+from secateur.runtime.generate import Generated as Generated, generate as generate
+from secateur.runtime.load import load as load, pack_module as pack_module
+from secateur.runtime.pack import Packing as Packing, pack as pack
+from secateur.runtime.unpack import Unpacking as Unpacking, unpack as unpack
 from secateur.sweeps.folder import Sweep as Sweep
 from secateur.sweeps.run import sweep as sweep
 

@@ -1,10 +1,11 @@
-"""`pack` and `unpack`."""
+"""`pack` and `unpack`, and what runs packed checkpoints: `generate` and `bench`."""
 
+import sys
 from dataclasses import replace
 
 from secateur.cli.app import Config, Json, command
-from secateur.cli.display import print_result, quiet_libraries, stage_progress
-from secateur.runtime.settings import PackSettings, UnpackSettings
+from secateur.cli.display import print_json, print_result, quiet_libraries, stage_progress
+from secateur.runtime.settings import BenchSettings, GenerateSettings, PackSettings, UnpackSettings
 
 
 @command(
@@ -42,3 +43,59 @@ def unpack(settings: UnpackSettings, config: Config = None, as_json: Json = Fals
 
         result = write(**vars(replace(settings, progress=show)))
     print_result(result, unpacking_tables, as_json)
+
+
+@command(
+    'secateur generate ./packed "The capital of France is"',
+    'secateur generate ./packed "Write a haiku about pruning." --chat --temperature 0.7 --seed 1',
+    "secateur generate ./packed --max-tokens 32 < prompt.txt",
+)
+def generate(settings: GenerateSettings, config: Config = None, as_json: Json = False) -> None:
+    """Continue a text with a model, plain or packed. Text goes to standard output as it is written."""
+    from secateur.errors import SecateurError
+
+    prompt = settings.prompt
+    if prompt is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise SecateurError(
+                'prompt: got none. Give it in quotes, as in: secateur generate MODEL "Once upon a time"'
+            )
+        prompt = sys.stdin.read()
+
+    def show(text: str) -> None:
+        if not as_json:
+            print(text, end="", flush=True)
+
+    with quiet_libraries():
+        from secateur.runtime.generate import generate as write
+
+        result = write(**vars(replace(settings, prompt=prompt, on_text=show)))
+    if as_json:
+        print_json(result.to_json())
+        return
+    print()
+    rate = result.tokens_per_second
+    print(
+        f"loaded in {result.load_seconds:.1f} s; {result.prompt_tokens} tokens read in {result.first_seconds:.2f} s, "
+        f"{len(result.tokens)} written" + ("" if rate is None else f" at {rate:.1f} tokens per second"),
+        file=sys.stderr,
+    )
+
+
+@command(
+    "secateur bench ./packed",
+    "secateur bench ./pruned ./packed --prompt 512 --decode 64 --batch 1,4,16",
+    "secateur bench ./packed --threads 1 --json",
+)
+def bench(settings: BenchSettings, config: Config = None, as_json: Json = False) -> None:
+    """Measure sizes, and the speed of reading a prompt and of writing tokens, on this machine's CPU.
+
+    A packed checkpoint is measured packed and expanded, in turns. A gain is only shown where every repetition of the
+    packed model was faster than each of the fastest dense one.
+    """
+    with quiet_libraries(), stage_progress() as show:
+        from secateur.report.packed import bench_tables
+        from secateur.runtime.bench import bench as measure
+
+        result = measure(**vars(replace(settings, progress=show)))
+    print_result(result, bench_tables, as_json)

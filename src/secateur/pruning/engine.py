@@ -67,6 +67,7 @@ def prune(settings: PruneSettings) -> Manifest:
         on_event(Event(stage, done=done, total=total))
 
     target = output_of(settings)
+    return_large()
     with ExitStack() as stack:
         transaction = None if target is None else stack.enter_context(Transaction(target, settings.overwrite))
         ready = stack.enter_context(prepared(settings, target, progress=partial(tell, "calibrate")))

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from secateur.pruning.forecast import bytes_text
 from secateur.report.terminal import _table, seconds_text
+from secateur.runtime.bench import Bench, Speed
 from secateur.runtime.pack import Packing
 from secateur.runtime.unpack import Unpacking
 
@@ -53,3 +54,39 @@ def unpacking_tables(result: Unpacking) -> RenderableType:
             else "every tensor as it was packed."
         )
     )
+
+
+def bench_tables(result: Bench) -> RenderableType:
+    """Sizes and loading; speeds by batch, with their spread and the gain over the fastest dense row of the model."""
+    sizes = _table("model", "weights", "computed in", "files", "memory", "loaded in", "of the read bandwidth")
+    speeds = _table("model", "weights", "computed in", "batch", "prefill, tokens/s", "gain", "decode, tokens/s", "gain")
+    for row in result.rows:
+        what = [row.model, "packed" if row.packed_matrices else "dense", row.dtype]
+        share = "" if row.read_share is None else f"{row.read_share:.2f}"
+        sizes.add_row(
+            *what, bytes_text(row.file_bytes), bytes_text(row.memory_bytes), seconds_text(row.load_seconds), share
+        )
+        for number, (prefill, decode) in enumerate(zip(row.prefill, row.decode, strict=True)):
+            gains = [_gain(result.gain(row, stage, number), row.packed_matrices) for stage in ("prefill", "decode")]
+            speeds.add_row(*what, str(prefill.batch), _rate(prefill), gains[0], _rate(decode), gains[1])
+    return Group(
+        sizes,
+        "",
+        speeds,
+        "",
+        Text(
+            f"{result.threads} threads, which read {result.bandwidth / 1e9:.1f} GB/s from memory; {result.prompt} "
+            f"tokens of prompt, {result.decoded} decoded, {result.repetitions} repetitions: median (lowest to "
+            "highest). A gain is over the fastest dense row of the same model."
+        ),
+    )
+
+
+def _rate(speed: Speed) -> str:
+    return f"{speed.median:.1f} ({speed.lowest:.1f} to {speed.highest:.1f})"
+
+
+def _gain(ratio: float | None, packed: int) -> str:
+    if not packed:
+        return ""
+    return "within the spread" if ratio is None else f"{ratio:.2f} x"

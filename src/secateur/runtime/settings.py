@@ -1,9 +1,11 @@
-"""What `pack` and `unpack` take. Nothing heavy is imported."""
+"""What `pack`, `unpack`, `generate` and `bench` take. Nothing heavy is imported."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from secateur.collect.settings import File, Revision
+from secateur.collect.settings import HOW, File, Model, ModelSettings, Revision, Trust
+from secateur.errors import SecateurError
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ else:
 
 OVERWRITE = Option(OPTIONS, "Replace an output that Secateur wrote.")
 Values = Literal["same", "int8"]
+Backend = Literal["auto", "packed", "dense"]
+Threads = Annotated[int | None, Option(HOW, "Threads to compute with [default: what torch takes].", least=1)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,3 +51,59 @@ class UnpackSettings(Settings):
     revision: Revision = None
     overwrite: Annotated[bool, OVERWRITE] = False
     progress: Progress = lambda stage, done, total: None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GenerateSettings(ModelSettings):
+    """What `generate` takes."""
+
+    prompt: Annotated[
+        str | None, Option(ARGUMENTS, "The text to continue [default: what standard input holds].", error=SecateurError)
+    ] = field(default=None, kw_only=False)
+    chat: Annotated[bool, Option(OPTIONS, "Put the prompt into the model's chat template, as a user's message.")] = (
+        False
+    )
+    max_tokens: Annotated[int, Option(OPTIONS, "The most tokens to write.", "-n", least=1)] = 128
+    temperature: Annotated[
+        float, Option(OPTIONS, "0 takes the likeliest token each time, 1 draws as the model weighs them.")
+    ] = 0.0
+    seed: Annotated[int, Option(OPTIONS, "For drawing.", least=0)] = 0
+    backend: Annotated[
+        Backend,
+        Option(HOW, "packed: packed matrices stay so in memory; dense: they are expanded; auto: packed on a CPU."),
+    ] = "auto"
+    threads: Threads = None
+    tokenizer: Any = None
+    on_text: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BenchSettings(Settings):
+    """What `bench` takes."""
+
+    models: Annotated[Sequence[Model], Option(ARGUMENTS, "Folders, plain or packed, hub ids or GGUF files.")] = field(
+        kw_only=False
+    )
+    prompt: Annotated[int, Option(OPTIONS, "Tokens of the prompt.", "-p", least=1)] = 512
+    decode: Annotated[int, Option(OPTIONS, "Tokens that are decoded after it.", "-n", least=1)] = 128
+    batch: Annotated[
+        tuple[str, ...], Option(OPTIONS, "How many prompts at once, with commas between them.", "-b", words=True)
+    ] = ("1",)
+    repetitions: Annotated[int, Option(OPTIONS, "Of which the median counts.", "-r", least=2)] = 5
+    dtypes: Annotated[
+        tuple[str, ...],
+        Option(
+            HOW, "To compute in, with commas between them [default: that of the checkpoint, and float32].", words=True
+        ),
+    ] = ()
+    threads: Threads = None
+    trust_remote_code: Trust = False
+    progress: Progress = lambda stage, done, total: None
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes. Raises `SecateurError` for what is no whole number above zero."""
+        for text in map(str, self.batch):
+            if not text.isdecimal() or int(text) < 1:
+                raise SecateurError(f"--batch: got {text!r}, expected whole numbers from 1, such as 1,4,16.")
+        return [int(text) for text in self.batch]

@@ -32,12 +32,13 @@ def return_large(forward_bytes: int = 0) -> int:
     Fast: but memory that is new from the system costs a page fault for every 4 KiB: a fifth of the time, where blocks
     are small. What their forwards need is kept.
     """
-    small = forward_bytes <= _LARGEST_KEPT
+    small = 0 < forward_bytes <= _LARGEST_KEPT
     with suppress(*_UNKNOWN):
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_THRESHOLD, max(LARGE_BYTES, forward_bytes) if small else LARGE_BYTES)
-        library.mallopt(_TRIM_THRESHOLD, _END_BYTES)
-    return _PILE_BYTES if forward_bytes > 0 and small else 0
+        if small:
+            library.mallopt(_TRIM_THRESHOLD, _END_BYTES)
+    return _PILE_BYTES if small else 0
 
 
 class FreedMemory:

@@ -113,16 +113,10 @@ class WholeModel:
                 f"{source.folder}: as plain weights it does not fit into the free memory of {self.device}, and only "
                 "plain checkpoints are spread over devices. Choose another device, or fewer other programs."
             )
-        from transformers import GenerationConfig
-
         dtype = str(self.dtype).removeprefix("torch.")
         opened = open_model(source.folder, device=str(self.device), dtype=dtype, trust_remote_code=self._trust)
         module: Any = opened.skeleton.load_all()
-        if (source.folder / "generation_config.json").exists():
-            try:
-                module.generation_config = GenerationConfig.from_pretrained(source.folder)
-            except Exception as error:
-                raise CheckpointError(f"{source.folder}/generation_config.json: {reason(error)}") from None
+        read_generation_config(module, source.folder)
         return module  # type: ignore[no-any-return]
 
     def _placement(self, source: Source) -> dict[str, Any]:
@@ -181,6 +175,17 @@ def load_whole(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **p
             failure = failure or error
     assert failure is not None
     raise CheckpointError(f"{folder}: transformers cannot load it: {reason(failure)}") from None
+
+
+def read_generation_config(module: Any, folder: Path) -> None:
+    """Give the model the generation_config.json of its folder, where there is one."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").exists():
+        try:
+            module.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise CheckpointError(f"{folder}/generation_config.json: {reason(error)}") from None
 
 
 def free_bytes(device: torch.device) -> int:

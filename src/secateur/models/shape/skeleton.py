@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -218,11 +219,21 @@ class Skeleton:
                     self._assign(absent, parameters[present])
         self._buffers_to_device(self._outside)
 
-    def load_all(self) -> nn.Module:
-        """The model with all of its weights in it, on the device, in the computing dtype."""
+    def load_all(self, replacements: Mapping[str, nn.Module] = MappingProxyType({})) -> nn.Module:
+        """The model with all of its weights in it, on the device, in the computing dtype.
+
+        `replacements` are modules of blocks, by path, that stand in for the model's own; they bring their weights.
+        """
+        for path, module in replacements.items():
+            self.model.set_submodule(path, module)
+            self._modules[path] = module
+        brought = {
+            name for group in self.conversion.making(f"{path}.weight" for path in replacements) for name in group.names
+        }
         self.load_outside()
         for block in self.blocks:
-            self.load(block, self.read(block))
+            names = [*self.block_tensors[block.index], *self.shared_tensors[block.index]]
+            self.load(block, self.source.read([name for name in names if name not in brought]))
         return self.model
 
     def unload_outside(self) -> None:
