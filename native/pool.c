@@ -1,5 +1,7 @@
-/* Threads that wait for work, and memory that they keep. No OpenMP: torch brings its own, and two of them would wait for each other
-   by spinning. Any number of callers may have work under way; each takes part in its own and needs no thread of the pool to end. */
+/* Threads, and memory that they keep. Where torch has a GNU OpenMP loaded, its threads do the work: they spin for a while after each
+   product of torch's, and threads of our own would have to share the cores with them. Elsewhere, and in a child after a fork, which
+   OpenMP's threads do not survive, a pool of our own waits for work: any number of callers may have work under way, and each takes
+   part in its own and needs no thread of the pool to end. */
 #include "kernel.h"
 
 #include <pthread.h>
@@ -16,6 +18,10 @@ typedef struct work {
     atomic_int_fast64_t next;
     struct work *following;
 } work;
+
+typedef void parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+static parallel *of_torch; /* GOMP_parallel */
+static atomic_int forked;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wanted = PTHREAD_COND_INITIALIZER, left = PTHREAD_COND_INITIALIZER;
@@ -43,6 +49,7 @@ static void after_fork_in_child(void) {
     first = NULL;
     threads_started = 0;
     atomic_store(&waiting, 0);
+    atomic_store(&forked, 1);
 }
 
 static void set_up(void) {
@@ -110,6 +117,11 @@ static void *helper(void *unused) {
     return NULL;
 }
 
+/* Told once, before anything is multiplied. */
+EXPORT void secateur_use_threads(void *gomp_parallel) { of_torch = (parallel *)gomp_parallel; }
+
+static void take_part_of_team(void *pointer) { take_part(pointer); }
+
 void run_units(int64_t threads, int64_t units, void (*function)(const void *, int64_t), const void *context) {
     work mine = {.function = function, .context = context, .units = units};
     atomic_init(&mine.next, 0);
@@ -119,6 +131,10 @@ void run_units(int64_t threads, int64_t units, void (*function)(const void *, in
         return;
     }
     pthread_once(&once, set_up);
+    if (of_torch && !atomic_load(&forked)) {
+        of_torch(take_part_of_team, &mine, (unsigned)mine.helpers_wanted + 1, 0);
+        return;
+    }
     pthread_mutex_lock(&lock);
     while (threads_started < mine.helpers_wanted) {
         pthread_t thread;

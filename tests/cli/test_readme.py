@@ -43,6 +43,8 @@ def test_the_marked_blocks_are_there() -> None:
         "compare",
         "report",
         "gradients",
+        "pack",
+        "unpack",
         "inspect",
         "verify",
     ]
@@ -52,7 +54,7 @@ def test_the_commands(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = {"MODEL": str(model), "PRUNED": str(tmp_path / "pruned"), "GRADIENTS": str(tmp_path / "gradients.st")}
-    names |= {name.upper(): str(tmp_path / name) for name in ("table", "adapter", "merged")}
+    names |= {name.upper(): str(tmp_path / name) for name in ("table", "adapter", "merged", "packed", "unpacked")}
     shown = {}
     for line in blocks("")[0].splitlines():
         arguments = [names.get(word, word) for word in shlex.split(line)]
@@ -68,6 +70,8 @@ def test_the_commands(
     assert re.search(r"^method +50% +60% +2:4$", shown["sweep"], re.M)
     assert "Recovered with lora" in shown["recover"]
     assert re.search(r"^sparsity of planned weights +0\.5000 +0\.5000 +0\.5000$", shown["merge"], re.M)
+    assert re.search(r"^21 packed matrices ", shown["pack"], re.M)
+    assert "every tensor as it was packed" in shown["unpack"]
     assert "8 x 128" in shown["eval"]
     assert "same first choice" in shown["compare"]
     assert (tmp_path / "pruned" / "report" / "index.html").exists()

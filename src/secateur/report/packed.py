@@ -49,7 +49,7 @@ def unpacking_tables(result: Unpacking) -> RenderableType:
         f"{result.matrices} matrices unpacked into {result.output} in {seconds_text(result.seconds)}: "
         f"{bytes_text(result.bytes_before)} became {bytes_text(result.bytes_after)}, "
         + (
-            f"{result.rounded} of them with the values that int8 codes stand for."
+            f"{result.rounded} matrices with the values that their int8 codes stand for."
             if result.rounded
             else "every tensor as it was packed."
         )

@@ -20,6 +20,7 @@ _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "secateur_compiled": ([], _INTEGER),
     "secateur_supported": ([], _INTEGER),
+    "secateur_use_threads": ([_POINTER], None),
     "secateur_row_starts": ([_POINTER, _INTEGER, _INTEGER, _POINTER], _INTEGER),
     "secateur_arrange": ([_POINTER] * 7, None),
     "secateur_expand": ([_POINTER] * 5, None),
@@ -54,7 +55,17 @@ def library() -> ctypes.CDLL | None:
         raise SecateurError(
             f"{file}: the kernel cannot be loaded ({error}). Install secateur again, or set SECATEUR_KERNEL=torch."
         ) from error
+    loaded.secateur_use_threads(_threads_of_torch())
     return loaded
+
+
+def _threads_of_torch() -> int | None:
+    """Where GNU OpenMP, which torch has loaded, begins a parallel region; None where torch has another one, or none."""
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        return ctypes.cast(torch_library.GOMP_parallel, _POINTER).value
+    except (OSError, AttributeError):
+        return None
 
 
 def available() -> dict[PathName, str]:

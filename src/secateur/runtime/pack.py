@@ -162,38 +162,33 @@ def _planned(source: Checkpoint, settings: PackSettings) -> _Plan:
     taken = set(source.names)
     for number, name in enumerate(names):
         entries = math.prod(source.shape(name))
-        found = _counted(source, name, settings.values)
-        size = stored_bytes(source.shape(name), source.dtype(name), found.kept) + HEADER_BYTES
+        kept = sum(count_kept(part) for part in source.parts(name))
+        size = stored_bytes(source.shape(name), source.dtype(name), kept) + HEADER_BYTES
         parts = {f"{stem(name)}.{part}" for part in ("bitmask", "compressed", "scales")}
         if taken & parts:
             dense[name] = "the names of its parts are taken"
         elif size < source.tensors[name].bytes:  # as it is: what has few zeros is not rounded either
-            packed[name] = found
+            packed[name] = _coded(source, name, kept) if settings.values == "int8" else _Planned(kept, "same")
             taken |= parts
-        elif found.kept == entries:
+        elif kept == entries:
             dense[name] = "no zeros"
         else:
-            dense[name] = f"{1 - found.kept / entries:.1%} zeros: it would not shrink"
+            dense[name] = f"{1 - kept / entries:.1%} zeros: it would not shrink"
         settings.progress("count zeros", number + 1, len(names))
     return _Plan(packed, dense)
 
 
-def _counted(source: Checkpoint, name: str, values: Values) -> _Planned:
-    """How many values of a tensor are kept, and what is lost where they become codes."""
-    refusal = None
-    if values == "int8":
-        if source.dtype(name) in CODED:
-            tensor = source.read([name])[name]
-            try:
-                codes, scales = codes_of(tensor)
-            except ValueError as error:
-                refusal = str(error)
-            else:
-                lost = relative_error(tensor, values_of(codes, scales, torch.empty_like(tensor)))
-                return _Planned(count_kept(codes), "int8", lost)
-        else:
-            refusal = f"it is {str(source.dtype(name)).removeprefix('torch.')}"
-    return _Planned(sum(count_kept(part) for part in source.parts(name)), "same", refusal=refusal)
+def _coded(source: Checkpoint, name: str, kept: int) -> _Planned:
+    """A tensor with int8 values: how many are kept, and what is lost; or as it is, and why."""
+    if source.dtype(name) not in CODED:
+        return _Planned(kept, "same", refusal=f"it is {str(source.dtype(name)).removeprefix('torch.')}")
+    tensor = source.read([name])[name]
+    try:
+        codes, scales = codes_of(tensor)
+    except ValueError as error:
+        return _Planned(kept, "same", refusal=str(error))
+    lost = relative_error(tensor, values_of(codes, scales, torch.empty_like(tensor)))
+    return _Planned(count_kept(codes), "int8", lost)
 
 
 def _write(source: Checkpoint, manifest: Manifest | None, plan: _Plan, folder: Path, settings: PackSettings) -> None:
