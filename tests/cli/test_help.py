@@ -50,6 +50,10 @@ OPTIONS = {
     | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
     "pack": {"--output", "--values", "--dry-run", "--revision", "--overwrite", "--config", "--json"},
     "unpack": {"--output", "--revision", "--overwrite", "--config", "--json"},
+    "generate": {"--chat", "--max-tokens", "--temperature", "--seed", "--backend", "--threads", "--config", "--json"}
+    | {"--device", "--dtype", "--revision", "--trust-remote-code"},
+    "bench": {"--prompt", "--decode", "--batch", "--repetitions", "--dtypes", "--threads", "--trust-remote-code"}
+    | {"--config", "--json"},
     "eval": HOW | TASKS | {"--bos", "--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"})
     | TASKS

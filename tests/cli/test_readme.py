@@ -72,6 +72,8 @@ def test_the_commands(
     assert re.search(r"^sparsity of planned weights +0\.5000 +0\.5000 +0\.5000$", shown["merge"], re.M)
     assert re.search(r"^21 packed matrices ", shown["pack"], re.M)
     assert "every tensor as it was packed" in shown["unpack"]
+    assert shown["generate"].strip()
+    assert re.search(r"packed +float32 +1 +[\d.]+ \(", shown["bench"])
     assert "8 x 128" in shown["eval"]
     assert "same first choice" in shown["compare"]
     assert (tmp_path / "pruned" / "report" / "index.html").exists()

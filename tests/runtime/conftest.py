@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from command_line import call, model  # noqa: F401 - pytest finds them by name
 from secateur.runtime import library
 from secateur.runtime.library import PathName
 

@@ -1,0 +1,173 @@
+"""`load` and `generate`: packed checkpoints are models of transformers, and say what the plain ones say."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur
+import tiny
+from command_line import Call
+from real_data import STORIES
+from secateur.errors import CheckpointError, SecateurError
+from secateur.runtime.bench import Bench, Measured, Speed
+from secateur.runtime.linear import PackedLinear
+from secateur.runtime.load import load, memory_of, pack_module
+from secateur.runtime.pack import pack
+
+IDS = torch.tensor([[3, 5, 7, 11, 13, 17], [2, 4, 6, 8, 10, 12]])
+# Tied embeddings, biases, experts one by one and in stacks, (in, out) storage.
+ARCHITECTURES = {"llama": 21, "llama_tied": 21, "phi": 18, "gpt2": 0, "mixtral": 12, "gpt_oss": 12}
+
+
+def packed_folder(folder: Path, name: str, dtype: torch.dtype = torch.float32, **options: str) -> Path:
+    tiny.build(name, dtype=dtype).save_pretrained(folder / "model")
+    secateur.prune(folder / "model", method="magnitude", pattern=0.5, output=folder / "pruned")
+    pack(folder / "pruned", folder / "packed", **options)
+    return folder / "packed"
+
+
+def packed_layers(module: torch.nn.Module) -> int:
+    return sum(isinstance(part, PackedLinear) for part in module.modules())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    packed = packed_folder(tmp_path, name)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    expected = plain(input_ids=IDS).logits
+    module = load(packed)
+    assert packed_layers(module) == ARCHITECTURES[name]
+    assert not any(parameter.is_meta for parameter in module.parameters())
+    torch.testing.assert_close(module(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    dense = load(packed, backend="dense")
+    assert packed_layers(dense) == 0
+    torch.testing.assert_close(dense(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_stays_packed_takes_less_memory(tmp_path: Path) -> None:
+    packed = packed_folder(tmp_path, "llama", torch.bfloat16)
+    small, large = load(packed), load(packed, backend="dense")
+    assert small.dtype == large.dtype == torch.bfloat16
+    assert memory_of(small) < memory_of(large)
+
+
+def test_int8_values_stay_packed(tmp_path: Path) -> None:
+    packed = packed_folder(tmp_path, "llama", torch.bfloat16, values="int8")
+    module, dense = load(packed, dtype="float32"), load(packed, backend="dense", dtype="float32")
+    assert packed_layers(module) == ARCHITECTURES["llama"]
+    # What is expanded was rounded to bfloat16, the codes are multiplied as they are.
+    torch.testing.assert_close(module(input_ids=IDS).logits, dense(input_ids=IDS).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_a_plain_checkpoint_and_what_cannot_be(tmp_path: Path) -> None:
+    packed = packed_folder(tmp_path, "gpt2")
+    plain = load(tmp_path / "pruned")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()(input_ids=IDS).logits
+    torch.testing.assert_close(plain(input_ids=IDS).logits, expected)
+    with pytest.raises(CheckpointError, match="secateur pack"):
+        load(tmp_path / "pruned", backend="packed")
+    with pytest.raises(CheckpointError, match="--backend dense"):
+        load(packed, backend="packed")
+    with pytest.raises(SecateurError, match="backend: got 'fast', expected auto, packed, dense"):
+        load(packed, backend="fast")  # type: ignore[arg-type]
+
+
+def test_a_module_in_memory(tmp_path: Path) -> None:
+    packed_folder(tmp_path, "llama_tied")
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    expected = module(input_ids=IDS).logits
+    module.model.layers[0].self_attn.q_proj.weight.data.fill_(1.0)  # no zeros any more
+    changed = module(input_ids=IDS).logits
+    assert not torch.equal(changed, expected)
+    before = memory_of(module)
+    assert pack_module(module) == ARCHITECTURES["llama_tied"] - 1
+    assert type(module.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert type(module.lm_head) is torch.nn.Linear  # shares its weight with the embeddings
+    torch.testing.assert_close(module(input_ids=IDS).logits, changed, rtol=1e-4, atol=1e-5)
+    assert memory_of(module) < before
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real model, pruned and packed; the plain one lies beside it."""
+    if not STORIES.exists():
+        pytest.skip("needs the shared test data")
+    folder = tmp_path_factory.mktemp("stories")
+    secateur.prune(STORIES, method="magnitude", pattern=0.5, output=folder / "pruned")
+    pack(folder / "pruned", folder / "packed")
+    return folder
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", "Lily had a red ball", "The dog ran to"])
+def test_greedy_tokens_are_those_of_the_plain_checkpoint(stories: Path, prompt: str) -> None:
+    pieces: list[str] = []
+    found = secateur.generate(stories / "packed", prompt, max_tokens=48, on_text=pieces.append)
+    plain = AutoModelForCausalLM.from_pretrained(stories / "pruned").eval()
+    inputs = AutoTokenizer.from_pretrained(stories / "pruned")(prompt, return_tensors="pt", return_token_type_ids=False)
+    expected = plain.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert found.tokens == expected.tolist()
+    assert "".join(pieces).strip() == found.text.strip()
+    assert found.first_seconds > 0
+    assert found.tokens_per_second is not None
+
+
+def test_generate_on_the_command_line(stories: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output, error = call("generate", str(stories / "packed"), "Once upon a time", "--max-tokens", "8")
+    assert code == 0
+    assert output.strip()
+    assert "tokens per second" in error
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time"))
+    assert call("generate", str(stories / "packed"), "--max-tokens", "8")[1] == output
+    drawn = [
+        call("generate", str(stories / "packed"), "Once", "--temperature", "1", "--seed", seed, "--json")[1]
+        for seed in ("1", "1", "2")
+    ]
+    texts = [json.loads(text)["tokens"] for text in drawn]
+    assert texts[0] == texts[1] != texts[2]
+    for arguments, message in (
+        (["Once", "--chat"], "no chat template"),
+        (["Once", "--max-tokens", "100000"], "positions"),
+        (["Once", "--temperature", "-1"], "expected 0 or more"),
+        (["Once", "--threads", "0"], "expected at least 1"),
+    ):
+        code, _, error = call("generate", str(stories / "packed"), *arguments)
+        assert code == 2, arguments
+        assert message in error
+
+
+def test_bench(stories: Path, call: Call) -> None:
+    code, output, _ = call(
+        "bench", str(stories / "packed"), "--prompt", "16", "--decode", "4", "--batch", "1,3", "-r", "2", "--json"
+    )
+    assert code == 0
+    result = json.loads(output)
+    assert [(row["backend"], row["dtype"]) for row in result["rows"]] == [("packed", "float32"), ("dense", "float32")]
+    assert [speed["batch"] for speed in result["rows"][0]["decode"]] == [1, 3]
+    assert result["rows"][0]["memory_bytes"] < result["rows"][1]["memory_bytes"]
+    assert all(0 < speed["lowest"] <= speed["median"] <= speed["highest"] for speed in result["rows"][0]["prefill"])
+    assert result["bandwidth"] > 0
+    code, _, error = call("bench", str(stories / "packed"), "--batch", "1,x")
+    assert code == 2
+    assert "--batch: got 'x'" in error
+    code, _, error = call("bench", str(stories / "packed"), "--prompt", "100000")
+    assert code == 2
+    assert "positions" in error
+
+
+def test_a_gain_inside_the_spread_is_none() -> None:
+    def row(packed: int, low: float, high: float) -> Measured:
+        speed = Speed(1, (low + high) / 2, low, high)
+        return Measured("m", "packed" if packed else "dense", "float32", packed, 1, 1, 1.0, [speed], [speed], None)
+
+    def gain(packed: tuple[float, float], *dense: tuple[float, float]) -> float | None:
+        rows = [row(1, *packed), *(row(0, *one) for one in dense)]
+        return Bench(1, 1, 2, 1, 1.0, rows).gain(rows[0], "decode", 0)
+
+    assert gain((10, 12), (5, 6), (1, 2)) == pytest.approx(2.0)
+    assert gain((10, 12), (5, 10.5)) is None
+    assert gain((1, 2), (5, 6)) == pytest.approx(1.5 / 5.5)
+    assert gain((10, 12)) is None
