@@ -310,7 +310,7 @@ def test_completion() -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    assert completed("secateur", "p") == ["plan", "prune"]
+    assert completed("secateur", "p") == ["plan", "prune", "pack"]
     assert sorted(completed("secateur", "prune", "--sam")) == ["--samples", "--sampling"]
     assert completed("secateur", "prune", "--targets", "") == ["pruned", "dense", "residual"]
     assert completed("secateur", "prune", "--method", "wanda_") == ["wanda_variant", "wanda_plus", "wanda_iterative"]

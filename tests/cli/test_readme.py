@@ -45,6 +45,8 @@ def test_the_marked_blocks_are_there() -> None:
         "gradients",
         "pack",
         "unpack",
+        "generate",
+        "bench",
         "inspect",
         "verify",
     ]

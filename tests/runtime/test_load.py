@@ -116,46 +116,43 @@ def test_greedy_tokens_are_those_of_the_plain_checkpoint(stories: Path, prompt: 
 
 
 def test_generate_on_the_command_line(stories: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, output, error = call("generate", str(stories / "packed"), "Once upon a time", "--max-tokens", "8")
-    assert code == 0
-    assert output.strip()
-    assert "tokens per second" in error
+    packed = stories / "packed"
+    shown = call("generate", packed, "Once upon a time", "--max-tokens", "8")
+    assert shown.code == 0
+    assert shown.out.strip()
+    assert "tokens per second" in shown.err
     monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time"))
-    assert call("generate", str(stories / "packed"), "--max-tokens", "8")[1] == output
+    assert call("generate", packed, "--max-tokens", "8").out == shown.out
     drawn = [
-        call("generate", str(stories / "packed"), "Once", "--temperature", "1", "--seed", seed, "--json")[1]
+        json.loads(call("generate", packed, "Once", "--temperature", "1", "--seed", seed, "--json").out)["tokens"]
         for seed in ("1", "1", "2")
     ]
-    texts = [json.loads(text)["tokens"] for text in drawn]
-    assert texts[0] == texts[1] != texts[2]
+    assert drawn[0] == drawn[1] != drawn[2]
     for arguments, message in (
         (["Once", "--chat"], "no chat template"),
         (["Once", "--max-tokens", "100000"], "positions"),
         (["Once", "--temperature", "-1"], "expected 0 or more"),
         (["Once", "--threads", "0"], "expected at least 1"),
     ):
-        code, _, error = call("generate", str(stories / "packed"), *arguments)
-        assert code == 2, arguments
-        assert message in error
+        result = call("generate", packed, *arguments)
+        assert result.code == 2, arguments
+        assert message in result.message
 
 
 def test_bench(stories: Path, call: Call) -> None:
-    code, output, _ = call(
-        "bench", str(stories / "packed"), "--prompt", "16", "--decode", "4", "--batch", "1,3", "-r", "2", "--json"
-    )
-    assert code == 0
-    result = json.loads(output)
+    packed = stories / "packed"
+    done = call("bench", packed, "--prompt", "16", "--decode", "4", "--batch", "1,3", "-r", "2", "--json")
+    assert done.code == 0
+    result = json.loads(done.out)
     assert [(row["backend"], row["dtype"]) for row in result["rows"]] == [("packed", "float32"), ("dense", "float32")]
     assert [speed["batch"] for speed in result["rows"][0]["decode"]] == [1, 3]
     assert result["rows"][0]["memory_bytes"] < result["rows"][1]["memory_bytes"]
     assert all(0 < speed["lowest"] <= speed["median"] <= speed["highest"] for speed in result["rows"][0]["prefill"])
     assert result["bandwidth"] > 0
-    code, _, error = call("bench", str(stories / "packed"), "--batch", "1,x")
-    assert code == 2
-    assert "--batch: got 'x'" in error
-    code, _, error = call("bench", str(stories / "packed"), "--prompt", "100000")
-    assert code == 2
-    assert "positions" in error
+    for arguments, message in ((["--batch", "1,x"], '--batch: got "x"'), (["--prompt", "100000"], "positions")):
+        refused = call("bench", packed, *arguments)
+        assert refused.code == 2
+        assert message in refused.message
 
 
 def test_a_gain_inside_the_spread_is_none() -> None:

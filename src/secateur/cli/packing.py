@@ -16,8 +16,8 @@ from secateur.runtime.settings import BenchSettings, GenerateSettings, PackSetti
 def pack(settings: PackSettings, config: Config = None, as_json: Json = False) -> None:
     """Write a pruned checkpoint with its zeros left out: a bit for each weight, and the weights that are kept.
 
-    Every tensor that becomes smaller is packed, the others stay as they are. Nothing is lost, except with --values
-    int8: `unpack` gives back every byte. Transformers and other runtimes do not load packed checkpoints and say so;
+    Every tensor that becomes smaller is packed, the others stay as they are. Nothing is lost, except by int8
+    values: `unpack` gives back every byte. Transformers and other runtimes do not load packed checkpoints and say so;
     Secateur's own commands do.
     """
     with quiet_libraries(), stage_progress() as show:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
 from secateur.files.checkpoint import INDEX_FILE, Checkpoint, file_digest
-from secateur.files.packed import PackedCheckpoint, open_files
+from secateur.files.packed import PackedCheckpoint, is_packed
 from secateur.models.shape.skeleton import Source
 from secateur.record.manifest import (
     Manifest,
@@ -76,9 +76,10 @@ def verify(
     Raises `CheckpointError` when there is nothing to verify: no manifest, or shards that cannot be read.
     """
     path = Path(folder)
-    checkpoint, result = open_files(path), Verification(path)
-    packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
+    result = Verification(path)
+    packed = PackedCheckpoint(path) if is_packed(path) else None
     check = None if packed and source is None and not has_manifest(path) else _Check(read_manifest(path), result)
+    checkpoint = packed or Checkpoint(path)
     if packed is not None:
         result.problems += file_problems(packed)
         result.packed = len(packed.record.matrices)

@@ -105,5 +105,5 @@ class BenchSettings(Settings):
         """The batch sizes. Raises `SecateurError` for what is no whole number above zero."""
         for text in map(str, self.batch):
             if not text.isdecimal() or int(text) < 1:
-                raise SecateurError(f"--batch: got {text!r}, expected whole numbers from 1, such as 1,4,16.")
+                raise SecateurError(f'--batch: got "{text}", expected whole numbers from 1, such as 1,4,16.')
         return [int(text) for text in self.batch]
