@@ -74,7 +74,7 @@ def prune(settings: PruneSettings) -> Manifest:
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
-        pile_bytes = return_large(extent.product_bytes)
+        pile_bytes = return_large(extent.product_bytes if extent.by_site else 0)
         manifest = _manifest(ready)
         written = None if transaction is None else stack.enter_context(checkpoint_output(transaction, opened))
         place = Path.cwd().joinpath if transaction is None else transaction.place

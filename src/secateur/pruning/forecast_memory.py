@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from secateur.collect.collector import Cost
-from secateur.models.flow.memory import trim
+from secateur.models.flow.memory import pile_limit, trim
 from secateur.models.flow.stream import states_folder
 from secateur.models.shape.matrices import by_block
 from secateur.models.shape.skeleton import Skeleton
@@ -89,6 +89,8 @@ def memory_of(ready: Prepared) -> Memory:
     held = extent.tokens * waiting_bytes(skeleton, extent.matrices) if extent.by_site else 0
     if not on_gpu and states_folder(extent.offload, held, Path.cwd()) is not None:
         held = 0
+    if extent.by_site:
+        held += min(held, pile_limit(extent.product_bytes))  # what forwards of a block have freed is kept for the next
     stages = [both(pruning + held, waiting, in_memory + elsewhere)]
     if extent.tokens and not skeleton.resident:
         # Memory: embeddings are gone again when the calls are recorded; blocks come one at a time until then.

@@ -19,6 +19,11 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def pile_limit(forward_bytes: int) -> int:
+    """Bytes of freed memory that may pile up where `forward_bytes` is the largest buffer of a forward; see below."""
+    return _PILE_BYTES if 0 < forward_bytes <= _LARGEST_KEPT else 0
+
+
 def return_large(forward_bytes: int = 0) -> int:
     """From now on return every large buffer to the system as soon as it is freed, where the C library can (glibc).
 
@@ -32,13 +37,13 @@ def return_large(forward_bytes: int = 0) -> int:
     Fast: but memory that is new from the system costs a page fault for every 4 KiB: a fifth of the time, where blocks
     are small. What their forwards need is kept.
     """
-    small = 0 < forward_bytes <= _LARGEST_KEPT
+    pile = pile_limit(forward_bytes)
     with suppress(*_UNKNOWN):
         library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_THRESHOLD, max(LARGE_BYTES, forward_bytes) if small else LARGE_BYTES)
-        if small:
+        library.mallopt(_MMAP_THRESHOLD, max(LARGE_BYTES, forward_bytes) if pile else LARGE_BYTES)
+        if pile:
             library.mallopt(_TRIM_THRESHOLD, _END_BYTES)
-    return _PILE_BYTES if small else 0
+    return pile
 
 
 class FreedMemory:
