@@ -122,14 +122,4 @@ inlined const uint8_t *explode_kind(const int kind, const packed *m, int64_t pan
     return next;
 }
 
-static const uint8_t *explode(const packed *m, int64_t panel, int64_t block, int64_t blocks, const uint8_t *masks,
-                              const uint8_t *next, uint32_t column_bytes, row_list *lists) {
-    switch (m->kind) {
-    case BFLOAT16: return explode_kind(BFLOAT16, m, panel, block, blocks, masks, next, column_bytes, lists);
-    case FLOAT16: return explode_kind(FLOAT16, m, panel, block, blocks, masks, next, column_bytes, lists);
-    case FLOAT32: return explode_kind(FLOAT32, m, panel, block, blocks, masks, next, column_bytes, lists);
-    default: return explode_kind(INT8, m, panel, block, blocks, masks, next, column_bytes, lists);
-    }
-}
-
 void avx512_tiles(const void *context, int64_t unit) { any_tiles(context, unit); }

@@ -1,5 +1,5 @@
 /* Rows of x side by side in the lanes of vectors: each kept weight is multiplied by all of them, each removed one by none. Included
-   by the paths, which say how wide a vector is (LANES) and how kept values and their places come out of a panel (`explode`). */
+   by the paths, which say how wide a vector is (LANES) and how kept values and their places come out of a panel (`explode_kind`, defined after this). */
 #include <string.h>
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -14,8 +14,19 @@ typedef struct {
 } row_list;
 
 /* The lists of one panel over some blocks of columns; returns where its next values begin. Lists have room for 16 values more. */
+static inline __attribute__((always_inline)) const uint8_t *explode_kind(const int kind, const packed *m, int64_t panel, int64_t block,
+                                                                         int64_t blocks, const uint8_t *masks, const uint8_t *next,
+                                                                         uint32_t column_bytes, row_list *lists);
+
 static const uint8_t *explode(const packed *m, int64_t panel, int64_t block, int64_t blocks, const uint8_t *masks,
-                              const uint8_t *next, uint32_t column_bytes, row_list *lists);
+                              const uint8_t *next, uint32_t column_bytes, row_list *lists) {
+    switch (m->kind) {
+    case BFLOAT16: return explode_kind(BFLOAT16, m, panel, block, blocks, masks, next, column_bytes, lists);
+    case FLOAT16: return explode_kind(FLOAT16, m, panel, block, blocks, masks, next, column_bytes, lists);
+    case FLOAT32: return explode_kind(FLOAT32, m, panel, block, blocks, masks, next, column_bytes, lists);
+    default: return explode_kind(INT8, m, panel, block, blocks, masks, next, column_bytes, lists);
+    }
+}
 
 /* acc += the products of a list, with `wide` vectors for each column of x and `apart` sums for each, which hide the latency. */
 static inline __attribute__((always_inline)) void multiply_list(row_list *list, const float *x, float *acc, const int wide,

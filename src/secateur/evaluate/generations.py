@@ -10,7 +10,7 @@ import torch
 
 from secateur.errors import CalibrationError
 from secateur.files.reading import json_lines, read_text
-from secateur.models.opening.whole import WholeModel
+from secateur.models.opening.whole import WholeModel, positions_of
 from secateur.runs.events import Progress
 
 
@@ -38,7 +38,7 @@ def generations(
     model's positions.
     """
     module, tokenizer = model.module, model.tokenizer
-    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(module)
     found = []
     for number, prompt in enumerate(prompts):
         progress("generating", number, len(prompts))

@@ -89,8 +89,7 @@ def memory_of(ready: Prepared) -> Memory:
     held = extent.tokens * waiting_bytes(skeleton, extent.matrices) if extent.by_site else 0
     if not on_gpu and states_folder(extent.offload, held, Path.cwd()) is not None:
         held = 0
-    if extent.by_site:
-        held += min(held, pile_limit(extent.product_bytes))  # what forwards of a block have freed is kept for the next
+    held += min(held, pile_limit(extent.product_bytes))  # what forwards of a block have freed is kept for the next
     stages = [both(pruning + held, waiting, in_memory + elsewhere)]
     if extent.tokens and not skeleton.resident:
         # Memory: embeddings are gone again when the calls are recorded; blocks come one at a time until then.

@@ -15,6 +15,7 @@ from secateur.errors import CheckpointError, SecateurError
 from secateur.files.folders import locate
 from secateur.files.packed import is_packed
 from secateur.models.opening.opened import main_dtype
+from secateur.models.opening.whole import positions_of
 from secateur.models.weights.quantised import open_checkpoint
 from secateur.runs.options import taking
 from secateur.runtime.linear import PackedLinear
@@ -186,7 +187,7 @@ def _check_memory(model: str, size: int, backend: Backend, dtype: str) -> None:
 
 
 def _check_length(module: Any, model: str, settings: BenchSettings) -> None:
-    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(module)
     if positions is not None and settings.prompt + settings.decode > positions:
         raise SecateurError(
             f"{model}: has {positions} positions, and --prompt {settings.prompt} with --decode {settings.decode} needs "

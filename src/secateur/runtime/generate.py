@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, SecateurError
-from secateur.models.opening.whole import WholeModel
+from secateur.models.opening.whole import WholeModel, positions_of
 from secateur.runs.options import taking
 from secateur.runtime.load import load
 from secateur.runtime.settings import GenerateSettings
@@ -106,7 +106,7 @@ def _inputs(tokenizer: Any, settings: GenerateSettings, name: str) -> Any:
 
 
 def _check_room(module: Any, name: str, length: int, new_tokens: int) -> None:
-    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(module)
     if length == 0:
         raise SecateurError("prompt: has no tokens. Give the text to continue.")
     if positions is not None and length + new_tokens > positions:

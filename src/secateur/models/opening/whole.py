@@ -177,6 +177,12 @@ def load_whole(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **p
     raise CheckpointError(f"{folder}: transformers cannot load it: {reason(failure)}") from None
 
 
+def positions_of(module: Any) -> int | None:
+    """The longest sequence that a model's configuration allows for, or None when it names no limit."""
+    found: int | None = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def read_generation_config(module: Any, folder: Path) -> None:
     """Give the model the generation_config.json of its folder, where there is one."""
     from transformers import GenerationConfig
