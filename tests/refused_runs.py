@@ -19,6 +19,7 @@ from secateur.errors import SecateurError
 from secateur.files.checkpoint import SINGLE_FILE
 from secateur.methods.wanda import wanda
 from secateur.pruning.engine import prune
+from secateur.runs.journal import Journal
 
 FIRST = "model.layers.0.mlp.down_proj.weight"  # the first matrix of the plan, and the first to be solved
 
@@ -57,7 +58,8 @@ Refused = Callable[..., None]
 def refused(tmp_path: Path) -> Refused:
     """`refused(kind, message, model, **changes)`: prune must raise just that, and leave every file as it was.
 
-    `within` is a context for the call of prune alone.
+    `within` is a context for the call of prune alone. With `kept` there is one thing more afterwards: the finished
+    blocks beside the output, which are then removed.
     """
 
     def check(
@@ -66,6 +68,7 @@ def refused(tmp_path: Path) -> Refused:
         model: Any,
         *,
         within: contextlib.AbstractContextManager[None] | None = None,
+        kept: bool = False,
         **changes: Any,
     ) -> None:
         arguments = {"method": wanda(), "calibration": tiny.tokens(), "output": tmp_path / "out"} | changes
@@ -79,6 +82,11 @@ def refused(tmp_path: Path) -> Refused:
             assert text == message
         else:
             assert message.fullmatch(text), text
+        if kept:
+            partial = Path(f"{arguments['output']}.partial")
+            assert Journal(partial / "journal.jsonl").finished
+            assert {path.name for path in partial.iterdir()} == {"journal.jsonl", "lock", "result"}
+            shutil.rmtree(partial)
         assert snapshot(tmp_path) == before
 
     return check

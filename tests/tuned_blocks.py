@@ -63,8 +63,11 @@ def assert_only_tuned(folder: Path, only: set[str] | None = None) -> None:
         assert secateur.verify(folder / "tuned", open_source(str(folder / source))).problems == []
 
 
-def assert_refused(error: type[Exception], message: str, pruned: Path, folder: Path, **changes: Any) -> None:
+def assert_refused(
+    error: type[BaseException], message: str, pruned: Path, folder: Path, *, kept: bool = False, **changes: Any
+) -> None:
+    """The run ends with that, and leaves nothing, or with `kept` the finished blocks alone."""
     before = set(folder.iterdir())
     with pytest.raises(error, match=message):
         run(pruned, folder / "out", **changes)
-    assert set(folder.iterdir()) == before
+    assert set(folder.iterdir()) == before | ({folder / "out.partial"} if kept else set())

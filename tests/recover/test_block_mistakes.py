@@ -34,7 +34,7 @@ def changed(folder: Path, name: str, target: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"]
+    "name", ["model.layers.0.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"]
 )
 def test_another_dense_model_is_named(name, llama, tmp_path):
     other = changed(llama.parent / "dense", name, tmp_path / "other")
@@ -55,7 +55,7 @@ def test_a_dense_model_of_another_shape(llama, tmp_path):
     assert_refused(CheckpointError, message, llama, tmp_path, dense=tmp_path / "wide")
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
 def test_a_pruned_checkpoint_that_was_altered(name, llama, tmp_path):
     altered = changed(llama, name, tmp_path / "altered")
     message = rf"^{re.escape(name)}: its bytes in .*altered differ from those that were written"
@@ -123,10 +123,10 @@ def test_a_loss_that_is_not_finite_before_anything_is_tuned(existing, llama, tmp
 def test_a_dense_model_whose_outputs_are_not_finite(tmp_path):
     model = tiny.build("llama")
     with torch.no_grad():
-        model.model.layers[1].input_layernorm.weight.fill_(math.inf)
+        model.model.layers[0].input_layernorm.weight.fill_(math.inf)
     model.save_pretrained(tmp_path / "dense")
     secateur.prune(tmp_path / "dense", method=secateur.magnitude(), output=tmp_path / "pruned")
-    message = r"^model\.layers\.1: the dense model's own outputs are not finite"
+    message = r"^model\.layers\.0: the dense model's own outputs are not finite"
     assert_refused(NumericalError, message, tmp_path / "pruned", tmp_path)
 
 
@@ -156,9 +156,10 @@ def test_a_glob_that_matches_nothing(llama, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["record", "dense", "tune", "forward", "write"])
-def test_nothing_is_left_of_a_run_that_is_interrupted(stage, llama, tmp_path):
+def test_a_run_that_is_interrupted_leaves_finished_blocks(stage, llama, tmp_path):
     def interrupt(event: secateur.Event) -> None:
         if event.stage == stage:
             raise KeyboardInterrupt(stage)
 
-    assert_refused(KeyboardInterrupt, stage, llama, tmp_path, on_event=interrupt, offload_states=str(tmp_path))
+    where = {"on_event": interrupt, "offload_states": str(tmp_path)}
+    assert_refused(KeyboardInterrupt, stage, llama, tmp_path, kept=stage == "write", **where)

@@ -344,16 +344,6 @@ def test_the_folder_of_the_output_vanishes(tmp_path: Path, model: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_signals_end_a_command_cleanly(model: Path, tmp_path: Path, name: str) -> None:
-    number = signal.Signals[name]
-    done = signalled(model, tmp_path, number)
-    ending = "Interrupted" if name == "SIGINT" else f"Ended by {name}"
-    assert done.returncode == 128 + number
-    assert done.stderr.splitlines()[-1] == f"{ending}; nothing half-written was left behind."
-    assert [path.name for path in tmp_path.iterdir()] == ["signalling.py"]
-
-
 def test_a_hangup_that_is_ignored_stays_ignored(model: Path, tmp_path: Path) -> None:
     done = signalled(model, tmp_path, signal.SIGHUP, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     assert done.returncode == 0

@@ -4,6 +4,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_an_earlier_output_outlives_a_failure(model: Path, tmp_path: Path, refus
         f'or leave this matrix out with --skip "{name}".',
         model,
         overwrite=True,
+        kept=True,
     )
     assert verify(tmp_path / "out").ok
     prune(model, method=magnitude(), skip=[name], output=tmp_path / "out", overwrite=True)
@@ -134,10 +136,10 @@ def test_a_parent_that_is_a_file(model: Path, tmp_path: Path, refused: Refused) 
 
 
 def test_folders_on_the_way_are_removed_again(model: Path, tmp_path: Path, refused: Refused) -> None:
-    edit(model, "model.layers.2.self_attn.q_proj.weight", lambda tensor: tensor.fill_(float("nan")))
+    edit(model, "model.layers.0.self_attn.q_proj.weight", lambda tensor: tensor.fill_(float("nan")))
     refused(
         NumericalError,
-        re.compile(r"model\.layers\.2\.self_attn\.q_proj\.weight: 1024 of 1024 weights .*"),
+        re.compile(r"model\.layers\.0\.self_attn\.q_proj\.weight: 1024 of 1024 weights .*"),
         model,
         output=tmp_path / "new" / "folders" / "out",
     )
@@ -223,18 +225,25 @@ def test_a_file_beside_the_weights_that_may_not_be_read(model: Path, tmp_path: P
     )
 
 
-def test_no_room_for_the_manifest(model: Path, tmp_path: Path, refused: Refused) -> None:
-    prune(model, method=wanda(), calibration=tiny.tokens(), output=tmp_path / "before")
+@pytest.mark.parametrize("more", [1, 2, 4])
+def test_a_disk_that_fills_up_keeps_what_is_finished(model: Path, tmp_path: Path, more: int) -> None:
+    """The shards have their room from the start; journal and manifest grow."""
+    arguments: dict[str, Any] = {"method": wanda(), "calibration": tiny.tokens()}
+    prune(model, output=tmp_path / "before", **arguments)
     pages = [-(-file.stat().st_size // 4096) for file in (tmp_path / "before").iterdir() if file.name != FILE_NAME]
     assert (tmp_path / "before" / FILE_NAME).stat().st_size > 3 * 4096
-    with small_disk(tmp_path / "disk", 4 * (sum(pages) + 2)) as disk:
-        refused(
-            CheckpointError,
-            f"{partial(disk / 'out') / FILE_NAME}: cannot be written (No space left on device). {ROOM}",
-            model,
-            output=disk / "out",
-        )
-        assert list(disk.iterdir()) == []
+    with small_disk(tmp_path / "disk", 4 * (sum(pages) + more)) as disk:
+        out = disk / "out"
+        with pytest.raises(CheckpointError) as caught:
+            prune(model, output=out, **arguments)
+        told = re.compile(rf"{disk}/out\.partial/.*: cannot be written \(No space left on device\)\. {ROOM}")
+        assert told.fullmatch(str(caught.value))
+        assert not out.exists()
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        prune(model, output=out, resume=True, **arguments)
+        assert verify(out).ok
+        shards = [folder / "model.safetensors" for folder in (out, tmp_path / "before")]
+        assert shards[0].read_bytes() == shards[1].read_bytes()
 
 
 def test_no_room_for_the_hidden_states(model: Path, tmp_path: Path, refused: Refused) -> None:
@@ -263,6 +272,7 @@ def test_hidden_states_on_disk_are_removed_after_a_failure(model: Path, tmp_path
         + ADVICE,
         model,
         offload_states=str(tmp_path / "states"),
+        kept=True,
     )
     assert list((tmp_path / "states").iterdir()) == []
 

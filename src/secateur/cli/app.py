@@ -16,6 +16,7 @@ from secateur.cli.configuration import configured
 from secateur.cli.streams import guarded_streams, print_error
 from secateur.errors import NumericalError, SecateurError
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option
+from secateur.runs.stopping import stop
 
 Function = TypeVar("Function", bound=Callable[..., None])
 Json = Annotated[bool, Option(OPTIONS, "Print the result as JSON.", name="json")]
@@ -69,28 +70,33 @@ def command(
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], signal.Signals]]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, through everything that tidies up on the way out.
+    """Let Ctrl-C, SIGTERM and SIGHUP end a command: at the next safe point of long work, elsewhere at once.
 
-    Yields what says which signal came. One that was ignored from the start (nohup) stays so. After the first one the
-    others are ignored: tidying up is under way.
+    Yields what says which signal came. One that was ignored from the start (nohup) stays so. A second one ends the
+    process on the spot, as a kill would: what is on the disk is in order at any time.
     """
-    received = signal.SIGINT
-    before: dict[int, Any] = {}
+    received: signal.Signals | None = None
 
     def end(number: int, frame: object) -> None:
         nonlocal received
-        received = signal.Signals(number)
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        again, received = received is not None, received or signal.Signals(number)
+        if again:
+            with suppress(OSError):
+                shown = b"\x1b[?25h" if sys.stderr.isatty() else b""  # a progress bar hides the cursor
+                os.write(2, shown + b"Stopped at once. Run the command again to see what is kept.\n")
+            os._exit(128 + received)
+        if not stop():
+            raise KeyboardInterrupt
+        with suppress(OSError):  # print could be in the middle of a line of its own
+            os.write(2, b"Stopping at the next safe point; press Ctrl-C again to stop at once.\n")
 
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {
-            number: signal.signal(number, end) for number in numbers if signal.getsignal(number) is signal.SIG_DFL
-        }
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        before = {number: signal.signal(number, end) for number in numbers if signal.getsignal(number) in usual}
     try:
-        yield lambda: received
+        yield lambda: received or signal.SIGINT
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -139,7 +145,7 @@ def _run() -> int:
         except KeyboardInterrupt as end:  # with a message where something stays on purpose
             number = received()
             ending = "Interrupted" if number == signal.SIGINT else f"Ended by {number.name}"
-            message = str(end) or f"{ending}; nothing half-written was left behind."
+            message = f"{ending}. {end}" if str(end) else f"{ending}; nothing half-written was left behind."
             with suppress(OSError):  # the terminal may be gone
                 print(message, file=sys.stderr)
             return 128 + number

@@ -14,7 +14,8 @@ from secateur.recover.settings import MergeSettings, RecoverSettings
 from secateur.runs.options import OPTIONS, Option, options
 
 # The options of `recover` that apply to the method block, with the names that `reconstruct` gives them.
-SHARED = {name: name for name in ("pruned", "output", "seed", "device", "dtype", "trust_remote_code", "overwrite")}
+SHARED = {name: name for name in ("pruned", "output", "seed", "device", "dtype", "trust_remote_code")}
+SHARED |= {"overwrite": "overwrite", "resume": "resume"}
 TAKEN = {name: name for name in ("only", "skip", "length", "held_out", "samples", "epochs", "minutes")}
 TAKEN |= {"batch_size": "step", "lr": "learning_rate", "patience": "patience", "dense": "dense", "bos": "bos"}
 
@@ -50,9 +51,7 @@ def recover(settings: RecoverSettings, config: Config = None, as_json: Json = Fa
         last = last_checkpoint(Path(f"{resolved(settings.output)}.training"))
         if last is None:
             raise
-        raise KeyboardInterrupt(
-            f"Interrupted. {last} is the last checkpoint; go on with the same command and --resume."
-        ) from None
+        raise KeyboardInterrupt(f"{last} is the last checkpoint; go on with the same command and --resume.") from None
     print_result(result, recovery_tables, as_json)
 
 

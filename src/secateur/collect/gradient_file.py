@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.core.choices import Norm
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.errors import CalibrationError, CheckpointError
-from secateur.files.checkpoint import TensorRecord, read_header, read_tensor
+from secateur.files.checkpoint import read_header, read_tensor
 from secateur.files.reading import checked, parse_json
 from secateur.files.writer import CheckpointWriter
 from secateur.record.manifest import tensor_digest
@@ -84,6 +84,7 @@ class GradientFile:
         if held != _digest(found, self._digests) or set(self._digests) != set(self._records):
             raise CheckpointError(f"{self.path}: its header was altered since it was written. {_ANEW}")
         self.provenance: dict[str, Any] = found
+        self.digest: str = held  # of all that it holds
         if found.get("revision") != REVISION:
             raise CheckpointError(
                 f"{self.path}: its gradients were taken in another way (revision {found.get('revision')}, "
@@ -185,7 +186,8 @@ class GradientWriter:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        self._records: Mapping[str, TensorRecord] = read_header(path).tensors
+        records = read_header(path).tensors
+        self._records = {name: replace(record, stamp=None) for name, record in records.items()}  # it is written here
 
     def add(self, matrix: str, norm: Norm, total: Tensor) -> Tensor:
         """Add what was seen of a matrix; returns what that makes with what was added before."""

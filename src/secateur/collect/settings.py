@@ -33,6 +33,13 @@ else:
 WHAT, CALIBRATION, HOW = "What to prune", "Calibration", "How to run"
 Trust = Annotated[bool, Option(HOW, "Run the code that the model brings along.")]
 Revision = Annotated[str | None, Option(HOW, "Branch, tag or commit on the hub.")]
+Resume = Annotated[
+    bool,
+    Option(
+        OPTIONS,
+        "Go on with what an earlier run with the same options left unfinished, after the blocks that it has finished.",
+    ),
+]
 BosChoice = Literal["auto", Bos]
 BOS = (
     "Where windows of text have the token that begins a text: papers (before the first window alone), always (before "

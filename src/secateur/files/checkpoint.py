@@ -4,6 +4,7 @@ Reading works on the bytes of the format itself (an 8-byte length, a JSON header
 mapped, so that the memory of a run is that of the tensors it holds.
 """
 
+import datetime
 import hashlib
 import math
 import os
@@ -53,13 +54,18 @@ Layout = Sequence[tuple[str, Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """Where one tensor lies: its file, its dtype as the format spells it, its shape, and its byte range."""
+    """Where one tensor lies: its file, its dtype as the format spells it, its shape, and its byte range.
+
+    `stamp` is of the file when its header was read; a file that has another by the time that the tensor is read has
+    been changed in between. None where nobody else writes.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    stamp: tuple[int, int] | None = None
 
     @property
     def bytes(self) -> int:
@@ -97,7 +103,7 @@ class _Index:
 
 def read_header(file: Path) -> Header:
     """The checked header of a safetensors file. Raises `CheckpointError` for a file that is damaged or cut short."""
-    prefix, raw, size = _raw_header(file)
+    prefix, raw, found = _raw_header(file)
     where = f"{file}: the safetensors header"
     entries = parse_json(raw, where, dict[str, Any], advice="Download it again.", unique=True)
     metadata = checked(entries.pop("__metadata__", {}), f"{where}, __metadata__", dict[str, str])
@@ -105,7 +111,14 @@ def read_header(file: Path) -> Header:
     base = len(prefix) + len(raw)
     ordered = sorted(described.items(), key=lambda item: item[1].data_offsets)
     tensors = {
-        name: TensorRecord(file, entry.dtype, tuple(entry.shape), *(base + offset for offset in entry.data_offsets))
+        name: TensorRecord(
+            file,
+            entry.dtype,
+            tuple(entry.shape),
+            base + entry.data_offsets[0],
+            base + entry.data_offsets[1],
+            _stamp(found),
+        )
         for name, entry in ordered
     }
     position = base
@@ -117,18 +130,24 @@ def read_header(file: Path) -> Header:
                 f"{position + expected}. The file is damaged; download it again."
             )
         position = record.end
-    if position != size:
+    if position != found.st_size:
         raise CheckpointError(
-            f"{file}: truncated or damaged: the header describes {position} bytes, the file has {size}. "
+            f"{file}: truncated or damaged: the header describes {position} bytes, the file has {found.st_size}. "
             "Download or copy it again."
         )
     return Header(tensors, metadata, hashlib.sha256(prefix + raw).hexdigest())
 
 
-def _raw_header(file: Path) -> tuple[bytes, bytes, int]:
-    """The first eight bytes of a file, the header whose length they give, and the size of the file."""
+def _stamp(found: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written to: its size and the time of its last change, in ns."""
+    return found.st_size, found.st_mtime_ns
+
+
+def _raw_header(file: Path) -> tuple[bytes, bytes, os.stat_result]:
+    """The first eight bytes of a file, the header whose length they give, and what the system says of the file."""
     with open_regular(file) as stream:
-        size = os.fstat(stream.fileno()).st_size
+        found = os.fstat(stream.fileno())
+        size = found.st_size
         try:
             prefix = stream.read(8)
             if len(prefix) < 8:
@@ -147,7 +166,7 @@ def _raw_header(file: Path) -> tuple[bytes, bytes, int]:
                     f"{file}: not a safetensors file: its header claims {length:,} bytes, and the format allows for "
                     f"{HEADER_BYTES:,}. Download or copy it again."
                 )
-            return prefix, stream.read(length), size
+            return prefix, stream.read(length), found
         except CheckpointError:
             raise
         except OSError as error:
@@ -234,18 +253,32 @@ class Checkpoint:
 
 
 def read_tensor(record: TensorRecord, *, pin: bool = False) -> Tensor:
-    """The tensor of a record, freshly read into host memory. Raises `CheckpointError` when the file ends early."""
+    """The tensor of a record, freshly read into host memory.
+
+    Raises `CheckpointError` when the file ends early, or was changed since its header was read.
+    """
     # Memory: reading copies into this buffer alone; a memory map would count every page it touched.
     buffer = torch.empty(record.bytes, dtype=torch.uint8, pin_memory=pin)
     try:
         with record.file.open("rb") as stream:
             stream.seek(record.start)
             done = stream.readinto(_bytes_of(buffer))
+            now = _stamp(os.fstat(stream.fileno()))
     except OSError as error:
         raise CheckpointError(f"{record.file}: cannot be read ({error.strerror}).") from None
+    if record.stamp is not None and now != record.stamp:
+        raise CheckpointError(
+            f"{record.file}: was changed while it was being read: {now[0]:,} bytes, written at {_time(now[1])}; "
+            f"expected {record.stamp[0]:,}, written at {_time(record.stamp[1])}. Leave the model alone until the run "
+            "is complete."
+        )
     if done < record.bytes:
         raise CheckpointError(f"{record.file}: ended at byte {record.start + done}, expected {record.end}.")
     return buffer.view(DTYPES[record.dtype]).view(record.shape)
+
+
+def _time(nanoseconds: int) -> str:
+    return datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC).isoformat(" ", "milliseconds")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

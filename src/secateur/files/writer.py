@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import DTYPE_NAMES, INDEX_FILE, Layout, tensor_bytes
+from secateur.files.checkpoint import DTYPE_NAMES, INDEX_FILE, Layout, TensorRecord, read_tensor, tensor_bytes
 
 
 class CheckpointWriter:
@@ -23,12 +24,23 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, metadata: Mapping[str, str] | None = None, *, index: str | None = None
+        self,
+        folder: Path,
+        layout: Layout,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        index: str | None = None,
+        found: Mapping[str, str] | None = None,
     ) -> None:
-        """Shards without an index of their tensors where there is one only, unless `index` is the name of one."""
+        """Shards without an index of their tensors where there is one only, unless `index` is the name of one.
+
+        With `found` the shards are there, from a writer that did not get to its end, and hold tensors with these
+        sha256. Raises `CheckpointError` where there is no room, or where the shards are others than that writer made.
+        """
         self.folder = folder
         self._metadata = {"format": "pt", **(metadata or {})}
-        self.digests: dict[str, str] = {}
+        self.digests: dict[str, str] = dict(found or {})
+        self._make = self._create if found is None else self._reopen
         self.header_digests: dict[str, str] = {}
         self._place: dict[str, tuple[str, int, int]] = {}
         self._descriptors: dict[str, int] = {}
@@ -37,7 +49,7 @@ class CheckpointWriter:
         self.total_bytes = 0
         try:
             for name, tensors in layout:
-                self._create(name, tensors)
+                self._add(name, tensors)
             if len(layout) > 1 or index is not None:
                 file = folder / (index or INDEX_FILE)
                 weight_map = {tensor: place[0] for tensor, place in sorted(self._place.items())}
@@ -48,7 +60,7 @@ class CheckpointWriter:
             self.close()
             raise
 
-    def _create(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+    def _add(self, file: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         entries: dict[str, Any] = {}
         position = 0
         for name, dtype, shape in tensors:
@@ -61,22 +73,35 @@ class CheckpointWriter:
             position += size
         self._entries[file] = entries
         head = self._head(file)
-        path = self.folder / file
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            self._descriptors[file] = descriptor
-            reserve(descriptor, len(head) + position)
-            os.pwrite(descriptor, head, 0)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot reserve {len(head) + position:,} bytes ({error.strerror}). "
-                "Free some space or choose another output folder."
-            ) from None
+        self._make(file, head, len(head) + position)
         self.header_digests[file] = hashlib.sha256(head).hexdigest()
         self.total_bytes += position
         for name, entry in entries.items():
             start, end = entry["data_offsets"]
             self._place[name] = (file, len(head) + start, end - start)
+
+    def _create(self, file: str, head: bytes, size: int) -> None:
+        path = self.folder / file
+        try:
+            self._descriptors[file] = descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            reserve(descriptor, size)
+            os.pwrite(descriptor, head, 0)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot reserve {size:,} bytes ({error.strerror}). "
+                "Free some space or choose another output folder."
+            ) from None
+
+    def _reopen(self, file: str, head: bytes, size: int) -> None:
+        path = self.folder / file
+        with writing(path):
+            self._descriptors[file] = descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            there = os.fstat(descriptor)
+            if not stat.S_ISREG(there.st_mode) or there.st_size != size or os.pread(descriptor, len(head), 0) != head:
+                raise CheckpointError(
+                    f"{path}: was changed since the run that wrote it ended: {there.st_size:,} bytes, expected "
+                    f"{size:,} with the same header. Start anew with --overwrite."
+                )
 
     def _head(self, file: str) -> bytes:
         raw = json.dumps({"__metadata__": self._metadata, **self._entries[file]}, separators=(",", ":")).encode()
@@ -126,6 +151,22 @@ class CheckpointWriter:
         self._touched.add(file)
         self.digests[name] = digest.hexdigest()
         return self.digests[name]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors as they were written. Raises `CheckpointError` for one whose sha256 is another now."""
+        result = {}
+        for name in names:
+            file, start, size = self._place[name]
+            entry = self._entries[file][name]
+            record = TensorRecord(self.folder / file, entry["dtype"], tuple(entry["shape"]), start, start + size)
+            result[name] = read_tensor(record)
+            digest = hashlib.sha256(tensor_bytes(result[name])).hexdigest()
+            if digest != self.digests[name]:
+                raise CheckpointError(
+                    f"{self.folder / file}: {name} was changed since it was written: digest {digest[:12]}, expected "
+                    f"{self.digests[name][:12]}. Start anew with --overwrite."
+                )
+        return result
 
     def flush(self) -> None:
         """Force what was written to the disk, so that a finished block survives a crash."""

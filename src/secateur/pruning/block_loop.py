@@ -29,8 +29,10 @@ from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.pruning.preparation import Prepared
 from secateur.record.manifest import Manifest, tensor_digest
-from secateur.runs.conveyor import Conveyor
+from secateur.runs.checkpoint import check_source
+from secateur.runs.conveyor import Conveyor, Finished
 from secateur.runs.events import Event
+from secateur.runs.journal import part_of
 
 
 class BlockLoop:
@@ -45,6 +47,10 @@ class BlockLoop:
         self.manifest, self.conveyor, self.states, self.clock = manifest, conveyor, states, conveyor.clock
         self.planned = by_block(ready.extent.matrices)
         self.last = max(self.planned)
+        found = {} if conveyor.output is None else conveyor.output.journal.found
+        self.finished = {  # by an earlier process
+            block.index: found[part_of(block)] for block in self.skeleton.blocks if part_of(block) in found
+        }
         self.stream: Stream | None = None  # the calibration samples between two blocks of the pruned model
         self.twin: DenseTwin | None = None  # and, where targets need it, of the dense one
 
@@ -52,7 +58,7 @@ class BlockLoop:
     def run(self) -> None:
         """Prune block by block, and write everything. Raises what the method and the checks raise."""
         try:
-            if self.evidence.forwards:
+            if self.evidence.forwards and self.last not in self.finished:
                 self._open_streams()
             self.conveyor.carry(self._prune_block, read=self._read)
         finally:
@@ -89,9 +95,14 @@ class BlockLoop:
         self.clock.add("record calls", started)
         self.stream, self.twin = made[0], DenseTwin(made[1], folders[1]) if dense else None
 
-    def _read(self, block: Block) -> dict[str, Tensor]:
-        """In the background: a block's checkpoint tensors, their planned matrices checked and digested."""
+    def _read(self, block: Block) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """In the background: a block's checkpoint tensors, and its pruned ones where an earlier process made them.
+
+        Planned matrices are checked and digested.
+        """
         tensors, matrices = self.skeleton.read(block), self.planned.get(block.index, [])
+        if block.index in self.finished:
+            return tensors, self._read_finished(block, tensors)
         for matrix in matrices:
             check_weight(matrix.name, matrix.view(tensors))
         gradients = self.evidence.gradients
@@ -102,13 +113,49 @@ class BlockLoop:
             for name in self.skeleton.block_tensors[block.index]:
                 digest = self.manifest.source_tensors.get(name) or tensor_digest(tensors[name])
                 gradients.check_tensor(name, digest)
-        return tensors
+        return tensors, None
 
-    def _prune_block(self, block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _read_finished(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The pruned tensors of a finished block, as they are on the disk; the source's must be what they were."""
+        output, part = self.conveyor.output, self.finished[block.index]
+        assert output is not None
+        changed = part.record["source_tensors"]
+        for name in self.skeleton.block_tensors[block.index]:
+            expected = changed.get(name) or part.tensors[name]
+            check_source(output.target, name, tensor_digest(tensors[name]), expected)
+        return output.read(changed)
+
+    def _replay(self, block: Block, tensors: dict[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+        """Bring the manifest and the streams to where they were after a finished block."""
+        record = self.finished[block.index].record
+        self.manifest.source_tensors |= record["source_tensors"]
+        self.manifest.matrices |= record["matrices"]
+        self.manifest.blocks += record["blocks"]
+        matrices, dense = self.planned.get(block.index, []), self.settings.propagate == "dense"
+        if self.stream is None:
+            if self.skeleton.resident:
+                self._update(matrices, pruned, tensors)
+            return
+        with self.clock.timed("propagation forward"), loaded(self.skeleton, block, tensors):
+            if self.twin is not None:
+                self.twin.enter(block)
+                self.twin.leave(block)
+            # Exact: the same batches through the same weights, as they were when this block was pruned.
+            if not dense:
+                self._update(matrices, pruned, tensors)
+            run = partial(self.stream.run, block)
+            self._pass_on(block, self.stream, run(0), run)
+        self.stream.release(block)
+
+    def _prune_block(self, block: Block, found: tuple[dict[str, Tensor], dict[str, Tensor] | None]) -> Finished | None:
         """The checkpoint tensors of the finished block; the streams have moved on to the next."""
+        tensors, pruned = found
+        if pruned is not None:
+            self._replay(block, tensors, pruned)
+            return None
         own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
         if block.index > self.last:
-            return own
+            return self._finished(own, [], [])
         matrices = self.planned.get(block.index, [])
         record: dict[str, Any] = {"index": block.index, "path": block.path, "matrices": len(matrices)}
         changed: dict[str, Tensor] = {}
@@ -124,7 +171,19 @@ class BlockLoop:
                 prune = self._prune_by_site if by_site else self._prune_at_once
                 record |= prune(block, tensors, matrices, self.stream, changed)
         self.manifest.blocks.append(record)
-        return own | changed
+        return self._finished(own | changed, matrices, [record])
+
+    def _finished(
+        self, tensors: dict[str, Tensor], matrices: Sequence[Matrix], blocks: list[dict[str, Any]]
+    ) -> Finished:
+        """A finished block with what the manifest says of it."""
+        digests = self.manifest.source_tensors
+        record = {
+            "blocks": blocks,
+            "matrices": {matrix.name: self.manifest.matrices[matrix.name] for matrix in matrices},
+            "source_tensors": {matrix.tensor: digests[matrix.tensor] for matrix in matrices if digests},
+        }
+        return Finished(tensors, record)
 
     def _prune_at_once(
         self,

@@ -24,8 +24,9 @@ from secateur.record.versions import run_facts
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Clock, Event, named
+from secateur.runs.journal import GRADIENTS, Part, machine_facts
 from secateur.runs.options import taking
-from secateur.runs.transaction import Transaction
+from secateur.runs.transaction import Transaction, states_name
 
 
 @taking(PruneSettings)
@@ -54,7 +55,9 @@ def prune(settings: PruneSettings) -> Manifest:
     `statistics_device` is where statistics are kept. `statistics` is a `Survey` that runs on the same model and tokens
     share, with `propagate="dense"`: the first run fills it, and the others need no forward for it.
 
-    The source is never written to, and `output` appears under its name only when it is complete.
+    The source is never written to, and `output` appears under its name only when it is complete. A block that is
+    finished is on the disk before the next one is; what a run that was ended leaves, the same call with `resume` goes
+    on with, to the same bytes.
 
     Raises `PatternError`, `CalibrationError`, `ModelStructureError`, `NumericalError` or `CheckpointError`, each of
     which says what to do.
@@ -69,36 +72,45 @@ def prune(settings: PruneSettings) -> Manifest:
     target = output_of(settings)
     return_large()
     with ExitStack() as stack:
-        transaction = None if target is None else stack.enter_context(Transaction(target, settings.overwrite))
+        transaction = None
+        if target is not None:
+            transaction = stack.enter_context(Transaction(target, settings.overwrite, resume=settings.resume))
         ready = stack.enter_context(prepared(settings, target, progress=partial(tell, "calibrate")))
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
         pile_bytes = return_large(extent.product_bytes if extent.by_site else 0)
         manifest = _manifest(ready)
+        clock = Clock(synchronise=skeleton.device.type == "cuda", began=started)
+        if transaction is not None:
+            transaction.journal.begin("prune", len(skeleton.blocks), _facts(ready, manifest))
+            clock.resume(transaction.journal.seconds)
         written = None if transaction is None else stack.enter_context(checkpoint_output(transaction, opened))
         place = Path.cwd().joinpath if transaction is None else transaction.place
-        name = "secateur" if target is None else target.name
-        states = place(unique(f"{name}.states"))
-        clock = Clock(synchronise=skeleton.device.type == "cuda")
+        states = place(states_name(target))
         if any(own.looks_at_samples and not own.forwards for own in evidence.collectors):
             assert windows is not None
             assert method.gradient is not None
-            began = time.perf_counter()
-            taken = place(unique(f"{name}.gradients"))
-            stack.callback(taken.unlink, missing_ok=True)
-            file = collect(
-                opened,
-                windows,
-                taken,
-                [method.gradient],
-                extent.matrices,
-                batch_size=extent.batch_size,
-                offload_states=extent.offload,
-                progress=named(tell, "gradients"),
-            )
-            evidence = replace(evidence, gradients=file)
-            clock.add("gradients", began)
+            taken = place(unique("secateur.gradients") if transaction is None else "gradients.safetensors")
+            if transaction is None or GRADIENTS not in transaction.journal.found:
+                with clock.timed("gradients"):
+                    unfinished = taken.with_name(f"{taken.name}.partial")
+                    collect(
+                        opened,
+                        windows,
+                        unfinished,
+                        [method.gradient],
+                        extent.matrices,
+                        batch_size=extent.batch_size,
+                        offload_states=extent.offload,
+                        progress=named(tell, "gradients"),
+                    )
+                    unfinished.rename(taken)
+            if transaction is None:
+                stack.callback(taken.unlink, missing_ok=True)
+            elif GRADIENTS not in transaction.journal.found:
+                transaction.journal.add(Part(GRADIENTS, seconds=clock.so_far()))
+            evidence = replace(evidence, gradients=GradientFile(taken))
         shared = settings.statistics if method.inputs else None
         if shared is not None:
             assert windows is not None
@@ -107,7 +119,7 @@ def prune(settings: PruneSettings) -> Manifest:
         BlockLoop(ready, evidence, manifest, Conveyor(skeleton, written, clock, on_event, pile_bytes), states).run()
         if shared is not None:
             shared.complete = True
-        manifest.seconds = clock.seconds | {"total": time.perf_counter() - started}
+        manifest.seconds = clock.so_far()
         manifest.count_totals()
         if written is not None:
             written.seal(manifest)
@@ -138,6 +150,20 @@ def _manifest(ready: Prepared) -> Manifest:
         calibration=_calibration(ready.windows, ready.evidence.gradients),
         **run_facts(settings.command),
     )
+
+
+def _facts(ready: Prepared, manifest: Manifest) -> dict[str, Any]:
+    """What the bytes of the output depend on, besides the weights themselves, which are compared one by one."""
+    gradients = ready.evidence.gradients
+    return {
+        "model": {key: value for key, value in ready.opened.origin.items() if key != "path"},
+        "versions": manifest.versions,
+        "machine": machine_facts(ready.opened.skeleton.device),
+        "settings": manifest.settings,
+        "tokens": None if ready.windows is None else ready.windows.digest,
+        "file of gradients": None if gradients is None else gradients.digest,
+        "plan": manifest.plan,
+    }
 
 
 def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict[str, Any] | None:

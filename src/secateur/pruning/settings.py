@@ -12,6 +12,7 @@ from secateur.collect.settings import (
     CalibrationSettings,
     File,
     ModelSettings,
+    Resume,
     SelectionSettings,
 )
 from secateur.core.choices import Group, Norm
@@ -157,6 +158,7 @@ class PruneSettings(
     ] = None
     output: Annotated[File | None, Option(OPTIONS, "Folder for the pruned checkpoint.", "-o")] = None
     overwrite: Annotated[bool, Option(OPTIONS, "Replace an output that Secateur wrote.")] = False
+    resume: Resume = False
     statistics: Survey | None = None
     command: Sequence[str] | None = None
     on_event: OnEvent = lambda event: None

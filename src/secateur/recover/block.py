@@ -22,7 +22,6 @@ from secateur.collect.model_windows import model_windows
 from secateur.core.checks import check_weight
 from secateur.errors import CalibrationError, NumericalError
 from secateur.files.folders import locate
-from secateur.files.names import unique
 from secateur.models.flow.stream import HiddenStates, Stream, default_batch_size, states_folder
 from secateur.models.opening.opened import open_model
 from secateur.models.shape.matrices import Matrix, by_block
@@ -36,11 +35,12 @@ from secateur.recover.dense_source import DenseSource
 from secateur.recover.settings import BlockSettings, require_one_process
 from secateur.recover.written import check_unchanged
 from secateur.runs.checkpoint import checkpoint_output
-from secateur.runs.conveyor import Conveyor
+from secateur.runs.conveyor import Conveyor, Finished
 from secateur.runs.events import Clock, Event
+from secateur.runs.journal import machine_facts
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
-from secateur.runs.transaction import Transaction
+from secateur.runs.transaction import Transaction, states_name
 
 
 @taking(BlockSettings)
@@ -57,7 +57,9 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     matrices. At most `batch_size` samples run through a block at once, which changes no result but for rounding.
 
     Every zero stays zero, and no other weight becomes one. Tensors that were not tuned are byte-identical. A block
-    that cannot be made better on the held-out samples stays as it is. The manifest is that of the pruning with a
+    that cannot be made better on the held-out samples stays as it is. What a run that was ended leaves, the same call
+    with `resume` goes on with, to the same bytes (but for `minutes`, which make a result depend on the clock). The
+    manifest is that of the pruning with a
     section `recovery`. `on_block` gets the record of each block when it is done.
 
     Raises `CalibrationError`, `PatternError`, `ModelStructureError`, `NumericalError` or `CheckpointError`, each of
@@ -69,7 +71,8 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     base = read_manifest(folder)
     target = check_output(settings.output, folder, settings.overwrite)
     assert target is not None
-    with Transaction(target, settings.overwrite) as transaction, ExitStack() as stack:
+    with ExitStack() as stack:
+        transaction = stack.enter_context(Transaction(target, settings.overwrite, resume=settings.resume))
         how: dict[str, Any] = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
         opened = open_model(folder, dtype=settings.dtype, **how)
         if opened.skeleton.dtype == torch.float16:  # in which gradients underflow
@@ -88,7 +91,7 @@ def reconstruct(settings: BlockSettings) -> Manifest:
         chosen = set(matching({name: shapes[name] for name in plan}, only=settings.only, skip=settings.skip))
         matrices = by_block(matrix for matrix in skeleton.matrices if matrix.name in chosen)
         dtype = str(skeleton.dtype).removeprefix("torch.")
-        clock = Clock(synchronise=skeleton.device.type == "cuda")
+        clock = Clock(synchronise=skeleton.device.type == "cuda", began=started)
         on_event(Event("calibrate"))
         with clock.timed("calibrate"):
             windows = model_windows(
@@ -130,6 +133,12 @@ def reconstruct(settings: BlockSettings) -> Manifest:
             "earlier": base.recovery,
         }
         manifest.recovery = recovery
+        journal = transaction.journal
+        facts = {"base": base.digest, "tokens": windows.digest, "settings": recovery["settings"]}
+        facts |= {"versions": recovery["versions"], "machine": machine_facts(skeleton.device)}
+        facts |= {"only": list(settings.only), "skip": list(settings.skip)}
+        journal.begin("recover --method block", len(skeleton.blocks), facts)
+        clock.resume(journal.seconds)
         written = stack.enter_context(checkpoint_output(transaction, opened))
         BlockPass(
             settings,
@@ -137,15 +146,15 @@ def reconstruct(settings: BlockSettings) -> Manifest:
             original=original,
             matrices=matrices,
             split=split,
-            started=started,
-            states=transaction.place(unique(f"{target.name}.states")),
+            started=started - clock.earlier,
+            states=transaction.place(states_name(target)),
             manifest=manifest,
         ).run()
         share = split.trained / windows.samples
         recovery["forwards"] = sum(forwards(block["epochs"], share) for block in recovery["blocks"]) / len(
             recovery["blocks"]
         )
-        recovery["seconds"] = clock.seconds | {"total": time.perf_counter() - started}
+        recovery["seconds"] = clock.so_far()
         written.seal(manifest)
         written.publish(manifest)
     on_event(Event("done"))
@@ -178,6 +187,8 @@ class BlockPass:
 
     def __post_init__(self) -> None:
         self.skeleton, self.clock, self.last = self.conveyor.skeleton, self.conveyor.clock, max(self.matrices)
+        assert self.conveyor.output is not None
+        self._journal = self.conveyor.output.journal
 
     @torch.no_grad()
     def run(self) -> None:
@@ -200,7 +211,7 @@ class BlockPass:
                 skeleton.unload_outside()
             self.pruned, self.dense = made[0], made[1] if dense else None
             self.conveyor.carry(
-                lambda block, found: self._block(block, *found),
+                self._block,
                 read=self._read,
                 check=partial(check_unchanged, self.original.folder, self.manifest),
             )
@@ -208,21 +219,29 @@ class BlockPass:
     def _place(self, name: str | int) -> Path | None:
         return None if self.folder is None else self.folder.with_name(f"{self.folder.name}-{name}")
 
-    def _block(self, block: Block, tensors: dict[str, Tensor], original: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _block(self, block: Block, found: "Found") -> Finished | None:
         """The checkpoint tensors of the finished block; the streams have moved on to the next."""
+        tensors, original, tuned = found.tensors, found.original, found.tuned
         own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
+        part = None if tuned is None else self._journal.of_block(block)
         if block.index > self.last:
-            return own
+            return None if part is not None else Finished(own, {})
+        record: dict[str, Any] = {} if part is None else part.record
         matrices, pruned = self.matrices.get(block.index, ()), self.pruned
         count = len(pruned.batches)
         with ExitStack() as stack:
             targets = Targets(HiddenStates(count, self._place(block.index), pin=pruned.device.type == "cuda"))
             stack.callback(targets.states.close)
-            if matrices or self.dense is not None:
+            if self.dense is not None or (matrices and tuned is None):
                 self._take_targets(targets, block, original)
             with loaded(self.skeleton, block, tensors):
-                if matrices:
-                    own |= self._tune(block, matrices, tensors, targets)
+                if tuned is not None:
+                    self._update(tuned, tensors)
+                elif matrices:
+                    changed, record = self._tune(block, matrices, tensors, targets)
+                    self._update(changed, tensors)
+                    own |= changed
+                self._note(record)
                 with self.clock.timed("propagation forward"):
                     for batch in range(count if block.index < self.last else 0):
                         pruned.states.put(batch, pruned.run(block, batch))
@@ -233,7 +252,29 @@ class BlockPass:
                 self.dense.states.close()
                 self.dense.states = targets.states
                 self.dense.release(block)
-        return own
+        return None if tuned is not None else Finished(own, record)
+
+    def _update(self, changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Put changed tensors, and what makes one parameter with them, into the block's module."""
+        names = [name for group in self.skeleton.conversion.of(changed) for name in group.names]
+        self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        """Add what was done to a block to the manifest; nothing where it was not tuned."""
+        recovery = self.manifest.recovery
+        assert recovery is not None
+        if not record:
+            return
+        recovery["blocks"].append(record["block"])
+        recovery["masks"] |= record["masks"]
+        recovery["trained"] |= record["trained"]
+        for name in record["masks"]:
+            if self.manifest.matrices[name]["tensor"] in record["trained"]:
+                self.manifest.matrices[name]["kept_identical"] = False
+        first, after = record["first tuned"]
+        self.first_tuned = self.first_tuned or (first, self.started + after)
+        self.tuning_seconds = record["tuning seconds"]
+        self.settings.on_block(record["block"])
 
     def _take_targets(self, targets: Targets, block: Block, original: dict[str, Tensor]) -> None:
         """Add the outputs of the dense block: after the dense blocks before it, or on the inputs of the pruned one."""
@@ -274,8 +315,8 @@ class BlockPass:
 
     def _tune(
         self, block: Block, matrices: Sequence[Matrix], tensors: dict[str, Tensor], targets: Targets
-    ) -> dict[str, Tensor]:
-        """The tensors that tuning changed; they are in the block's module, and the record is made."""
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors that tuning changed, and its record."""
         seconds = self._seconds(block, targets.seconds)
         began = time.perf_counter()
         changed, facts = tune(
@@ -290,27 +331,23 @@ class BlockPass:
             progress=lambda done, total: self.conveyor.tell("tune", block, done, total),
         )
         self.tuning_seconds += min(time.perf_counter() - began, seconds or 0.0)
-        names = [name for group in self.skeleton.conversion.of(changed) for name in group.names]
-        self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
-        recovery = self.manifest.recovery
-        assert recovery is not None
-        for matrix in matrices:
-            recovery["masks"][matrix.name] = mask_digest(matrix.view(tensors) != 0)
-            if matrix.tensor in changed:
-                recovery["trained"][matrix.tensor] = self.manifest.tensors[matrix.tensor]
-                self.manifest.matrices[matrix.name]["kept_identical"] = False
+        first, when = self.first_tuned or (block.index, began)
         record = {
-            "index": block.index,
-            "path": block.path,
-            "matrices": len(matrices),
-            **facts,
-            "seconds": round(self.clock.add("tune", began), 6),
+            "block": {
+                "index": block.index,
+                "path": block.path,
+                "matrices": len(matrices),
+                **facts,
+                "seconds": round(self.clock.add("tune", began), 6),
+            },
+            "masks": {matrix.name: mask_digest(matrix.view(tensors) != 0) for matrix in matrices},
+            "trained": {name: self.manifest.tensors[name] for name in changed},
+            "first tuned": [first, when - self.started],
+            "tuning seconds": self.tuning_seconds,
         }
-        recovery["blocks"].append(record)
-        self.settings.on_block(record)
-        return changed
+        return changed, record
 
-    def _read(self, block: Block) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _read(self, block: Block) -> "Found":
         """In the background: the block's tensors, pruned and dense (up to the last tuned block), both checked."""
         tensors = self.skeleton.read(block)
         for name in self.skeleton.block_tensors[block.index]:
@@ -319,4 +356,15 @@ class BlockPass:
             check_weight(matrix.name, matrix.view(tensors))
         wanted = list(tensors) if block.index <= self.last else []
         original = self.original.read(wanted, pin=self.skeleton.device.type == "cuda") if wanted else {}
-        return tensors, original
+        output, part = self.conveyor.output, self._journal.of_block(block)
+        tuned = None if part is None or output is None else output.read(part.record.get("trained", ()))
+        return Found(tensors, original, tuned)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is read of a block: its tensors, those of the dense model, and those that an earlier process has tuned."""
+
+    tensors: dict[str, Tensor]
+    original: dict[str, Tensor]
+    tuned: dict[str, Tensor] | None

@@ -267,6 +267,7 @@ class BlockSettings(BatchSettings, DtypeSettings, CalibrationSettings, Selection
     ] = "dense"
     output: File | None = None
     overwrite: bool = False
+    resume: bool = False
     command: Sequence[str] | None = None
     on_event: OnEvent = lambda event: None
     on_block: Callable[[Mapping[str, Any]], None] = lambda record: None

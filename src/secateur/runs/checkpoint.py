@@ -1,7 +1,9 @@
 """A checkpoint in the making: it takes tensors in any order, and ends in digests, manifest, card and the name."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -10,33 +12,58 @@ from secateur.files.writer import CheckpointWriter, writing
 from secateur.models.opening.loading import check_loads
 from secateur.models.opening.opened import OpenedModel
 from secateur.record.card import write_card
-from secateur.record.manifest import Manifest, file_digests
-from secateur.runs.transaction import Transaction
+from secateur.record.manifest import Manifest, file_digests, source_digest
+from secateur.runs.journal import OUTSIDE, Part
+from secateur.runs.transaction import Transaction, delete, flush_names
 
 
 class CheckpointOutput:
-    """The checkpoint that a transaction's folder becomes, with the tensors, names and companion files of a model."""
+    """The checkpoint that a transaction's folder becomes, with the tensors, names and companion files of a model.
+
+    Where the transaction's journal holds finished parts, their tensors are there already.
+    """
 
     def __init__(self, transaction: Transaction, opened: OpenedModel) -> None:
         self._transaction, self._opened = transaction, opened
-        self._writer = CheckpointWriter(transaction.folder, opened.skeleton.source.layout())
+        self.target, self.journal = transaction.target, transaction.journal
+        found = {name: digest for part in self.journal.found.values() for name, digest in part.tensors.items()}
+        layout = opened.skeleton.source.layout()
+        self._writer = CheckpointWriter(transaction.folder, layout, found=found if self.journal.finished else None)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write finished tensors."""
         for name, tensor in tensors.items():
             self._writer.write(name, tensor)
 
-    def flush(self) -> None:
-        """Force what was written to the disk, so that a finished block survives a crash."""
+    def finish(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors of a part; the journal, where there is one, gets it when they are on the disk."""
+        self.write(tensors)
         self._writer.flush()
+        self._record(part, tensors)
+
+    def _record(self, part: Part, names: Iterable[str]) -> None:
+        if self.journal.begun:
+            self.journal.add(replace(part, tensors={name: self._writer.digests[name] for name in names}))
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors that are written. Raises `CheckpointError` for one that is not what was written."""
+        return self._writer.read(names)
 
     def copy_outside(self, check: Callable[[str, str], None] = lambda name, digest: None) -> None:
         """Write the source's tensors outside the blocks; `check(name, sha256)` may raise for one that is not right."""
         skeleton = self._opened.skeleton
         inside = {name for names in skeleton.block_tensors for name in names}
-        for name in skeleton.source.names:
-            if name not in inside:
-                check(name, self._writer.write_parts(name, skeleton.source.parts(name)))
+        outside = [name for name in skeleton.source.names if name not in inside]
+        for name in outside:
+            if name in self._writer.digests:  # by an earlier process
+                check_source(self.target, name, source_digest(skeleton.source, name), self._writer.digests[name])
+            digest = self._writer.digests.get(name) or self._writer.write_parts(name, skeleton.source.parts(name))
+            check(name, digest)
+        if OUTSIDE not in self.journal.found:
+            self._writer.flush()
+            for folder in (self._transaction.folder, self._transaction.partial, self.target.parent):
+                flush_names(folder)
+            self._record(Part(OUTSIDE), outside)
 
     def check_complete(self) -> None:
         """Raise `CheckpointError` for tensors that nobody has written."""
@@ -60,6 +87,9 @@ class CheckpointOutput:
 @contextmanager
 def checkpoint_output(transaction: Transaction, opened: OpenedModel) -> Iterator[CheckpointOutput]:
     """The checkpoint in the making, with the model's companion files in place; its files are closed at the end."""
+    for entry in transaction.folder.iterdir():  # what an earlier process left
+        if entry.suffix != ".safetensors":
+            delete(entry)
     output = CheckpointOutput(transaction, opened)
     try:
         with writing(transaction.folder):
@@ -67,3 +97,12 @@ def checkpoint_output(transaction: Transaction, opened: OpenedModel) -> Iterator
         yield output
     finally:
         output._writer.abandon()
+
+
+def check_source(target: Path, name: str, found: str, expected: str) -> None:
+    """Raise `CheckpointError` when a tensor of the source is not the one that an unfinished run has seen."""
+    if found != expected:
+        raise CheckpointError(
+            f"{target}: the model has changed since this run was begun: {name} has the digest {found[:12]} now, "
+            f"expected {expected[:12]}. Go on with the same model, or start anew with --overwrite."
+        )

@@ -3,20 +3,29 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from secateur.models.flow.memory import FreedMemory
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
+from secateur.runs import stopping
 from secateur.runs.events import Clock, Event, OnEvent
+from secateur.runs.journal import Part, part_of
 
 if TYPE_CHECKING:
     from secateur.runs.checkpoint import CheckpointOutput
 
 Read = TypeVar("Read")
-Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What was made of a block: its tensors, and for the journal what its run knows of it, as JSON."""
+
+    tensors: Mapping[str, Tensor]
+    record: dict[str, Any]
 
 
 @dataclass
@@ -24,7 +33,7 @@ class Conveyor:
     """Brings the blocks of a model one by one, and takes away what was made of them.
 
     `output` takes the finished tensors, where there is one. `clock` counts the waiting, reading and writing, and
-    `on_event` is told of every block.
+    `on_event` is told of every block. Between any two events a run that is asked to stop does so.
     """
 
     skeleton: Skeleton
@@ -35,20 +44,24 @@ class Conveyor:
 
     def carry(
         self,
-        work: Callable[[Block, Read], Tensors | None],
+        work: Callable[[Block, Read], Finished | None],
         *,
         read: Callable[[Block], Read],
         blocks: Sequence[Block] | None = None,
         check: Callable[[str, str], None] = lambda name, digest: None,
     ) -> None:
-        """Call `work(block, read(block))` for each block in turn, and write the tensors that it returns.
+        """Call `work(block, read(block))` for each block in turn, and write what it returns.
 
         One thread reads the next block, another writes: first the tensors outside the blocks, of which `check(name,
-        sha256)` may refuse one, then what `work` returned for the previous block. An exception from any of them ends
-        the pass.
+        sha256)` may refuse one, then what `work` returned for the previous block; None is a block that is written
+        already. An exception from any of them ends the pass.
         """
         blocks, freed = self.skeleton.blocks if blocks is None else blocks, FreedMemory(self.pile_bytes)
-        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+        with (
+            stopping.at_safe_points(),
+            ThreadPoolExecutor(1, "read") as reader,
+            ThreadPoolExecutor(1, "write") as writer,
+        ):
             written = None if self.output is None else writer.submit(self.output.copy_outside, check)
             coming = reader.submit(self._read, read, blocks[0])
             for position, block in enumerate(blocks):
@@ -61,25 +74,26 @@ class Conveyor:
                 if written is not None:
                     with self.clock.timed("wait for write"):
                         written.result()  # Memory: at most one finished block waits to be written
-                    written = writer.submit(self._write, finished or {})
+                    written = writer.submit(self._write, block, finished, self.clock.so_far())
+                self.tell("replayed" if written is not None and finished is None else "write", block)
                 del found, finished
                 freed.after_block()
-                self.tell("write", block)
             if written is not None:
                 written.result()
         if self.output is not None:
             self.output.check_complete()
 
     def tell(self, stage: str, block: Block, done: int = 0, total: int = 0, matrix: str | None = None) -> None:
-        """Say where in a block the run is."""
+        """Say where in a block the run is; the place to stop at when that was asked for."""
+        stopping.safe_point()
         self.on_event(Event(stage, block.index, len(self.skeleton.blocks), done, total, matrix))
 
     def _read(self, read: Callable[[Block], Read], block: Block) -> Read:
         with self.clock.timed("read", background=True):
             return read(block)
 
-    def _write(self, tensors: Tensors) -> None:
+    def _write(self, block: Block, finished: Finished | None, seconds: Mapping[str, float]) -> None:
         assert self.output is not None
-        with self.clock.timed("write", background=True):
-            self.output.write(tensors)
-            self.output.flush()
+        if finished is not None:
+            with self.clock.timed("write", background=True):
+                self.output.finish(Part(part_of(block), {}, finished.record, dict(seconds)), finished.tensors)

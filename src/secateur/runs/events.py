@@ -1,7 +1,7 @@
 """Where a run is and how long its parts take: one kind of event, one clock."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,6 +11,8 @@ import torch
 @dataclass(frozen=True)
 class Event:
     """Where a run is: a stage (calibrate, record, read, statistics, solve, forward, write, done) of a block.
+
+    A block that an earlier process has finished has the stages read, forward and replayed.
 
     Gradients that are taken first have stages of their own, such as "gradients: backward", without a block.
     """
@@ -36,10 +38,24 @@ def named(progress: Progress, name: str) -> Progress:
 
 @dataclass
 class Clock:
-    """Seconds by part. Parts that run in the background are counted there and overlap the others."""
+    """Seconds by part. Parts that run in the background are counted there and overlap the others.
+
+    `began` is when the run did, by `time.perf_counter`, and `earlier` the seconds of processes that began it.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     synchronise: bool = False
+    began: float = field(default_factory=time.perf_counter)
+    earlier: float = 0.0
+
+    def resume(self, seconds: Mapping[str, float]) -> None:
+        """Count on from what an earlier process had taken."""
+        self.seconds = {part: value for part, value in seconds.items() if part != "total"}
+        self.earlier = seconds.get("total", 0.0)
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds by part until now, and in total."""
+        return self.seconds | {"total": self.earlier + time.perf_counter() - self.began}
 
     def add(self, part: str, started: float, *, background: bool = False) -> float:
         """Add the time since `started` (by `time.perf_counter`) to a part; returns it."""

@@ -1,12 +1,14 @@
 """Where a result goes: checked and locked beforehand, made in a folder of its own, and named when it is complete.
 
 While OUT is being made there is `OUT.partial` beside it, which holds the result, whatever else the run keeps on the
-disk, and a lock. Who holds the lock owns the name OUT. A folder `OUT.partial` whose lock is free is what a dead run
-left. No process id decides anything: the same one may live in two containers that share a volume.
+disk, a journal of what is finished, and a lock. Who holds the lock owns the name OUT. A folder `OUT.partial` whose lock
+is free is what an earlier run left: with finished parts in its journal it can be resumed, otherwise it is removed. No
+process id decides anything: the same one may live in two containers that share a volume.
 """
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -21,8 +23,11 @@ from rich.filesize import decimal
 from secateur.errors import CheckpointError, SecateurError
 from secateur.files.names import exchange, rename_new, unique
 from secateur.files.writer import writing
+from secateur.runs.journal import Journal
 
-_LOCK, _RESULT = "lock", "result"
+_LOCK, _RESULT, _JOURNAL, _REPLACED = "lock", "result", "journal.jsonl", "replaced"
+
+CHOICES = "The same command with --resume goes on after them; with --overwrite it starts anew."
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +36,24 @@ class Transaction:
     """The folder `OUT.partial`, in which an output is made, and the right to give the output its name.
 
     `folder` is what becomes the output: a folder that is made here, or with `file=True` a file that the run makes.
-    `place(name)` is for what the run needs on the disk meanwhile. All of it is removed at the end, however the run
-    ends; only a finished result whose name was taken meanwhile is kept, under a name that the error tells.
+    `place(name)` is for what the run needs on the disk meanwhile. All of it is removed at the end, but for two things:
+    a run that keeps a `journal` and does not get to its end leaves what it has finished, for `resume`; and a finished
+    result whose name was taken meanwhile is kept under a name that the error tells.
+
+    With `resume` a run goes on with what an earlier one left in the folder, where there is something; whether it is the
+    same run, `journal.begin` finds out.
     """
 
-    def __init__(self, target: Path, overwrite: bool, *, file: bool = False) -> None:
+    def __init__(self, target: Path, overwrite: bool, *, file: bool = False, resume: bool = False) -> None:
         self.target = target
         self.overwrite = overwrite
+        self.resume = resume
         self.file = file
         self.partial = target.with_name(f"{target.name}.partial")
         self.folder = self.partial / _RESULT
+        self.journal: Journal
         self._lock = self.partial / _LOCK
+        self._committed = False
         self._descriptor: int | None = None
         self._made: list[Path] = []  # parents that did not exist, innermost first
         self._found: object = None
@@ -54,14 +66,15 @@ class Transaction:
         self._made = [folder for folder in self.target.parents if not folder.exists()]
         try:
             self._claim()
-            self._remove_leftovers()
+            self._put_back()
+            self._open_journal()
             self._found = _listing(self.target)
             if self._found is not None and not self.overwrite:  # since it was checked
                 raise CheckpointError(f"{self.target}: exists already. Choose another folder, or pass --overwrite.")
             if not self.file:
-                self.folder.mkdir()
+                self.folder.mkdir(exist_ok=True)
         except BaseException as error:
-            self._remove()
+            self._end(keep=(self.partial / _JOURNAL).exists())
             if isinstance(error, SecateurError) or not isinstance(error, OSError):
                 raise
             raise CheckpointError(
@@ -122,11 +135,29 @@ class Transaction:
                 "output. Choose an output on another file system."
             ) from None
 
+    def _put_back(self) -> None:
+        """Give an old output its name again: where names cannot be exchanged in one step, it may have lost it."""
+        replaced = self.partial / _REPLACED
+        if os.path.lexists(replaced) and not os.path.lexists(self.target):
+            replaced.rename(self.target)
+
+    def _open_journal(self) -> None:
+        """Look at what an earlier run left: go on with it, refuse to touch it, or remove it with a word."""
+        file = self.partial / _JOURNAL
+        if self.overwrite and not self.resume:
+            self._remove_leftovers()
+        self.journal = Journal(file)
+        if not self.journal.finished:
+            self._remove_leftovers()
+            self.journal = Journal(file)
+        elif not self.resume:
+            raise CheckpointError(f"{self._unfinished()} {CHOICES}")
+
     def _remove_leftovers(self) -> None:
         left = [entry for entry in self.partial.iterdir() if entry.name != _LOCK]
         if not left:
             return
-        size = sum(file.lstat().st_size for file in _entries(self.partial))
+        size = _size(self.partial)
         for entry in left:
             delete(entry)
         logger.warning(
@@ -143,6 +174,7 @@ class Transaction:
             found = _listing(self.target)
             if found is not None and found != self._found:
                 raise self._keep()
+            flush(self.folder)
             try:
                 if found is None:
                     rename_new(self.folder, self.target)
@@ -150,15 +182,18 @@ class Transaction:
                     self._replace()
             except FileExistsError:
                 raise self._keep() from None
-            with suppress(OSError):
-                descriptor = os.open(self.target.parent, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+            self._committed = True
+            flush_names(self.target.parent)
 
     def _replace(self) -> None:
         """Put the result in the place of what was there at the start, which then lies in `OUT.partial`."""
-        aside = self.target.with_name(unique(f"{self.target.name}.replaced"))
-        exchange(self.folder, self.target, aside)
+        aside = self.partial / _REPLACED
+        try:
+            exchange(self.folder, self.target, aside)
+        except FileExistsError:  # the name was taken between two steps
+            if os.path.lexists(aside):
+                aside.rename(self.target.with_name(unique(f"{self.target.name}.replaced")))
+            raise
         if _listing(self.folder) != self._found:  # changed between the look and the exchange
             exchange(self.folder, self.target, aside)
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.target))
@@ -169,6 +204,7 @@ class Transaction:
             with suppress(FileExistsError):
                 rename_new(self.folder, kept)
                 break
+        self._committed = True  # as far as that goes: there is nothing to resume
         what = "has appeared there" if self._found is None else "has changed what was there"
         return CheckpointError(
             f"{self.target}: something {what} while the run was working, so it was left as it is. The finished result "
@@ -177,7 +213,12 @@ class Transaction:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         vanished = not self._lock.exists()
-        self._remove()
+        kept = not self._committed and not vanished and bool(self.journal.finished)
+        self._end(keep=kept)
+        if kept and isinstance(error, KeyboardInterrupt) and not error.args:
+            error.args = (f"{self._unfinished()} {CHOICES}",)
+        elif kept:
+            logger.warning("%s %s", self._unfinished(), CHOICES)
         ours = isinstance(error, SecateurError) and not isinstance(error, CheckpointError)
         if vanished and isinstance(error, Exception) and not ours:
             raise CheckpointError(
@@ -185,14 +226,23 @@ class Transaction:
                 "remove it before the run is complete."
             ) from error
 
-    def _remove(self) -> None:
-        """Remove the folder, if it is ours, and the parents that were made for it."""
+    def _unfinished(self) -> str:
+        """What an unfinished run has left, in a sentence."""
+        size = decimal(_size(self.partial))
+        return f"{self.partial}: {self.journal.told()} of an unfinished run are kept there ({size})."
+
+    def _end(self, *, keep: bool = False) -> None:
+        """Let go of the folder: remove it, if it is ours, and the parents that were made for it.
+
+        With `keep` what an unfinished run has left stays there, but for what it makes again anyway.
+        """
         if self._descriptor is not None:
             with suppress(OSError):
                 for entry in list(self.partial.iterdir()):
-                    if entry.name != _LOCK:
+                    if entry.name != _LOCK and not (keep and not made_again(entry.name)):
                         delete(entry)
-                self._lock.unlink(missing_ok=True)
+                if not keep:
+                    self._lock.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
         with suppress(OSError):
@@ -202,6 +252,21 @@ class Transaction:
                 folder.rmdir()
 
 
+def states_name(target: Path | None) -> str:
+    """What a run's hidden states on the disk are called, wherever they are: the same for the same output.
+
+    Without one they get a name that no other process has.
+    """
+    if target is None:
+        return unique("secateur.states")
+    return f"{target.name}.states-{hashlib.sha256(os.fsencode(target)).hexdigest()[:12]}"
+
+
+def made_again(name: str) -> bool:
+    """Whether a run that is resumed makes something of that name again: hidden states, and files that are not whole."""
+    return ".states" in name or name.endswith(".partial")
+
+
 def delete(entry: Path) -> None:
     """Remove a file, a link or a whole folder, as far as the system allows it."""
     if entry.is_dir() and not entry.is_symlink():
@@ -209,6 +274,32 @@ def delete(entry: Path) -> None:
     else:
         with suppress(OSError):
             entry.unlink()
+
+
+def flush(entry: Path) -> None:
+    """Force a file, or a folder with all that is in it, to the disk. Raises `OSError`."""
+    for one in (*_entries(entry), entry) if entry.is_dir() else (entry,):
+        if not one.is_symlink():
+            _flush_one(one)
+
+
+def flush_names(folder: Path) -> None:
+    """Force the names in a folder to the disk, where the file system has a way to."""
+    with suppress(OSError):
+        _flush_one(folder)
+
+
+def _flush_one(entry: Path) -> None:
+    descriptor = os.open(entry, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(folder: Path) -> int:
+    """The bytes of all files below a folder."""
+    return sum(file.lstat().st_size for file in _entries(folder) if not file.is_dir())
 
 
 def _entries(folder: Path) -> Iterator[Path]:

@@ -1,0 +1,410 @@
+"""A run that was ended goes on where it was, to the same bytes; and never with another one's work."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import secateur
+import tiny
+from secateur.errors import CheckpointError
+from secateur.runs.events import Event
+from secateur.runs.journal import Journal
+
+TIMES = ("seconds", "created", "digest", "command")  # what differs from run to run in a manifest
+
+
+class PowerCutError(Exception):
+    """Not an error of ours: whatever ends a run."""
+
+
+def cut(stage: str, block: int) -> Callable[[Event], None]:
+    """Ends a run when it gets to a stage of a block."""
+
+    def on_event(event: Event) -> None:
+        if event.stage == stage and event.block == block:
+            raise PowerCutError
+
+    return on_event
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file of an output, but for the card, and for the times that its manifest tells."""
+    found: dict[str, Any] = {
+        file.name: file.read_bytes()
+        for file in folder.iterdir()
+        if file.name not in ("README.md", "secateur.json", "secateur_adapter.json")
+    }
+    manifest = json.loads((folder / "secateur.json").read_text())
+    found["secateur.json"] = json.loads(json.dumps(manifest), object_hook=_without_times)
+    return found
+
+
+def _without_times(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key not in TIMES}
+
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "wanda": ("llama", {"method": "wanda"}),
+    "magnitude": ("llama", {"method": "magnitude"}),
+    "gradients first": ("llama", {"method": "gblm"}),
+    "gradients of blocks": ("llama", {"method": "wanda_plus"}),
+    "sites": ("qwen2", {"method": "sparsegpt", "within": "site"}),
+    "residual targets": ("llama", {"method": "alps", "within": "site", "targets": "residual"}),
+    "dense targets": ("llama", {"method": "sparsegpt", "targets": "dense"}),
+    "dense propagation": ("llama", {"method": "wanda", "propagate": "dense"}),
+    "experts": ("mixtral", {"method": "wanda", "pattern": "2:4", "within": "site"}),
+    "shared keys and values": ("gemma3n_text", {"method": "wanda"}),
+    "transposed": ("gpt2", {"method": "sparsegpt"}),
+    "some blocks": ("llama", {"method": "wanda", "skip": ["*layers.1.*"]}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_to_the_same_bytes(tmp_path: Path, name: str) -> None:
+    architecture, options = RUNS[name]
+    model = tiny.save(architecture, tmp_path / "model")
+    options = {"calibration": tiny.tokens(6), "batch_size": 2, **options}
+    if architecture == "mixtral":
+        options["batch_size"] = None
+    secateur.prune(model, output=tmp_path / "whole", **options)
+    out = tmp_path / "out"
+    solved: list[str | None] = []
+    for block in (1, 2):
+        with pytest.raises(PowerCutError):
+            secateur.prune(model, output=out, resume=block > 1, on_event=cut("read", block), **options)
+        assert not out.exists()
+    manifest = secateur.prune(
+        model,
+        output=out,
+        resume=True,
+        on_event=lambda event: solved.append(event.matrix) if event.stage == "solve" else None,
+        **options,
+    )
+    assert contents(out) == contents(tmp_path / "whole")
+    assert solved == [name for name, entry in manifest.matrices.items() if entry["block"] == 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "out"}
+    assert secateur.verify(out).ok
+
+
+def test_gradients_are_not_taken_again(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    options: dict[str, Any] = {"method": "gblm", "calibration": tiny.tokens()}
+    secateur.prune(model, output=tmp_path / "whole", **options)
+    with pytest.raises(PowerCutError):
+        secateur.prune(model, output=tmp_path / "out", on_event=cut("record", 0), **options)
+    seen: list[str] = []
+    secateur.prune(
+        model, output=tmp_path / "out", resume=True, on_event=lambda event: seen.append(event.stage), **options
+    )
+    assert not [stage for stage in seen if stage.startswith("gradients")]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_block_by_block_recovery_goes_on(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    secateur.prune(model, output=tmp_path / "pruned", calibration=tiny.tokens())
+    for targets in ("dense", "pruned"):
+        whole, out = tmp_path / f"whole-{targets}", tmp_path / f"out-{targets}"
+        options: dict[str, Any] = {"calibration": tiny.tokens(8), "epochs": 2, "targets": targets, "learning_rate": 0.1}
+        secateur.reconstruct(tmp_path / "pruned", output=whole, **options)
+        with pytest.raises(PowerCutError):
+            secateur.reconstruct(tmp_path / "pruned", output=out, on_event=cut("tune", 2), **options)
+        tuned: list[int] = []
+        secateur.reconstruct(
+            tmp_path / "pruned",
+            output=out,
+            resume=True,
+            on_event=lambda event, tuned=tuned: tuned.append(event.block) if event.stage == "tune" else None,
+            **options,
+        )
+        assert set(tuned) == {2}
+        assert contents(out) == contents(whole)
+        assert secateur.verify(out).ok
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    """A model, and beside it what a run on it has left after two of three blocks."""
+    model = tiny.save("llama", tmp_path / "model")
+    with pytest.raises(PowerCutError):
+        secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), on_event=cut("read", 2))
+    return tmp_path
+
+
+def test_an_unfinished_run_is_reported_with_what_can_be_done(
+    unfinished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    partial = unfinished / "out.partial"
+    before = {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()}
+    with pytest.raises(CheckpointError) as caught:
+        secateur.prune(unfinished / "model", output=unfinished / "out", calibration=tiny.tokens())
+    size = sum(len(content) for content in before.values())
+    assert str(caught.value) == (
+        f"{partial}: 2 of 3 blocks of an unfinished run are kept there ({size / 1000:.1f} kB). The same command with "
+        "--resume goes on after them; with --overwrite it starts anew."
+    )
+    assert {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()} == before
+    with caplog.at_level(logging.WARNING):
+        secateur.prune(unfinished / "model", output=unfinished / "out", calibration=tiny.tokens(), overwrite=True)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"{partial}: left by a run that ended before it was complete")
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sparsity": 0.6}, "plan model.layers.0.mlp.down_proj.weight sparsity was 0.5 and is 0.6"),
+        ({"method": "magnitude"}, "settings batch_size was 128 and is 2048"),
+        ({"calibration": tiny.tokens(seed=1)}, "tokens was "),
+        ({"batch_size": 1}, "settings batch_size was 128 and is 1"),
+        ({"propagate": "dense"}, "settings propagate was pruned and is dense"),
+        ({"dtype": "float64"}, "settings dtype was float32 and is float64"),
+        ({"skip": ["*q_proj*"]}, "is nothing"),
+    ],
+)
+def test_another_run_is_refused(unfinished: Path, change: dict[str, Any], told: str) -> None:
+    partial = unfinished / "out.partial"
+    before = {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()}
+    options: dict[str, Any] = {"calibration": tiny.tokens(), "resume": True, **change}
+    with pytest.raises(CheckpointError, match="the unfinished run differs from this one") as caught:
+        secateur.prune(unfinished / "model", output=unfinished / "out", **options)
+    assert told in str(caught.value)
+    assert {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()} == before
+
+
+def test_another_number_of_threads_is_refused(unfinished: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(CheckpointError, match=f"machine threads was {threads} and is {threads + 1}"):
+            secateur.prune(unfinished / "model", output=unfinished / "out", calibration=tiny.tokens(), resume=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("where", ["a planned tensor", "a norm", "the embeddings"])
+def test_a_changed_model_is_refused(unfinished: Path, where: str) -> None:
+    name = {
+        "a planned tensor": "model.layers.0.mlp.up_proj.weight",
+        "a norm": "model.layers.1.input_layernorm.weight",
+        "the embeddings": "model.embed_tokens.weight",
+    }[where]
+    _flip(unfinished / "model" / "model.safetensors", name)
+    with pytest.raises(CheckpointError, match=f"the model has changed since this run was begun: {name}"):
+        secateur.prune(unfinished / "model", output=unfinished / "out", calibration=tiny.tokens(), resume=True)
+
+
+def test_changed_work_is_refused(unfinished: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    _flip(unfinished / "out.partial" / "result" / "model.safetensors", name)
+    with pytest.raises(CheckpointError, match=f"{name} was changed since it was written"):
+        secateur.prune(unfinished / "model", output=unfinished / "out", calibration=tiny.tokens(), resume=True)
+
+
+def _flip(shard: Path, name: str) -> None:
+    """Change one bit of a tensor."""
+    from secateur.files.checkpoint import read_header
+
+    place = read_header(shard).tensors[name].start
+    with shard.open("r+b") as stream:
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("first line", "line 1: damaged or altered"),
+        ("middle", "line 2: damaged or altered"),
+        ("format", "format 99, expected 1; another version of Secateur began this run"),
+        ("link", "is a symbolic link"),
+    ],
+)
+def test_a_damaged_journal_is_refused(unfinished: Path, damage: str, told: str) -> None:
+    file = unfinished / "out.partial" / "journal.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    if damage == "first line":
+        lines[0] = lines[0].replace('"propagate": "pruned"', '"propagate": "dense"')
+    elif damage == "middle":
+        lines[1] = lines[1][:30] + "\n"
+    elif damage == "format":
+        lines[0] = lines[0].replace('"format": 1', '"format": 99')
+    if damage == "link":
+        file.rename(unfinished / "elsewhere")
+        file.symlink_to(unfinished / "elsewhere")
+    else:
+        assert lines != file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines))
+    with pytest.raises(CheckpointError, match=told if damage != "middle" else "line 2: "):
+        secateur.prune(unfinished / "model", output=unfinished / "out", calibration=tiny.tokens(), resume=True)
+    secateur.prune(unfinished / "model", output=unfinished / "out", calibration=tiny.tokens(), overwrite=True)
+    assert secateur.verify(unfinished / "out").ok
+
+
+@pytest.mark.parametrize("left", [1, 40, -1])
+def test_a_line_that_was_being_written_does_not_count(unfinished: Path, left: int) -> None:
+    file = unfinished / "out.partial" / "journal.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]) + lines[-1][:left])
+    solved: set[int] = set()
+    secateur.prune(
+        unfinished / "model",
+        output=unfinished / "out",
+        calibration=tiny.tokens(),
+        resume=True,
+        on_event=lambda event: solved.add(event.block) if event.stage == "solve" else None,
+    )
+    assert solved == {1, 2}
+    secateur.prune(unfinished / "model", output=unfinished / "whole", calibration=tiny.tokens())
+    assert contents(unfinished / "out") == contents(unfinished / "whole")
+
+
+def test_where_nothing_is_unfinished_a_run_begins(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), resume=True)
+    assert secateur.verify(tmp_path / "out").ok
+    with pytest.raises(CheckpointError, match="exists already"):
+        secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), resume=True)
+
+
+def test_an_error_before_the_first_block_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    with pytest.raises(PowerCutError):
+        secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), on_event=cut("solve", 0))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_run_that_replaces_an_output_goes_on(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    secateur.prune(model, output=tmp_path / "out", sparsity=0.25, calibration=tiny.tokens())
+    with pytest.raises(PowerCutError):
+        secateur.prune(
+            model, output=tmp_path / "out", calibration=tiny.tokens(), overwrite=True, on_event=cut("read", 2)
+        )
+    assert secateur.verify(tmp_path / "out").ok
+    with pytest.raises(CheckpointError, match="exists already"):
+        secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), resume=True)
+    manifest = secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), resume=True, overwrite=True)
+    assert manifest.totals["sparsity"] == 0.5
+    assert secateur.verify(tmp_path / "out").ok
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+
+
+def test_other_commands_leave_an_unfinished_run_alone(unfinished: Path) -> None:
+    secateur.prune(unfinished / "model", output=unfinished / "other", method="magnitude")
+    with pytest.raises(CheckpointError, match="2 of 3 blocks of an unfinished run are kept there"):
+        secateur.reconstruct(unfinished / "other", output=unfinished / "out", calibration=tiny.tokens(8))
+    with pytest.raises(CheckpointError, match="the unfinished run differs from this one: run was prune"):
+        secateur.reconstruct(unfinished / "other", output=unfinished / "out", calibration=tiny.tokens(8), resume=True)
+
+
+def test_a_source_that_changes_during_the_run_is_an_error(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    before = (model / "model.safetensors").read_bytes()
+
+    def touch(event: Event) -> None:
+        if event.stage == "solve" and event.block == 0:
+            _flip(model / "model.safetensors", "model.layers.2.mlp.up_proj.weight")
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: was changed while it was being read"):
+        secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), on_event=touch)
+    assert not (tmp_path / "out").exists()
+    assert (model / "model.safetensors").read_bytes() != before
+
+
+# Signals
+
+
+def test_signals_stop_at_a_safe_point_and_say_how_to_go_on(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = signal.Signals[name]
+        done = _signalled(model, tmp_path, number, times=1)
+        assert done.returncode == 128 + number
+        lines = done.stderr.splitlines()
+        assert "Stopping at the next safe point; press Ctrl-C again to stop at once." in lines
+        ending = "Interrupted" if name == "SIGINT" else f"Ended by {name}"
+        assert lines[-1].startswith(f"{ending}. {tmp_path}/out.partial: 2 of 3 blocks of an unfinished run are kept")
+        assert lines[-1].endswith("The same command with --resume goes on after them; with --overwrite it starts anew.")
+        shutil.rmtree(tmp_path / "out.partial")
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    done = _signalled(model, tmp_path, signal.SIGINT, times=2)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "Stopped at once. Run the command again to see what is kept."
+    done = _signalled(model, tmp_path, signal.SIGINT, times=0, more=["--resume"])
+    assert done.returncode == 0
+    assert secateur.verify(tmp_path / "out").ok
+
+
+def _signalled(
+    model: Path, place: Path, number: int, *, times: int, more: list[str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """`prune` with a method that sends a signal to its own process, in the last block."""
+    (place / "signalling.py").write_text(
+        "import os, secateur\n"
+        "def method():\n"
+        "    def score(problem):\n"
+        "        times = int(os.environ['TIMES'])\n"
+        "        if problem.name.startswith('model.layers.2.self_attn.q'):\n"
+        f"            for _ in range(times):\n"
+        f"                os.kill(os.getpid(), {int(number)})\n"
+        "        return problem.weight.abs()\n"
+        "    return secateur.select('signalling', score, needs=frozenset())\n"
+    )
+    source = os.path.dirname(os.path.dirname(secateur.__file__))
+    environment = {**os.environ, "PYTHONPATH": f"{place}:{source}", "PYTHONDONTWRITEBYTECODE": "1", "TIMES": str(times)}
+    command = [sys.executable, "-m", "secateur", "prune", str(model), "-o", "out", "--method", "signalling:method"]
+    return subprocess.run([*command, *(more or [])], cwd=place, env=environment, capture_output=True, text=True)
+
+
+def test_the_journal_tells_what_is_there(unfinished: Path) -> None:
+    journal = Journal(unfinished / "out.partial" / "journal.jsonl")
+    assert journal.run == "prune"
+    assert journal.told() == "2 of 3 blocks"
+    assert list(journal.found) == ["outside", "block 0", "block 1"]
+    assert journal.seconds["total"] > 0
+
+
+# Kills and faults
+
+
+@pytest.mark.parametrize(("what", "count"), [("kill", 50), ("fault", 50)])
+def test_whatever_ends_a_run_it_can_be_resumed(tmp_path: Path, what: str, count: int) -> None:
+    _survives(tmp_path, what, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["kill", "fault"])
+def test_a_thousand_ends(tmp_path: Path, what: str) -> None:
+    _survives(tmp_path, what, 1000)
+
+
+def _survives(folder: Path, what: str, count: int) -> None:
+    """A run is ended at so many random points, each time resumed, and its output compared byte for byte."""
+    model = tiny.save("llama", folder / "model")
+    (folder / "runs").mkdir()
+    program = Path(__file__).with_name("killed_runs.py")
+    command = [sys.executable, program, model, folder / "runs", what, "0", str(count), "0"]
+    source = os.path.dirname(os.path.dirname(secateur.__file__))
+    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    seen = json.loads(done.stdout)
+    assert seen["kept"] > count / 10
+    assert seen["kept"] + seen["nothing"] + seen["whole"] == count
