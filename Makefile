@@ -26,7 +26,7 @@ demo: $(DEMO)  ## Prune SmolLM2-135M and show its perplexity before and after
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## The tests (minutes)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not browser"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not browser"
 
 test-slow: $(DEMO)  ## The slower tests, on SmolLM2-135M
 	$(BIN)/python -m pytest -m slow

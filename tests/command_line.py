@@ -1,15 +1,22 @@
-"""The command line in this process, in one of its own and on a terminal, and a tiny model for it."""
+"""The command line in this process, in a fork of it, in a new one and on a terminal, and a tiny model for it."""
 
+import importlib
 import io
 import json
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -48,8 +55,63 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("cli") / "model")
 
 
-def process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, with pipes."""
+def process(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, its output in files.
+
+    A fork of this process, which has imported already what takes a new interpreter seconds. Where that start matters,
+    or what libraries read at import, tests start an interpreter: `interpreter`.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if child == 0:
+            os.chdir(cwd or ".")
+            _run_forked([os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno()], arguments)
+        code = _ended(child)
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(list(arguments), code, out.read().decode(), err.read().decode())
+
+
+def _run_forked(streams: Sequence[int], arguments: Sequence[Any]) -> NoReturn:
+    """In a child: what a new interpreter does with its streams, `main`, and the end of the process."""
+    code = 1
+    try:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        logging.getLogger().handlers.clear()  # pytest's
+        importlib.reload(warnings)  # which pytest records
+        os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
+        sys.argv = ["secateur", *map(str, arguments)]
+        sys.path.insert(0, "")
+        sys.dont_write_bytecode = True
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _ended(child: int, patience: float = 300) -> int:
+    """The exit code of a child, minus the signal that ended it; it is killed where it does not end."""
+    deadline = time.monotonic() + patience
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def interpreter(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a new interpreter, with pipes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, "-m", "secateur", *map(str, arguments)],
@@ -103,8 +165,8 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-def terminal(command: list[str]) -> tuple[int, str]:
-    """(exit code, everything shown) of a command on a pseudo-terminal 100 wide."""
+def terminal(*arguments: Any) -> tuple[int, str]:
+    """(exit code, everything shown) of the command in a fork of this process, on a pseudo-terminal 100 wide."""
     import fcntl
     import pty
     import struct
@@ -112,12 +174,11 @@ def terminal(command: list[str]) -> tuple[int, str]:
 
     child, descriptor = pty.fork()
     if child == 0:
-        os.environ.update(TERM="xterm-256color", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        os.environ.update(TERM="xterm-256color")
         os.environ.pop("COLUMNS", None)
-        try:
-            os.execv(command[0], command)
-        finally:
-            os._exit(127)
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):  # set by commands without a terminal
+            os.environ.pop(name, None)
+        _run_forked(range(3), arguments)
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     shown = io.BytesIO()
     while True:

@@ -1,5 +1,6 @@
 """A trained model and its text, which lie beside the repository on some machines, and a learnt tokenizer."""
 
+import functools
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -12,8 +13,20 @@ STORIES = DATA / "models" / "stories260K"
 STORIES_TEXT = DATA / "lm" / "tinystories_sample.txt"
 
 
+def some_stories(folder: Path) -> str:
+    """A file in the folder with the first tenth of the stories: enough where all of them would mostly be tokenised."""
+    file = folder / "stories.txt"
+    file.write_text(STORIES_TEXT.read_text(encoding="utf-8")[:200_000], encoding="utf-8")
+    return str(file)
+
+
 def byte_pair_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE learnt from the calibration part of python-docs; no text is unknown to it. Puts no <s>."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_learnt(vocabulary)), bos_token="<s>")
+
+
+@functools.cache
+def _learnt(vocabulary: int) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -24,4 +37,4 @@ def byte_pair_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(load_corpus("python-docs", "calibration").documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    return str(tokenizer.to_str())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from command_line import CALIBRATION, FIRST, Call, process, terminal
+from command_line import CALIBRATION, FIRST, Call, interpreter, process, terminal
 from secateur import cli
 from secateur.errors import NumericalError, PatternError
 from secateur.files.checkpoint import SINGLE_FILE
@@ -20,7 +20,7 @@ from secateur.files.checkpoint import SINGLE_FILE
 @pytest.fixture(scope="module")
 def run_in_pipe(model: Path) -> subprocess.CompletedProcess[str]:
     """A run with --json in a pipe, which made the folder `pruned` beside the model."""
-    return process("prune", model, "-o", model.parent / "pruned", "--pattern", "2:4", *CALIBRATION, "--json")
+    return interpreter("prune", model, "-o", model.parent / "pruned", "--pattern", "2:4", *CALIBRATION, "--json")
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +115,7 @@ def test_tables_in_a_pipe(call: Call, model: Path, pruned: Path, tmp_path: Path)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_a_run_on_a_terminal(model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "secateur", "prune", str(model), "-o", str(tmp_path / "out"), *CALIBRATION]
-    code, shown = terminal(command)
+    code, shown = terminal("prune", model, "-o", tmp_path / "out", *CALIBRATION)
     assert code == 0, shown
     assert "\x1b[" in shown
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
@@ -254,7 +253,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, damaged: Pat
 
 def test_debug_in_a_process(tmp_path: Path) -> None:
     arguments = ("prune", tmp_path, "-o", tmp_path / "out", "-m", "nope")
-    result = process(*arguments, "--debug")
+    result = interpreter(*arguments, "--debug")
     assert result.returncode == 1
     assert result.stderr.startswith("Traceback (most recent call last):")
     assert f"{PatternError.__name__}: unknown method" in result.stderr.splitlines()[-1]
@@ -287,7 +286,7 @@ def test_an_interruption(call: Call, model: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_as_a_module() -> None:
-    result = process("--version")
+    result = interpreter("--version")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("secateur ")
 

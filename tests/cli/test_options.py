@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -22,15 +19,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_the_help_shows_the_values_of_every_choice(command: str) -> None:
-    """In a process of its own, whose terminal is wide enough for one line per option."""
-    shown = subprocess.run(
-        [sys.executable, "-m", "secateur", command, "--help"],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "COLUMNS": "1000", "PYTHONIOENCODING": "utf-8"},
-        timeout=60,
-    ).stdout
+def test_the_help_shows_the_values_of_every_choice(command: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # one line for each option
+    shown = call(command, "--help").out
     for name, option in options(command).items():
         if option.show and (values := option.get_choices()):
             line = next(line for line in shown.splitlines() if f" {name} " in line)

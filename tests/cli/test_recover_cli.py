@@ -84,7 +84,7 @@ def test_merging_measures_on_what_was_held_out_and_nothing_else(call: Call, prun
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_on_a_terminal(pruned: Path, tmp_path: Path) -> None:
     command = ["recover", str(pruned), "-o", str(tmp_path / "out"), *TEXT, "--steps", "4", "--seed", "3"]
-    code, shown = terminal([sys.executable, "-m", "secateur", *command])
+    code, shown = terminal(*command)
     assert code == 0, shown
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert "Traceback" not in plain

@@ -59,7 +59,7 @@ def test_in_a_pipe(model: Path, call: Call, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_on_a_terminal(model: Path, tmp_path: Path) -> None:
     arguments = ["sweep", str(model), "-o", str(tmp_path / "out"), "-m", "magnitude,wanda", *CALIBRATION, *EVALUATION]
-    code, shown = terminal([sys.executable, "-m", "secateur", *arguments])
+    code, shown = terminal(*arguments)
     assert code == 0, shown
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert re.search(r"cells \S+ 2/2", plain)  # the bar counts cells, and ends complete

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import secateur
-from real_data import STORIES, STORIES_TEXT, byte_pair_tokenizer
+from real_data import STORIES, byte_pair_tokenizer, some_stories
 from secateur.calibration.corpora import load_corpus
 from secateur.errors import NumericalError
 from secateur.models.opening.opened import open_model
@@ -109,16 +109,21 @@ def pruned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {folder.name: folder for folder in root.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def figures(pruned: dict[str, Path]) -> dict[str, secateur.Perplexity]:
+    return {name: evaluate(folder) for name, folder in pruned.items()}
+
+
 # What pruning costs
 
 
 @pytest.mark.parametrize(("pattern", "margin"), [(HALF, 0.9), (TWO_OF_FOUR, 0.85)], ids=str)
 def test_wanda_hurts_less_than_magnitude(
-    dense: secateur.Perplexity, pruned: dict[str, Path], pattern: secateur.Pattern, margin: float
+    dense: secateur.Perplexity, figures: dict[str, secateur.Perplexity], pattern: secateur.Pattern, margin: float
 ) -> None:
     # Seeds 0, 1, 2 gave: dense 22.1, 20.5, 20.3; 50 %: Wanda 25.2, 23.4, 23.8, magnitude 31.6, 30.0, 30.5;
     # 2:4: Wanda 30.0, 27.5, 29.2, magnitude 44.0, 43.0, 38.6.
-    wanda, magnitude = (evaluate(pruned[f"{name} {pattern}"]) for name in ("wanda", "magnitude"))
+    wanda, magnitude = (figures[f"{name} {pattern}"] for name in ("wanda", "magnitude"))
     assert dense.digest == wanda.digest == magnitude.digest
     assert dense.perplexity < 30  # it has learnt something: 512 would be guessing
     assert dense.perplexity * 1.02 < wanda.perplexity < margin * magnitude.perplexity
@@ -147,12 +152,12 @@ def test_a_pruned_model_writes_as_transformers_says(pruned: dict[str, Path]) -> 
     assert len(text) > len("The import statement")
 
 
-def test_more_sparsity_costs_more(trained: Path, dense: secateur.Perplexity, pruned: dict[str, Path]) -> None:
+def test_more_sparsity_costs_more(trained: Path, figures: dict[str, secateur.Perplexity]) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained)
     tokenizer = AutoTokenizer.from_pretrained(trained)
     windows = secateur.calibration_windows("python-docs", tokenizer, samples=16, length=LENGTH, sampling="concat")
     secateur.prune(model, method=secateur.wanda(), pattern=secateur.Unstructured(0.8), calibration=windows)
-    assert evaluate(model, tokenizer=tokenizer).nats > evaluate(pruned["wanda 2:4"]).nats + 0.3
+    assert evaluate(model, tokenizer=tokenizer).nats > figures["wanda 2:4"].nats + 0.3
 
 
 # Perplexity
@@ -177,12 +182,19 @@ def published_nats(model: nn.Module, tokenizer: Any, text: str, length: int) -> 
     return [float(loss) for loss in losses], float(total / (count * length))
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 7])
-def test_perplexity_is_the_published_one(trained: Path, batch_size: int | None) -> None:
+@pytest.fixture(scope="module")
+def published(trained: Path) -> tuple[list[float], float]:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
     text = "\n\n".join(load_corpus("python-docs", "evaluation").documents)
-    windows, nats = published_nats(model, tokenizer, text, LENGTH)
-    result = evaluate(trained, batch_size=batch_size)
+    return published_nats(model, tokenizer, text, LENGTH)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 7])
+def test_perplexity_is_the_published_one(
+    trained: Path, dense: secateur.Perplexity, published: tuple[list[float], float], batch_size: int | None
+) -> None:
+    windows, nats = published
+    result = evaluate(trained, batch_size=batch_size) if batch_size else dense
     assert result.windows == len(windows) > 100
     assert result.tokens == len(windows) * (LENGTH - 1)
     assert result.window_nats == pytest.approx(windows, abs=1e-5)
@@ -237,8 +249,10 @@ def test_outputs_that_are_not_finite(trained: Path) -> None:
 
 @pytest.mark.skipif(not STORIES.exists(), reason=f"no {STORIES}")
 def test_wanda_hurts_less_on_stories260k(tmp_path: Path) -> None:
+    text = some_stories(tmp_path)
+
     def measured(model: Path) -> float:
-        result = secateur.perplexity(model, str(STORIES_TEXT), length=256, windows=32)
+        result = secateur.perplexity(model, text, length=256, windows=32)
         assert result.windows == 32
         return result.perplexity
 
@@ -247,7 +261,7 @@ def test_wanda_hurts_less_on_stories260k(tmp_path: Path) -> None:
         secateur.prune(
             STORIES,
             method=method,
-            calibration=str(STORIES_TEXT),
+            calibration=text,
             sampling="concat",
             samples=32,
             length=256,

@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import secateur
-from command_line import process, save_model
+from command_line import interpreter, save_model
 from gguf_files import gguf, write_gguf
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import SINGLE_FILE
 from secateur.models.opening.opened import open_source
 from secateur.pruning.forecast import estimate
+
+NOTE = "The whole model is in memory: it was given as a module, or dequantised from GGUF."
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +114,18 @@ def test_its_tokenizer_is_used_and_written(model: Path, file: Path, tmp_path: Pa
 
 
 def test_plan_says_that_the_whole_model_is_in_memory(file: Path) -> None:
-    note = "The whole model is in memory: it was given as a module, or dequantised from GGUF."
     result = estimate(file, method=secateur.wanda(), calibration=None, length=32)
-    assert result.notes == [note]
+    assert result.notes == [NOTE]
     assert (result.blocks, len(result.plan), result.model) == (3, 21, str(file))
-    # In a fresh process, because transformers reads the switch of its progress bars when it is imported.
-    done = process("plan", file, "--length", 32, "--calibration", "python-docs", "--sampling", "concat")
+
+
+def test_plan_draws_no_bars_in_a_pipe(model: Path, tmp_path: Path) -> None:
+    """In a fresh process, because transformers reads the switch of its progress bars when it is imported."""
+    file = tmp_path / "tiny.gguf"
+    write_gguf(model, file, torch.float32)
+    done = interpreter("plan", file, "--length", 32, "--calibration", "python-docs", "--sampling", "concat")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.rstrip().endswith(note)
+    assert done.stdout.rstrip().endswith(NOTE)
 
 
 def test_verify_notices_another_source(file: Path, tmp_path: Path) -> None:

@@ -71,6 +71,19 @@ def assert_as_before(skeleton: Skeleton, modules: dict[str, nn.Module]) -> None:
         assert all(parameter.is_meta for parameter in block.module.parameters())
 
 
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3_text", "gemma3n_text", "gptj", "deepseek_v3", "rwkv", "zamba2"])
+def test_a_skeleton_has_the_buffers_of_the_model(name, tmp_path):
+    """They are computed when transformers initialises a model; no number is drawn for parameters that are not there."""
+    skeleton, model = opened(name, tmp_path).model, tiny.build(name)
+    expected = dict(model.named_buffers())
+    buffers = dict(skeleton.named_buffers())
+    assert buffers.keys() == expected.keys()
+    stored = set(model.state_dict())
+    for key, value in buffers.items():
+        assert key in stored or torch.equal(value, expected[key]), key
+    assert skeleton.state_dict().keys() == stored
+
+
 def test_nothing_is_left_out_unawares():
     left = [name for name in NOT_STREAMED if name in tiny.ARCHITECTURES]
     assert len(STREAMED) + len(left) == len(tiny.ARCHITECTURES) >= 90

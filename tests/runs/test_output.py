@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 
 import secateur
 import tiny
+from command_line import interpreter, process
 from secateur.errors import CheckpointError
 from secateur.files import names
 from secateur.methods.magnitude import magnitude
@@ -345,12 +345,15 @@ def test_the_folder_of_the_output_vanishes(tmp_path: Path, model: Path) -> None:
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(model: Path, tmp_path: Path) -> None:
-    done = signalled(model, tmp_path, signal.SIGHUP, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    """In an interpreter that was started so, as by nohup."""
+    arguments = signalling(model, tmp_path, signal.SIGHUP)
+    done = interpreter(*arguments, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     assert done.returncode == 0
     assert secateur.verify(tmp_path / "out").ok
 
 
-def signalled(model: Path, place: Path, number: int, **how: Any) -> "subprocess.CompletedProcess[str]":
+def signalling(model: Path, place: Path, number: int) -> list[Any]:
+    """A command that gets a signal in its second block."""
     (place / "signalling.py").write_text(
         "import os, secateur\n"
         "def method():\n"
@@ -360,10 +363,7 @@ def signalled(model: Path, place: Path, number: int, **how: Any) -> "subprocess.
         "        return problem.weight.abs()\n"
         "    return secateur.select('signalling', score, needs=frozenset())\n"
     )
-    source = os.path.dirname(os.path.dirname(secateur.__file__))
-    environment = {**os.environ, "PYTHONPATH": f"{place}:{source}", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "secateur", "prune", str(model), "-o", "out", "--method", "signalling:method"]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, **how)
+    return ["prune", model, "-o", "out", "--method", "signalling:method"]
 
 
 def test_files_of_others_in_a_report_stay(tmp_path: Path) -> None:

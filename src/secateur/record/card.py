@@ -1,9 +1,9 @@
 """The model card of a pruned checkpoint: `README.md` in the hub's format."""
 
+import functools
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from secateur.record.manifest import Manifest, cautions, sparsity
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
+    from jinja2 import Environment
 
 START, END = "<!-- secateur: figures -->", "<!-- secateur: end of figures -->"
 
@@ -189,6 +190,12 @@ def _section(figures: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, 
 
 def _filled(template: str, **values: Any) -> str:
     """A template of ours with its values."""
+    return _templates().get_template(template).render(values)
+
+
+@functools.cache
+def _templates() -> "Environment":
+    """Our templates, which jinja compiles once in a process."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
@@ -198,7 +205,7 @@ def _filled(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"corpus": _corpus_name, "number": _number, "patterns": patterns, "sparsity": sparsity}
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def _number(value: float | None, form: str, error: float | None = None) -> str:
@@ -230,7 +237,7 @@ def _dataset(corpus: str) -> tuple[str, str | None, str | None] | None:
 def _eval_results(figures: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[str, Any]]) -> "Iterator[EvalResult]":
     from huggingface_hub import EvalResult
 
-    result = partial(EvalResult, task_type="text-generation")
+    result = functools.partial(EvalResult, task_type="text-generation")
     for figure in figures:
         dataset, config, split = figure["dataset"]
         yield result(

@@ -21,7 +21,7 @@ from secateur.models.opening.configuration import PACKING_ENTRIES, reason
 from secateur.models.opening.wrapped import plain_module
 from secateur.models.shape.causality import check_declared
 from secateur.models.shape.skeleton import Skeleton, Source
-from secateur.models.shape.structure import build_skeleton, prepare
+from secateur.models.shape.structure import build_skeleton, prepare, weightless
 from secateur.models.weights.loaded import LoadedModel
 from secateur.models.weights.quantised import DequantisedCheckpoint, check_dtypes, open_checkpoint
 
@@ -206,14 +206,14 @@ def _same_class(model: nn.Module, target: Path) -> nn.Module:
 
     For a module that is not one of transformers' models, what its configuration describes.
     """
-    from accelerate import init_empty_weights
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         return _described(target)
     config = type(model.config).from_pretrained(target)
-    with init_empty_weights(include_buffers=False):
+    with weightless() as finish:
         empty: nn.Module = type(model)(config)
+        finish(empty)
     prepare(empty)
     return empty
 

@@ -1,7 +1,7 @@
 """The structure of a model, found out rather than known: its decoder, its stack of blocks, and a skeleton to fill."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,6 @@ def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = 
     `source` has the tensors that belong to it. Buffers that are computed (rotary frequencies, causal masks) are
     real. Raises `CheckpointError` when transformers cannot build it, or it is far larger than the tensors.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     shapes = {name: source.shape(name) for name in source.names}
@@ -86,8 +85,9 @@ def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = 
     failure: Exception | None = None
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         try:
-            with limited(folder, shapes), init_empty_weights(include_buffers=False):
+            with limited(folder, shapes), weightless() as finish:
                 model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
+                finish(model)
             break
         except SecateurError:
             raise
@@ -99,6 +99,26 @@ def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = 
         raise CheckpointError(f"{folder}: transformers knows no causal language model for it: {failure}")
     prepare(model)
     return model
+
+
+@contextlib.contextmanager
+def weightless() -> Iterator[Callable[[Any], None]]:
+    """Build models of transformers in here with parameters on the meta device; hand each to the function that comes.
+
+    transformers' own initialisation draws numbers for every parameter, which takes most of the time of building a
+    model that has none. It is left out, and the function does the rest of it: buffers and ties.
+    """
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    def finish(model: Any) -> None:
+        model.tie_weights()
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = True  # transformers' mark of what is not to be drawn
+        model.initialize_weights()
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        yield finish
 
 
 def prepare(model: nn.Module) -> Callable[[], None]:
