@@ -43,7 +43,8 @@ def load(
 
     On an NVIDIA GPU with `backend="auto"` the linear layers that are 2:4 are measured, one of each shape, dense and by
     torch's kernels for such weights, with `rows` rows of input: 1 is a token that is decoded, 512 a prompt of so many.
-    Those become semi-structured that this makes faster for some of these numbers and slower for none. `on_choices` is
+    Those become semi-structured that this makes faster for some of these numbers and slower for none, beyond the
+    spread. `on_choices` is
     given the measurements; by default it prints them to standard error.
 
     Raises `CheckpointError` for what cannot be loaded, and for `backend="packed"` where nothing stays packed.

@@ -110,10 +110,10 @@ def refusal(kernel: Kernel, shape: Sequence[int], dtype: torch.dtype) -> str | N
 
 
 def choose(times: Times) -> str:
-    """The kernel that is faster than "dense" beyond the spread with some number of rows, and slower with none.
+    """The kernel that is faster than "dense" beyond the spread with some number of rows, and slower so with none.
 
-    Beyond the spread: the third quartile of its times is below the first of the dense ones. Not slower: its median is
-    at most the dense one. Of several, the one with the greatest gain over all rows (the geometric mean).
+    Beyond the spread: the third quartile of the one's times is below the first of the other's. Of several, the one with
+    the greatest gain over all rows (the geometric mean), which has to be above 1.
     """
     best, best_gain = "dense", 1.0
     dense = times["dense"]
@@ -121,9 +121,10 @@ def choose(times: Times) -> str:
         if kernel == "dense" or own.keys() != dense.keys():
             continue
         gains = [statistics.median(dense[rows]) / statistics.median(own[rows]) for rows in dense]
-        beyond = any(_quartiles(own[rows])[2] < _quartiles(dense[rows])[0] for rows in dense)
         gain = math.prod(gains) ** (1 / len(gains))
-        if min(gains) >= 1 and beyond and gain > best_gain:
+        faster = any(_below(own[rows], dense[rows]) for rows in dense)
+        slower = any(_below(dense[rows], own[rows]) for rows in dense)
+        if faster and not slower and gain > best_gain:
             best, best_gain = kernel, gain
     return best
 
@@ -227,6 +228,7 @@ def _milliseconds(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def _quartiles(times: Sequence[float]) -> tuple[float, float, float]:
-    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
-    return first, median, third
+def _below(times: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether the third quartile of some times is below the first of others."""
+    third = statistics.quantiles(times, n=4, method="inclusive")[2]
+    return third < statistics.quantiles(others, n=4, method="inclusive")[0]
