@@ -14,6 +14,7 @@ from command_line import Call
 from real_data import STORIES
 from secateur.errors import CheckpointError, SecateurError
 from secateur.runtime.bench import Bench, Measured, Speed
+from secateur.runtime.dense_calls import faster_by_mv, products_by_mv
 from secateur.runtime.linear import PackedLinear
 from secateur.runtime.load import load, memory_of, pack_module
 from secateur.runtime.pack import pack
@@ -149,16 +150,60 @@ def test_bench(stories: Path, call: Call) -> None:
     assert result["rows"][0]["memory_bytes"] < result["rows"][1]["memory_bytes"]
     assert all(0 < speed["lowest"] <= speed["median"] <= speed["highest"] for speed in result["rows"][0]["prefill"])
     assert result["bandwidth"] > 0
+    assert result["rows"][0]["file_bytes"] < result["rows"][1]["file_bytes"]
+    assert result["notes"] == []
     for arguments, message in ((["--batch", "1,x"], '--batch: got "x"'), (["--prompt", "100000"], "positions")):
         refused = call("bench", packed, *arguments)
         assert refused.code == 2
         assert message in refused.message
 
 
+def test_bench_packs_a_plain_checkpoint_in_memory(stories: Path, call: Call) -> None:
+    """As `pack` would: the same sizes. The dense rows say what torch's fastest calls give, where these are others."""
+    arguments = ("--prompt", "8", "--decode", "2", "-r", "2", "--json")
+    rows = json.loads(call("bench", stories / "pruned", *arguments).out)["rows"]
+    packed = json.loads(call("bench", stories / "packed", *arguments).out)["rows"]
+    assert [row["backend"] for row in rows] == ["packed in memory", "dense"]
+    assert rows[0]["sparse_matrices"] == packed[0]["sparse_matrices"]
+    assert rows[0]["memory_bytes"] == packed[0]["memory_bytes"]
+    assert rows[0]["file_bytes"] == pytest.approx(packed[0]["file_bytes"], rel=0.03)
+    assert rows[1]["file_bytes"] == pytest.approx(packed[1]["file_bytes"], rel=0.03)
+
+
+def test_bench_says_what_it_cannot_measure(stories: Path, call: Call, tmp_path: Path) -> None:
+    secateur.prune(STORIES, method="magnitude", pattern="2:4", output=tmp_path / "pruned")
+    arguments = ("--prompt", "8", "--decode", "2", "-r", "2")
+    result = json.loads(call("bench", tmp_path / "pruned", *arguments, "--json").out)
+    assert [note.partition(" is ")[2] for note in result["notes"]] == [
+        "2:4; the kernels of GPUs for that were not measured: they run on NVIDIA GPUs, and the model lies on cpu."
+    ]
+    dense = call("bench", STORIES, *arguments)
+    assert "has no linear layers with zeros enough to be packed" in " ".join(dense.out.split())
+    if not torch.cuda.is_available():
+        refused = call("bench", stories / "packed", "--device", "cuda")
+        assert refused.code == 2
+        assert 'device "cuda" cannot be used here' in refused.message
+
+
+def test_products_by_mv_are_those_of_linear() -> None:
+    layers = [torch.nn.Linear(20, 30), torch.nn.Linear(30, 10, bias=False)]
+    module, x = torch.nn.Sequential(*layers), torch.randn(1, 1, 20)
+    expected = module(x)
+    assert set(faster_by_mv(module)) <= set(layers)
+    with products_by_mv(layers):
+        assert module(x).shape == (1, 1, 10)
+        torch.testing.assert_close(module(x), expected)
+        with pytest.raises(RuntimeError):
+            module(torch.randn(2, 20))  # several rows go another way, and never get here
+    torch.testing.assert_close(module(torch.randn(2, 20)).shape, torch.Size([2, 10]))
+
+
 def test_a_gain_inside_the_spread_is_none() -> None:
     def row(packed: int, low: float, high: float) -> Measured:
         speed = Speed(1, (low + high) / 2, low, high)
-        return Measured("m", "packed" if packed else "dense", "float32", packed, 1, 1, 1.0, [speed], [speed], None)
+        return Measured(
+            "m", "packed" if packed else "dense", "float32", packed, 1, 1, 1.0, [speed], [speed], None, None
+        )
 
     def gain(packed: tuple[float, float], *dense: tuple[float, float]) -> float | None:
         rows = [row(1, *packed), *(row(0, *one) for one in dense)]

@@ -9,6 +9,7 @@ from secateur.pruning.forecast import bytes_text
 from secateur.report.terminal import _table, seconds_text
 from secateur.runtime.bench import Bench, Speed
 from secateur.runtime.pack import Packing
+from secateur.runtime.semi_structured import table as choices_text
 from secateur.runtime.unpack import Unpacking
 
 
@@ -61,23 +62,28 @@ def bench_tables(result: Bench) -> RenderableType:
     sizes = _table("model", "weights", "computed in", "files", "memory", "loaded in", "of the read bandwidth")
     speeds = _table("model", "weights", "computed in", "batch", "prefill, tokens/s", "gain", "decode, tokens/s", "gain")
     for row in result.rows:
-        what = [row.model, "packed" if row.packed_matrices else "dense", row.dtype]
+        what = [row.model, row.backend, row.dtype]
         share = "" if row.read_share is None else f"{row.read_share:.2f}"
         sizes.add_row(
             *what, bytes_text(row.file_bytes), bytes_text(row.memory_bytes), seconds_text(row.load_seconds), share
         )
         for number, (prefill, decode) in enumerate(zip(row.prefill, row.decode, strict=True)):
-            gains = [_gain(result.gain(row, stage, number), row.packed_matrices) for stage in ("prefill", "decode")]
+            gains = [_gain(result.gain(row, stage, number), row.sparse_matrices) for stage in ("prefill", "decode")]
             speeds.add_row(*what, str(prefill.batch), _rate(prefill), gains[0], _rate(decode), gains[1])
+        if row.decode_by_mv is not None:
+            what = [row.model, f"{row.backend}, by torch.mv", row.dtype]
+            speeds.add_row(*what, "1", "", "", _rate(row.decode_by_mv), "")
+    parts: list[RenderableType] = [sizes, "", speeds, ""]
+    parts += [Text(f"{model}: {choices_text(choices)}\n") for model, choices in result.choices.items() if choices]
+    parts += [Text(note) for note in result.notes]
+    threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
     return Group(
-        sizes,
-        "",
-        speeds,
-        "",
+        *parts,
         Text(
-            f"{result.threads} threads, which read {result.bandwidth / 1e9:.1f} GB/s from memory; {result.prompt} "
+            f"{threads}, memory that is read at {result.bandwidth / 1e9:.1f} GB/s; {result.prompt} "
             f"tokens of prompt, {result.decoded} decoded, {result.repetitions} repetitions: median (lowest to "
-            "highest). A gain is over the fastest dense row of the same model."
+            "highest). A gain is over the fastest dense row of the same model; dense rows are as large and as fast as "
+            "the model was before pruning."
         ),
     )
 
@@ -86,7 +92,7 @@ def _rate(speed: Speed) -> str:
     return f"{speed.median:.1f} ({speed.lowest:.1f} to {speed.highest:.1f})"
 
 
-def _gain(ratio: float | None, packed: int) -> str:
-    if not packed:
+def _gain(ratio: float | None, sparse: int) -> str:
+    if not sparse:
         return ""
     return "within the spread" if ratio is None else f"{ratio:.2f} x"

@@ -96,6 +96,7 @@ class BenchSettings(Settings):
             HOW, "To compute in, with commas between them [default: that of the checkpoint, and float32].", words=True
         ),
     ] = ()
+    device: Annotated[str, Option(HOW, "cpu, cuda, cuda:1, ...")] = "cpu"
     threads: Threads = None
     trust_remote_code: Trust = False
     progress: Progress = lambda stage, done, total: None
