@@ -13,7 +13,7 @@ from torch import Tensor
 
 LARGEST = 127
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that have codes
-_AT_ONCE = 1 << 20  # entries, for which float32 copies are made
+_AT_ONCE = 1 << 17  # entries, for which float32 copies are made: they stay in the cache
 
 
 def codes_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,9 +26,10 @@ def codes_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
     rows, out, factors = tensor.reshape(-1, tensor.shape[-1]), codes.view(-1, tensor.shape[-1]), scales.view(-1)
     for part in _parts(rows):
         weights = rows[part].float()
-        if not bool(rows[part].isfinite().all()):
+        largest = weights.abs().amax(dim=1)  # NaN where one is
+        if not bool(largest.isfinite().all()):
             raise ValueError("it has values that are not finite")
-        scale = (weights.abs().amax(dim=1) / LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+        scale = (largest / LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
         found = (weights / scale[:, None]).round_()
         found = torch.where(found == 0, weights.sign(), found).clamp_(-LARGEST, LARGEST)
         out[part], factors[part] = found.to(torch.int8), scale
