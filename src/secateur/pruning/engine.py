@@ -54,6 +54,8 @@ def prune(settings: PruneSettings) -> Manifest:
     `statistics_device` is where statistics are kept. `statistics` is a `Survey` that runs on the same model and tokens
     share, with `propagate="dense"`: the first run fills it, and the others need no forward for it.
 
+    With `packed` the output holds what `pack` would make of it, and no plain checkpoint is left.
+
     The source is never written to, and `output` appears under its name only when it is complete.
 
     Raises `PatternError`, `CalibrationError`, `ModelStructureError`, `NumericalError` or `CheckpointError`, each of
@@ -76,7 +78,10 @@ def prune(settings: PruneSettings) -> Manifest:
         skeleton = opened.skeleton
         pile_bytes = return_large(extent.product_bytes if extent.by_site else 0)
         manifest = _manifest(ready)
-        written = None if transaction is None else stack.enter_context(checkpoint_output(transaction, opened))
+        output = (
+            None if transaction is None else checkpoint_output(transaction, opened, packed_bytes=ready.packed_bytes)
+        )
+        written = None if output is None else stack.enter_context(output)
         place = Path.cwd().joinpath if transaction is None else transaction.place
         name = "secateur" if target is None else target.name
         states = place(unique(f"{name}.states"))
@@ -111,7 +116,7 @@ def prune(settings: PruneSettings) -> Manifest:
         manifest.count_totals()
         if written is not None:
             written.seal(manifest)
-            written.publish(manifest)
+            written.publish(manifest, tell)
     on_event(Event("done"))
     return manifest
 

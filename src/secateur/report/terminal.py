@@ -72,6 +72,8 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
     if estimate.device_bytes:
         cost.add_row("device memory", f"about {bytes_text(estimate.device_bytes)}")
     cost.add_row("disk", bytes_text(estimate.disk_bytes))
+    if estimate.packed_bytes is not None:
+        cost.add_row("packed tensors", bytes_text(estimate.packed_bytes))
     cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
     return Group(planned, "", left, "", cost, *(Text(note, style="yellow") for note in estimate.notes))
 
