@@ -17,7 +17,7 @@ from secateur.files.ahead import ahead
 from secateur.files.bitmask import count_kept, mask_shape, pack_bits
 from secateur.files.checkpoint import CARD_FILE, DTYPE_NAMES, PACKED_FILE, PACKED_INDEX, Checkpoint
 from secateur.files.codes import DTYPES as CODED
-from secateur.files.codes import codes_of, relative_error, values_of
+from secateur.files.codes import codes_of, count_coded, relative_error, values_of
 from secateur.files.compressed_writer import CompressedWriter
 from secateur.files.compression import compress
 from secateur.files.folders import companions, copy_files
@@ -122,12 +122,10 @@ def _counted(source: Checkpoint, values: Values, name: str) -> Planned | str:
         return Planned(kept, "same")
     if source.dtype(name) not in CODED:
         return Planned(kept, "same", refusal=f"it is {str(source.dtype(name)).removeprefix('torch.')}")
-    codes = 0
-    for part in source.parts(name):
-        if not bool(part.isfinite().all()):
-            return Planned(kept, "same", refusal="it has values that are not finite")
-        codes += int(part.count_nonzero())  # -0.0 has none
-    return Planned(codes, "int8")
+    try:
+        return Planned(sum(map(count_coded, source.parts(name))), "int8")
+    except ValueError as error:
+        return Planned(kept, "same", refusal=str(error))
 
 
 def pack_counted(tensor: Tensor, kept: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from secateur.errors import CheckpointError, SecateurError
 from secateur.files.ahead import ahead
 from secateur.files.checkpoint import Checkpoint
 from secateur.files.packed import PackedCheckpoint
+from secateur.models.flow.memory import trim
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.opening.whole import read_generation_config
 from secateur.models.shape.skeleton import Skeleton
@@ -76,11 +77,13 @@ def packed_modules(skeleton: Skeleton) -> Mapping[str, nn.Module]:
             if matrix is not None and tuple(matrix.shape) == tuple(module.weight.shape):
                 layers[path] = module, name
     weights = ahead(partial(_packed_weight, source), [name for _, name in layers.values()])
-    return {
+    found = {
         path: PackedLinear(weight, module.bias, skeleton.dtype)
         for (path, (module, _)), weight in zip(layers.items(), weights, strict=True)
         if weight is not None
     }
+    trim()  # Memory: what was read and laid out anew, before the dense tensors are read
+    return found
 
 
 def _packed_weight(source: PackedCheckpoint, name: str) -> PackedWeight | None:
