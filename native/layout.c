@@ -34,6 +34,50 @@ EXPORT int64_t secateur_row_starts(const uint8_t *bitmask, int64_t rows, int64_t
     return -1;
 }
 
+/* From dense rows to the layout on disk: a bit for each entry that has a bit, and those entries one after the other. Returns their
+   number, or -1 if there are more than `capacity`. A store for each entry, which the next one overwrites unless it was kept, needs
+   no branch; near the end of the room it would write behind it. */
+#define COMPACT(type)                                                                                                             \
+    static int64_t compact_##type(const type *dense, int64_t rows, int64_t columns, uint8_t *bitmask, type *out, int64_t capacity) { \
+        int64_t next = 0;                                                                                                         \
+        for (int64_t row = 0; row < rows; row++, dense += columns)                                                                \
+            for (int64_t column = 0; column < columns; column += 8) {                                                             \
+                const type *from = dense + column;                                                                                \
+                int64_t width = least(8, columns - column);                                                                       \
+                unsigned mask = 0;                                                                                                \
+                if (width == 8 && next + 8 <= capacity)                                                                           \
+                    for (int bit = 0; bit < 8; bit++) {                                                                           \
+                        unsigned kept = from[bit] != 0;                                                                           \
+                        out[next] = from[bit];                                                                                    \
+                        next += kept;                                                                                             \
+                        mask |= kept << bit;                                                                                      \
+                    }                                                                                                             \
+                else                                                                                                              \
+                    for (int64_t bit = 0; bit < width; bit++)                                                                     \
+                        if (from[bit]) {                                                                                          \
+                            if (next == capacity) return -1;                                                                      \
+                            out[next++] = from[bit];                                                                              \
+                            mask |= 1u << bit;                                                                                    \
+                        }                                                                                                         \
+                *bitmask++ = (uint8_t)mask;                                                                                       \
+            }                                                                                                                     \
+        return next;                                                                                                              \
+    }
+COMPACT(uint8_t)
+COMPACT(uint16_t)
+COMPACT(uint32_t)
+COMPACT(uint64_t)
+
+EXPORT int64_t secateur_compact(const void *dense, int64_t rows, int64_t columns, int64_t size, uint8_t *bitmask, void *out,
+                                int64_t capacity) {
+    switch (size) {
+    case 1: return compact_uint8_t(dense, rows, columns, bitmask, out, capacity);
+    case 2: return compact_uint16_t(dense, rows, columns, bitmask, out, capacity);
+    case 4: return compact_uint32_t(dense, rows, columns, bitmask, out, capacity);
+    default: return compact_uint64_t(dense, rows, columns, bitmask, out, capacity);
+    }
+}
+
 /* Large pages for what is about to be written: a product reads it once, and every small page costs a walk. Only a wish. */
 static void in_large_pages(void *memory, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)

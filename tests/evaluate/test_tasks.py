@@ -341,6 +341,16 @@ def test_a_module_in_memory_is_left_as_it_was(model: Path, data: Path) -> None:
         tasks(module, ["boolq"], task_data=data)
 
 
+def test_packed_checkpoints_and_models(model: Path, data: Path, tmp_path: Path) -> None:
+    secateur.prune(model, method="magnitude", output=tmp_path / "pruned")
+    secateur.prune(model, method="magnitude", output=tmp_path / "packed", packed=True)
+    expected = tasks(tmp_path / "pruned", ["boolq"], task_data=data)
+    assert tasks(tmp_path / "packed", ["boolq"], task_data=data)["boolq"].scores == expected["boolq"].scores
+    module = secateur.load(tmp_path / "packed")
+    found = tasks(module, ["boolq"], tokenizer=AutoTokenizer.from_pretrained(model), task_data=data)
+    assert found["boolq"].scores == expected["boolq"].scores
+
+
 def test_a_gguf_file(model: Path, data: Path, tmp_path: Path) -> None:
     from gguf_files import write_gguf
 

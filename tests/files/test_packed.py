@@ -122,7 +122,8 @@ def remove(path: str) -> Callable[[Any], None]:
 ENTRY = f"matrices/{NAME}"
 RECORDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "another format": (put("format", "x"), "format 'x', version 1, expected 'secateur-bitmask'"),
-    "a later version": (put("version", 2), "version 2, expected"),
+    "a later version": (put("version", 3), "version 3, expected"),
+    "a version of compressed tensors without any": (put("version", 2), "version 2, and 0 compressed tensors"),
     "fewer rows": (put(f"{ENTRY}/shape", [23, 43]), r"layer.bitmask is U8 \[24, 6\] in .*, expected U8 \[23, 6\]"),
     "more columns": (put(f"{ENTRY}/shape", [24, 49]), r"layer.bitmask is U8 \[24, 6\] in .*, expected U8 \[24, 7\]"),
     "a shape that overflows": (put(f"{ENTRY}/shape", [1 << 50, 1 << 50]), "layer.weight: has more numbers than"),

@@ -26,9 +26,10 @@ import secateur
 from secateur.files import names
 
 
-def prune(model: Path, out: Path) -> None:
+def prune(model: Path, out: Path, overwrite: bool = False) -> None:
     ids = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
-    secateur.prune(model, method="sparsegpt", output=out, calibration=ids, batch_size=2, resume=True)
+    arguments = {"output": out, "overwrite": overwrite, "resume": True}
+    secateur.prune(model, method="sparsegpt", calibration=ids, batch_size=2, **arguments)
 
 
 def child(action: Callable[[], None]) -> int:
@@ -137,8 +138,8 @@ def main() -> None:
         check(out, expected)
         partial = root / "out.partial"
         seen["whole" if out.exists() else "kept" if (partial / "journal.jsonl").exists() else "nothing"] += 1
-        if not out.exists():
-            if end_of(child(lambda: prune(Path(model), out))):
+        if not out.exists() or partial.exists():
+            if end_of(child(lambda: prune(Path(model), out, overwrite=out.exists()))):
                 sys.exit(f"{what} {number}: cannot be resumed")
             check(out, expected)
         left = {path.name for path in root.iterdir()} - {"whole", "out", "operations"}

@@ -15,7 +15,7 @@ import pytest
 
 import secateur
 import tiny
-from command_line import interpreter, process
+from command_line import interpreter
 from secateur.errors import CheckpointError
 from secateur.files import names
 from secateur.methods.magnitude import magnitude

@@ -52,9 +52,9 @@ def compiled_emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _kernel(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SECATEUR_KERNEL_LIBRARY", str(compiled))
     monkeypatch.delenv("SECATEUR_KERNEL", raising=False)
-    library.library.cache_clear()
+    library.found.cache_clear()
     yield
-    library.library.cache_clear()
+    library.found.cache_clear()
 
 
 @pytest.fixture(params=["torch", "plain", "avx2", "avx512", "amx"])
@@ -65,7 +65,7 @@ def path(request: pytest.FixtureRequest, _kernel: None, monkeypatch: pytest.Monk
         if name not in ("avx512", "amx"):
             pytest.skip(f"{name}: {library.available()[name]}")
         monkeypatch.setenv("SECATEUR_KERNEL_LIBRARY", str(request.getfixturevalue("compiled_emulated")))
-        library.library.cache_clear()
+        library.found.cache_clear()
         if library.available()[name]:
             pytest.skip(f"{name}: {library.available()[name]}")
     monkeypatch.setenv("SECATEUR_KERNEL", name)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from packed_weights import random_packed
+from secateur.errors import SecateurError
 from secateur.runtime.library import PathName
 from secateur.runtime.linear import PackedLinear
 
@@ -38,6 +39,24 @@ def test_casts_leave_the_weight(path: PathName) -> None:
     x = torch.randn(3, 50).bfloat16()
     expected = x.float() @ dense.weight.T + dense.bias.bfloat16().float()
     torch.testing.assert_close(ours(x), expected.bfloat16(), rtol=0.01, atol=0.01)
+
+
+def test_its_weight_is_the_dense_one(path: PathName) -> None:
+    """For code that looks at a layer's weight, as adapters and some models of transformers do."""
+    ours, dense = pair(path)
+    weight = ours.weight
+    assert (weight.shape, weight.dtype, weight.device) == (dense.weight.shape, torch.float32, torch.device("cpu"))
+    assert ours.to(torch.bfloat16).weight.dtype == torch.bfloat16
+    assert (weight.dtype, weight.is_floating_point(), weight.requires_grad) == (torch.float32, True, False)
+    x = torch.randn(3, 50)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.nn.functional.linear(x, weight), x @ dense.weight.T)
+        assert torch.equal(torch.empty(24, 50).copy_(weight), dense.weight)
+    assert torch.equal(weight.T[3], dense.weight.T[3])
+    for change in (weight.zero_, lambda: weight.copy_(dense.weight), lambda: torch.neg(dense.weight, out=weight)):
+        with pytest.raises((SecateurError, RuntimeError)):
+            change()
+    assert torch.equal(ours.packed.expand(), dense.weight)
 
 
 def test_compiled_as_one_graph(path: PathName) -> None:

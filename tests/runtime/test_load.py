@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import secateur
 import tiny
@@ -114,6 +114,20 @@ def test_greedy_tokens_are_those_of_the_plain_checkpoint(stories: Path, prompt: 
     assert "".join(pieces).strip() == found.text.strip()
     assert found.first_seconds > 0
     assert found.tokens_per_second is not None
+
+
+def test_the_tools_of_transformers_take_it(stories: Path) -> None:
+    """`pipeline` with a prompt, and a batch of two sampled by `generate`, as the plain model answers."""
+    plain, packed = load(stories / "pruned"), load(stories / "packed")
+    tokenizer = AutoTokenizer.from_pretrained(stories / "packed")
+    texts = [
+        pipeline("text-generation", model=module, tokenizer=tokenizer)("Once upon", max_new_tokens=8, do_sample=False)
+        for module in (plain, packed)
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[1][0]["generated_text"]) > len("Once upon")
+    beams = [module.generate(IDS[:, :4], max_new_tokens=6, num_beams=3) for module in (plain, packed)]
+    assert torch.equal(*beams)
 
 
 def test_generate_on_the_command_line(stories: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

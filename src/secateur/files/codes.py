@@ -8,12 +8,13 @@ Searching for a smaller scale, which cuts off large weights, lowers the error of
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 LARGEST = 127
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that have codes
-_AT_ONCE = 1 << 20  # entries, for which float32 copies are made
+_AT_ONCE = 1 << 17  # entries, for which float32 copies are made: they stay in the cache
 
 
 def codes_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,13 +27,31 @@ def codes_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
     rows, out, factors = tensor.reshape(-1, tensor.shape[-1]), codes.view(-1, tensor.shape[-1]), scales.view(-1)
     for part in _parts(rows):
         weights = rows[part].float()
-        if not bool(rows[part].isfinite().all()):
+        largest = weights.abs().amax(dim=1)  # NaN where one is
+        if not bool(largest.isfinite().all()):
             raise ValueError("it has values that are not finite")
-        scale = (weights.abs().amax(dim=1) / LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
-        found = (weights / scale[:, None]).round_()
-        found = torch.where(found == 0, weights.sign(), found).clamp_(-LARGEST, LARGEST)
+        scale = (largest / LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+        # What is kept becomes at least one step, and what is removed none: its sign is zero.
+        found = (weights / scale[:, None]).abs_().clamp_(0.51, LARGEST).round_().mul_(weights.sign())
         out[part], factors[part] = found.to(torch.int8), scale
     return codes, scales
+
+
+def count_coded(tensor: Tensor) -> int:
+    """How many codes of a tensor, or of a flat part of it, are not zero.
+
+    Raises `ValueError` for entries that are not finite. Of their bits without the sign, compared as whole numbers.
+    """
+    kind = {2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
+    infinite = int(torch.tensor(math.inf, dtype=tensor.dtype).view(kind))
+    bits = tensor.reshape(-1).view(kind).numpy()
+    count = 0
+    for start in range(0, len(bits), _AT_ONCE):
+        magnitudes = bits[start : start + _AT_ONCE] & np.iinfo(bits.dtype).max
+        if int(magnitudes.max()) >= infinite:
+            raise ValueError("it has values that are not finite")
+        count += int(np.count_nonzero(magnitudes))
+    return count
 
 
 def values_of(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:

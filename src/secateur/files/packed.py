@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,10 +34,13 @@ from secateur.files.checkpoint import (
 )
 from secateur.files.codes import DTYPES as CODED
 from secateur.files.codes import values_of
+from secateur.files.compression import ADVICE, Compressed, chunks
+from secateur.files.compression import check as check_compressed
 from secateur.files.reading import checked, digest_of, parse_json, read_text
 
-FORMAT, VERSION = "secateur-bitmask", 1
-ADVICE = "The file is damaged; copy or download it again."
+FORMAT = "secateur-bitmask"
+VERSION, COMPRESSED_VERSION = 1, 2  # without compressed tensors, which readers of the first would not know, and with
+Values = Literal["same", "int8"]
 
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _Size = Annotated[int, Meta(ge=0, lt=1 << 60)]
@@ -56,7 +60,7 @@ class PackedMatrix:
     kept: _Size
     sha256: Digest
     stored: dict[str, Digest]
-    values: Literal["same", "int8"] = "same"
+    values: Values = "same"
     error: float | None = None
 
 
@@ -78,16 +82,20 @@ class PackedShard:
 
 @dataclass(frozen=True)
 class PackedRecord:
-    """What `sparse_config.json` holds, besides its digest. `files` are the sha256 of the files beside the shards."""
+    """What `sparse_config.json` holds, besides its digest. `files` are the sha256 of the files beside the shards.
+
+    `compressed` describes the stored tensors, by their names in the shards, that are compressed: all or none.
+    """
 
     format: str
     version: int
     secateur: str
-    values: Literal["same", "int8"]
+    values: Values
     shards: list[PackedShard]
     matrices: dict[str, PackedMatrix]
     dense: dict[str, DenseTensor]
     files: dict[str, Digest] = field(default_factory=dict)
+    compressed: dict[str, Compressed] = field(default_factory=dict)
     digest: str = ""
 
 
@@ -156,9 +164,17 @@ class PackedCheckpoint(Checkpoint):
                     f"{file}: the shard is missing; {PACKED_FILE} lists {len(files)}. Download the checkpoint again."
                 )
         super().__init__(folder, files)
-        self.stored = self.tensors
+        self.stored = self.tensors | {name: self._compressed(name) for name in self.record.compressed}
         self.tensors = {name: self._plain(name) for shard in self.record.shards for name in shard.tensors}
         self._check_names()
+
+    def _compressed(self, name: str) -> TensorRecord:
+        """Where a compressed tensor lies, with the dtype and shape that it has when it is decompressed."""
+        where, how, found = f"{self.folder}/{PACKED_FILE}: {name}", self.record.compressed[name], self.tensors.get(name)
+        if found is None or found.dtype != "U8" or len(found.shape) != 1:
+            raise CheckpointError(f"{where}: described as compressed, and not stored as bytes. {ADVICE}")
+        check_compressed(how, found.bytes, where)
+        return TensorRecord(found.file, how.dtype, tuple(how.shape), found.start, found.end)
 
     def _plain(self, name: str) -> TensorRecord:
         """The record of a plain tensor. Raises `CheckpointError` where its parts are not what they should be."""
@@ -167,7 +183,9 @@ class PackedCheckpoint(Checkpoint):
         if matrix is None:
             if name not in self.record.dense or name not in self.stored:
                 raise CheckpointError(f"{where}: the tensor is listed, and not described or not stored. {ADVICE}")
-            return self.stored[name]
+            stored = self.stored[name]
+            size = math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
+            return TensorRecord(stored.file, stored.dtype, stored.shape, 0, size) if self.compressed else stored
         if matrix.dtype not in DTYPES:
             raise CheckpointError(f"{where}: has the unknown dtype {matrix.dtype}; known are {', '.join(DTYPES)}.")
         if math.prod(max(1, side) for side in matrix.shape) >= 1 << 60:
@@ -205,14 +223,46 @@ class PackedCheckpoint(Checkpoint):
         for name in sorted(owned.union(self.record.dense) ^ set(self.stored)):
             where = "the shards hold it" if name in self.stored else "it is described"
             raise CheckpointError(f"{self.folder}/{PACKED_FILE}: {name}: {where}, and nothing else knows it. {ADVICE}")
+        if self.compressed and (left := sorted(set(self.stored) - set(self.record.compressed))):
+            raise CheckpointError(
+                f"{self.folder}/{PACKED_FILE}: {left[0]}: is not described as compressed, as others are. {ADVICE}"
+            )
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the stored tensors are compressed."""
+        return bool(self.record.compressed)
+
+    def read_stored(self, name: str) -> Tensor:
+        """A tensor of the shards by its name in them, decompressed where it is compressed."""
+        record = self.stored[name]
+        if not self.compressed:
+            return read_tensor(record)
+        out, done = torch.empty(record.shape, dtype=DTYPES[record.dtype]), 0
+        data = out.view(-1).view(torch.uint8)
+        for chunk in self._chunks(name):
+            data[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        return out
+
+    def read_bytes(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
+        """Bytes of a stored tensor, compressed or not, as they lie in the shard."""
+        record = self.stored[name]
+        size = (record.bytes if end is None else end) - start
+        return read_tensor(TensorRecord(record.file, "U8", (size,), record.start + start, record.start + start + size))
+
+    def _chunks(self, name: str) -> Iterator[Tensor]:
+        """The bytes of a compressed tensor, a chunk at a time."""
+        read = partial(self.read_bytes, name)
+        return chunks(self.record.compressed[name], read, f"{self.folder}: {name}")
 
     def read_packed(self, name: str) -> PackedTensor:
         """A packed tensor as it is stored, read and checked. Raises `CheckpointError` for a mask that does not fit."""
         matrix = self.record.matrices[name]
-        mask = read_tensor(self.stored[f"{stem(name)}.bitmask"])
+        mask = self.read_stored(f"{stem(name)}.bitmask")
         check_mask(mask, matrix.shape[-1], matrix.kept, f"{self.folder}: {name}")
-        kept = read_tensor(self.stored[f"{stem(name)}.compressed"])
-        scales = read_tensor(self.stored[f"{stem(name)}.scales"]) if matrix.values == "int8" else None
+        kept = self.read_stored(f"{stem(name)}.compressed")
+        scales = self.read_stored(f"{stem(name)}.scales") if matrix.values == "int8" else None
         return PackedTensor(mask, kept, tuple(matrix.shape), DTYPES[matrix.dtype], scales)
 
     def read(self, names: Sequence[str], *, pin: bool = False) -> dict[str, Tensor]:
@@ -221,7 +271,8 @@ class PackedCheckpoint(Checkpoint):
 
     def _read(self, name: str, pin: bool) -> Tensor:
         if name not in self.record.matrices:
-            return read_tensor(self.tensors[name], pin=pin)
+            # A compressed one is decompressed into memory of its own: not page-locked.
+            return self.read_stored(name) if self.compressed else read_tensor(self.tensors[name], pin=pin)
         packed = self.read_packed(name)
         return packed.dense(torch.empty(packed.shape, dtype=packed.dtype, pin_memory=pin))
 
@@ -229,6 +280,9 @@ class PackedCheckpoint(Checkpoint):
         """All entries of a tensor in order, as flat tensors; of a packed one all at once."""
         if name in self.record.matrices:
             yield self._read(name, pin=False).view(-1)
+        elif self.compressed:
+            for chunk in self._chunks(name):
+                yield chunk.view(self.dtype(name))
         else:
             yield from super().parts(name)
 
@@ -261,15 +315,19 @@ def read_record(folder: Path) -> PackedRecord:
     """What `sparse_config.json` holds. Raises `CheckpointError` for another format, and for one that was altered."""
     file = folder / PACKED_FILE
     value = parse_json(read_text(file), file, dict[str, Any], advice=ADVICE, unique=True)
-    if value.get("format") != FORMAT or value.get("version") != VERSION:
+    if value.get("format") != FORMAT or value.get("version") not in (VERSION, COMPRESSED_VERSION):
         raise CheckpointError(
             f"{file}: format {value.get('format')!r}, version {value.get('version')!r}, expected {FORMAT!r}, version "
-            f"{VERSION}. A later version of Secateur may read it."
+            f"{VERSION} or {COMPRESSED_VERSION}. A later version of Secateur may read it."
         )
     expected = digest_of(value)
     if value.get("digest") != expected:
         raise CheckpointError(f"{file}: altered since it was written: its digest should be {expected[:12]}. {ADVICE}")
     record: PackedRecord = checked(value, file, PackedRecord, advice=ADVICE)
+    if record.version != version_of(record.compressed):
+        raise CheckpointError(
+            f"{file}: version {record.version}, and {len(record.compressed)} compressed tensors. {ADVICE}"
+        )
     for name, matrix in record.matrices.items():
         for part in ("bitmask", "compressed", "scales")[: 3 if matrix.values == "int8" else 2]:
             if part not in matrix.stored:
@@ -277,6 +335,11 @@ def read_record(folder: Path) -> PackedRecord:
         if matrix.values == "int8" and DTYPES.get(matrix.dtype) not in CODED:
             raise CheckpointError(f"{file}: {name}: has int8 values that stand for {matrix.dtype}. {ADVICE}")
     return record
+
+
+def version_of(compressed: Mapping[str, Compressed]) -> int:
+    """The version of the format that a checkpoint with these compressed tensors has."""
+    return COMPRESSED_VERSION if compressed else VERSION
 
 
 def record_text(record: Mapping[str, Any]) -> str:
@@ -298,7 +361,7 @@ def packed_layout(shards: Sequence[Sequence[tuple[str, torch.dtype, tuple[int, .
     ]
 
 
-def stored_bytes(shape: Sequence[int], dtype: torch.dtype, kept: int, values: str = "same") -> int:
+def stored_bytes(shape: Sequence[int], dtype: torch.dtype, kept: int, values: Values = "same") -> int:
     """Size of a tensor when it is packed."""
     mask = math.prod(mask_shape(shape))
     return mask + (kept * dtype.itemsize if values == "same" else kept + 4 * math.prod(shape[:-1]))

@@ -126,20 +126,24 @@ class CheckpointWriter:
         """Names of the tensors that nobody has written yet."""
         return [name for name in self._place if name not in self.digests]
 
-    def write(self, name: str, tensor: Tensor) -> str:
-        """Write one tensor in its place; returns the sha256 of its bytes. One of another size changes nothing."""
+    def write(self, name: str, tensor: Tensor, digest: str | None = None) -> str:
+        """Write one tensor in its place; returns the sha256 of its bytes. One of another size changes nothing.
+
+        `digest` is the sha256 where it is known already.
+        """
         file, _, size = self._place[name]
         if tensor.nbytes != size:
             raise CheckpointError(f"{name}: {tensor.nbytes} bytes to write into {file}, expected {size}.")
-        return self.write_parts(name, [tensor])
+        return self.write_parts(name, [tensor], digest)
 
-    def write_parts(self, name: str, parts: Iterable[Tensor]) -> str:
+    def write_parts(self, name: str, parts: Iterable[Tensor], digest: str | None = None) -> str:
         """Write one tensor that comes in parts, in order; returns the sha256 of its bytes."""
         file, start, size = self._place[name]
-        digest, done = hashlib.sha256(), 0
+        hashed, done = hashlib.sha256(), 0
         for part in parts:
             data = tensor_bytes(part)
-            digest.update(data)
+            if digest is None:
+                hashed.update(data)
             if done + len(data) > size:
                 raise CheckpointError(f"{name}: {done + len(data)} bytes to write into {file}, expected {size}.")
             with writing(self.folder / file):
@@ -149,7 +153,7 @@ class CheckpointWriter:
         if done != size:
             raise CheckpointError(f"{name}: {done} bytes to write into {file}, expected {size}.")
         self._touched.add(file)
-        self.digests[name] = digest.hexdigest()
+        self.digests[name] = digest or hashed.hexdigest()
         return self.digests[name]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

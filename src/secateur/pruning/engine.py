@@ -55,6 +55,8 @@ def prune(settings: PruneSettings) -> Manifest:
     `statistics_device` is where statistics are kept. `statistics` is a `Survey` that runs on the same model and tokens
     share, with `propagate="dense"`: the first run fills it, and the others need no forward for it.
 
+    With `packed` the output holds what `pack` would make of it, and no plain checkpoint is left.
+
     The source is never written to, and `output` appears under its name only when it is complete. A block that is
     finished is on the disk before the next one is; what a run that was ended leaves, the same call with `resume` goes
     on with, to the same bytes.
@@ -85,7 +87,10 @@ def prune(settings: PruneSettings) -> Manifest:
         if transaction is not None:
             transaction.journal.begin("prune", len(skeleton.blocks), _facts(ready, manifest))
             clock.resume(transaction.journal.seconds)
-        written = None if transaction is None else stack.enter_context(checkpoint_output(transaction, opened))
+        output = (
+            None if transaction is None else checkpoint_output(transaction, opened, packed_bytes=ready.packed_bytes)
+        )
+        written = None if output is None else stack.enter_context(output)
         place = Path.cwd().joinpath if transaction is None else transaction.place
         states = place(states_name(target))
         if any(own.looks_at_samples and not own.forwards for own in evidence.collectors):
@@ -123,7 +128,7 @@ def prune(settings: PruneSettings) -> Manifest:
         manifest.count_totals()
         if written is not None:
             written.seal(manifest)
-            written.publish(manifest)
+            written.publish(manifest, tell)
     on_event(Event("done"))
     return manifest
 

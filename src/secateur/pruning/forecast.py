@@ -64,6 +64,7 @@ class Estimate:
     host_bytes: int
     device_bytes: int
     disk_bytes: int
+    packed_bytes: int | None  # of all tensors of the output, where that will be packed
     seconds: float
     available_host_bytes: int
     notes: list[str]
@@ -93,7 +94,7 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
     memory = memory_of(ready)
     free = psutil.virtual_memory().available
     total = source_bytes(skeleton, skeleton.source.names)
-    disk = total + memory.cost.file
+    disk = total + memory.cost.file + (ready.packed_bytes or 0)
     notes = [*ready.unchecked, *_memory_notes(ready, memory)]
     if memory.host > free:
         notes.append("This needs more host memory than is free now: use fewer or shorter samples, or --batch-size 1.")
@@ -130,6 +131,7 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
         host_bytes=memory.host,
         device_bytes=memory.device,
         disk_bytes=disk,
+        packed_bytes=ready.packed_bytes,
         seconds=opening + run_seconds(ready, math.prod(before.passes for before in memory.cost.before)),
         available_host_bytes=free,
         notes=notes,

@@ -1,5 +1,6 @@
 """What a run is made of before the work starts: everything checked, the same for `prune` and for its dry run."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from secateur.calibration.windows import Progress, Windows
 from secateur.collect.collector import Extent
@@ -19,7 +21,7 @@ from secateur.core.gram import CrossGram, Gram
 from secateur.core.needs import Drift
 from secateur.core.patterns import with_group
 from secateur.core.problem import Method
-from secateur.errors import CalibrationError, ModelStructureError, PatternError
+from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
 from secateur.models.flow.residual import residual_writers
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
@@ -32,6 +34,7 @@ from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
 from secateur.runs.options import shared
 from secateur.runs.output import check_output
+from secateur.runs.packing import expected_bytes
 
 CORRECTION = 0.5  # of the difference between the dense model's residual stream and this one's
 TRIAL_TOKENS = 8  # that residual targets look for writers with
@@ -53,12 +56,15 @@ class Prepared:
     windows: Windows | None
     extent: Extent
     unchecked: Sequence[str]
+    packed_bytes: int | None  # of all tensors of the output, where that will be packed
 
 
 def output_of(settings: PruneSettings) -> Path | None:
     """Where the output will be, or None without one; raises `CheckpointError` when it is not safe to write."""
     model = settings.model
     source = str(model.origin.get("path")) if isinstance(model, OpenedModel) else model
+    if settings.packed and settings.output is None and isinstance(source, nn.Module):
+        raise CheckpointError("packed: needs an output folder. secateur.pack_module packs a module in memory.")
     return check_output(settings.output, source, settings.overwrite)
 
 
@@ -129,6 +135,7 @@ def prepared(
                 beside=target or Path.cwd() / "secateur",
             ),
             unchecked=seen.unchecked,
+            packed_bytes=packed_bytes(skeleton, planned, plan) if settings.packed else None,
         )
     finally:
         opened.restore()
@@ -164,6 +171,21 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
         f"--targets residual: no matrix of {next(iter(alike.values())).path} adds its outputs to the residual stream "
         "as it is (in some architectures a norm comes between). Use --targets pruned for this model."
     )
+
+
+def packed_bytes(skeleton: Skeleton, planned: Sequence[Matrix], plan: Plan) -> int:
+    """The bytes of all tensors of a packed output. Raises `PatternError` where no matrix would become smaller."""
+    zeros: dict[str, int] = {}
+    for matrix in planned:
+        own = int(math.prod(matrix.shape) * plan[matrix.name].sparsity)
+        zeros[matrix.tensor] = zeros.get(matrix.tensor, 0) + own
+    packed, total = expected_bytes(skeleton.source, zeros)
+    if not packed:
+        raise PatternError(
+            "--packed: no matrix would become smaller: a mask costs a bit for each weight, more than zeros save. "
+            "Remove more weights, or leave --packed out."
+        )
+    return total
 
 
 def chosen_correction(settings: PropagationSettings) -> float | None:

@@ -157,6 +157,9 @@ class PruneSettings(
         ),
     ] = None
     output: Annotated[File | None, Option(OPTIONS, "Folder for the pruned checkpoint.", "-o")] = None
+    packed: Annotated[
+        bool, Option(OPTIONS, "Leave the zeros out of the files, as secateur pack does; secateur unpack undoes it.")
+    ] = False
     overwrite: Annotated[bool, Option(OPTIONS, "Replace an output that Secateur wrote.")] = False
     resume: Resume = False
     statistics: Survey | None = None

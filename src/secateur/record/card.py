@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.core.patterns import NM, pattern_from_json
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE
+from secateur.files.reading import read_text
 from secateur.files.writer import writing
 from secateur.record.manifest import Manifest, cautions, sparsity
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
     from jinja2 import Environment
 
+USES = {False: "use.md", True: "use_packed.md"}  # how a checkpoint is loaded, by whether it is packed
 START, END = "<!-- secateur: figures -->", "<!-- secateur: end of figures -->"
 
 # Corpora under the names of the command line, as `_dataset` returns them.
@@ -73,11 +75,37 @@ PAPERS: dict[str, tuple[str, str, str | None]] = {
 
 
 def write_card(folder: Path, manifest: Manifest, name: str) -> None:
-    """Write `README.md` into the folder of a pruned checkpoint that will be called `name`."""
+    """Write `README.md` into the folder of a plain pruned checkpoint that will be called `name`."""
     from huggingface_hub import ModelCard
 
     with writing(folder / CARD_FILE):
         ModelCard(f"---\n{_data(manifest).to_yaml()}\n---\n\n{_text(manifest, name)}").save(folder / CARD_FILE)
+
+
+def tell_use(folder: Path, *, packed: bool, name: str | None = None) -> None:
+    """Let the card of a checkpoint that was packed, or unpacked, say how it is loaded under its `name`.
+
+    Without a name it is the one in the card's title, so that unpacking brings back what packing changed. Text that
+    somebody has changed stays as it is, and so does a card of another tool.
+    """
+    path = folder / CARD_FILE
+    if not path.exists():
+        return
+    text = read_text(path)
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    name = name or (title[1] if title else None)
+    found = next((found for form in USES.values() if (found := _use_of(form).search(text))), None)
+    if found is None or name is None:
+        return
+    use = _filled(USES[packed], name=name).rstrip("\n")
+    with writing(path):
+        path.write_text(f"{text[: found.start()]}{use}{text[found.end() :]}", encoding="utf-8")
+
+
+def _use_of(form: str) -> re.Pattern[str]:
+    """What finds a text on the use of a checkpoint, whatever that is called."""
+    first, *others = map(re.escape, _filled(form, name="\0").rstrip("\n").split("\0"))
+    return re.compile(rf"{first}(?P<name>.*){'(?P=name)'.join(others)}")
 
 
 def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping[str, Any]]) -> bool:
@@ -173,6 +201,7 @@ def _text(manifest: Manifest, name: str) -> str:
         manifest=manifest,
         name=name,
         quoted=shlex.quote(name),
+        use=_filled(USES[False], name=name).rstrip("\n"),
         model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
         cautions=cautions(manifest),
         figures=_section([], []),

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import CARD_FILE, file_digest, read_tensor
+from secateur.files.checkpoint import CARD_FILE, file_digest
 from secateur.files.packed import PackedCheckpoint, packed_files, stem
 from secateur.record.manifest import FILE_NAME, harmless, paths_below, tensor_digest
 
@@ -34,9 +34,14 @@ def file_problems(checkpoint: PackedCheckpoint) -> Iterator[str]:
 def tensor_problems(checkpoint: PackedCheckpoint, name: str, tensor: Tensor) -> Iterator[str]:
     """What is wrong with the bytes that are stored for a tensor, and with those that they stand for."""
     matrix = checkpoint.record.matrices.get(name)
-    for part, digest in {} if matrix is None else matrix.stored.items():
-        if tensor_digest(read_tensor(checkpoint.stored[f"{stem(name)}.{part}"])) != digest:
-            yield f"{name}: the bytes of its {part} differ from those that were written"
+    parts = {} if matrix is None else {f"{stem(name)}.{part}": digest for part, digest in matrix.stored.items()}
+    for part in parts or (name,):
+        stream = checkpoint.record.compressed.get(part)
+        if stream is not None and tensor_digest(checkpoint.read_bytes(part)) != stream.sha256:
+            yield f"{part}: its compressed bytes differ from those that were written"
+    for part, digest in parts.items():
+        if tensor_digest(checkpoint.read_stored(part)) != digest:
+            yield f"{name}: the bytes of its {part.rpartition('.')[2]} differ from those that were written"
     if tensor_digest(tensor) != checkpoint.digests[name]:
         yield f"{name}: what it stands for differs from what was packed"
 

@@ -44,7 +44,7 @@ class Inspection:
 
     model: str
     matrices: list[MatrixSparsity]
-    packed: dict[str, Any] | None = None  # tensors, bytes, plain_bytes, values; None where the checkpoint is not packed
+    packed: dict[str, Any] | None = None  # tensors, bytes, plain_bytes, compressed, values; None where it is not
 
     @property
     def sparsity(self) -> float:
@@ -92,6 +92,7 @@ def _packed(source: Source) -> dict[str, Any] | None:
         "tensors": len(checkpoint.record.matrices),
         "bytes": checkpoint.packed_bytes,
         "plain_bytes": checkpoint.plain_bytes,
+        "compressed": checkpoint.compressed,
         "values": checkpoint.record.values,
     }
 

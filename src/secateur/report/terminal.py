@@ -72,6 +72,8 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
     if estimate.device_bytes:
         cost.add_row("device memory", f"about {bytes_text(estimate.device_bytes)}")
     cost.add_row("disk", bytes_text(estimate.disk_bytes))
+    if estimate.packed_bytes is not None:
+        cost.add_row("packed tensors", bytes_text(estimate.packed_bytes))
     cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
     return Group(planned, "", left, "", cost, *(Text(note, style="yellow") for note in estimate.notes))
 
@@ -141,7 +143,8 @@ def inspection_tables(inspection: Inspection, every_matrix: bool = False) -> Ren
     if inspection.packed is not None:
         packed, stored, plain = (inspection.packed[key] for key in ("tensors", "bytes", "plain_bytes"))
         share = f"{bytes_text(stored)}, {stored / plain:.3f} of {bytes_text(plain)} when they are plain"
-        parts += [Text(f"{packed} tensors are packed ({inspection.packed['values']} values): {share}."), ""]
+        how = f"{inspection.packed['values']} values" + (", compressed" if inspection.packed["compressed"] else "")
+        parts += [Text(f"{packed} tensors are packed ({how}): {share}."), ""]
     for key in ("kind", "block"):
         table = _table(f"by {key}", "count", "sparsity", "pattern")
         for value, matrices in inspection.grouped(key).items():

@@ -8,12 +8,15 @@ from pathlib import Path
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.files.writer import CheckpointWriter, writing
+from secateur.files.checkpoint import Checkpoint
+from secateur.files.writer import CheckpointWriter, reserve, writing
 from secateur.models.opening.loading import check_loads
 from secateur.models.opening.opened import OpenedModel
 from secateur.record.card import write_card
 from secateur.record.manifest import Manifest, file_digests, source_digest
+from secateur.runs.events import Progress
 from secateur.runs.journal import OUTSIDE, Part
+from secateur.runs.packing import plan_packing, write_packed
 from secateur.runs.transaction import Transaction, delete, flush_names
 
 
@@ -23,12 +26,23 @@ class CheckpointOutput:
     Where the transaction's journal holds finished parts, their tensors are there already.
     """
 
-    def __init__(self, transaction: Transaction, opened: OpenedModel) -> None:
-        self._transaction, self._opened = transaction, opened
-        self.target, self.journal = transaction.target, transaction.journal
+    def __init__(self, transaction: Transaction, opened: OpenedModel, *, packed_bytes: int | None = None) -> None:
+        """Where it will be packed, into so many bytes, the tensors are written plain beside the output before."""
+        self._transaction, self._opened, self._room = transaction, opened, None
+        self.target, self.journal, self.folder = transaction.target, transaction.journal, transaction.folder
+        if packed_bytes is not None:
+            self.folder, self._room = transaction.place("plain"), transaction.place("room")
+            with writing(self._room):
+                self.folder.mkdir(exist_ok=True)
+                with self._room.open("wb") as room:  # a disk too full for both is found out before the work
+                    reserve(room.fileno(), packed_bytes)
+        for folder in {transaction.folder, self.folder}:  # what an earlier process left and this one makes again
+            for entry in folder.iterdir():
+                if folder != self.folder or entry.suffix != ".safetensors":
+                    delete(entry)
         found = {name: digest for part in self.journal.found.values() for name, digest in part.tensors.items()}
         layout = opened.skeleton.source.layout()
-        self._writer = CheckpointWriter(transaction.folder, layout, found=found if self.journal.finished else None)
+        self._writer = CheckpointWriter(self.folder, layout, found=found if self.journal.finished else None)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write finished tensors."""
@@ -73,27 +87,32 @@ class CheckpointOutput:
     def seal(self, manifest: Manifest) -> None:
         """Close the files, check that they load, and write the manifest with their digests."""
         self._writer.close()
-        check_loads(self._opened, self._transaction.folder)
+        check_loads(self._opened, self.folder)
         manifest.tensors, manifest.headers = self._writer.digests, self._writer.header_digests
-        manifest.files = file_digests(self._transaction.folder)
-        manifest.write(self._transaction.folder)
+        manifest.files = file_digests(self.folder)
+        manifest.write(self.folder)
 
-    def publish(self, manifest: Manifest) -> None:
-        """Write the model card of a sealed checkpoint, and give it its name."""
-        write_card(self._transaction.folder, manifest, self._transaction.target.name)
+    def publish(self, manifest: Manifest, progress: Progress = lambda stage, done, total: None) -> None:
+        """Write the model card of a sealed checkpoint, pack it where that was asked, and give it its name."""
+        write_card(self.folder, manifest, self._transaction.target.name)
+        if self._room is not None:
+            self._room.unlink()
+            plain = Checkpoint(self.folder)
+            plan = plan_packing(plain, "same", progress)
+            target = self._transaction.target.name
+            write_packed(plain, manifest, plan, self._transaction.folder, target, progress=progress)
         self._transaction.commit()
 
 
 @contextmanager
-def checkpoint_output(transaction: Transaction, opened: OpenedModel) -> Iterator[CheckpointOutput]:
+def checkpoint_output(
+    transaction: Transaction, opened: OpenedModel, *, packed_bytes: int | None = None
+) -> Iterator[CheckpointOutput]:
     """The checkpoint in the making, with the model's companion files in place; its files are closed at the end."""
-    for entry in transaction.folder.iterdir():  # what an earlier process left
-        if entry.suffix != ".safetensors":
-            delete(entry)
-    output = CheckpointOutput(transaction, opened)
+    output = CheckpointOutput(transaction, opened, packed_bytes=packed_bytes)
     try:
-        with writing(transaction.folder):
-            opened.write_companions(transaction.folder)
+        with writing(output.folder):
+            opened.write_companions(output.folder)
         yield output
     finally:
         output._writer.abandon()

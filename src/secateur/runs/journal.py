@@ -23,6 +23,7 @@ from secateur.models.shape.structure import Block
 FORMAT = 1
 OUTSIDE = "outside"  # the part with the tensors outside the blocks, which alone is not worth keeping
 GRADIENTS = "gradients"  # the part with those that a run takes first
+SEALED = "sealed"  # what the complete output is, written before it gets its name
 _ANEW = "Start anew with --overwrite."
 _Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 

@@ -23,7 +23,7 @@ from rich.filesize import decimal
 from secateur.errors import CheckpointError, SecateurError
 from secateur.files.names import exchange, rename_new, unique
 from secateur.files.writer import writing
-from secateur.runs.journal import Journal
+from secateur.runs.journal import SEALED, Journal, Part
 
 _LOCK, _RESULT, _JOURNAL, _REPLACED = "lock", "result", "journal.jsonl", "replaced"
 
@@ -147,22 +147,24 @@ class Transaction:
         if self.overwrite and not self.resume:
             self._remove_leftovers()
         self.journal = Journal(file)
-        if not self.journal.finished:
+        sealed = self.journal.found.get(SEALED)
+        if sealed is not None and sealed.record == _as_json(_listing(self.target)):
+            self._remove_leftovers("left by a run that ended when the output had its name already")
+            self.journal = Journal(file)
+        elif not self.journal.finished:
             self._remove_leftovers()
             self.journal = Journal(file)
         elif not self.resume:
             raise CheckpointError(f"{self._unfinished()} {CHOICES}")
 
-    def _remove_leftovers(self) -> None:
+    def _remove_leftovers(self, how: str = "left by a run that ended before it was complete") -> None:
         left = [entry for entry in self.partial.iterdir() if entry.name != _LOCK]
         if not left:
             return
         size = _size(self.partial)
         for entry in left:
             delete(entry)
-        logger.warning(
-            "%s: left by a run that ended before it was complete (%s); removed.", self.partial, decimal(size)
-        )
+        logger.warning("%s: %s (%s); removed.", self.partial, how, decimal(size))
 
     def commit(self) -> None:
         """Give the finished result its name; what is overwritten goes only then.
@@ -175,6 +177,8 @@ class Transaction:
             if found is not None and found != self._found:
                 raise self._keep()
             flush(self.folder)
+            if self.journal.begun:
+                self.journal.add(Part(SEALED, record=_as_json(_listing(self.folder))))
             try:
                 if found is None:
                     rename_new(self.folder, self.target)
@@ -306,6 +310,10 @@ def _entries(folder: Path) -> Iterator[Path]:
     """Everything below a folder; symbolic links are not followed."""
     for above, folders, files in os.walk(folder):
         yield from (Path(above) / name for name in (*folders, *files))
+
+
+def _as_json(listing: dict[str, tuple[int, int, int]] | None) -> dict[str, list[int]]:
+    return {name: list(facts) for name, facts in (listing or {}).items()}
 
 
 def _listing(target: Path) -> dict[str, tuple[int, int, int]] | None:

@@ -1,12 +1,17 @@
 """Packed weights, checked and laid out for the path that multiplies by them."""
 
+import ctypes
+import os
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.runtime.library import COMPILED, KINDS, PathName, address, chosen, library
+from secateur.files.bitmask import mask_shape, pack_bits
+from secateur.files.codes import values_of
+from secateur.files.packed import PackedTensor
+from secateur.runtime.library import COMPILED, KINDS, PathName, address, chosen, found, library
 
 # Rows of a panel and columns of a block: what one step of the path works on.
 PANELS: dict[PathName, tuple[int, int]] = {"plain": (1, 8), "avx2": (4, 8), "avx512": (16, 32), "amx": (16, 32)}
@@ -93,6 +98,43 @@ def lay_out(
     return PackedWeight(name, rows, columns, values.dtype, path, group_size, *parts, _as_bytes(scales))
 
 
+def compact(tensor: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The mask and the `kept` entries of a tensor, as `pack_bits` of `secateur.files.bitmask` has them.
+
+    Raises ValueError where it has more entries than that, or fewer, that are not zero.
+    """
+    loaded = _of_files()
+    if loaded is None:
+        mask, values = pack_bits(tensor)
+        found = len(values)
+    else:
+        tensor = tensor.contiguous()
+        columns, size = tensor.shape[-1], tensor.dtype.itemsize
+        mask = torch.empty(mask_shape(tensor.shape), dtype=torch.uint8)
+        values = torch.empty(kept, dtype=tensor.dtype)
+        rows = tensor.numel() // columns if columns else 0
+        found = loaded.secateur_compact(address(tensor), rows, columns, size, address(mask), address(values), kept)
+    if found != kept:
+        raise ValueError(f"{kept} entries that are not zero were counted before, and now there are others")
+    return mask, values
+
+
+def expanded(packed: PackedTensor) -> Tensor:
+    """The plain tensor of one that was read from a packed checkpoint."""
+    columns = packed.shape[-1]
+    if _of_files() is None or packed.kept.dtype not in KINDS or not columns:
+        return packed.dense()
+    dense = expand(packed.mask.view(-1, packed.mask.shape[-1]), packed.kept, columns).view(packed.shape)
+    if packed.scales is None:
+        return dense
+    return values_of(dense, packed.scales, torch.empty(packed.shape, dtype=packed.dtype))
+
+
+def _of_files() -> ctypes.CDLL | None:
+    """The library, for work on files: not where plain torch is asked for, and without a warning where there is none."""
+    return None if os.environ.get("SECATEUR_KERNEL") == "torch" else found()
+
+
 def expand(bitmask: Tensor, values: Tensor, columns: int, *, name: str = "weight") -> Tensor:
     """The dense matrix of a packed checkpoint, bit for bit, without laying it out; int8 values stay as they are.
 
@@ -100,7 +142,7 @@ def expand(bitmask: Tensor, values: Tensor, columns: int, *, name: str = "weight
     """
     rows, starts = _checked(bitmask, values, columns, name)
     bitmask, values = bitmask.contiguous(), values.contiguous()
-    if chosen() == "torch":
+    if _of_files() is None:
         return _expand_by_torch(bitmask, values, columns)
     numbers = _numbers(rows, columns, *PANELS["plain"], values.dtype, None, len(values), "plain")
     return _expand_by_library(numbers, bitmask, values, starts, (rows, columns))
@@ -139,7 +181,7 @@ def _checked(bitmask: Tensor, values: Tensor, columns: int, name: str) -> tuple[
     rows, bitmask = bitmask.shape[0], bitmask.contiguous()
     starts = torch.zeros(rows + 1, dtype=torch.int64)
     padded = -1
-    if loaded := library():
+    if loaded := found():
         padded = loaded.secateur_row_starts(address(bitmask), rows, columns, address(starts))
     else:
         kept = _kept(bitmask)
@@ -197,7 +239,7 @@ def _expand_by_library(
     numbers: Tensor, masks: Tensor, values: Tensor, starts: Tensor, shape: tuple[int, int]
 ) -> Tensor:
     dense = torch.empty(shape, dtype=values.dtype)
-    loaded = library()
+    loaded = found()
     assert loaded is not None
     loaded.secateur_expand(*map(address, (numbers, masks, values, starts, dense)))
     return dense

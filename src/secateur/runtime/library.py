@@ -22,6 +22,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "secateur_supported": ([], _INTEGER),
     "secateur_use_threads": ([_POINTER], None),
     "secateur_row_starts": ([_POINTER, _INTEGER, _INTEGER, _POINTER], _INTEGER),
+    "secateur_compact": ([_POINTER, *[_INTEGER] * 3, _POINTER, _POINTER, _INTEGER], _INTEGER),
     "secateur_arrange": ([_POINTER] * 7, None),
     "secateur_expand": ([_POINTER] * 5, None),
     "secateur_linear": (
@@ -31,20 +32,36 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
 }
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The shared library beside this file, or None, with a warning, where there is none.
 
     `SECATEUR_KERNEL_LIBRARY` names another file. Raises SecateurError if a library cannot be loaded.
     """
+    loaded = found()
+    if loaded is None:
+        _warn_once()
+    return loaded
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        f"packed weights are multiplied by plain torch, slower than dense weights: {_beside()} does not exist. "
+        "Install a wheel of secateur, or install it again where there is a C compiler.",
+        stacklevel=3,
+    )
+
+
+def _beside() -> Path:
+    return Path(__file__).with_name("libsecateur_kernel.so")
+
+
+@functools.cache
+def found() -> ctypes.CDLL | None:
+    """The same without the warning, for what does not multiply: other ways to pack are nearly as fast."""
     named = os.environ.get("SECATEUR_KERNEL_LIBRARY")
-    file = Path(named) if named else Path(__file__).with_name("libsecateur_kernel.so")
+    file = Path(named) if named else _beside()
     if not file.exists() and not named:
-        warnings.warn(
-            f"packed weights are multiplied by plain torch, which is slower than dense weights: {file} does not exist. "
-            "Install a wheel of secateur, or install it again where there is a C compiler.",
-            stacklevel=2,
-        )
         return None
     try:
         loaded = ctypes.CDLL(str(file))

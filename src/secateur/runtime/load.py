@@ -2,19 +2,20 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, SecateurError
+from secateur.files.ahead import ahead
 from secateur.files.checkpoint import Checkpoint
-from secateur.files.folders import locate
 from secateur.files.packed import PackedCheckpoint
-from secateur.models.opening.opened import OpenedModel, main_dtype, open_model
+from secateur.models.flow.memory import trim
+from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.opening.whole import read_generation_config
 from secateur.models.shape.skeleton import Skeleton
-from secateur.models.weights.quantised import open_checkpoint
 from secateur.runtime.layout import PackedWeight, lay_out
 from secateur.runtime.library import KINDS
 from secateur.runtime.linear import PackedLinear
@@ -53,8 +54,7 @@ def load(
         raise SecateurError(f"backend: got {backend!r}, expected {', '.join(get_args(Backend))}.")
     check_rows(rows)
     name = os.fspath(model)
-    if dtype == "auto" and not name.endswith(".gguf"):
-        dtype = str(main_dtype(open_checkpoint(locate(name, revision)))).removeprefix("torch.")
+    dtype = "stored" if dtype == "auto" else dtype
     opened = open_model(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
     packed = {} if backend == "dense" or skeleton.device.type != "cpu" else packed_modules(skeleton)
@@ -79,7 +79,7 @@ def packed_modules(skeleton: Skeleton) -> Mapping[str, nn.Module]:
     source = skeleton.source
     if not isinstance(source, PackedCheckpoint):
         return {}
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, tuple[nn.Linear, str]] = {}
     for block in skeleton.blocks:
         for group in skeleton.conversion.of(skeleton.block_tensors[block.index]):
             path, _, leaf = group.target.rpartition(".")
@@ -90,9 +90,14 @@ def packed_modules(skeleton: Skeleton) -> Mapping[str, nn.Module]:
             name = group.names[0]
             matrix = source.record.matrices.get(name)
             if matrix is not None and tuple(matrix.shape) == tuple(module.weight.shape):
-                weight = _packed_weight(source, name)
-                if weight is not None:
-                    found[path] = PackedLinear(weight, module.bias)
+                layers[path] = module, name
+    weights = ahead(partial(_packed_weight, source), [name for _, name in layers.values()])
+    found = {
+        path: PackedLinear(weight, module.bias, skeleton.dtype)
+        for (path, (module, _)), weight in zip(layers.items(), weights, strict=True)
+        if weight is not None
+    }
+    trim()  # Memory: what was read and laid out anew, before the dense tensors are read
     return found
 
 

@@ -32,6 +32,9 @@ class PackSettings(Settings):
     values: Annotated[
         Values, Option(OPTIONS, "same: every byte comes back; int8: rounded to 8 bits, with a scale for each row.")
     ] = "same"
+    compress: Annotated[
+        bool, Option(OPTIONS, "Compress the files as well, for transport; needs secateur[compress] here and there.")
+    ] = False
     dry_run: Annotated[
         bool, Option(OPTIONS, "Count what would be packed and how large it would be; write nothing.")
     ] = False

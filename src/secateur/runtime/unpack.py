@@ -3,21 +3,28 @@
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from secateur.errors import CheckpointError
+from secateur.files.ahead import ahead
 from secateur.files.checkpoint import CARD_FILE, Checkpoint
 from secateur.files.folders import companions, copy_files, locate
 from secateur.files.packed import PackedCheckpoint, is_packed
 from secateur.files.writer import CheckpointWriter
 from secateur.models.opening.configuration import CONFIGURATION
 from secateur.models.opening.opened import clean_configuration
+from secateur.models.shape.skeleton import Source
 from secateur.models.weights.bitmask import FORMATS, SparseBitmaskCheckpoint
 from secateur.models.weights.quantised import open_checkpoint
-from secateur.record.manifest import FILE_NAME
+from secateur.record.card import tell_use
+from secateur.record.manifest import FILE_NAME, tensor_digest
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
+from secateur.runtime.layout import expanded
 from secateur.runtime.settings import UnpackSettings
 
 
@@ -46,8 +53,8 @@ class Unpacking:
 def unpack(settings: UnpackSettings) -> Unpacking:
     """Write the plain checkpoint that a packed one stands for, byte for byte; returns what was unpacked.
 
-    Tensors are read, expanded and written one at a time, each compared with the digest that it had before it was
-    packed. Raises `CheckpointError` for what is not packed, and for a packed checkpoint that is damaged.
+    Tensors are read, expanded and written one by one, some ahead, each compared with the digest that it had before it
+    was packed. Raises `CheckpointError` for what is not packed, and for a packed checkpoint that is damaged.
     """
     started = time.perf_counter()
     model = os.fspath(settings.model)
@@ -65,12 +72,14 @@ def unpack(settings: UnpackSettings) -> Unpacking:
     with Transaction(target, settings.overwrite) as transaction:
         own = [folder / name for name in (FILE_NAME, CARD_FILE) if (folder / name).is_file()]
         copy_files(folder, [*companions(folder)[0], *own], transaction.folder)
+        tell_use(transaction.folder, packed=False)
         if not isinstance(source, PackedCheckpoint):
             clean_configuration(transaction.folder / CONFIGURATION)  # it says how the weights were stored
         writer = CheckpointWriter(transaction.folder, source.layout())
         try:
-            for number, name in enumerate(source.names):
-                digest = writer.write_parts(name, source.parts(name))
+            plain = ahead(partial(_unpacked, source), source.names)
+            for number, (name, found) in enumerate(zip(source.names, plain, strict=True)):
+                digest = writer.write_parts(name, source.parts(name)) if found is None else writer.write(name, *found)
                 expected = digests.get(name, digest)
                 if digest != expected:
                     raise CheckpointError(
@@ -94,3 +103,11 @@ def unpack(settings: UnpackSettings) -> Unpacking:
         bytes_after=writer.total_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _unpacked(source: Source, name: str) -> tuple[Tensor, str] | None:
+    """In a thread: what a packed tensor stands for, and its digest. The others are copied as they come, in parts."""
+    if not isinstance(source, PackedCheckpoint) or name not in source.record.matrices:
+        return None
+    tensor = expanded(source.read_packed(name))
+    return tensor, tensor_digest(tensor)

@@ -66,10 +66,12 @@ def choose_device(name: str, option: str = "--device") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype to compute in; "auto" is the checkpoint's on a GPU, and float32 for half precision on a CPU."""
+    """The dtype to compute in; "auto" is "stored", the checkpoint's, on a GPU, and on a CPU not in half precision."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if name == "auto":
         return torch.float32 if device.type == "cpu" and stored.itemsize < 4 else stored
+    if name == "stored":
+        return stored
     if name not in names:
         raise CheckpointError(f'dtype must be auto, {", ".join(names)}; got "{name}".')
     return names[name]
