@@ -33,8 +33,8 @@ RECOVERY |= {
 RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing", "--dense", "--samples", "--epochs"}
 RECOVERY |= {"--bos"}
 OPTIONS = {
-    "plan": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
-    "prune": WHAT | TEXT | PRUNING | HOW | {"--output", "--overwrite", "--config", "--json"},
+    "plan": WHAT | TEXT | PRUNING | HOW | {"--packed", "--output", "--overwrite", "--config", "--json"},
+    "prune": WHAT | TEXT | PRUNING | HOW | {"--packed", "--output", "--overwrite", "--config", "--json"},
     "gradients": TEXT
     | HOW
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
@@ -48,7 +48,7 @@ OPTIONS = {
     | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
     "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}
     | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
-    "pack": {"--output", "--values", "--dry-run", "--revision", "--overwrite", "--config", "--json"},
+    "pack": {"--output", "--values", "--compress", "--dry-run", "--revision", "--overwrite", "--config", "--json"},
     "unpack": {"--output", "--revision", "--overwrite", "--config", "--json"},
     "generate": {"--chat", "--max-tokens", "--temperature", "--seed", "--backend", "--threads", "--config", "--json"}
     | {"--device", "--dtype", "--revision", "--trust-remote-code"},

@@ -11,6 +11,7 @@ from secateur.runtime.settings import BenchSettings, GenerateSettings, PackSetti
 @command(
     "secateur pack ./pruned -o ./packed",
     "secateur pack ./pruned -o ./packed --values int8",
+    "secateur pack ./packed -o ./small --compress",
     "secateur pack ./pruned --dry-run",
 )
 def pack(settings: PackSettings, config: Config = None, as_json: Json = False) -> None:

@@ -44,6 +44,7 @@ def plan(settings: PruneSettings, config: Config = None, as_json: Json = False) 
 @command(
     "secateur prune HuggingFaceTB/SmolLM2-135M -o smollm2-50 --method wanda --sparsity 0.5",
     "secateur prune ./llama -o ./llama-2of4 --pattern 2:4 --calibration my.jsonl --samples 64 --length 1024",
+    "secateur prune ./llama -o ./llama-packed --pattern 2:4 --packed",
     "secateur prune model.gguf -o pruned --calibration python-docs --sampling concat --length 512",
     "secateur prune ./llama -o pruned --method my_methods:my_score",
     required=("output",),
