@@ -266,14 +266,14 @@ def read_tensor(record: TensorRecord, *, pin: bool = False) -> Tensor:
             now = _stamp(os.fstat(stream.fileno()))
     except OSError as error:
         raise CheckpointError(f"{record.file}: cannot be read ({error.strerror}).") from None
+    if done < record.bytes:
+        raise CheckpointError(f"{record.file}: ended at byte {record.start + done}, expected {record.end}.")
     if record.stamp is not None and now != record.stamp:
         raise CheckpointError(
             f"{record.file}: was changed while it was being read: {now[0]:,} bytes, written at {_time(now[1])}; "
             f"expected {record.stamp[0]:,}, written at {_time(record.stamp[1])}. Leave the model alone until the run "
             "is complete."
         )
-    if done < record.bytes:
-        raise CheckpointError(f"{record.file}: ended at byte {record.start + done}, expected {record.end}.")
     return buffer.view(DTYPES[record.dtype]).view(record.shape)
 
 
