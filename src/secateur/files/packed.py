@@ -33,7 +33,7 @@ from secateur.files.checkpoint import (
 )
 from secateur.files.codes import DTYPES as CODED
 from secateur.files.codes import values_of
-from secateur.files.reading import checked, digest_of, parse_json, read_text
+from secateur.files.reading import check_inside, checked, digest_of, parse_json, read_text
 
 FORMAT, VERSION = "secateur-bitmask", 1
 ADVICE = "The file is damaged; copy or download it again."
@@ -260,6 +260,7 @@ class PackedCheckpoint(Checkpoint):
 def read_record(folder: Path) -> PackedRecord:
     """What `sparse_config.json` holds. Raises `CheckpointError` for another format, and for one that was altered."""
     file = folder / PACKED_FILE
+    check_inside(file, folder)
     value = parse_json(read_text(file), file, dict[str, Any], advice=ADVICE, unique=True)
     if value.get("format") != FORMAT or value.get("version") != VERSION:
         raise CheckpointError(

@@ -95,6 +95,7 @@ def prune(settings: PruneSettings) -> Manifest:
                 extent.matrices,
                 batch_size=extent.batch_size,
                 offload_states=extent.offload,
+                exempt=evidence.exempt,
                 progress=named(tell, "gradients"),
             )
             evidence = replace(evidence, gradients=file)
@@ -129,6 +130,8 @@ def _manifest(ready: Prepared) -> Manifest:
             "within": settings.within,
             "targets": settings.targets,
             "correction": chosen_correction(settings),
+            "on_nonfinite": settings.on_nonfinite,
+            "unseen": settings.unseen,
             "options": dict(method.options),
             "fingerprint": recorded(method),
             "gradient": None if method.gradient is None else asdict(method.gradient),
