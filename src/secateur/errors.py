@@ -5,8 +5,7 @@ SecateurError
  ├─ PatternError (ValueError)            a pattern cannot hold here: width, range, N > M, a glob that matches nothing
  ├─ CalibrationError (ValueError)        no text, text too short, token ids outside the vocabulary, NaN in a statistic
  ├─ MethodError (RuntimeError)           a user's own method raised, or returned something else than expected
- ├─ NumericalError (ArithmeticError)     what cannot be computed
- │   └─ NonFiniteError                  weights or solutions that are not finite
+ ├─ NumericalError (ArithmeticError)     weights or solutions that are not finite
  └─ CheckpointError (OSError)            a file is missing, damaged, in the way, or cannot be written
 
 A message says where (matrix or file), what was found, what was expected, and what to do next.
@@ -34,11 +33,7 @@ class MethodError(SecateurError, RuntimeError):
 
 
 class NumericalError(SecateurError, ArithmeticError):
-    """What was asked for cannot be computed: a factorisation fails, a loss is not finite."""
-
-
-class NonFiniteError(NumericalError):
-    """Weights, outputs or solutions hold NaN or infinity."""
+    """Weights, scores or solutions are not finite."""
 
 
 class CheckpointError(SecateurError, OSError):

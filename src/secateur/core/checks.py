@@ -6,7 +6,7 @@ from torch import Tensor
 
 from secateur.core.own_code import blamed, written_at
 from secateur.core.problem import Method, Problem, Solution
-from secateur.errors import MethodError, NonFiniteError, NumericalError, PatternError
+from secateur.errors import MethodError, NumericalError, PatternError
 
 
 def first_nonfinite(values: Shaped[Tensor, "..."]) -> tuple[int, ...] | None:
@@ -33,7 +33,7 @@ def check_weight(name: str, weight: Shaped[Tensor, "out in"]) -> None:
         )
     if not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
-        raise NonFiniteError(
+        raise NumericalError(
             f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, {_entry(weight)}. The checkpoint is "
             f'damaged; download it again, or leave this matrix out with --skip "{name}".'
         )
@@ -77,7 +77,7 @@ def check_solution(problem: Problem, solution: Solution, method: Method) -> None
     if violation is not None:
         raise PatternError(f"{name}: the mask of {method.name} breaks {problem.pattern}: {violation}.")
     if not bool(new.isfinite().all()):
-        raise NonFiniteError(
+        raise NumericalError(
             f"{name}: {method.name} returned {int((~new.isfinite()).sum())} of {new.numel()} weights that are NaN "
             f"or infinite, {_entry(new)}, where the source has none. Use more damping, if the method has any, or "
             f'leave this matrix out with --skip "{name}".'

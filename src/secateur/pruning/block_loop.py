@@ -24,7 +24,7 @@ from secateur.core import scores
 from secateur.core.checks import check_weight, first_nonfinite, solved
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution, select
-from secateur.errors import NonFiniteError, NumericalError
+from secateur.errors import NumericalError
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, by_block, tapped
@@ -111,7 +111,7 @@ class BlockLoop:
         for matrix in matrices:
             try:
                 check_weight(matrix.name, matrix.view(tensors))
-            except NonFiniteError as error:
+            except NumericalError as error:
                 self.evidence.exempt.nonfinite(matrix.name, error)
         gradients = self.evidence.gradients
         if self.conveyor.output is not None or gradients is not None:
@@ -227,7 +227,7 @@ class BlockLoop:
         return change if math.isfinite(change) else None
 
     def _check_output(self, block: Block, batch: int, output: Tensor) -> None:
-        """Raise `NonFiniteError` for NaN and infinity among the outputs of a block, unless matrices may be skipped.
+        """Raise `NumericalError` for NaN and infinity among the outputs of a block, unless matrices may be skipped.
 
         Where they may be, the matrices that read these outputs are found out one by one, and stay dense.
         """
@@ -236,7 +236,7 @@ class BlockLoop:
             return
         assert self.stream is not None
         sample = sum(len(ids) for ids in self.stream.batches[:batch]) + (index[0] if len(index) == 3 else 0)
-        raise NonFiniteError(
+        raise NumericalError(
             f"{block.path}: its pruned output is not finite, first {float(output[index]):g} in sample {sample}, token "
             f"{index[-2]}, dimension {index[-1]}. Is the dense model sound in this dtype? Check it with secateur eval, "
             "and try --dtype float32."
