@@ -39,7 +39,7 @@ def _sealed(file: Path) -> None:
         value = json.loads(file.read_bytes())
         value["digest"] = digest_of(value)
         file.write_text(json.dumps(value, indent=1) + "\n")
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return
 
 
@@ -124,7 +124,7 @@ _MANIFEST = {
     "method": "wanda",
     "source": {},
     "settings": {"dtype": "float32"},
-    "plan": {"a": {"kind": "nm", "n": 2, "m": 4}},
+    "plan": {"a": {"n": 2, "m": 4}},
     "left_out": [],
     "command": None,
     "calibration": None,
@@ -136,7 +136,7 @@ _MANIFEST = {
             "tensor": "a",
             "index": None,
             "transposed": False,
-            "pattern": {"kind": "nm", "n": 2, "m": 4},
+            "pattern": {"n": 2, "m": 4},
             "sparsity": 0.5,
             "zeros": 4,
             "kept_identical": True,
@@ -160,7 +160,7 @@ SEEDS: dict[str, bytes] = {
     "shard": len(_SHARD).to_bytes(8, "little") + _SHARD + bytes(16),
     "packed": json.dumps(_PACKED_RECORD).encode(),
     "config": b'{"model_type": "llama", "hidden_size": 4, "text_config": {"num_layers": 2}}',
-    "yaml": b"a: &x [1, {b: *x}]\nc: ? d\n",
+    "yaml": b"a: &x [1, {b: *x}]\nc: d\n",
     "jsonl": b'{"text": "a"}\n\n{"text": "b", "c": [1]}\n',
     "text": "\ufeffa\r\nb é".encode(),
     "parquet": b"PAR1" + bytes(20) + b"PAR1",
