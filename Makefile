@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/ready
+SECONDS_EACH ?= 60
 DEMO := $(VENV)/demo-ready
 
-.PHONY: help demo test test-slow test-browser test-sanitizers test-lowest test-newest check format benchmarks clean
+.PHONY: help demo test test-slow test-browser test-sanitizers test-lowest test-newest fuzz audit check format benchmarks clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -46,11 +47,23 @@ test-lowest:  ## The tests with the lowest version of every dependency that is a
 test-newest:  ## The tests with the newest version of every dependency
 	PYTHON=$(PYTHON) .ci/versions newest
 
-check: $(READY)  ## Linters, types, import rules
+fuzz:  ## Fuzz every parser for SECONDS_EACH (60), with atheris in a virtual environment of its own
+	test -x build/fuzz/bin/python || $(PYTHON) -m venv build/fuzz
+	build/fuzz/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable ".[all]" atheris
+	for name in header index manifest shard packed config yaml jsonl text parquet tokens gradients adapter gguf; do \
+		echo "== $$name"; build/fuzz/bin/python fuzz/harness.py $$name -max_total_time=$(SECONDS_EACH) -timeout=20 \
+		-rss_limit_mb=4096 -artifact_prefix=build/fuzz/$$name- || exit 1; done
+
+audit: $(READY)  ## Known vulnerabilities of the dependencies, as far as the index of PyPI can be asked
+	$(BIN)/python .ci/audit $(BIN)/python
+
+check: $(READY)  ## Linters, types, import rules, security
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src native
+	$(BIN)/python .ci/audit $(BIN)/python
 
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .

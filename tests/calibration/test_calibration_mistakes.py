@@ -101,15 +101,16 @@ def test_experts_that_saw_no_token(models: Path, tmp_path: Path, refused: Refuse
     refused(
         ModelStructureError,
         f"{one}.w1.weight, {one}.w3.weight, {other}.w1.weight and 3 more: saw no token of the 1 calibration samples, "
-        "so nothing is known of their inputs. Calibrate on more samples (--samples), or leave them dense with "
-        f'--skip "{one}.w1.weight" and so on.',
+        "so nothing is known of their inputs. Calibrate on more samples (--samples), prune them by magnitude (--unseen "
+        "magnitude), or leave them dense (--unseen skip).",
         folder,
         calibration=ids,
     )
     refused(
         ModelStructureError,
         f"{other}.w2.weight: saw no token of the 1 calibration samples, so nothing is known of its inputs. "
-        f'Calibrate on more samples (--samples), or leave it dense with --skip "{other}.w2.weight".',
+        "Calibrate on more samples (--samples), prune it by magnitude (--unseen magnitude), or leave it dense "
+        "(--unseen skip).",
         folder,
         calibration=ids,
         only=[f"{other}.w2"],

@@ -134,3 +134,11 @@ def test_the_home_folder_in_a_file(
 def test_an_empty_file(call: Call, model: Path, config: Config) -> None:
     text = ["--calibration", "python-docs", "--sampling", "concat", "--length", 32]
     assert call("plan", model, "--config", config(""), *text, "--json").json["tokens"] == 128 * 32
+
+
+def test_a_file_cannot_ask_for_trust(call: Call, model: Path, config: Config) -> None:
+    file = config("trust_remote_code: true\n")
+    refused = call("plan", model, "--config", file)
+    assert refused.code == 2
+    assert '"trust_remote_code" is not taken from a file' in refused.err
+    assert "--trust-remote-code there" in refused.err

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811 - fixtures of another file
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,8 +35,8 @@ def test_weights_that_are_not_finite(value: str, method: Callable[[], Method], m
     edit(model, name, lambda tensor: tensor[3, 4:7].fill_(float(value)))
     refused(
         NumericalError,
-        f"{name}: 3 of 1536 weights are NaN or infinite. The checkpoint is damaged; download it again, "
-        f'or leave this matrix out with --skip "{name}".',
+        f"{name}: 3 of 1536 weights are NaN or infinite, first {value} in row 3, column 4. The checkpoint is damaged; "
+        f'download it again, or leave this matrix out with --skip "{name}".',
         model,
         method=method(),
     )
@@ -48,8 +49,8 @@ def test_weights_of_a_later_block_that_are_not_finite(model: Path, refused: Refu
     edit(model, name, lambda tensor: tensor.fill_(float("nan")))
     refused(
         NumericalError,
-        f"{name}: 1024 of 1024 weights are NaN or infinite. The checkpoint is damaged; download it again, "
-        f'or leave this matrix out with --skip "{name}".',
+        f"{name}: 1024 of 1024 weights are NaN or infinite, first nan in row 0, column 0. The checkpoint is damaged; "
+        f'download it again, or leave this matrix out with --skip "{name}".',
         model,
     )
 
@@ -81,7 +82,10 @@ def test_statistics_that_are_not_finite(name: str, first: str, value: str, model
     edit(model, name, lambda tensor: tensor.fill_(float(value)))
     refused(
         CalibrationError,
-        f"{first}: its inputs on the calibration samples contain NaN or infinity. {ADVICE}",
+        re.compile(
+            rf"{re.escape(first)}: its inputs on the calibration samples contain NaN or infinity, first "
+            rf"(nan|inf|-inf) in sample 0, token 0, input \d+\. {re.escape(ADVICE)}"
+        ),
         model,
     )
 
@@ -90,7 +94,10 @@ def test_half_precision_that_overflows(model: Path, refused: Refused) -> None:
     edit(model, "model.layers.0.mlp.up_proj.weight", lambda tensor: tensor.mul_(3e4))
     refused(
         CalibrationError,
-        f"{FIRST}: its inputs on the calibration samples contain NaN or infinity. {ADVICE}",
+        re.compile(
+            rf"{re.escape(FIRST)}: its inputs on the calibration samples contain NaN or infinity, first "
+            rf"(nan|inf|-inf) in sample \d+, token \d+, input \d+\. {re.escape(ADVICE)}"
+        ),
         model,
         dtype="float16",
     )

@@ -11,6 +11,8 @@ from cyclopts.argument import Argument, ArgumentCollection
 from secateur.errors import CheckpointError
 from secateur.runs.options import written
 
+# What a file that somebody passes on must not decide.
+COMMAND_LINE_ONLY = {"trust_remote_code": "whoever runs a checkpoint's own code has to say so on the command line"}
 NOTHING = (None, "", "null", "~")
 
 
@@ -38,6 +40,11 @@ def configured(app: App, commands: tuple[str, ...], arguments: ArgumentCollectio
             near = difflib.get_close_matches(name, known, 1)
             hint = f' Did you mean "{near[0]}"?' if near else f" Known keys: {', '.join(sorted(known))}."
             raise CheckpointError(f'{file}: unknown key "{key}".{hint}')
+        if name in COMMAND_LINE_ONLY:
+            raise CheckpointError(
+                f'{file}: "{key}" is not taken from a file: {COMMAND_LINE_ONLY[name]}. Remove it, and give '
+                f"--{name.replace('_', '-')} there if you trust the code."
+            )
         if item not in NOTHING and not known[name].tokens:
             for token in _tokens(file, str(key), item, known[name]):
                 known[name].append(token)

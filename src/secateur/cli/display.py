@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.cli.streams import visible
+
 if TYPE_CHECKING:
     from secateur.runs.events import Event
     from secateur.sweeps.loop import SweepEvent
@@ -28,13 +30,32 @@ def quiet_libraries() -> Iterator[None]:
         yield
 
 
-def print_tables(content: Any, *, error: bool = False) -> None:
-    """Print tables to standard output, or to standard error."""
+class _Visible:
+    """Something to print, with its texts as `visible` makes them."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.segment import Segment
+
+        for text, style, control in console.render(self.content, options):
+            yield Segment(text if control else visible(text), style, control)
+
+
+def _console(**options: Any) -> Any:
+    """A console that takes no name for markup or for the code of an emoji."""
     from rich.console import Console
 
+    return Console(markup=False, emoji=False, **options)
+
+
+def print_tables(content: Any, *, error: bool = False) -> None:
+    """Print tables to standard output, or to standard error."""
     # A pipe has no width; lines are then as long as they need to be.
     terminal = (sys.stderr if error else sys.stdout).isatty()
-    Console(width=None if terminal else 200, soft_wrap=not terminal, stderr=error).print(content)
+    console = _console(width=None if terminal else 200, soft_wrap=not terminal, stderr=error)
+    console.print(_Visible(content))
 
 
 def print_json(value: Any) -> None:
@@ -72,16 +93,13 @@ def status(text: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
+    with _console(stderr=True).status(text):
         yield
 
 
 @contextmanager
 def _bar(first: str = "opening") -> Iterator[tuple[Any, Callable[..., None]]]:
     """A bar, and the function that updates it: `update(stage, done, total, detail)`; the detail follows the times."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -92,18 +110,18 @@ def _bar(first: str = "opening") -> Iterator[tuple[Any, Callable[..., None]]]:
     )
 
     with Progress(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[detail]}"),
-        console=Console(stderr=True),
+        TextColumn("{task.fields[detail]}", style="dim", markup=False),
+        console=_console(stderr=True),
     ) as bar:
         task = bar.add_task(first, total=None, detail="")
 
         def update(stage: str, done: int, total: int | None, detail: str = "", **options: Any) -> None:
-            bar.update(task, description=stage, total=total, completed=done, detail=detail, **options)
+            bar.update(task, description=stage, total=total, completed=done, detail=visible(detail), **options)
 
         yield bar, update
 
@@ -189,7 +207,7 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
         def plain(event: "SweepEvent") -> None:
             text = line(event)
             if text is not None:
-                print(text, file=sys.stderr)
+                print(visible(text), file=sys.stderr)
 
         yield plain, partial(print_tables, error=True)
         return
@@ -198,7 +216,7 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
         def show(event: "SweepEvent") -> None:
             text = line(event)
             if text is not None:
-                bar.console.print(text, highlight=False, markup=False)
+                bar.console.print(visible(text), highlight=False)
             where = event.cell.name if event.cell is not None else "all cells"
             stage = event.stage.rpartition("/")[2]  # of a file, the name alone
             inner = f"{where}: {stage} {event.done}/{event.total}" if event.total else stage

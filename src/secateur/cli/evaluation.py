@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_json, print_tables, quiet_libraries, stage_progress, write_csv
+from secateur.cli.streams import visible
 from secateur.collect.settings import DtypeSettings, ModelSettings
 from secateur.errors import CheckpointError
 from secateur.evaluate.settings import (
@@ -188,7 +189,7 @@ def _keep(
     try:
         evaluation_store().add(model_digest(model, revision), kind, key, result.to_json())
     except CheckpointError as error:
-        print(f"Not kept: {error}", file=sys.stderr)
+        print(visible(f"Not kept: {error}"), file=sys.stderr)
 
 
 def _answers(settings: EvalSettings | CompareSettings, progress: "Progress", **opening: Any) -> "TaskResults":

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_json, print_result, quiet_libraries, stage_progress
+from secateur.cli.streams import visible
 from secateur.runtime.settings import BenchSettings, GenerateSettings, PackSettings, UnpackSettings
 
 
@@ -65,7 +66,7 @@ def generate(settings: GenerateSettings, config: Config = None, as_json: Json = 
 
     def show(text: str) -> None:
         if not as_json:
-            print(text, end="", flush=True)
+            print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     with quiet_libraries():
         from secateur.runtime.generate import generate as write

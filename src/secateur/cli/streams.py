@@ -6,9 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Control characters, and those that turn the direction of what follows.
+_WRITTEN_OUT = {
+    code: chr(code).encode("unicode_escape").decode("ascii")
+    for code in (*range(32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+    if chr(code) not in "\n\t"
+}
+
+
+def visible(text: str) -> str:
+    """The text with everything written out that a terminal would obey rather than show, but for ends of lines.
+
+    Names in files of others may hold such characters: they can hide text, move the cursor, or reverse what is read.
+    """
+    return text.translate(_WRITTEN_OUT)
+
 
 def print_error(text: str) -> None:
-    """Print a line to standard error, in red on a terminal."""
+    """Print a line to standard error, in red on a terminal, without credentials."""
+    from secateur.files.redaction import redacted
+
+    text = visible(redacted(text))
     print(f"\x1b[31m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)
 
 

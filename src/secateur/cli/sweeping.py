@@ -5,7 +5,7 @@ from pathlib import Path
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_result, quiet_libraries, sweep_progress
-from secateur.cli.streams import print_error
+from secateur.cli.streams import print_error, visible
 from secateur.sweeps.settings import SweepSettings
 
 
@@ -59,6 +59,6 @@ def _report(output: Path) -> None:
         with quiet_libraries():
             page = build_sweep(output)
     except SecateurError as error:
-        print(f"No page with curves was written: {error}", file=sys.stderr)
+        print(visible(f"No page with curves was written: {error}"), file=sys.stderr)
     else:
         print(f"Curves and sortable tables: {page}", file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from secateur.collect.exempt import Exempt
 from secateur.collect.sites import Site
 from secateur.core.needs import Need
 from secateur.models.flow.stream import Stream, default_batch_size
@@ -140,6 +141,7 @@ class Collector:
     whole = False
     ends = False
     runs = False
+    exempt = Exempt()  # a run that may go on without some matrices gives its own
 
     def batch_size(self, skeleton: Skeleton, length: int, batch_size: int | None) -> int | None:
         """Samples that have to go through a block at once, or what was asked for; raises where that cannot be."""

@@ -25,6 +25,7 @@ class DenseProducts(InputSums):
 
     def begin(self, batch: int, *, stop: bool) -> None:
         """Run the batch through the dense block first."""
+        super().begin(batch, stop=stop)
         assert self.place.twin is not None
         self._dense = self.place.twin.inputs(batch, self.place.matrices)
 

@@ -122,10 +122,11 @@ class ResidualDrift(Collector):
         """Take the share that was asked for. Raises `CalibrationError` for sums that are not finite."""
         for name, total in self._totals.items():
             if not bool(total.isfinite().all()):
-                raise CalibrationError(
+                error = CalibrationError(
                     f"{name}: the residual stream after it contains NaN or infinity on the calibration samples. Is "
                     "the model itself sound? Try --dtype float32, or --targets pruned."
                 )
+                self.exempt.nonfinite(name, error)
             total.mul_(self.need.share)
         self._inputs, self._seen = {}, {}  # Memory: of the last batch
 

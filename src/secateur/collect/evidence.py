@@ -1,7 +1,7 @@
 """All evidence of a run: what its needs ask for, each kind by the collector that answers it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from secateur.collect.collector import Collected, Collector, Cost, Extent, Place
 from secateur.collect.dense_products import DenseProducts
 from secateur.collect.drift import ResidualDrift
+from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.input_sums import InputSums
 from secateur.collect.model_gradients import ModelGradients
@@ -28,13 +29,15 @@ class RunEvidence:
     """The evidence that a run collects, block by block, as its needs ask for it.
 
     A run may be given a file of `gradients`, and a `survey`: statistics that runs share. Sums are kept on `device`, if
-    not where inputs are. Raises `MethodError` for a need that nothing answers.
+    not where inputs are; `exempt` says what becomes of matrices of which nothing can be known. Raises `MethodError` for
+    a need that nothing answers.
     """
 
     needs: frozenset[Need]
     gradients: GradientFile | None = None
     survey: Survey | None = None
     device: torch.device | None = None
+    exempt: Exempt = field(default_factory=Exempt)
 
     def __post_init__(self) -> None:
         kind = gradient_kind(self.needs)
@@ -50,6 +53,8 @@ class RunEvidence:
         self.collectors += [ResidualDrift(need) for need in self.needs if isinstance(need, Drift)]
         for need in self.needs.difference(*(own.needs for own in self.collectors)):
             raise MethodError(f"needs: nothing collects {need!r}; expected a class of statistics or a GradientKind.")
+        for own in self.collectors:
+            own.exempt = self.exempt
         self.looks_at_samples = any(own.looks_at_samples for own in self.collectors)
         running = [own for own in self.collectors if own.forwards]
         self.forwards = bool(running)  # samples run through the blocks while they are pruned

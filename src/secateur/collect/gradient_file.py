@@ -17,6 +17,7 @@ from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.files.checkpoint import read_header, read_tensor
 from secateur.files.reading import checked, parse_json
+from secateur.files.redaction import redacted
 from secateur.files.writer import CheckpointWriter
 from secateur.record.manifest import tensor_digest
 
@@ -178,7 +179,7 @@ class GradientWriter:
     ) -> None:
         self.path = path
         entries = [(f"{norm}:{name}", dtype, shape) for name, shape in shapes.items() for norm in norms]
-        self._provenance = {"format": FORMAT, "revision": REVISION, **provenance}
+        self._provenance = redacted({"format": FORMAT, "revision": REVISION, **provenance})
         metadata = self._metadata({name: _PLACE for name, _, _ in entries})
         self._complete = False
         try:

@@ -18,10 +18,11 @@ from torch import Tensor
 import secateur
 from secateur.calibration.windows import Windows, check_predictions
 from secateur.collect.block_gradients import GradientPass
+from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.collect.model_windows import model_windows
 from secateur.collect.settings import File, GradientSettings, Model, ModelSettings
-from secateur.core.checks import check_weight
+from secateur.core.checks import check_weight, first_nonfinite
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, CheckpointError
@@ -113,6 +114,7 @@ def collect(
     offload_states: str = "auto",
     progress: Progress = lambda stage, done, total: None,
     states: str = "gradients",
+    exempt: Exempt | None = None,
 ) -> GradientFile:
     """The file `target` with gradient norms of these matrices of an opened model.
 
@@ -158,7 +160,7 @@ def collect(
                 total = matrix.of_parameter(totals[matrix.parameter, norm], layout[matrix.parameter])
                 total = writer.add(matrix.name, norm, total)
                 if number + 1 == len(parts):
-                    check_gradient(matrix.name, total, windows.samples)
+                    check_gradient(matrix.name, total, windows.samples, exempt or Exempt())
 
         for number, part in enumerate(parts):
             one = GradientPass(
@@ -204,18 +206,22 @@ def _digests(skeleton: Skeleton, of_block: Mapping[int, Sequence[Matrix]]) -> di
     return result
 
 
-def check_gradient(name: str, total: Tensor, samples: int) -> None:
-    """Raise `CalibrationError` for gradients that are zero throughout, or not finite."""
-    if not bool(total.isfinite().all()):
-        raise CalibrationError(
-            f"{name}: its gradients on the {samples} calibration samples contain NaN or infinity. "
-            "Is the model itself sound? Try --dtype float32, and check the dense model with secateur eval."
+def check_gradient(name: str, total: Tensor, samples: int, exempt: Exempt) -> None:
+    """Raise `CalibrationError` for gradients that are zero throughout, or not finite, unless the matrix is exempt."""
+    bad = first_nonfinite(total)
+    if bad is not None:
+        error = CalibrationError(
+            f"{name}: its gradients on the {samples} calibration samples contain NaN or infinity, first for the weight "
+            f"in row {bad[0]}, column {bad[1]}. Is the model itself sound? Try --dtype float32, and check the dense "
+            "model with secateur eval."
         )
-    if not bool(total.any()):
-        raise CalibrationError(
+        exempt.nonfinite(name, error)
+    elif not bool(total.any()):
+        error = CalibrationError(
             f"{name}: its gradient is zero on all {samples} calibration samples, so nothing is known of its weights. "
             f'Calibrate on more samples (--samples), or leave it dense with --skip "{name}".'
         )
+        exempt.no_token([name], error)
 
 
 def gradient_batch_size(skeleton: Skeleton, length: int, granularity: Granularity, asked: int | None) -> int:

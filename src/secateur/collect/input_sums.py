@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
+from secateur.core.checks import first_nonfinite
 from secateur.core.statistics import Statistic, cost
-from secateur.errors import CalibrationError, ModelStructureError
+from secateur.errors import CalibrationError, ModelStructureError, SecateurError
 from secateur.models.flow.memory import LARGE_BYTES
 from secateur.models.flow.tap import Key
 from secateur.models.shape.matrices import Matrix, numbered_experts
@@ -91,10 +92,16 @@ class InputSums(Collector):
         """Begin with empty sums."""
         self.sums = Sums(self.place.inputs.leader, {})
         self._samples = 0
+        self._batch = 0
+        self._first: dict[Key, str] = {}  # where the inputs of a parameter are first not finite, in words
         taken = self.kinds if self.survey is None else self.survey.kinds
         self._taken = sorted(taken, key=lambda kind: kind.__name__)
         if not self.known:
             self.place.inputs.takers.append(self._take)
+
+    def begin(self, batch: int, *, stop: bool) -> None:
+        """Remember which batch it is."""
+        self._batch = batch
 
     def _take(self, key: Key, number: int, x: Tensor) -> None:
         if key not in self.sums.by_leader:
@@ -102,6 +109,22 @@ class InputSums(Collector):
             self.sums.by_leader[key] = {kind: kind.empty(x.shape[1], device) for kind in self._taken}
         for statistic in self.sums.by_leader[key].values():
             self.add(statistic, key, number, x)
+        # Fast: NaN and infinity stay in a sum, and a sum is smaller than what was added to it.
+        if key not in self._first and not next(iter(self.sums.by_leader[key].values())).is_finite():
+            self._first[key] = self._where(x)
+
+    def _where(self, x: Tensor) -> str:
+        """Where inputs that spoil a sum come from, in words."""
+        index, batches = first_nonfinite(x), self.place.stream.batches
+        if index is None:
+            return "all of them finite, but not the sum of their squares"
+        ids, before = batches[self._batch], sum(len(own) for own in batches[: self._batch])
+        value = f"first {float(x[index]):g}"
+        if x.shape[0] == ids.numel():
+            sample, token = divmod(index[0], ids.shape[1])
+            return f"{value} in sample {before + sample}, token {token}, input {index[1]}"
+        samples = f"sample {before}" if len(ids) == 1 else f"samples {before} to {before + len(ids) - 1}"
+        return f"{value} in {samples}, row {index[0]} of what reaches the matrix, input {index[1]}"
 
     def add(self, statistic: Statistic, key: Key, number: int, x: Tensor) -> None:
         """Add the inputs of a product; `number` counts the products of this forward with that key, from 0."""
@@ -120,6 +143,7 @@ class InputSums(Collector):
         index, matrices = self.place.block.index, self.place.matrices
         if self.survey is not None and self.known:
             self.sums = self.survey.block(index, self.kinds) if matrices else self.sums
+            self._check()
             return
         self._check()
         if self.survey is not None:
@@ -137,23 +161,29 @@ class InputSums(Collector):
         if unseen:
             some = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
             its, it = ("its", "it") if len(unseen) == 1 else ("their", "them")
-            raise ModelStructureError(
+            error: SecateurError = ModelStructureError(
                 f"{some}: saw no token of the {self.place.samples} calibration samples, so nothing is known "
-                f"of {its} inputs. Calibrate on more samples (--samples), or leave {it} dense with --skip "
-                f'"{unseen[0]}"{" and so on" if len(unseen) > 1 else ""}.'
+                f"of {its} inputs. Calibrate on more samples (--samples), prune {it} by magnitude (--unseen "
+                f"magnitude), or leave {it} dense (--unseen skip)."
             )
+            self.exempt.no_token(unseen, error)
         # In the order of the forward, so that the first one named is where the trouble begins.
         order = {key: position for position, key in enumerate(sums.leader)}
         sound: set[int] = set()  # statistics that other matrices share
-        for matrix in sorted(matrices, key=lambda matrix: order[(matrix.parameter, matrix.expert)]):
+        seen = [matrix for matrix in matrices if (matrix.parameter, matrix.expert) in order]
+        for matrix in sorted(seen, key=lambda matrix: order[(matrix.parameter, matrix.expert)]):
             for statistic in sums.whole(matrix).values():
                 if id(statistic) in sound:
                     continue
                 if not statistic.is_finite():
-                    raise CalibrationError(
-                        f"{matrix.name}: its inputs on the calibration samples contain NaN or infinity. "
-                        "Is the model itself sound? Try --dtype float32, and check the dense model with secateur eval."
+                    where = self._first.get(sums.leader[(matrix.parameter, matrix.expert)])
+                    error = CalibrationError(
+                        f"{matrix.name}: its inputs on the calibration samples contain NaN or infinity"
+                        f"{'' if where is None else f', {where}'}. Is the model itself sound? Try --dtype float32, and "
+                        "check the dense model with secateur eval."
                     )
+                    self.exempt.nonfinite(matrix.name, error)
+                    break
                 sound.add(id(statistic))
 
 

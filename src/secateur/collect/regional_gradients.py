@@ -44,7 +44,7 @@ class RegionalGradients(Collector):
         for matrix in self.place.matrices:
             whole = self._tap.totals[matrix.parameter, self.kind.norm]
             total = matrix.of_parameter(whole, self.place.layout[matrix.parameter])
-            check_gradient(matrix.name, total, samples)
+            check_gradient(matrix.name, total, samples, self.exempt)
             self._found[matrix.name] = GradientNorm(self.kind, total, tokens, samples)
         del self._tap  # Memory: its buffers
 

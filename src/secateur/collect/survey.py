@@ -7,10 +7,13 @@ plans can be made from them before anything is pruned.
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.calibration.windows import Windows
@@ -18,14 +21,24 @@ from secateur.collect.collector import Place, run_batches
 from secateur.collect.input_sums import InputSums, Sums
 from secateur.core.needs import Need, input_statistics
 from secateur.core.statistics import Statistic
-from secateur.errors import CalibrationError
+from secateur.errors import CalibrationError, CheckpointError
+from secateur.files.checkpoint import read_header, read_tensor
 from secateur.files.writer import writing
 from secateur.models.flow.stream import Stream, default_batch_size
+from secateur.models.flow.tap import Key
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A statistic whose tensors lie in a file: everything else of it, and the device of each tensor by attribute."""
+
+    rest: Statistic
+    devices: Mapping[str, torch.device]
 
 
 class Survey:
@@ -43,6 +56,7 @@ class Survey:
         self.facts: Mapping[str, Any] | None = None
         self._matrices: dict[str, Matrix] = {}
         self._held: dict[tuple[int, type[Statistic]], Sums] = {}
+        self._kept: dict[tuple[int, type[Statistic]], tuple[Mapping[Key, Key], dict[Key, _Kept]]] = {}
         self._last: tuple[int, Sums] | None = None
 
     def begin(self, needs: frozenset[type[Statistic]], facts: Mapping[str, Any]) -> None:
@@ -71,16 +85,11 @@ class Survey:
             if self.folder is None:
                 self._held[block, kind] = own
                 continue
-            file = self._file(block, kind)
-            with writing(file), file.open("wb") as stream:
-                torch.save(own, stream)
+            self._kept[block, kind] = dict(own.leader), self._write(self._file(block, kind), own, kind)
 
     def block(self, block: int, kinds: frozenset[type[Statistic]]) -> Sums:
         """Those statistics of a block, on the device where they were taken."""
-        # Statistics may be of any class; only this process reads what it wrote here: a pickle does no harm.
-        found = [
-            self._held.get((block, kind)) or torch.load(self._file(block, kind), weights_only=False) for kind in kinds
-        ]
+        found = [self._held.get((block, kind)) or self._read(block, kind) for kind in kinds]
         by_leader = {
             leader: {kind: own for part in found for kind, own in part.by_leader[leader].items()}
             for leader in found[0].by_leader
@@ -106,13 +115,49 @@ class Survey:
     def close(self) -> None:
         """Remove what was kept."""
         self._held.clear()
+        self._kept.clear()
         self._last = None
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, block: int, kind: type[Statistic]) -> Path:
         assert self.folder is not None
-        return self.folder / f"block-{block}-{kind.__module__}.{kind.__qualname__}.pt"
+        return self.folder / f"block-{block}-{kind.__module__}.{kind.__qualname__}.safetensors"
+
+    @staticmethod
+    def _write(file: Path, sums: Sums, kind: type[Statistic]) -> dict[Key, _Kept]:
+        """Write the tensors of these statistics, and return what is left of each.
+
+        Only numbers lie on the disk: statistics may be of any class, and objects that are read back from a file can be
+        anything that somebody has put there.
+        """
+        kept: dict[Key, _Kept] = {}
+        tensors: dict[str, Tensor] = {}
+        for number, (key, found) in enumerate(sums.by_leader.items()):
+            rest, devices = copy(found[kind]), {}
+            for name, value in vars(found[kind]).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+                    devices[name] = value.device
+                    delattr(rest, name)
+            kept[key] = _Kept(rest, devices)
+        with writing(file):
+            save_file(tensors, file)
+        return kept
+
+    def _read(self, block: int, kind: type[Statistic]) -> Sums:
+        leader, kept = self._kept[block, kind]
+        file = self._file(block, kind)
+        records = read_header(file).tensors
+        by_leader: dict[Key, dict[type[Statistic], Statistic]] = {}
+        for number, (key, own) in enumerate(kept.items()):
+            statistic = copy(own.rest)
+            for name, device in own.devices.items():
+                if f"{number}.{name}" not in records:
+                    raise CheckpointError(f"{file}: lacks the tensor {number}.{name}: it was changed during the run.")
+                setattr(statistic, name, read_tensor(records[f"{number}.{name}"]).to(device))
+            by_leader[key] = {kind: statistic}
+        return Sums(leader, by_leader)
 
 
 def facts_of(

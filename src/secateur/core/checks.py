@@ -9,6 +9,21 @@ from secateur.core.problem import Method, Problem, Solution
 from secateur.errors import MethodError, NumericalError, PatternError
 
 
+def first_nonfinite(values: Shaped[Tensor, "..."]) -> tuple[int, ...] | None:
+    """The index of the first entry that is NaN or infinite, None where there is none."""
+    bad = ~values.isfinite()
+    if not bool(bad.any()):
+        return None
+    return tuple(int(part) for part in torch.unravel_index(bad.flatten().int().argmax(), values.shape))
+
+
+def _entry(values: Tensor) -> str:
+    """Where in a matrix the first entry that is not finite lies, and what it is."""
+    index = first_nonfinite(values)
+    assert index is not None
+    return f"first {float(values[index]):g} in row {index[0]}, column {index[1]}"
+
+
 def check_weight(name: str, weight: Shaped[Tensor, "out in"]) -> None:
     """Raise `NumericalError` when a matrix holds NaN or infinity, or is not stored as plain floating point."""
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
@@ -19,8 +34,8 @@ def check_weight(name: str, weight: Shaped[Tensor, "out in"]) -> None:
     if not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
         raise NumericalError(
-            f"{name}: {bad} of {weight.numel()} weights are NaN or infinite. The checkpoint is damaged; "
-            f'download it again, or leave this matrix out with --skip "{name}".'
+            f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, {_entry(weight)}. The checkpoint is "
+            f'damaged; download it again, or leave this matrix out with --skip "{name}".'
         )
 
 
@@ -64,8 +79,8 @@ def check_solution(problem: Problem, solution: Solution, method: Method) -> None
     if not bool(new.isfinite().all()):
         raise NumericalError(
             f"{name}: {method.name} returned {int((~new.isfinite()).sum())} of {new.numel()} weights that are NaN "
-            f"or infinite, where the source has none. Use more damping, if the method has any, or leave this matrix "
-            f'out with --skip "{name}".'
+            f"or infinite, {_entry(new)}, where the source has none. Use more damping, if the method has any, or "
+            f'leave this matrix out with --skip "{name}".'
         )
     outside = new.ne(0) & ~mask
     if bool(outside.any()):

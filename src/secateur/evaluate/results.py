@@ -20,6 +20,7 @@ from secateur.files.folders import companions, locate
 from secateur.files.names import unique
 from secateur.files.packed import is_packed, open_files
 from secateur.files.reading import checked, read_json
+from secateur.files.redaction import redacted
 
 REVISION = 1  # of how evaluations are made; raise it when the same key leads to other figures
 DECIDING_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")  # beside the weights
@@ -125,7 +126,7 @@ class Results:
         record = Record(kind, key, result, datetime.now(UTC).isoformat(timespec="seconds"), _versions())
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(redacted(asdict(record))) + "\n", encoding="utf-8")
             partial.replace(file)
         except OSError as error:
             raise CheckpointError(f"{file}: the evaluation cannot be kept ({error.strerror}).") from None

@@ -19,7 +19,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.files.reading import checked, open_regular, parse_json, read_json
+from secateur.files.reading import check_inside, checked, open_regular, parse_json, read_json
 
 DTYPES: dict[str, torch.dtype] = {
     **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (64, 32, 16)},
@@ -123,6 +123,11 @@ def read_header(file: Path) -> Header:
     }
     position = base
     for name, record in tensors.items():
+        if not name.isprintable():
+            raise CheckpointError(
+                f"{file}: has a tensor with characters in its name that nobody can see, {name[:NAME_LENGTH]!a}. "
+                "Do not use this file, unless you know who wrote it."
+            )
         expected = _size(record, name)
         if record.start != position or record.bytes != expected:
             raise CheckpointError(
@@ -193,6 +198,8 @@ class Checkpoint:
         """The weights of a folder: those in `files`, where they are given, else as transformers would choose them."""
         self.folder = folder
         self.files = _weight_files(folder) if files is None else list(files)
+        for file in self.files:
+            check_inside(file, folder)
         self.headers = {file: read_header(file) for file in self.files}
         self.tensors: dict[str, TensorRecord] = {}
         for file, header in self.headers.items():
@@ -283,6 +290,7 @@ def _time(nanoseconds: int) -> str:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """The shard of every tensor. Raises `CheckpointError` for a file that is no index, or names files elsewhere."""
+    check_inside(index, index.parent)
     weight_map: dict[str, str] = read_json(index, _Index, advice="Download it again.").weight_map
     for name, file in weight_map.items():
         if file in ("", ".", "..") or len(file) > NAME_LENGTH or any(mark in file for mark in ("/", "\\", "\0")):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE, INDEX_FILE, MODELOPT_FILE, PACKED_FILE, PACKED_INDEX
-from secateur.files.reading import open_regular
+from secateur.files.reading import check_inside, open_regular
 from secateur.files.writer import writing
 
 OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "report")  # of other formats and tools
@@ -57,6 +57,8 @@ def companions(folder: Path) -> tuple[list[Path], list[str]]:
     The first are configuration, tokenizer, templates, licence, code. The others are weights of all formats, whole
     subfolders (their names end in a slash) and links to folders. What tools leave there for themselves (git, caches)
     is no part of a model, and a model card is written anew.
+
+    Raises `CheckpointError` for a companion that is a link out of the folder.
     """
     copied: list[Path] = []
     left: list[str] = []
@@ -78,6 +80,8 @@ def companions(folder: Path) -> tuple[list[Path], list[str]]:
             left.append(f"{name}/")
         else:
             copied += inside
+    for file in copied:
+        check_inside(file, folder)
     return copied, left
 
 

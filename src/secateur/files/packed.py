@@ -36,7 +36,7 @@ from secateur.files.codes import DTYPES as CODED
 from secateur.files.codes import values_of
 from secateur.files.compression import ADVICE, Compressed, chunks
 from secateur.files.compression import check as check_compressed
-from secateur.files.reading import checked, digest_of, parse_json, read_text
+from secateur.files.reading import check_inside, checked, digest_of, parse_json, read_text
 
 FORMAT = "secateur-bitmask"
 VERSION, COMPRESSED_VERSION = 1, 2  # without compressed tensors, which readers of the first would not know, and with
@@ -314,6 +314,7 @@ class PackedCheckpoint(Checkpoint):
 def read_record(folder: Path) -> PackedRecord:
     """What `sparse_config.json` holds. Raises `CheckpointError` for another format, and for one that was altered."""
     file = folder / PACKED_FILE
+    check_inside(file, folder)
     value = parse_json(read_text(file), file, dict[str, Any], advice=ADVICE, unique=True)
     if value.get("format") != FORMAT or value.get("version") not in (VERSION, COMPRESSED_VERSION):
         raise CheckpointError(

@@ -42,6 +42,23 @@ def open_regular(file: Path, *, error: Raise = CheckpointError) -> BinaryIO:
         raise
 
 
+def check_inside(file: Path, folder: Path, *, error: Raise = CheckpointError) -> None:
+    """Raise `error` for a file of a folder that is a symbolic link, or lies behind one, to a place outside the folder.
+
+    Whoever hands over a folder could otherwise name any file of this machine, and have it read into what is written.
+    A snapshot in the hub's cache may link to the blobs of its own repository.
+    """
+    real, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    if real.is_relative_to(root):
+        return
+    if root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs":
+        return
+    raise error(
+        f"{file}: is a symbolic link to {real}, outside {folder}, and links out of a folder are not followed. Copy the "
+        "file there, or give the folder in which it lies."
+    )
+
+
 def read_text(file: Path, *, limit: int = TEXT_BYTES, error: Raise = CheckpointError) -> str:
     """The text of a UTF-8 file, line ends and all. Raises `error` for other files, and above `limit` bytes."""
     with open_regular(file, error=error) as stream:
@@ -140,7 +157,7 @@ def read_yaml(file: Path) -> Any:
     try:
         # Values stay text, as on a command line: YAML 1.1 would read `pattern: 2:4` as the number 124.
         _check_yaml(yaml.compose(text, yaml.BaseLoader), yaml)
-        return yaml.load(text, yaml.BaseLoader)
+        return yaml.load(text, yaml.BaseLoader)  # nosec B506 - makes texts, lists and objects alone
     except RecursionError:
         raise CheckpointError(f"{file}: nested too deeply; lists and objects may be {DEPTH} deep.") from None
     except (yaml.YAMLError, ValueError, TypeError) as problem:

@@ -6,6 +6,7 @@ by site the samples run only once: they wait in the middle of the block while ma
 read and the last one written while this one is computed.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,15 +20,18 @@ from secateur.collect.collector import Collected, Place, reach_site, run_batches
 from secateur.collect.dense_twin import DenseTwin
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.sites import sites
-from secateur.core.checks import check_weight, solved
+from secateur.core import scores
+from secateur.core.checks import check_weight, first_nonfinite, solved
 from secateur.core.histogram import histogram
-from secateur.core.problem import Problem, Solution
+from secateur.core.problem import Method, Problem, Solution, select
+from secateur.errors import NumericalError
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.pruning.preparation import Prepared
+from secateur.record.far_blocks import mark_far_blocks
 from secateur.record.manifest import Manifest, tensor_digest
 from secateur.runs.checkpoint import check_source
 from secateur.runs.conveyor import Conveyor, Finished
@@ -61,10 +65,22 @@ class BlockLoop:
             if self.evidence.forwards and self.last not in self.finished:
                 self._open_streams()
             self.conveyor.carry(self._prune_block, read=self._read)
+            self._record_exempt()
         finally:
             for opened in (self.stream, self.twin):
                 if opened is not None:
                     opened.close()
+
+    def _record_exempt(self) -> None:
+        """Take the matrices that stayed dense out of the plan, and mark what else a reader should know."""
+        for name, reason in self.evidence.exempt.skipped.items():
+            self.manifest.skipped[name] = {"reason": reason, "pattern": self.manifest.plan.pop(name)}
+        if not self.manifest.matrices:
+            reason = next(iter(self.manifest.skipped.values()))["reason"]
+            raise NumericalError(
+                f"No matrix could be pruned, all {len(self.plan)} would stay dense. The first: {reason}"
+            )
+        mark_far_blocks(self.manifest.blocks)
 
     def _open_streams(self) -> None:
         assert self.ready.windows is not None
@@ -104,7 +120,10 @@ class BlockLoop:
         if block.index in self.finished:
             return tensors, self._read_finished(block, tensors)
         for matrix in matrices:
-            check_weight(matrix.name, matrix.view(tensors))
+            try:
+                check_weight(matrix.name, matrix.view(tensors))
+            except NumericalError as error:
+                self.evidence.exempt.nonfinite(matrix.name, error)
         gradients = self.evidence.gradients
         if self.conveyor.output is not None or gradients is not None:
             for name in dict.fromkeys(matrix.tensor for matrix in matrices):
@@ -130,6 +149,7 @@ class BlockLoop:
         record = self.finished[block.index].record
         self.manifest.source_tensors |= record["source_tensors"]
         self.manifest.matrices |= record["matrices"]
+        self.evidence.exempt.skipped |= record["skipped"]
         self.manifest.blocks += record["blocks"]
         matrices, dense = self.planned.get(block.index, []), self.settings.propagate == "dense"
         if self.stream is None:
@@ -177,10 +197,12 @@ class BlockLoop:
         self, tensors: dict[str, Tensor], matrices: Sequence[Matrix], blocks: list[dict[str, Any]]
     ) -> Finished:
         """A finished block with what the manifest says of it."""
-        digests = self.manifest.source_tensors
+        digests, entries, skipped = self.manifest.source_tensors, self.manifest.matrices, self.evidence.exempt.skipped
+        names = [matrix.name for matrix in matrices]
         record = {
             "blocks": blocks,
-            "matrices": {matrix.name: self.manifest.matrices[matrix.name] for matrix in matrices},
+            "matrices": {name: entries[name] for name in names if name in entries},
+            "skipped": {name: skipped[name] for name in names if name in skipped},
             "source_tensors": {matrix.tensor: digests[matrix.tensor] for matrix in matrices if digests},
         }
         return Finished(tensors, record)
@@ -212,7 +234,7 @@ class BlockLoop:
         with self.clock.timed("propagation forward"):
             if matrices:
                 pruned = stream.run(block, 0, states=states, aside=single)
-                change = relative_change(dense, pruned)
+                change = self._change(block, dense, pruned)
                 if not single:
                     self._pass_on(block, stream, pruned, partial(stream.run, block))
             stream.release(block)
@@ -254,17 +276,41 @@ class BlockLoop:
                 self.twin.leave(block)
             with self.clock.timed("propagation forward"):
                 pruned = forwards.output(0)
-                change = relative_change(dense, pruned)
+                change = self._change(block, dense, pruned)
                 self._pass_on(block, stream, pruned, forwards.output)
         stream.release(block)
         names = [[matrix.name for matrix in site.matrices] for site in found]
         return {"output_change": change, "sites": names, **facts}
 
+    def _change(self, block: Block, dense: Tensor, pruned: Tensor) -> float | None:
+        """How far the output of the first batch moved; None where it is not finite and the run goes on all the same."""
+        self._check_output(block, 0, pruned)
+        change = relative_change(dense, pruned)
+        return change if math.isfinite(change) else None
+
+    def _check_output(self, block: Block, batch: int, output: Tensor) -> None:
+        """Raise `NumericalError` for NaN and infinity among the outputs of a block, unless matrices may be skipped.
+
+        Where they may be, the matrices that read these outputs are found out one by one, and stay dense.
+        """
+        index = first_nonfinite(output) if self.evidence.exempt.on_nonfinite == "error" else None
+        if index is None:
+            return
+        assert self.stream is not None
+        sample = sum(len(ids) for ids in self.stream.batches[:batch]) + (index[0] if len(index) == 3 else 0)
+        raise NumericalError(
+            f"{block.path}: its pruned output is not finite, first {float(output[index]):g} in sample {sample}, token "
+            f"{index[-2]}, dimension {index[-1]}. Is the dense model sound in this dtype? Check it with secateur eval, "
+            "and try --dtype float32."
+        )
+
     def _pass_on(self, block: Block, stream: Stream, first: Tensor, output: Callable[[int], Tensor]) -> None:
         """Keep the pruned block's outputs of all batches, of which the `first` is at hand, for the next block."""
         if block.index < self.last:
             for batch in range(len(stream.batches)):
-                stream.states.put(batch, first if batch == 0 else output(batch))
+                states = first if batch == 0 else output(batch)
+                self._check_output(block, batch, states)
+                stream.states.put(batch, states)
                 self.conveyor.tell("forward", block, batch + 1, len(stream.batches))
 
     def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -285,10 +331,18 @@ class BlockLoop:
         for number, matrix in enumerate(matrices):
             started = time.perf_counter()
             self.conveyor.tell("solve", block, number, len(matrices), matrix.name)
+            exempt = self.evidence.exempt
+            if matrix.name in exempt.skipped:
+                continue
             weight = matrix.view(tensors).to(self.skeleton.device)
-            evidence = self.evidence.of(matrix, collected, weight.device)
+            unseen = matrix.name in exempt.by_magnitude
+            evidence = {} if unseen else self.evidence.of(matrix, collected, weight.device)
             problem = Problem(matrix.name, weight, self.plan[matrix.name], evidence)
-            solution = solved(problem, self.method)
+            try:
+                solution = solved(problem, magnitude(self.method) if unseen else self.method)
+            except NumericalError as error:
+                exempt.nonfinite(matrix.name, error)
+                continue
             if matrix.tensor not in changed:
                 original = tensors[matrix.tensor]
                 pin = self.skeleton.device.type == "cuda"
@@ -298,9 +352,16 @@ class BlockLoop:
             # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
             matrix.view(changed).copy_(solution.weight.masked_fill(~solution.mask, 0))
             self.manifest.matrices[matrix.name] = _record(matrix, problem, solution) | {
-                "tokens": problem.tokens,
+                "tokens": 0 if unseen else problem.tokens,
                 "seconds": round(self.clock.add("solve", started), 6),
             }
+            if unseen:
+                self.manifest.matrices[matrix.name]["method"] = "magnitude"
+
+
+def magnitude(method: Method) -> Method:
+    """Pruning by magnitude, for matrices that a method would prune of whose inputs nothing is known."""
+    return select("magnitude", scores.magnitude, per=method.per)
 
 
 def _record(matrix: Matrix, problem: Problem, solution: Solution) -> dict[str, Any]:

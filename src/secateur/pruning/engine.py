@@ -108,13 +108,16 @@ def prune(settings: PruneSettings) -> Manifest:
                         extent.matrices,
                         batch_size=extent.batch_size,
                         offload_states=extent.offload,
+                        exempt=evidence.exempt,
                         progress=named(tell, "gradients"),
                     )
                     unfinished.rename(taken)
             if transaction is None:
                 stack.callback(taken.unlink, missing_ok=True)
             elif GRADIENTS not in transaction.journal.found:
-                transaction.journal.add(Part(GRADIENTS, seconds=clock.so_far()))
+                transaction.journal.add(Part(GRADIENTS, record=evidence.exempt.to_json(), seconds=clock.so_far()))
+            else:
+                evidence.exempt.add(transaction.journal.found[GRADIENTS].record)
             evidence = replace(evidence, gradients=GradientFile(taken))
         shared = settings.statistics if method.inputs else None
         if shared is not None:
@@ -146,6 +149,8 @@ def _manifest(ready: Prepared) -> Manifest:
             "within": settings.within,
             "targets": settings.targets,
             "correction": chosen_correction(settings),
+            "on_nonfinite": settings.on_nonfinite,
+            "unseen": settings.unseen,
             "options": dict(method.options),
             "fingerprint": recorded(method),
             "gradient": None if method.gradient is None else asdict(method.gradient),

@@ -14,6 +14,7 @@ from torch import nn
 from secateur.calibration.windows import Progress, Windows
 from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
+from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.model_windows import Foreseen, foreseen_windows, model_windows
 from secateur.collect.settings import ModelSettings
@@ -105,7 +106,8 @@ def prepared(
             check_residual_targets(skeleton, planned)
             needs |= {Drift(correction)}
         given = gradient_file(settings.gradient, method, skeleton, planned)
-        evidence = RunEvidence(needs, given, survey, statistics_device)
+        exempt = Exempt(settings.on_nonfinite, settings.unseen)
+        evidence = RunEvidence(needs, given, survey, statistics_device, exempt)
         if survey is not None and given is None and method.gradient is not None and method.gradient.scope == "block":
             raise PatternError(f"{method.name}: runs that share statistics need its gradients as a file.")
         seen = Foreseen(None, 0, 0, ())

@@ -195,6 +195,8 @@ def _data(manifest: Manifest) -> "ModelCardData":
 
 
 def _text(manifest: Manifest, name: str) -> str:
+    from markupsafe import Markup
+
     base, commands = base_model(manifest.source), [section.get("command") for section in reversed(manifest.recoveries)]
     return _filled(
         "card.md",
@@ -204,9 +206,13 @@ def _text(manifest: Manifest, name: str) -> str:
         use=_filled(USES[False], name=name).rstrip("\n"),
         model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
         cautions=cautions(manifest),
-        figures=_section([], []),
+        figures=Markup(_section([], [])),  # nosec B704 - made by a template of ours, harmless by then
         # Of the pruning and of every recovery after it; what was done in Python has none.
-        commands=[shlex.join(command) for command in (manifest.command, *commands) if command is not None],
+        commands=[
+            Markup(shlex.join(command))  # nosec B704 - in a block of code, where tags are text
+            for command in (manifest.command, *commands)
+            if command is not None
+        ],
         versions=", ".join(f"{library} {version}" for library, version in manifest.versions.items()),
         references=papers(manifest.method),
     )
@@ -215,6 +221,13 @@ def _text(manifest: Manifest, name: str) -> str:
 def _section(figures: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]) -> str:
     """The text between the two comments, with them."""
     return f"{START}\n{_filled('figures.md', figures=figures, tasks=tasks)}{END}"
+
+
+def _harmless(value: Any) -> Any:
+    """A value of a card, in which nothing begins a tag of HTML."""
+    from markupsafe import Markup
+
+    return value.replace("<", "&lt;") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _filled(template: str, **values: Any) -> str:
@@ -227,11 +240,12 @@ def _templates() -> "Environment":
     """Our templates, which jinja compiles once in a process."""
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(
+    environment = Environment(  # nosec B701 - Markdown, with the tags in names made harmless by `_harmless`
         loader=PackageLoader("secateur.record", "assets"),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_harmless,
     )
     environment.filters |= {"corpus": _corpus_name, "number": _number, "patterns": patterns, "sparsity": sparsity}
     return environment

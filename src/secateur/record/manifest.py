@@ -15,7 +15,8 @@ from torch import Tensor
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE, file_digest, tensor_bytes
-from secateur.files.reading import checked, digest_of, parse_json, read_text
+from secateur.files.reading import check_inside, checked, digest_of, parse_json, read_text
+from secateur.files.redaction import redacted
 from secateur.files.writer import writing
 from secateur.models.shape.skeleton import Source
 from secateur.record.manifest_schema import check_manifest
@@ -47,6 +48,7 @@ class Manifest:
     headers: dict[str, str] = field(default_factory=dict)  # sha256 of the header of every shard
     files: dict[str, str] = field(default_factory=dict)  # sha256 of every other file
     created: str = ""
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)  # matrices that stayed dense against the plan
     recovery: dict[str, Any] | None = None  # what was done to the kept weights after pruning; absent where nothing was
 
     def to_json(self) -> dict[str, Any]:
@@ -54,6 +56,8 @@ class Manifest:
         value: dict[str, Any] = {"format": FORMAT, **vars(self)}
         if self.recovery is None:
             del value["recovery"]
+        if not self.skipped:
+            del value["skipped"]
         value["digest"] = digest_of(value)
         return value
 
@@ -63,7 +67,12 @@ class Manifest:
         return cls(**{key: item for key, item in value.items() if key not in ("format", "digest")})
 
     def write(self, folder: Path) -> None:
-        """Write `secateur.json` into the folder. Raises `CheckpointError` when that is not possible."""
+        """Write `secateur.json` into the folder, with credentials hidden, here as well from now on.
+
+        Raises `CheckpointError` when that is not possible.
+        """
+        for name in ("command", "source", "settings", "calibration", "recovery", "skipped"):
+            setattr(self, name, redacted(getattr(self, name)))
         with writing(folder / FILE_NAME):
             (folder / FILE_NAME).write_text(_text(self.to_json()), encoding="utf-8")
 
@@ -120,7 +129,8 @@ def sparsity(entries: Sequence[Mapping[str, Any]]) -> float:
 def cautions(manifest: Manifest) -> list[str]:
     """Sentences on how matrices were solved that a reader should know.
 
-    They name more damping than was asked for, fewer tokens than inputs, and updates of weights that swaps have undone.
+    They name more damping than was asked for, fewer tokens than inputs, matrices that were left dense or pruned by
+    magnitude, blocks that moved far, and updates of weights that swaps have undone.
     """
     options, matrices = manifest.settings.get("options", {}), manifest.matrices
     found = []
@@ -147,6 +157,24 @@ def cautions(manifest: Manifest) -> list[str]:
             "these tokens may fit no others, however small its reconstruction error: calibrate on more (--samples), or "
             "use a method that updates no weights."
         )
+    if manifest.skipped:
+        first = next(iter(manifest.skipped))
+        planned = len(matrices) + len(manifest.skipped)
+        found.append(
+            f"{len(manifest.skipped)} of {planned} planned matrices were left dense, first {first}: "
+            f"{manifest.skipped[first]['reason'].removeprefix(f'{first}: ')}"
+        )
+    if unseen := [name for name, entry in matrices.items() if entry.get("method") == "magnitude"]:
+        found.append(
+            f"{len(unseen)} of {len(matrices)} matrices saw no calibration token and were pruned by magnitude, first "
+            f"{unseen[0]}."
+        )
+    for block in manifest.blocks:
+        if "usual_change" in block:
+            found.append(
+                f"The output of block {block['index']} moved by {block['output_change']:.3f} of its norm, and those of "
+                f"its neighbours by {block['usual_change']:.3f}. Look at its matrices, or leave some of them dense."
+            )
     undone = [name for name, entry in matrices.items() if entry["notes"].get("dropped_update")]
     if any(matrices[name]["kept_identical"] for name in undone):
         found.append(
@@ -175,6 +203,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: no such folder. Give one that `secateur prune` wrote.")
     if not file.exists():
         raise CheckpointError(f"{folder}: no {FILE_NAME} in it; only checkpoints that Secateur wrote have one.")
+    check_inside(file, folder)
     text = read_text(file)
     value = parse_json(text, file, dict[str, Any])
     head = checked(value, file, _Head)

@@ -37,16 +37,24 @@ class _MatrixEntry(TypedDict):
     notes: dict[str, float | bool]
     scores: NotRequired[_Scores | None]
     tokens: _Count | None
+    method: NotRequired[str]  # where it is not the run's
 
 
 class _BlockEntry(TypedDict):
+    index: NotRequired[_Count]
     output_change: NotRequired[float | None]
+    usual_change: NotRequired[float]
 
 
 class _UnmaskedEntry(TypedDict):
     zeros_before: _Count
     zeros: _Count
     weights: _Size
+
+
+class _SkippedEntry(TypedDict):
+    reason: str
+    pattern: dict[str, Any]
 
 
 class BaseEntry(TypedDict):
@@ -124,6 +132,7 @@ class _ManifestFile(TypedDict):
     files: dict[str, str]
     created: str
     recovery: NotRequired[_Recovery | None]
+    skipped: NotRequired[dict[str, _SkippedEntry]]
 
 
 def check_manifest(value: Mapping[str, Any], file: Path) -> None:
@@ -132,6 +141,9 @@ def check_manifest(value: Mapping[str, Any], file: Path) -> None:
     for name in value:
         if name not in _ManifestFile.__annotations__:
             raise CheckpointError(f"{file}: damaged: has the entry {name}, which no manifest has.")
+    for key in (name for part in value.values() if isinstance(part, dict) for name in part):
+        if not key.isprintable():
+            raise CheckpointError(f"{file}: damaged: the name {key!a} has characters that nobody can see.")
     patterns = {f"plan of {name}": pattern for name, pattern in value["plan"].items()}
     patterns |= {name: entry["pattern"] for name, entry in value["matrices"].items()}
     for name, pattern in patterns.items():

@@ -14,8 +14,11 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, PatternError
-from secateur.files.reading import checked, digest_of, read_json
+from secateur.files.checkpoint import read_header, read_tensor
+from secateur.files.reading import check_inside, checked, digest_of, read_json
+from secateur.files.redaction import redacted
 from secateur.files.writer import writing
+from secateur.models.opening.configuration import reason
 from secateur.models.shape.matrices import matrix_kind
 from secateur.plans.plan import matches
 from secateur.record.manifest import Manifest
@@ -126,19 +129,20 @@ class Adapter:
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """The LoRA adapter in a folder, as peft saved it. Raises `CheckpointError` when it is none, or of another kind."""
     from peft import LoraConfig, PeftConfig
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     path = Path(folder)
     if not (path / CONFIGURATION).exists():
         raise CheckpointError(
             f"{path}: no {CONFIGURATION} in it, so it is no adapter. Give the folder that peft saved."
         )
+    for name in (CONFIGURATION, WEIGHTS, ADAPTER_RECORD):
+        check_inside(path / name, path)
+    read_json(path / CONFIGURATION, dict[str, Any])
+    tensors = {name: read_tensor(record) for name, record in read_header(path / WEIGHTS).tensors.items()}
     try:
         config = PeftConfig.from_pretrained(str(path))
-        tensors = load_file(path / WEIGHTS)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: the adapter cannot be read: {error}") from None
+    except Exception as error:  # whatever a class of peft's own raises for an entry of another kind than it expects
+        raise CheckpointError(f"{path}/{CONFIGURATION}: peft cannot use it: {reason(error)}") from None
     if not isinstance(config, LoraConfig):
         raise CheckpointError(
             f"{path}: a {config.peft_type} adapter; only LoRA adapters are merged. Use peft for others."
@@ -149,6 +153,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
             f"{path}: init_lora_weights={initial} changes the base model's weights when it is loaded. Save it with "
             "peft's conversion to plain LoRA (path_initial_model_for_weight_conversion) and merge that."
         )
+    _check_ranks(path, config, tensors)
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, mark, leaf = name.removeprefix(PREFIX).rpartition(".lora_")
@@ -159,6 +164,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
             )
         modules.setdefault(module, {})[f"lora_{leaf}"] = tensor
     return Adapter(path, config, modules, _record(path))
+
+
+def _check_ranks(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for a rank that no tensor has: peft would make room for it before it compares."""
+    widest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    ranks = [config.r, *(config.rank_pattern or {}).values()]
+    for rank in ranks:
+        if type(rank) is not int or not 0 < rank <= widest:
+            raise CheckpointError(
+                f"{folder}/{CONFIGURATION}: names the rank {rank}, expected a number from 1 to {widest}, the longest "
+                f"side of the tensors in {WEIGHTS}. The two do not belong together."
+            )
 
 
 def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.Module]) -> Tensor:
@@ -201,11 +218,11 @@ def merged_weight(adapter: Adapter, module: str, weight: Tensor, kind: type[nn.M
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of an adapter, with a digest over it, and a README beside it."""
-    value = {"format": 1, **record}
+    value = {"format": 1, **redacted(dict(record))}
     text = json.dumps({**value, "digest": digest_of(value)}, indent=1) + "\n"
     with writing(folder):
         (folder / ADAPTER_RECORD).write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(_readme(record), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(value), encoding="utf-8")
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

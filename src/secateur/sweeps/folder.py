@@ -17,6 +17,7 @@ from secateur.core.fingerprint import difference
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.errors import CheckpointError
 from secateur.files.reading import checked, read_json
+from secateur.files.redaction import redacted
 from secateur.files.writer import writing
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.output import check_apart, check_writable
@@ -247,7 +248,7 @@ class SweepFolder:
         self._write_json(SWEEP_FILE, sweep.to_json())
 
     def _write_json(self, name: str, value: Any) -> None:
-        self.write(name, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+        self.write(name, json.dumps(redacted(plain(value)), indent=1, allow_nan=False) + "\n")
 
     def checkpoint(self, cell: Cell) -> Path:
         """Where the pruned checkpoint of a cell is, or would be."""

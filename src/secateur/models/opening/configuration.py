@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from secateur.errors import CheckpointError
-from secateur.files.reading import read_json
+from secateur.files.reading import check_inside, read_json
 
 CONFIGURATION = "config.json"
 CONFIGURATION_BYTES = 16 << 20
@@ -29,6 +29,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     """What config.json holds, as it is. Raises `CheckpointError` where there is none, or no JSON object in it."""
     if not (folder / CONFIGURATION).exists():
         raise CheckpointError(f"{folder}: no {CONFIGURATION} in it. Give the folder of a whole checkpoint.")
+    check_inside(folder / CONFIGURATION, folder)
     found: dict[str, Any] = read_json(folder / CONFIGURATION, dict[str, Any], limit=CONFIGURATION_BYTES)
     return found
 
@@ -38,7 +39,10 @@ def load_configuration(folder: Path, shapes: Shapes, *, trust_remote_code: bool 
 
     Raises `CheckpointError` where it cannot be that of tensors of these shapes, or transformers cannot use it.
     """
-    compare_with_shards(folder, read_configuration(folder), shapes)
+    found = read_configuration(folder)
+    if not trust_remote_code:
+        check_no_code(folder, found)
+    compare_with_shards(folder, found, shapes)
     from transformers import AutoConfig
 
     try:
@@ -50,6 +54,25 @@ def load_configuration(folder: Path, shapes: Shapes, *, trust_remote_code: bool 
             if hasattr(part, entry):
                 delattr(part, entry)
     return config
+
+
+def check_no_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a configuration that names a kernel of the hub, which transformers would run.
+
+    Those are entries such as `attn_implementation`, at any depth, with the id of a repository. Code beside the weights
+    needs no check here: transformers asks for trust itself.
+    """
+    names = ("_implementation", "_implementation_internal")
+    for key, value in config.items():
+        asked = list(value.values()) if isinstance(value, Mapping) else [value]
+        for name in asked if key.endswith(names) else ():
+            if isinstance(name, str) and "/" in name:
+                raise CheckpointError(
+                    f"{folder}/{CONFIGURATION}: {key} is {name[:200]}, code from the hub that would be run here. "
+                    "Remove the entry; with --trust-remote-code it is downloaded and run."
+                )
+        if isinstance(value, Mapping):
+            check_no_code(folder, value)
 
 
 def compare_with_shards(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:

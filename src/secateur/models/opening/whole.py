@@ -16,7 +16,7 @@ from secateur.errors import CheckpointError
 from secateur.files.checkpoint import Checkpoint
 from secateur.files.folders import locate
 from secateur.models.flow.memory import trim
-from secateur.models.opening.configuration import reason
+from secateur.models.opening.configuration import check_no_code, read_configuration, reason
 from secateur.models.opening.opened import (
     choose_device,
     choose_dtype,
@@ -162,11 +162,17 @@ def load_whole(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **p
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if not trust_remote_code:
+        check_no_code(folder, read_configuration(folder))
     failure: Exception | None = None
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         try:
             module: nn.Module = auto.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust_remote_code, **placement
+                folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,  # of other formats, some are pickles
+                **placement,
             )
             return module
         except (MemoryError, torch.OutOfMemoryError):
