@@ -42,7 +42,7 @@ def build(folder: Path, options: tuple[str, ...] = (), emulated: Path | None = N
         def compiled(name: str, *flags: str) -> str:
             """Empty, or what the compiler said against it."""
             target = os.path.join(scratch, name + ".o")
-            result = subprocess.run(  # nosec B603 - a compiler, on our own files
+            result = subprocess.run(  # nosec B603 # a compiler, on our own files
                 [*base, *flags, "-c", str(HERE / name), "-o", target], capture_output=True, text=True
             )
             if result.returncode == 0:
@@ -61,7 +61,7 @@ def build(folder: Path, options: tuple[str, ...] = (), emulated: Path | None = N
         # Written beside and renamed: another process may have the old one loaded.
         fresh = folder / f".{LIBRARY}.{os.getpid()}"
         command = [*base, "-shared", *objects, "-o", str(fresh)]
-        linked = subprocess.run(command, capture_output=True, text=True)  # nosec B603 - the same compiler
+        linked = subprocess.run(command, capture_output=True, text=True)  # nosec B603 # the same compiler
         if linked.returncode:
             raise RuntimeError(f"the kernel cannot be linked:\n{linked.stderr}")
         fresh.replace(folder / LIBRARY)

@@ -155,6 +155,8 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*arguments: Any) -> Result:
         monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        for own in (cli.app, *(cli.app[name] for name in cli.app)):
+            monkeypatch.setattr(own, "_fallback_console", None)  # which keeps the width that it was made with
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
             cli.main()

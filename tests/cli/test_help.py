@@ -33,8 +33,16 @@ RECOVERY |= {
 RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing", "--dense", "--samples", "--epochs"}
 RECOVERY |= {"--bos"}
 OPTIONS = {
-    "plan": WHAT | TEXT | PRUNING | HOW | {"--packed", "--output", "--overwrite", "--config", "--json"},
-    "prune": WHAT | TEXT | PRUNING | HOW | {"--packed", "--output", "--overwrite", "--config", "--json"},
+    "plan": WHAT
+    | TEXT
+    | PRUNING
+    | HOW
+    | {"--on-nonfinite", "--unseen", "--resume", "--packed", "--output", "--overwrite", "--config", "--json"},
+    "prune": WHAT
+    | TEXT
+    | PRUNING
+    | HOW
+    | {"--on-nonfinite", "--unseen", "--resume", "--packed", "--output", "--overwrite", "--config", "--json"},
     "gradients": TEXT
     | HOW
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
@@ -52,7 +60,16 @@ OPTIONS = {
     "unpack": {"--output", "--revision", "--overwrite", "--config", "--json"},
     "generate": {"--chat", "--max-tokens", "--temperature", "--seed", "--backend", "--threads", "--config", "--json"}
     | {"--device", "--dtype", "--revision", "--trust-remote-code"},
-    "bench": {"--prompt", "--decode", "--batch", "--repetitions", "--dtypes", "--threads", "--trust-remote-code"}
+    "bench": {
+        "--device",
+        "--prompt",
+        "--decode",
+        "--batch",
+        "--repetitions",
+        "--dtypes",
+        "--threads",
+        "--trust-remote-code",
+    }
     | {"--config", "--json"},
     "eval": HOW | TASKS | {"--bos", "--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"})
@@ -62,7 +79,7 @@ OPTIONS = {
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
     "verify": {"--source", "--json"},
 }
-HIDDEN = {"plan": {"--output", "--overwrite"}}  # checked there, but not written
+HIDDEN = {"plan": {"--output", "--overwrite", "--resume"}}  # checked there, but not written
 
 
 def options(command: str) -> dict[str, Argument]:
@@ -91,7 +108,6 @@ def test_plan_takes_every_option_of_prune() -> None:
 @pytest.mark.parametrize("command", OPTIONS)
 def test_the_help(call: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("TERMINAL_WIDTH", "160")
     result = call(command, "--help")
     assert (result.code, result.err) == (0, "")
     text = re.sub(r"\x1b\[[0-9;]*m", "", result.out)

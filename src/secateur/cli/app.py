@@ -46,7 +46,7 @@ app["--install-completion"].group = GROUPS[OPTIONS]
 @app.command(name="--show-completion", group=GROUPS[OPTIONS])
 def _show_completion(shell: Literal["bash", "zsh", "fish", "powershell"]) -> None:
     """Print the script that completes commands in this shell."""
-    print(app.generate_completion(shell=shell))  # nosec B604 - the name of a shell, no command
+    print(app.generate_completion(shell=shell))  # nosec B604 # the name of a shell, no command
 
 
 def command(

@@ -22,7 +22,7 @@ from secateur.pruning.settings import PruneSettings
     "secateur plan HuggingFaceTB/SmolLM2-135M",
     "secateur plan ./llama --pattern 2:4 --skip '*.down_proj'",
     "secateur plan ./llama --json",
-    hidden=("output", "overwrite"),
+    hidden=("output", "overwrite", "resume"),
 )
 def plan(settings: PruneSettings, config: Config = None, as_json: Json = False) -> None:
     """Show what would be pruned, what not and why, and the memory, disk and time that it would take. Changes nothing.

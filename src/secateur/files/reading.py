@@ -157,7 +157,7 @@ def read_yaml(file: Path) -> Any:
     try:
         # Values stay text, as on a command line: YAML 1.1 would read `pattern: 2:4` as the number 124.
         _check_yaml(yaml.compose(text, yaml.BaseLoader), yaml)
-        return yaml.load(text, yaml.BaseLoader)  # nosec B506 - makes texts, lists and objects alone
+        return yaml.load(text, yaml.BaseLoader)  # nosec B506 # makes texts, lists and objects alone
     except RecursionError:
         raise CheckpointError(f"{file}: nested too deeply; lists and objects may be {DEPTH} deep.") from None
     except (yaml.YAMLError, ValueError, TypeError) as problem:

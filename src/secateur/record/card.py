@@ -206,10 +206,10 @@ def _text(manifest: Manifest, name: str) -> str:
         use=_filled(USES[False], name=name).rstrip("\n"),
         model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
         cautions=cautions(manifest),
-        figures=Markup(_section([], [])),  # nosec B704 - made by a template of ours, harmless by then
+        figures=Markup(_section([], [])),  # nosec B704 # made by a template of ours, harmless by then
         # Of the pruning and of every recovery after it; what was done in Python has none.
         commands=[
-            Markup(shlex.join(command))  # nosec B704 - in a block of code, where tags are text
+            Markup(shlex.join(command))  # nosec B704 # in a block of code, where tags are text
             for command in (manifest.command, *commands)
             if command is not None
         ],
@@ -240,7 +240,7 @@ def _templates() -> "Environment":
     """Our templates, which jinja compiles once in a process."""
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(  # nosec B701 - Markdown, with the tags in names made harmless by `_harmless`
+    environment = Environment(  # nosec B701 # Markdown, with the tags in names made harmless by `_harmless`
         loader=PackageLoader("secateur.record", "assets"),
         trim_blocks=True,
         lstrip_blocks=True,

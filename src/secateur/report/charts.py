@@ -188,7 +188,7 @@ def _for_page(figure: "Figure", prefix: str, chart: Chart) -> str:
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     ElementTree.register_namespace("", _SVG)
-    root = ElementTree.fromstring(stream.getvalue())  # nosec B314 - what matplotlib has just written
+    root = ElementTree.fromstring(stream.getvalue())  # nosec B314 # what matplotlib has just written
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
