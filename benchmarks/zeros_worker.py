@@ -77,6 +77,8 @@ class LlamaCpp:
         import llama_cpp
 
         self.lib, self.version = llama_cpp, f"by llama-cpp-python {llama_cpp.__version__}"
+        self.silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self.silence, None)
         llama_cpp.llama_backend_init()
         self.before = resident()
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())

@@ -52,7 +52,16 @@ OPTIONS = {
     "unpack": {"--output", "--revision", "--overwrite", "--config", "--json"},
     "generate": {"--chat", "--max-tokens", "--temperature", "--seed", "--backend", "--threads", "--config", "--json"}
     | {"--device", "--dtype", "--revision", "--trust-remote-code"},
-    "bench": {"--prompt", "--decode", "--batch", "--repetitions", "--dtypes", "--threads", "--trust-remote-code"}
+    "bench": {
+        "--prompt",
+        "--decode",
+        "--batch",
+        "--device",
+        "--repetitions",
+        "--dtypes",
+        "--threads",
+        "--trust-remote-code",
+    }
     | {"--config", "--json"},
     "eval": HOW | TASKS | {"--bos", "--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"})
