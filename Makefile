@@ -7,7 +7,11 @@ READY := $(VENV)/ready
 SECONDS_EACH ?= 60
 DEMO := $(VENV)/demo-ready
 
+<<<<<<< HEAD
 .PHONY: help demo test test-slow test-browser test-sanitizers test-lowest test-newest fuzz audit check format benchmarks clean
+=======
+.PHONY: help demo test test-slow test-browser test-sanitizers test-valgrind test-lowest test-newest check format benchmarks clean
+>>>>>>> part-b
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +44,14 @@ test-sanitizers: $(READY)  ## The tests of the kernel, with the address and unde
 	$(BIN)/python native/build.py build/sanitizers --sanitize
 	SECATEUR_KERNEL_LIBRARY=$(CURDIR)/build/sanitizers/libsecateur_kernel.so LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/runtime/test_kernels.py -m "not slow"
+
+# Python and the dynamic loader give errors of their own: what counts is whether the kernel is in the stack of one.
+test-valgrind: $(READY)  ## Products of the AVX2 path under valgrind, which has to be installed (minutes)
+	mkdir -p build
+	PYTHONMALLOC=malloc valgrind --xml=yes --xml-file=build/valgrind.xml --num-callers=30 --undef-value-errors=no \
+		$(BIN)/python -m pytest tests/runtime/test_kernels.py -k "test_product and avx2 and bfloat16"
+	grep -q "</valgrindoutput>" build/valgrind.xml
+	! grep libsecateur_kernel build/valgrind.xml
 
 test-lowest:  ## The tests with the lowest version of every dependency that is allowed
 	PYTHON=$(PYTHON) .ci/versions lowest

@@ -10,7 +10,8 @@ out. Its F16 file is written from the same tensors, and quantised by its own fun
 token windows.
 
 Everything is kept in `--folder`, results in MODEL.jsonl there: stages (`--do`) and rows (`--rows`, globs) can be run
-one by one, and the table is made of all results that are there. `--fresh` forgets them.
+one by one, and the table is made of all results that are there. `--fresh` forgets them. On a machine that others use,
+`--threads 1 --processor-time` counts the time that the process computed; the memory's bandwidth is still shared.
 """
 
 import argparse
@@ -67,7 +68,10 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="in each round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processor-time", action="store_true", help="one thread, by its own clock: on a busy machine")
     options = parser.parse_args()
+    if options.processor_time and options.threads != 1:
+        parser.error("--processor-time counts the work of all threads: give --threads 1 with it")
     folder = options.folder / options.model
     folder.mkdir(parents=True, exist_ok=True)
     results = options.folder / f"{options.model}.jsonl"
@@ -88,7 +92,7 @@ def main() -> None:
     if "speed" in stages:
         for _ in range(options.rounds):
             for row in rows:
-                speed = {name: getattr(options, name) for name in ("prompt", "decode", "repetitions")}
+                speed = {name: getattr(options, name) for name in ("prompt", "decode", "repetitions", "processor_time")}
                 work(row, results, options, speed)
     if "table" in stages:
         table(rows, results)
