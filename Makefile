@@ -7,11 +7,7 @@ READY := $(VENV)/ready
 SECONDS_EACH ?= 60
 DEMO := $(VENV)/demo-ready
 
-<<<<<<< HEAD
-.PHONY: help demo test test-slow test-browser test-sanitizers test-lowest test-newest fuzz audit check format benchmarks clean
-=======
-.PHONY: help demo test test-slow test-browser test-sanitizers test-valgrind test-lowest test-newest check format benchmarks clean
->>>>>>> part-b
+.PHONY: help demo test test-slow test-browser test-sanitizers test-valgrind test-lowest test-newest fuzz audit check format benchmarks clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

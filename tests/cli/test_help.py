@@ -61,17 +61,10 @@ OPTIONS = {
     "generate": {"--chat", "--max-tokens", "--temperature", "--seed", "--backend", "--threads", "--config", "--json"}
     | {"--device", "--dtype", "--revision", "--trust-remote-code"},
     "bench": {
-<<<<<<< HEAD
         "--device",
         "--prompt",
         "--decode",
         "--batch",
-=======
-        "--prompt",
-        "--decode",
-        "--batch",
-        "--device",
->>>>>>> part-b
         "--repetitions",
         "--dtypes",
         "--threads",
