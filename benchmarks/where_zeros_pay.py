@@ -184,8 +184,10 @@ def write_gguf_files(dense: Path, folder: Path, options: argparse.Namespace) -> 
         (folder / "F16.partial").rename(folder / "F16.gguf")
     for name, number in QUANTISED.items():
         if not (folder / f"{name}.gguf").exists():
-            request = {"quantise": str(folder / f"{name}.gguf"), "number": number, "threads": options.threads}
+            partial = folder / f"{name}.partial"
+            request = {"quantise": str(partial), "number": number, "threads": options.threads}
             run(options.llama_python, "llama.cpp", folder / "F16.gguf", request)
+            partial.rename(folder / f"{name}.gguf")
 
 
 def write_f16(dense: Path, wheel: Path, target: Path) -> None:
