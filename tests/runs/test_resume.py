@@ -55,6 +55,7 @@ def _without_times(value: dict[str, Any]) -> dict[str, Any]:
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda": ("llama", {"method": "wanda"}),
+    "packed": ("llama", {"method": "wanda", "packed": True}),
     "magnitude": ("llama", {"method": "magnitude"}),
     "gradients first": ("llama", {"method": "gblm"}),
     "gradients of blocks": ("llama", {"method": "wanda_plus"}),
@@ -171,6 +172,7 @@ def test_an_unfinished_run_is_reported_with_what_can_be_done(
         ({"propagate": "dense"}, "settings propagate was pruned and is dense"),
         ({"dtype": "float64"}, "settings dtype was float32 and is float64"),
         ({"skip": ["*q_proj*"]}, "is nothing"),
+        ({"packed": True}, "packed was false and is true"),
     ],
 )
 def test_another_run_is_refused(unfinished: Path, change: dict[str, Any], told: str) -> None:

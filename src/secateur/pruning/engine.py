@@ -172,6 +172,7 @@ def _facts(ready: Prepared, manifest: Manifest) -> dict[str, Any]:
         "settings": manifest.settings,
         "tokens": None if ready.windows is None else ready.windows.digest,
         "file of gradients": None if gradients is None else gradients.digest,
+        "packed": ready.settings.packed,
         "plan": manifest.plan,
     }
 
