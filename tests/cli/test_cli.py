@@ -234,7 +234,7 @@ def damaged(model: Path, tmp_path: Path) -> Path:
 def test_damaged_weights_are_one(call: Call, damaged: Path, tmp_path: Path) -> None:
     result = call("prune", damaged, "-o", tmp_path / "out", "-m", "magnitude")
     assert (result.code, result.out) == (1, "")
-    assert result.message.startswith(f"Error: {FIRST}: 1 of 1536 weights are NaN or infinite.")
+    assert result.message.startswith(f"Error: {FIRST}: 1 of 1536 weights are NaN or infinite, first nan in row ")
     assert "Traceback" not in result.err
     evaluation = call("eval", damaged, "--data", "python-docs", "--length", 32, "--windows", 2)
     assert (evaluation.code, evaluation.out) == (1, "")

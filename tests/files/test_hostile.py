@@ -178,6 +178,13 @@ def test_an_adapter_that_claims_what_it_does_not_hold(change: dict[str, Any], ad
         read_adapter(adapter)
 
 
+def test_an_adapter_whose_keys_would_steer_the_terminal(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({"\x1b[2J": 1} | json.loads(file.read_text())))
+    with pytest.raises(CheckpointError, match="characters that nobody can see"):
+        read_adapter(adapter)
+
+
 def test_an_adapter_with_weights_elsewhere_or_too_deep(adapter: Path, tmp_path: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     weights.rename(tmp_path / "weights")

@@ -70,14 +70,18 @@ BAD_SOLUTIONS: dict[str, tuple[Callable[[Solution], Solution], type[SecateurErro
     "NaN": (
         lambda solution: Solution(solution.weight.index_fill(0, torch.tensor([1]), float("nan")), solution.mask),
         NumericalError,
-        f"{FIRST}: mine returned 48 of 1536 weights that are NaN or infinite, where the source has none. Use more "
-        f'damping, if the method has any, or leave this matrix out with --skip "{FIRST}".',
+        f"{FIRST}: mine returned 48 of 1536 weights that are NaN or infinite, first nan in row 1, column 0, where the "
+        f'source has none. Use more damping, if the method has any, or leave this matrix out with --skip "{FIRST}".',
     ),
     "infinity": (
         lambda solution: Solution(solution.weight / 0.0, solution.mask),
         NumericalError,
-        f"{FIRST}: mine returned 1536 of 1536 weights that are NaN or infinite, where the source has none. Use more "
-        f'damping, if the method has any, or leave this matrix out with --skip "{FIRST}".',
+        re.compile(
+            rf"{re.escape(FIRST)}: mine returned 1536 of 1536 weights that are NaN or infinite, first "
+            r"(nan|inf|-inf) in row 0, column 0, where the source has none\. Use more damping, "
+            r"if the method has any, or leave this matrix out "
+            rf'with --skip "{re.escape(FIRST)}"\.'
+        ),
     ),
 }
 

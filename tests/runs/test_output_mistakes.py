@@ -68,8 +68,8 @@ def test_an_earlier_output_outlives_a_failure(model: Path, tmp_path: Path, refus
     name = "model.layers.2.self_attn.q_proj.weight"
     refused(
         NumericalError,
-        f"{name}: 1024 of 1024 weights are NaN or infinite. The checkpoint is damaged; download it again, "
-        f'or leave this matrix out with --skip "{name}".',
+        f"{name}: 1024 of 1024 weights are NaN or infinite, first nan in row 0, column 0. The checkpoint is damaged; "
+        f'download it again, or leave this matrix out with --skip "{name}".',
         model,
         overwrite=True,
         kept=True,
@@ -268,8 +268,8 @@ def test_hidden_states_on_disk_are_removed_after_a_failure(model: Path, tmp_path
     (tmp_path / "states").mkdir()
     refused(
         CalibrationError,
-        "model.layers.1.self_attn.q_proj.weight: its inputs on the calibration samples contain NaN or infinity. "
-        + ADVICE,
+        "model.layers.1.self_attn.q_proj.weight: its inputs on the calibration samples contain NaN or infinity, first "
+        "nan in sample 0, token 0, input 0. " + ADVICE,
         model,
         offload_states=str(tmp_path / "states"),
         kept=True,

@@ -137,7 +137,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         )
     for name in (CONFIGURATION, WEIGHTS, ADAPTER_RECORD):
         check_inside(path / name, path)
-    read_json(path / CONFIGURATION, dict[str, Any])
+    for key in read_json(path / CONFIGURATION, dict[str, Any]):
+        if not key.isprintable():  # peft warns of keys that it does not know, in the terminal
+            raise CheckpointError(f"{path / CONFIGURATION}: the key {key!a} has characters that nobody can see.")
     tensors = {name: read_tensor(record) for name, record in read_header(path / WEIGHTS).tensors.items()}
     try:
         config = PeftConfig.from_pretrained(str(path))
