@@ -3,6 +3,7 @@
 # ruff: noqa: F811 - fixtures of another file
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from secateur.core.statistics import SquaredNorm
 from secateur.errors import MethodError, NumericalError, PatternError, SecateurError
 from secateur.methods.wanda import wanda
 from secateur.pruning.engine import prune
+from secateur.runs.journal import Journal
 
 
 def method_of(change: Callable[[Solution], Solution], needs: bool = True) -> Method:
@@ -115,7 +117,7 @@ def test_a_method_that_does_not_say_what_it_needs(model: Path, tmp_path: Path) -
 
 def test_a_method_that_fails_leaves_nothing(model: Path, tmp_path: Path) -> None:
     def solve(problem: Problem) -> Solution:
-        if problem.name.startswith("model.layers.2."):
+        if problem.name == "model.layers.0.self_attn.v_proj.weight":
             raise ZeroDivisionError(problem.name)
         return wanda().solve(problem)
 
@@ -131,7 +133,7 @@ def test_a_method_that_fails_leaves_nothing(model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "record", "read", "statistics", "solve", "forward", "write"])
-def test_an_interruption_at_any_stage_leaves_nothing(stage: str, model: Path, tmp_path: Path) -> None:
+def test_an_interruption_at_any_stage_leaves_finished_blocks(stage: str, model: Path, tmp_path: Path) -> None:
     def stop(event: Any) -> None:
         if event.stage == stage and event.block in (0, 1):
             raise KeyboardInterrupt
@@ -139,4 +141,9 @@ def test_an_interruption_at_any_stage_leaves_nothing(stage: str, model: Path, tm
     before = snapshot(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         prune(model, method=wanda(), calibration=tiny.tokens(), output=tmp_path / "out", on_event=stop)
+    partial = tmp_path / "out.partial"
+    assert partial.exists() == (stage == "write")  # which is told after the block was handed over to be written
+    if stage == "write":
+        assert Journal(partial / "journal.jsonl").finished == ["block 0"]
+        shutil.rmtree(partial)
     assert snapshot(tmp_path) == before
