@@ -12,10 +12,10 @@ from torch import Tensor
 
 import tiny
 from secateur.core.patterns import NM
-from secateur.files.checkpoint import Checkpoint, tensor_bytes
+from secateur.files.checkpoint import Checkpoint, tensor_bytes, tensor_digest
 from secateur.methods.wanda import wanda
 from secateur.pruning.engine import prune
-from secateur.record.manifest import Manifest, file_digests, read_manifest, tensor_digest
+from secateur.record.manifest import Manifest, file_digests, read_manifest
 
 PLANNED = "model.layers.1.mlp.up_proj.weight"
 UNPLANNED = "model.layers.1.self_attn.q_proj.weight"

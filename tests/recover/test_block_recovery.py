@@ -23,9 +23,9 @@ from pruned_blocks import HALF, TWO_OF_FOUR, block_outputs, distance, pruned_mod
 from pruned_checkpoints import STREAMED, file_hashes, load, read_tensors, same_bytes
 from real_data import STORIES, STORIES_TEXT
 from secateur.errors import CalibrationError
-from secateur.files.checkpoint import Checkpoint
+from secateur.files.checkpoint import Checkpoint, tensor_digest
 from secateur.models.opening.opened import open_model, open_source
-from secateur.record.manifest import read_manifest, tensor_digest
+from secateur.record.manifest import read_manifest
 from secateur.recover import block
 from secateur.recover.block import BlockPass, forwards, reconstruct
 from secateur.recover.block_tuning import _Copy

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import secateur
 import tiny
-from secateur.errors import CheckpointError
+from secateur.core.problem import Problem
+from secateur.errors import CheckpointError, PatternError
+from secateur.runs import stopping
 from secateur.runs.events import Event
 from secateur.runs.journal import Journal
 
@@ -289,6 +292,37 @@ def test_an_error_before_the_first_block_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_run_that_is_not_resumable_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    options: dict[str, Any] = {"output": tmp_path / "out", "calibration": tiny.tokens(), "resumable": False}
+    with pytest.raises(PowerCutError):
+        secateur.prune(model, on_event=cut("read", 2), **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(PatternError, match=r"^--resume: a run that shares statistics, or was not to be resumable"):
+        secateur.prune(model, resume=True, **options)
+
+
+def test_a_cell_of_a_sweep_that_fails_leaves_no_checkpoint(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+
+    def score(problem: Problem) -> torch.Tensor:
+        if problem.name.startswith("model.layers.2."):
+            raise PowerCutError
+        return problem.weight.abs()
+
+    save_file({"input_ids": tiny.tokens()}, tmp_path / "tokens.safetensors")
+    found = secateur.sweep(
+        model,
+        output=tmp_path / "sweep",
+        methods={"own": secateur.select("own", score)},
+        patterns=["50%"],
+        data=str(tmp_path / "tokens.safetensors"),
+        calibration=str(tmp_path / "tokens.safetensors"),
+    )
+    assert [cell.status for cell in found.cells] == ["failed"]
+    assert not [path for path in (tmp_path / "sweep").rglob("*") if path.suffix in (".partial", ".safetensors")]
+
+
 def test_a_run_that_replaces_an_output_goes_on(tmp_path: Path) -> None:
     model = tiny.save("llama", tmp_path / "model")
     secateur.prune(model, output=tmp_path / "out", sparsity=0.25, calibration=tiny.tokens())
@@ -328,6 +362,12 @@ def test_a_source_that_changes_during_the_run_is_an_error(tmp_path: Path) -> Non
 
 
 # Signals
+
+
+def test_a_signal_after_the_last_step_is_not_lost() -> None:
+    with pytest.raises(KeyboardInterrupt), stopping.at_safe_points():
+        assert stopping.stop()
+    assert not stopping.stop()  # outside there is nothing that would stop
 
 
 def test_signals_stop_at_a_safe_point_and_say_how_to_go_on(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import secateur
+from secateur.files.checkpoint import tensor_digest
 from secateur.files.packed import PackedCheckpoint
-from secateur.record.manifest import tensor_digest
 from secateur.runtime.unpack import unpack
 
 FOLDER = Path(__file__).with_name("version_1")

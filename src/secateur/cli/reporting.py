@@ -81,8 +81,7 @@ def report(
 def _kept_of_dense(manifest: "Manifest") -> "list[Record]":
     """What the store keeps of the dense model, if that is still where the manifest says, and still the same."""
     from secateur.evaluate.results import model_digest
-    from secateur.files.checkpoint import Checkpoint
-    from secateur.record.manifest import tensor_digest
+    from secateur.files.checkpoint import Checkpoint, tensor_digest
 
     path = Path(str(manifest.source.get("path") or ""))
     try:

@@ -15,11 +15,10 @@ from torch import Tensor
 from secateur.core.choices import Norm
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.errors import CalibrationError, CheckpointError
-from secateur.files.checkpoint import read_header, read_tensor
+from secateur.files.checkpoint import read_header, read_tensor, tensor_digest
 from secateur.files.reading import checked, parse_json
 from secateur.files.redaction import redacted
 from secateur.files.writer import CheckpointWriter
-from secateur.record.manifest import tensor_digest
 
 FORMAT = 2
 REVISION = 1  # of how gradients are taken; raise it when the same model and tokens lead to others

@@ -26,6 +26,7 @@ from secateur.core.checks import check_weight, first_nonfinite
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, CheckpointError
+from secateur.files.checkpoint import tensor_digest
 from secateur.files.names import unique
 from secateur.models.flow.memory import return_large
 from secateur.models.flow.stream import default_batch_size
@@ -34,7 +35,7 @@ from secateur.models.shape.matrices import Matrix, by_block, numbered_experts, t
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
-from secateur.record.manifest import source_digest, tensor_digest
+from secateur.record.manifest import source_digest
 from secateur.runs.events import Progress
 from secateur.runs.options import shared, taking
 from secateur.runs.output import check_writable, resolved

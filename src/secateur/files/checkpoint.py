@@ -372,6 +372,11 @@ def _bytes_of(flat: Tensor) -> memoryview:
     return memoryview(array) if flat.numel() else memoryview(bytearray())
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of the bytes of a tensor."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
 def file_digest(file: Path) -> str:
     """sha256 of a whole file."""
     with file.open("rb") as stream:

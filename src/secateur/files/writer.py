@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import DTYPE_NAMES, INDEX_FILE, Layout, TensorRecord, read_tensor, tensor_bytes
+from secateur.files.checkpoint import (
+    DTYPE_NAMES,
+    INDEX_FILE,
+    Layout,
+    TensorRecord,
+    read_tensor,
+    tensor_bytes,
+    tensor_digest,
+)
 
 
 class CheckpointWriter:
@@ -164,7 +172,7 @@ class CheckpointWriter:
             entry = self._entries[file][name]
             record = TensorRecord(self.folder / file, entry["dtype"], tuple(entry["shape"]), start, start + size)
             result[name] = read_tensor(record)
-            digest = hashlib.sha256(tensor_bytes(result[name])).hexdigest()
+            digest = tensor_digest(result[name])
             if digest != self.digests[name]:
                 raise CheckpointError(
                     f"{self.folder / file}: {name} was changed since it was written: digest {digest[:12]}, expected "

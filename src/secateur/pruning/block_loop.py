@@ -25,6 +25,7 @@ from secateur.core.checks import check_weight, first_nonfinite, solved
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution, select
 from secateur.errors import NumericalError
+from secateur.files.checkpoint import tensor_digest
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, by_block, tapped
@@ -32,11 +33,10 @@ from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.pruning.preparation import Prepared
 from secateur.record.far_blocks import mark_far_blocks
-from secateur.record.manifest import Manifest, tensor_digest
+from secateur.record.manifest import Manifest
 from secateur.runs.checkpoint import check_source
 from secateur.runs.conveyor import Conveyor, Finished
 from secateur.runs.events import Event
-from secateur.runs.journal import part_of
 
 
 class BlockLoop:
@@ -51,10 +51,9 @@ class BlockLoop:
         self.manifest, self.conveyor, self.states, self.clock = manifest, conveyor, states, conveyor.clock
         self.planned = by_block(ready.extent.matrices)
         self.last = max(self.planned)
-        found = {} if conveyor.output is None else conveyor.output.journal.found
-        self.finished = {  # by an earlier process
-            block.index: found[part_of(block)] for block in self.skeleton.blocks if part_of(block) in found
-        }
+        journal = None if conveyor.output is None else conveyor.output.journal
+        parts = {} if journal is None else {block.index: journal.of_block(block) for block in self.skeleton.blocks}
+        self.finished = {index: part for index, part in parts.items() if part is not None}  # by an earlier process
         self.stream: Stream | None = None  # the calibration samples between two blocks of the pruned model
         self.twin: DenseTwin | None = None  # and, where targets need it, of the dense one
 

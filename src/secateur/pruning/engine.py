@@ -59,7 +59,7 @@ def prune(settings: PruneSettings) -> Manifest:
 
     The source is never written to, and `output` appears under its name only when it is complete. A block that is
     finished is on the disk before the next one is; what a run that was ended leaves, the same call with `resume` goes
-    on with, to the same bytes.
+    on with, to the same bytes. A run that is not `resumable`, or shares statistics, leaves nothing.
 
     Raises `PatternError`, `CalibrationError`, `ModelStructureError`, `NumericalError` or `CheckpointError`, each of
     which says what to do.
@@ -84,7 +84,7 @@ def prune(settings: PruneSettings) -> Manifest:
         pile_bytes = return_large(extent.product_bytes if extent.by_site else 0)
         manifest = _manifest(ready)
         clock = Clock(synchronise=skeleton.device.type == "cuda", began=started)
-        if transaction is not None:
+        if transaction is not None and settings.resumable and settings.statistics is None:
             transaction.journal.begin("prune", len(skeleton.blocks), _facts(ready, manifest))
             clock.resume(transaction.journal.seconds)
         output = (
@@ -114,10 +114,10 @@ def prune(settings: PruneSettings) -> Manifest:
                     unfinished.rename(taken)
             if transaction is None:
                 stack.callback(taken.unlink, missing_ok=True)
-            elif GRADIENTS not in transaction.journal.found:
-                transaction.journal.add(Part(GRADIENTS, record=evidence.exempt.to_json(), seconds=clock.so_far()))
-            else:
+            elif GRADIENTS in transaction.journal.found:
                 evidence.exempt.add(transaction.journal.found[GRADIENTS].record)
+            else:
+                transaction.journal.add(Part(GRADIENTS, record=evidence.exempt.to_json(), seconds=clock.so_far()))
             evidence = replace(evidence, gradients=GradientFile(taken))
         shared = settings.statistics if method.inputs else None
         if shared is not None:

@@ -91,6 +91,8 @@ def prepared(
     survey = settings.statistics
     if survey is not None and settings.propagate != "dense":
         raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
+    if settings.resume and not (settings.resumable and survey is None):
+        raise PatternError("--resume: a run that shares statistics, or was not to be resumable, has left nothing.")
     kept_on = settings.statistics_device
     statistics_device = None if kept_on is None else choose_device(kept_on, "--statistics-device")
     opened = open_model(**shared(settings, ModelSettings))

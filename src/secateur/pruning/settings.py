@@ -176,6 +176,7 @@ class PruneSettings(
     ] = False
     overwrite: Annotated[bool, Option(OPTIONS, "Replace an output that Secateur wrote.")] = False
     resume: Resume = False
+    resumable: bool = True
     statistics: Survey | None = None
     command: Sequence[str] | None = None
     on_event: OnEvent = lambda event: None

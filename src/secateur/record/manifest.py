@@ -267,11 +267,6 @@ def paths_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """sha256 of the bytes of a tensor."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-
-
 def source_digest(source: Source, name: str) -> str:
     """sha256 of the bytes of a tensor where it lies, a part at a time."""
     digest = hashlib.sha256()

@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.files.checkpoint import CARD_FILE, file_digest
+from secateur.files.checkpoint import CARD_FILE, file_digest, tensor_digest
 from secateur.files.packed import PackedCheckpoint, packed_files, stem
-from secateur.record.manifest import FILE_NAME, harmless, paths_below, tensor_digest
+from secateur.record.manifest import FILE_NAME, harmless, paths_below
 
 
 def file_problems(checkpoint: PackedCheckpoint) -> Iterator[str]:

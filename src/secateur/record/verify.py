@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
-from secateur.files.checkpoint import INDEX_FILE, Checkpoint, file_digest
+from secateur.files.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_digest
 from secateur.files.packed import PackedCheckpoint, is_packed
 from secateur.models.shape.skeleton import Source
 from secateur.record.manifest import (
@@ -19,7 +19,6 @@ from secateur.record.manifest import (
     mask_digest,
     paths_below,
     read_manifest,
-    tensor_digest,
     unlisted_files,
     view_of,
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from secateur.collect.model_windows import model_windows
 from secateur.core.checks import check_weight
 from secateur.errors import CalibrationError, NumericalError
+from secateur.files.checkpoint import tensor_digest
 from secateur.files.folders import locate
 from secateur.models.flow.stream import HiddenStates, Stream, default_batch_size, states_folder
 from secateur.models.opening.opened import open_model
@@ -28,7 +29,7 @@ from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import Plan, matching
-from secateur.record.manifest import Manifest, mask_digest, read_manifest, tensor_digest
+from secateur.record.manifest import Manifest, mask_digest, read_manifest
 from secateur.record.versions import run_facts
 from secateur.recover.block_tuning import Split, Targets, tune
 from secateur.recover.dense_source import DenseSource

@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from secateur.errors import CheckpointError
+from secateur.files.checkpoint import tensor_digest
 from secateur.models.opening.opened import open_model, open_source
 from secateur.models.shape.skeleton import Skeleton, Source
-from secateur.record.manifest import Manifest, tensor_digest
+from secateur.record.manifest import Manifest
 
 ADVICE = "Give the dense model that was pruned (--dense)."
 

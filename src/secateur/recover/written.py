@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericalError
+from secateur.files.checkpoint import tensor_digest
 from secateur.models.opening.opened import OpenedModel
 from secateur.record.card import write_card
-from secateur.record.manifest import Manifest, mask_digest, tensor_digest, view_of
+from secateur.record.manifest import Manifest, mask_digest, view_of
 from secateur.record.verify import Verification, verify
 from secateur.recover.masks import keep_from_zero
 from secateur.runs.checkpoint import checkpoint_output

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, SecateurError
 from secateur.files.checkpoint import Checkpoint
 from secateur.files.writer import CheckpointWriter, reserve, writing
 from secateur.models.opening.loading import check_loads
@@ -31,7 +31,7 @@ class CheckpointOutput:
         self._transaction, self._opened, self._room = transaction, opened, None
         self.target, self.journal, self.folder = transaction.target, transaction.journal, transaction.folder
         if packed_bytes is not None:
-            self.folder, self._room = transaction.place("plain"), transaction.place("room")
+            self.folder, self._room = transaction.place("plain"), transaction.place("room.partial")
             with writing(self._room):
                 self.folder.mkdir(exist_ok=True)
                 with self._room.open("wb") as room:  # a disk too full for both is found out before the work
@@ -56,8 +56,7 @@ class CheckpointOutput:
         self._record(part, tensors)
 
     def _record(self, part: Part, names: Iterable[str]) -> None:
-        if self.journal.begun:
-            self.journal.add(replace(part, tensors={name: self._writer.digests[name] for name in names}))
+        self.journal.add(replace(part, tensors={name: self._writer.digests[name] for name in names}))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors that are written. Raises `CheckpointError` for one that is not what was written."""
@@ -87,7 +86,11 @@ class CheckpointOutput:
     def seal(self, manifest: Manifest) -> None:
         """Close the files, check that they load, and write the manifest with their digests."""
         self._writer.close()
-        check_loads(self._opened, self.folder)
+        try:
+            check_loads(self._opened, self.folder)
+        except SecateurError:
+            self.journal.forget()  # the same run would be refused in the same way
+            raise
         manifest.tensors, manifest.headers = self._writer.digests, self._writer.header_digests
         manifest.files = file_digests(self.folder)
         manifest.write(self.folder)

@@ -72,7 +72,7 @@ class Journal:
         self.run, self.parts = "", 0
         self.facts: dict[str, Any] = {}
         self.found: dict[str, Part] = {}
-        self.begun = False
+        self._begun = False
         self._added: list[str] = []
         self._valid_bytes = 0
         if file.is_symlink():
@@ -107,7 +107,7 @@ class Journal:
             if version != FORMAT:
                 raise CheckpointError(
                     f"{self.file}: format {version}, expected {FORMAT}; another version of Secateur began this run. "
-                    f"Finish it with that one, or start anew with --overwrite."
+                    "Finish it with that one, or start anew with --overwrite."
                 )
         if value.get("digest") != digest_of(value) or not line.endswith("\n"):
             raise CheckpointError(f"{where}: damaged or altered since it was written. {_ANEW}")
@@ -120,7 +120,7 @@ class Journal:
         run with others, naming the first that differs.
         """
         facts = json.loads(json.dumps(facts, default=str))
-        self.begun = True
+        self._begun = True
         if self.finished:
             if changed := _difference({"run": self.run, **self.facts}, {"run": run, **facts}):
                 raise CheckpointError(
@@ -137,9 +137,18 @@ class Journal:
             self._append({"format": FORMAT, "run": run, "parts": parts, "facts": facts})
 
     def add(self, part: Part) -> None:
-        """Record a part whose tensors are on the disk; it is durable when this returns."""
-        self._append(vars(part))
-        self._added.append(part.name)
+        """Record a part whose tensors are on the disk; it is durable when this returns.
+
+        Without `begin` nothing is recorded: the run keeps no journal.
+        """
+        if self._begun:
+            self._append(vars(part))
+            self._added.append(part.name)
+
+    def forget(self) -> None:
+        """Take it that nothing is worth keeping."""
+        self.found.clear()
+        self._added.clear()
 
     @property
     def finished(self) -> list[str]:

@@ -15,7 +15,7 @@ import secateur
 from secateur.errors import CheckpointError
 from secateur.files.ahead import ahead
 from secateur.files.bitmask import count_kept, mask_shape, pack_bits
-from secateur.files.checkpoint import CARD_FILE, DTYPE_NAMES, PACKED_FILE, PACKED_INDEX, Checkpoint
+from secateur.files.checkpoint import CARD_FILE, DTYPE_NAMES, PACKED_FILE, PACKED_INDEX, Checkpoint, tensor_digest
 from secateur.files.codes import DTYPES as CODED
 from secateur.files.codes import codes_of, count_coded, relative_error, values_of
 from secateur.files.compressed_writer import CompressedWriter
@@ -38,7 +38,7 @@ from secateur.files.packed import (
 from secateur.files.writer import CheckpointWriter, writing
 from secateur.models.shape.skeleton import Source
 from secateur.record.card import tell_use
-from secateur.record.manifest import FILE_NAME, Manifest, file_digests, mask_digest, tensor_digest, view_of
+from secateur.record.manifest import FILE_NAME, Manifest, file_digests, mask_digest, view_of
 from secateur.record.versions import run_facts
 from secateur.runs.events import Progress
 

@@ -20,13 +20,14 @@ def stop() -> bool:
 
 @contextmanager
 def at_safe_points() -> Iterator[None]:
-    """Within it, `safe_point` will be called again and again."""
+    """Within it, `safe_point` will be called again and again; its end is one too."""
     global _within, _asked
     if _within == 0:
         _asked = False
     _within += 1
     try:
         yield
+        safe_point()
     finally:
         _within -= 1
 

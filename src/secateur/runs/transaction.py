@@ -177,8 +177,7 @@ class Transaction:
             if found is not None and found != self._found:
                 raise self._keep()
             flush(self.folder)
-            if self.journal.begun:
-                self.journal.add(Part(SEALED, record=_as_json(_listing(self.folder))))
+            self.journal.add(Part(SEALED, record=_as_json(_listing(self.folder))))
             try:
                 if found is None:
                     rename_new(self.folder, self.target)

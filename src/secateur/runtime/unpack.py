@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.files.ahead import ahead
-from secateur.files.checkpoint import CARD_FILE, Checkpoint
+from secateur.files.checkpoint import CARD_FILE, Checkpoint, tensor_digest
 from secateur.files.folders import companions, copy_files, locate
 from secateur.files.packed import PackedCheckpoint, is_packed
 from secateur.files.writer import CheckpointWriter
@@ -20,7 +20,7 @@ from secateur.models.shape.skeleton import Source
 from secateur.models.weights.bitmask import FORMATS, SparseBitmaskCheckpoint
 from secateur.models.weights.quantised import open_checkpoint
 from secateur.record.card import tell_use
-from secateur.record.manifest import FILE_NAME, tensor_digest
+from secateur.record.manifest import FILE_NAME
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction

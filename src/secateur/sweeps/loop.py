@@ -330,6 +330,7 @@ class SweepLoop:
             gradient=gradient,
             statistics=self.statistics.get(size) if task.method.inputs else None,
             output=self.folder.checkpoint(task.cell),
+            resumable=False,  # a sweep goes on cell by cell
             command=self.asked.command,
             on_event=partial(self._pruning, task.cell),
             **{**self.options, "batch_size": size},
