@@ -22,12 +22,13 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 import smollm2
 from secateur.runtime.pack import pack
 from secateur.runtime.unpack import unpack
+from where_zeros_pay import one_billion
 
 LOADS = {
     "from_pretrained": "AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')",
@@ -69,15 +70,7 @@ def models(folder: Path, name: str) -> tuple[Path, Path]:
 
 def _large(folder: Path) -> None:
     """Random weights in the shape of LLaMA-3.2-1B, every second one of the blocks zero on average."""
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    )
+    config = one_billion(vocabulary=128256)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():

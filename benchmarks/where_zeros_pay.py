@@ -147,10 +147,10 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         write_gguf_files(dense, folder, options)
 
 
-def one_billion() -> LlamaConfig:
-    """The shape of LLaMA-3.2-1B, with SmolLM2's tokenizer."""
+def one_billion(vocabulary: int = 49152) -> LlamaConfig:
+    """The shape of LLaMA-3.2-1B, by default with the vocabulary of SmolLM2's tokenizer."""
     return LlamaConfig(
-        vocab_size=49152,
+        vocab_size=vocabulary,
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=16,
