@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 import tiny
 from secateur.errors import CheckpointError, PatternError
-from secateur.files.checkpoint import Checkpoint
+from secateur.files.checkpoint import Checkpoint, tensor_digest
 from secateur.models.opening.opened import open_source
 from secateur.record.manifest import read_manifest
 from secateur.recover.adapters import find_targets
@@ -171,7 +171,7 @@ def test_verify_finds_what_was_changed_afterwards(tmp_path: Path, where: str) ->
         manifest = read_manifest(tmp_path / "merged")
         checkpoint = Checkpoint(tmp_path / "merged")
         manifest.headers = {file.name: header.digest for file, header in checkpoint.headers.items()}
-        manifest.tensors[name] = secateur.record.manifest.tensor_digest(shard[name])
+        manifest.tensors[name] = tensor_digest(shard[name])
         manifest.write(tmp_path / "merged")
         (problem,) = secateur.verify(tmp_path / "merged").problems
         assert problem == f"{name}: its zeros are not where they were before training"
