@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
+from mapped_files import mapped_files
 from pruned_checkpoints import (
     assert_same_tensors,
     bits,
@@ -92,19 +93,18 @@ def test_propagation(name, tmp_path):
 def test_states_on_disk_change_nothing(propagate, tmp_path):
     source = tiny.save("gemma2", tmp_path / "source")
     folder = tmp_path / "fast"
-    seen: list[list[str]] = []
+    seen: list[int] = []
 
     def watch(event: Event) -> None:
         if event.stage == "solve":
-            seen.append(sorted(file.name for file in folder.rglob("*.bin")))
+            seen.append(len(mapped_files(folder)))
 
     settings = {"method": wanda(), "calibration": calibration(), "batch_size": 3, "propagate": propagate}
     memory = prune(source, output=tmp_path / "memory", offload_states="never", **settings)
     disk = prune(source, output=tmp_path / "disk", offload_states=str(folder), on_event=watch, **settings)
     assert memory.blocks == disk.blocks  # among others how far each block's output moved
     assert_same_tensors(tmp_path / "memory", tmp_path / "disk")
-    assert seen
-    assert all(files == ["states-0.bin", "states-1.bin", "states-2.bin"] for files in seen)
+    assert set(seen) == {3}
     assert not list(folder.iterdir())
 
 

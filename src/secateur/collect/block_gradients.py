@@ -54,14 +54,14 @@ class GradientPass:
         skeleton, blocks = self.skeleton, self.skeleton.blocks
         conveyor = Conveyor(skeleton)
         skeleton.load_outside()
-        stream = self._stream(batches, _within(folder, "0"))
+        stream = self._stream(batches, folder)
         saved: dict[int, SavedInputs] = {}
         outgoing: StateGradients | None = None
 
         @torch.no_grad()
         def forwards(block: Block, tensors: dict[str, Tensor]) -> None:
             with loaded(skeleton, block, tensors):
-                saved[block.index] = forward_saving_inputs(stream, block, _within(folder, str(block.index + 1)))
+                saved[block.index] = forward_saving_inputs(stream, block, folder)
             if block.index < self.first:
                 saved.pop(block.index).states.close()
             self.progress("forward", block.index + 1, len(blocks))
@@ -82,7 +82,7 @@ class GradientPass:
 
         try:
             conveyor.carry(forwards, read=skeleton.read)
-            outgoing = head_gradients(stream, _within(folder, "head"), self.progress)
+            outgoing = head_gradients(stream, folder, self.progress)
             skeleton.unload_outside()
             stream.states.close()
             conveyor.carry(backwards, read=skeleton.read, blocks=blocks[self.first :][::-1])
@@ -129,7 +129,3 @@ class GradientPass:
             states_folder=folder,
             progress=lambda done, total: self.progress("record", done, total),
         )
-
-
-def _within(folder: Path | None, name: str) -> Path | None:
-    return None if folder is None else folder / name

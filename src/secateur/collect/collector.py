@@ -44,7 +44,6 @@ class Extent:
     batch_size: int | None
     by_site: bool  # evidence is collected site by site
     offload: str  # where hidden states go
-    beside: Path  # temporary files are made beside it
 
     @property
     def chosen_batch_size(self) -> int:

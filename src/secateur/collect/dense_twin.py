@@ -29,8 +29,7 @@ class DenseTwin:
         """Copy a loaded block before anything in it changes."""
         # Memory: a second block on the device, for as long as the first one is there.
         self._block = Block(block.index, block.path, deepcopy(block.module))
-        folder = None if self._folder is None else self._folder.with_name(f"{self._folder.name}-{block.index}")
-        self._after = HiddenStates(len(self.stream.batches), folder, pin=self.stream.device.type == "cuda")
+        self._after = HiddenStates(len(self.stream.batches), self._folder, pin=self.stream.device.type == "cuda")
         self._done = 0
 
     def inputs(self, batch: int, matrices: Sequence[Matrix]) -> Inputs:

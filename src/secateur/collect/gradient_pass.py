@@ -27,7 +27,6 @@ from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.files.checkpoint import tensor_digest
-from secateur.files.names import unique
 from secateur.models.flow.memory import return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
@@ -72,7 +71,6 @@ def gradients(settings: GradientSettings) -> GradientFile:
             batch_size=settings.batch_size,
             offload_states=settings.offload_states,
             progress=settings.progress,
-            states=target.name,
         )
         transaction.commit()
     return GradientFile(target)
@@ -114,12 +112,11 @@ def collect(
     batch_size: int | None = None,
     offload_states: str = "auto",
     progress: Progress = lambda stage, done, total: None,
-    states: str = "gradients",
     exempt: Exempt | None = None,
 ) -> GradientFile:
     """The file `target` with gradient norms of these matrices of an opened model.
 
-    `kinds` differ in their norms only. `states` begins the name of the folder for hidden states on disk. Raises
+    `kinds` differ in their norms only. Raises
     `CalibrationError` for a matrix whose gradient is zero throughout.
     """
     skeleton = opened.skeleton
@@ -147,11 +144,8 @@ def collect(
     }
     wide = torch.float64 if skeleton.dtype == torch.float64 else torch.float32
     writer = GradientWriter(target, {matrix.name: matrix.shape for matrix in matrices}, norms, provenance, wide)
-    folder: Path | None = None
     try:
-        place = target.with_name(unique(f"{states}.states"))
-        sizes = chunk_sizes(skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first, place)
-        folder = sizes.folder
+        sizes = chunk_sizes(skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first)
         parts = _parts(windows.batches(batch_size), sizes.samples)
 
         def take_block(block: Block, totals: Mapping[tuple[str, Norm], Tensor]) -> None:
@@ -173,13 +167,11 @@ def collect(
                 first,
                 _in_part(progress, number, len(parts)),
             )
-            (one.of_model if scope == "model" else one.of_blocks)(part, folder)
+            (one.of_model if scope == "model" else one.of_blocks)(part, sizes.folder)
         progress("write", 1, 1)
         writer.close()
     finally:
         writer.abandon()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
     return GradientFile(target)
 
 
@@ -273,7 +265,6 @@ def chunk_sizes(
     scope: Scope,
     offload: str,
     first: int,
-    place: Path,
 ) -> ChunkSizes:
     """As many samples at once as fit: inputs of every block, and one set of gradients, for each of them.
 
@@ -282,11 +273,11 @@ def chunk_sizes(
     """
     saved = 2 if scope == "block" else len(skeleton.blocks) - first + 3
     each = saved * length * skeleton.hidden_size * skeleton.dtype.itemsize
-    folder = None if offload in ("auto", "never") else Path(offload).expanduser() / place.name
+    folder = None if offload in ("auto", "never") else Path(offload).expanduser()
     if folder is None:
         free = psutil.virtual_memory().available
     else:
-        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+        existing = next(parent for parent in (folder.absolute() / "in").parents if parent.exists())
         free = shutil.disk_usage(existing).free
     batches = math.ceil(samples / batch_size)
     fitting = max(1, free // 2 // (each * batch_size))

@@ -53,9 +53,7 @@ class ModelGradients(Collector):
         logits, weights = extent.tokens * skeleton.vocabulary_size, sum(sizes)
         batch = gradient_batch_size(skeleton, extent.length, self.kind.granularity, extent.batch_size)
         first = min(matrix.block for matrix in matrices)
-        chunk = chunk_sizes(
-            skeleton, extent.samples, extent.length, batch, self.kind.scope, extent.offload, first, extent.beside
-        )
+        chunk = chunk_sizes(skeleton, extent.samples, extent.length, batch, self.kind.scope, extent.offload, first)
         tokens = min(extent.batch_tokens, chunk.samples * extent.length)
         graph = graph_bytes(matrices, tokens, skeleton.dtype.itemsize)
         before = PassBefore(

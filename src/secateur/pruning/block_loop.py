@@ -45,7 +45,7 @@ class BlockLoop:
     def __init__(
         self, ready: Prepared, evidence: RunEvidence, manifest: Manifest, conveyor: Conveyor, states: Path
     ) -> None:
-        """For a prepared run whose `evidence` may have been added to; `states` is where hidden states may go."""
+        """For a prepared run whose `evidence` may have been added to; `states` is a folder for hidden states."""
         self.ready, self.settings, self.evidence = ready, ready.settings, evidence
         self.skeleton, self.method, self.plan = ready.opened.skeleton, ready.method, ready.plan
         self.manifest, self.conveyor, self.states, self.clock = manifest, conveyor, states, conveyor.clock
@@ -96,19 +96,18 @@ class BlockLoop:
         tokens = sum(batch.numel() for batch in batches)
         needed = (3 if dense else 1) * tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.settings.offload_states, needed, self.states)
-        folders = [None if folder is None else folder.with_name(f"{folder.name}{end}") for end in ("", "-dense")]
         made = [
             Stream(
                 self.skeleton,
                 batches,
-                states_folder=own,
+                states_folder=folder,
                 progress=lambda done, total: self.conveyor.on_event(Event("record", 0, self.last + 1, done, total)),
             )
-            for own in folders[: 1 + dense]
+            for _ in range(1 + dense)
         ]
         self.skeleton.unload_outside()
         self.clock.add("record calls", started)
-        self.stream, self.twin = made[0], DenseTwin(made[1], folders[1]) if dense else None
+        self.stream, self.twin = made[0], DenseTwin(made[1], folder) if dense else None
 
     def _read(self, block: Block) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """In the background: a block's checkpoint tensors, and its pruned ones where an earlier process made them.
@@ -261,7 +260,7 @@ class BlockLoop:
             leader,
             watched=self.evidence.watched,
             offload=self.settings.offload_states,
-            place=self.states.with_name(f"{self.states.name}-waiting"),
+            place=self.states,
         ) as forwards:
             for site in found:
                 with self.clock.timed("statistics forward"):

@@ -26,7 +26,7 @@ from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Clock, Event, named
 from secateur.runs.journal import GRADIENTS, Part, machine_facts
 from secateur.runs.options import taking
-from secateur.runs.transaction import Transaction, states_name
+from secateur.runs.transaction import Transaction
 
 
 @taking(PruneSettings)
@@ -77,7 +77,7 @@ def prune(settings: PruneSettings) -> Manifest:
         transaction = None
         if target is not None:
             transaction = stack.enter_context(Transaction(target, settings.overwrite, resume=settings.resume))
-        ready = stack.enter_context(prepared(settings, target, progress=partial(tell, "calibrate")))
+        ready = stack.enter_context(prepared(settings, progress=partial(tell, "calibrate")))
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
@@ -91,12 +91,11 @@ def prune(settings: PruneSettings) -> Manifest:
             None if transaction is None else checkpoint_output(transaction, opened, packed_bytes=ready.packed_bytes)
         )
         written = None if output is None else stack.enter_context(output)
-        place = Path.cwd().joinpath if transaction is None else transaction.place
-        states = place(states_name(target))
+        beside = Path.cwd() if transaction is None else transaction.partial
         if any(own.looks_at_samples and not own.forwards for own in evidence.collectors):
             assert windows is not None
             assert method.gradient is not None
-            taken = place(unique("secateur.gradients") if transaction is None else "gradients.safetensors")
+            taken = beside / (unique("secateur.gradients") if transaction is None else "gradients.safetensors")
             if transaction is None or GRADIENTS not in transaction.journal.found:
                 with clock.timed("gradients"):
                     unfinished = taken.with_name(f"{taken.name}.partial")
@@ -124,7 +123,7 @@ def prune(settings: PruneSettings) -> Manifest:
             assert windows is not None
             facts = facts_of(opened, windows, extent.matrices, extent.chosen_batch_size, evidence.device)
             shared.begin(method.inputs, facts)
-        BlockLoop(ready, evidence, manifest, Conveyor(skeleton, written, clock, on_event, pile_bytes), states).run()
+        BlockLoop(ready, evidence, manifest, Conveyor(skeleton, written, clock, on_event, pile_bytes), beside).run()
         if shared is not None:
             shared.complete = True
         manifest.seconds = clock.so_far()

@@ -85,7 +85,7 @@ def estimate(settings: PruneSettings) -> Estimate:
     began = time.perf_counter()
     settings = resolved(settings)
     target = None if settings.output is None else output_of(settings)
-    with prepared(settings, target, dry=True) as ready:
+    with prepared(settings, dry=True) as ready:
         return _estimate(ready, target, opening=time.perf_counter() - began)
 
 
@@ -142,7 +142,7 @@ def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
     """What is worth saying of where memory goes."""
     notes = []
     for before in memory.cost.before:
-        place = "in memory" if before.folder is None else f"in {before.folder.parent}"
+        place = "in memory" if before.folder is None else f"in {before.folder}"
         parts = (
             f", for {before.samples} samples at a time in {before.passes} passes over the weights"
             if before.passes > 1

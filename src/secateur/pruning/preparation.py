@@ -72,14 +72,13 @@ def output_of(settings: PruneSettings) -> Path | None:
 @contextmanager
 def prepared(
     settings: PruneSettings,
-    target: Path | None = None,
     *,
     dry: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Iterator[Prepared]:
     """The run that settings ask for; a module in memory is put back at the end as it was.
 
-    `target` is where the output will be. A `dry` run reads no weights but the few that a check asks for, and draws its
+    A `dry` run reads no weights but the few that a check asks for, and draws its
     windows only where that is quick; without `calibration` it takes their size from `samples` and `length`. Raises
     everything that `prune` raises before its work starts.
     """
@@ -136,7 +135,6 @@ def prepared(
                 batch_size=evidence.batch_size(skeleton, seen.length, settings.batch_size),
                 by_site=settings.within == "site",
                 offload=settings.offload_states,
-                beside=target or Path.cwd() / "secateur",
             ),
             unchecked=seen.unchecked,
             packed_bytes=packed_bytes(skeleton, planned, plan) if settings.packed else None,

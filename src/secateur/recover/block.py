@@ -41,7 +41,7 @@ from secateur.runs.events import Clock, Event
 from secateur.runs.journal import machine_facts
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
-from secateur.runs.transaction import Transaction, states_name
+from secateur.runs.transaction import Transaction
 
 
 @taking(BlockSettings)
@@ -148,7 +148,7 @@ def reconstruct(settings: BlockSettings) -> Manifest:
             matrices=matrices,
             split=split,
             started=started - clock.earlier,
-            states=transaction.place(states_name(target)),
+            states=transaction.partial,
             manifest=manifest,
         ).run()
         share = split.trained / windows.samples
@@ -201,11 +201,11 @@ class BlockPass:
         with ExitStack() as stack:
             with self.clock.timed("record calls"):
                 skeleton.load_outside(head=False)
-                for name in ("pruned", "dense")[: 1 + dense]:
+                for _ in range(1 + dense):
                     stream = Stream(
                         skeleton,
                         batches,
-                        states_folder=self._place(name),
+                        states_folder=self.folder,
                         progress=lambda done, total: self.conveyor.on_event(Event("record", 0, 0, done, total)),
                     )
                     made.append(stack.enter_context(closing(stream)))
@@ -216,9 +216,6 @@ class BlockPass:
                 read=self._read,
                 check=partial(check_unchanged, self.original.folder, self.manifest),
             )
-
-    def _place(self, name: str | int) -> Path | None:
-        return None if self.folder is None else self.folder.with_name(f"{self.folder.name}-{name}")
 
     def _block(self, block: Block, found: "Found") -> Finished | None:
         """The checkpoint tensors of the finished block; the streams have moved on to the next."""
@@ -231,7 +228,7 @@ class BlockPass:
         matrices, pruned = self.matrices.get(block.index, ()), self.pruned
         count = len(pruned.batches)
         with ExitStack() as stack:
-            targets = Targets(HiddenStates(count, self._place(block.index), pin=pruned.device.type == "cuda"))
+            targets = Targets(HiddenStates(count, self.folder, pin=pruned.device.type == "cuda"))
             stack.callback(targets.states.close)
             if self.dense is not None or (matrices and tuned is None):
                 self._take_targets(targets, block, original)

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.files.names import unique
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
@@ -29,7 +28,7 @@ def after_the_last_block(
     stream = Stream(
         skeleton,
         batches,
-        states_folder=states_folder(offload_states, needed, Path.cwd() / unique("secateur.states")),
+        states_folder=states_folder(offload_states, needed, Path.cwd()),
         progress=lambda done, total: progress("record", done, total),
     )
 

@@ -8,7 +8,6 @@ process id decides anything: the same one may live in two containers that share 
 
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
@@ -255,19 +254,9 @@ class Transaction:
                 folder.rmdir()
 
 
-def states_name(target: Path | None) -> str:
-    """What a run's hidden states on the disk are called, wherever they are: the same for the same output.
-
-    Without one they get a name that no other process has.
-    """
-    if target is None:
-        return unique("secateur.states")
-    return f"{target.name}.states-{hashlib.sha256(os.fsencode(target)).hexdigest()[:12]}"
-
-
 def made_again(name: str) -> bool:
-    """Whether a run that is resumed makes something of that name again: hidden states, and files that are not whole."""
-    return ".states" in name or name.endswith(".partial")
+    """Whether a run that is resumed makes something of that name again: a file that is not whole."""
+    return name.endswith(".partial")
 
 
 def delete(entry: Path) -> None:

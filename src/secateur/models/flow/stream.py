@@ -6,6 +6,7 @@ before it, is then exactly the model's forward, one block at a time, for any arc
 """
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
-from secateur.files.writer import reserve, writing
+from secateur.files.writer import reserve
 from secateur.models.opening.configuration import reason
 from secateur.models.shape.causality import check_causal
 from secateur.models.shape.skeleton import Skeleton, loaded
@@ -75,7 +76,10 @@ class _Stub(nn.Module):
 
 
 class HiddenStates:
-    """The hidden states of every batch between two blocks, in host memory or in a memory-mapped file."""
+    """The hidden states of every batch between two blocks, in host memory or in memory-mapped files.
+
+    The files lie in `folder` and have no name, so that nothing is left of them when the process ends, however it does.
+    """
 
     def __init__(self, batches: int, folder: Path | None, *, pin: bool = False) -> None:
         self._batches: list[Tensor | None] = [None] * batches
@@ -85,7 +89,10 @@ class HiddenStates:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise CheckpointError(f"{folder}: cannot hold hidden states ({error.strerror}).") from None
+                raise CheckpointError(
+                    f"{folder}: no folder for hidden states can be made ({error.strerror}). Name another one with "
+                    "--offload-states."
+                ) from None
 
     def put(self, batch: int, states: Tensor) -> None:
         """Keep the states of a batch, in place of earlier ones."""
@@ -94,21 +101,25 @@ class HiddenStates:
             self._batches[batch] = states.to("cpu")
             return
         if kept is None or kept.shape != states.shape:
-            kept = self._batches[batch] = self._empty(batch, states)
+            kept = self._batches[batch] = self._empty(states)
         # Exact: only page-locked memory takes part in the order of the GPU's work; other copies have to wait.
         kept.copy_(states, non_blocking=kept.is_pinned())
 
-    def _empty(self, batch: int, like: Tensor) -> Tensor:
+    def _empty(self, like: Tensor) -> Tensor:
         if self._folder is None:
             return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
         # Memory: the pages of a mapped file are the system's to write out and drop.
-        file = self._folder / f"states-{batch}.bin"
-        size = like.numel() * like.dtype.itemsize
-        with writing(file), file.open("wb") as stream:
-            # A mapped file without room on the disk would end the process with a bus error, not with an exception.
-            reserve(stream.fileno(), size)
-        flat = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)
-        return flat.view(like.shape)
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as stream:
+                # A mapped file without room on the disk would end the process with a bus error, not an exception.
+                reserve(stream.fileno(), like.nbytes)
+                file = f"/dev/fd/{stream.fileno()}"
+                return torch.from_file(file, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._folder}: cannot hold {like.nbytes:,} bytes of hidden states ({error.strerror}). Free some "
+                "space there, or name another folder with --offload-states."
+            ) from None
 
     def get(self, batch: int, device: torch.device) -> Tensor:
         """The states of a batch, on the device."""
@@ -118,26 +129,21 @@ class HiddenStates:
         return states.to(device, non_blocking=self._pin)
 
     def close(self) -> None:
-        """Forget the states and delete their files."""
+        """Forget the states; the room that their files took is free again."""
         self._batches = [None] * len(self._batches)
-        if self._folder is not None:
-            for batch in range(len(self._batches)):
-                (self._folder / f"states-{batch}.bin").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self._folder.rmdir()
 
 
 def states_folder(offload: str, bytes_needed: int, place: Path) -> Path | None:
     """Where hidden states go: None for host memory, else a folder for memory-mapped files.
 
-    "auto" maps a file in `place` when the states would take more than half of the memory that is available now,
-    "never" stays in memory, anything else names a folder.
+    "auto" maps files in the folder `place` when the states would take more than half of the memory that is available
+    now, "never" stays in memory, anything else names a folder.
     """
     if offload == "never":
         return None
     if offload == "auto":
         return place if bytes_needed > psutil.virtual_memory().available // 2 else None
-    return Path(offload).expanduser() / place.name
+    return Path(offload).expanduser()
 
 
 def default_batch_size(length: int, device: torch.device) -> int:

@@ -8,7 +8,7 @@ import contextvars
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,7 +64,7 @@ class WaitingForwards:
         *,
         watched: Collection[str] = (),
         offload: str = "never",
-        place: Path = Path("waiting"),
+        place: Path = Path(),
     ) -> None:
         """`leader` maps each matrix to the one whose input it shares, as an `InputTap` finds out.
 
@@ -89,9 +89,6 @@ class WaitingForwards:
         self._hooks.close()
         for forward in self._forwards:
             forward.close()
-        if self._folder is not None:
-            with suppress(OSError):
-                self._folder.rmdir()
 
     def reach(self, batch: int, names: Collection[str]) -> Product | None:
         """Let a batch go on, and return the product with one of these parameters before which it waits, if it does.
@@ -131,8 +128,7 @@ class WaitingForwards:
                 self._folder = states_folder(self.offload, needed, self.place)
                 self._moves = on_gpu or self._folder is not None
         if self._moves:
-            folder = None if self._folder is None else self._folder / f"batch-{batch}"
-            forward.set_aside(folder, pin=folder is None)
+            forward.set_aside(self._folder, pin=self._folder is None)
 
     def output(self, batch: int) -> Tensor:
         """The hidden states that the block makes of a batch, which waits for nothing any more."""
