@@ -365,31 +365,48 @@ def test_the_same_file_twice(llama, ids, file, tmp_path):
     assert different <= {"created"}
 
 
-def test_parts_are_added_up(tmp_path):
+def test_a_file_goes_on_where_another_writer_ended(tmp_path):
+    """Also where that one ended while it wrote the last header, of which anything may be there."""
     target = tmp_path / "gradients"
     shapes = {"one": (2, 3), "two": (1, 4)}
     facts = {"granularity": "sample", "scope": "model", "samples": 3, "length": 2, "tokens_digest": "t"}
     facts |= {"calibration": {}, "model": {}, "source_tensors": {}, "norms": ["l2", "l1"]}
-    writer = GradientWriter(target, shapes, ["l2", "l1"], facts)
-    for _ in range(3):
-        for name, shape in shapes.items():
-            total = writer.add(name, "l1", torch.full(shape, 0.5))
-            writer.add(name, "l2", torch.full(shape, 0.25))
-    assert torch.equal(total, torch.full((1, 4), 1.5))
-    writer.close()
-    writer.abandon()
+    one = {("one", norm): torch.full((2, 3), value) for norm, value in (("l1", 0.5), ("l2", 0.25))}
+    two = {("two", norm): torch.full((1, 4), value) for norm, value in (("l1", 1.5), ("l2", 0.75))}
+    first = GradientWriter(target, shapes, ["l2", "l1"], facts)
+    found = first.add(one)
+    assert sorted(found) == ["l1:one", "l2:one"]
+    first.abandon()
+    second = GradientWriter(target, shapes, ["l2", "l1"], facts, found=found)
+    assert torch.equal(second.read("one", "l2"), one["one", "l2"])
+    found |= second.add(two)
+    second.close()
+    whole = target.read_bytes()
+    for damage in (b"", b"\x00" * 300):
+        target.write_bytes(whole[:100] + damage + whole[100 + len(damage) :])
+        third = GradientWriter(target, shapes, ["l2", "l1"], facts, found=found)
+        third.close()
+        third.abandon()
+        assert target.read_bytes() == whole
     assert names(tmp_path) == ["gradients"]
     assert torch.equal(load_file(target)["l2:two"], torch.full((1, 4), 0.75))
     assert sorted(GradientFile(target).matrices) == ["one", "two"]
 
 
-def test_an_abandoned_file_is_gone(tmp_path):
-    writer = GradientWriter(tmp_path / "gradients", {"one": (2, 3)}, ["l1"], {})
-    writer.add("one", "l1", torch.ones(2, 3))
-    assert len(names(tmp_path)) == 1
+def test_a_file_that_another_hand_changed_is_not_gone_on_with(tmp_path):
+    target = tmp_path / "gradients"
+    writer = GradientWriter(target, {"one": (2, 3), "two": (2, 3)}, ["l1"], {})
+    found = writer.add({("one", "l1"): torch.ones(2, 3)})
     writer.abandon()
-    writer.abandon()
-    assert names(tmp_path) == []
+    with pytest.raises(CheckpointError, match="was changed since the run that wrote it ended"):
+        GradientWriter(target, {"one": (2, 3), "two": (2, 3)}, ["l1"], {"other": 1}, found=found)
+    raw = bytearray(target.read_bytes())
+    raw[-48] ^= 1
+    target.write_bytes(raw)
+    again = GradientWriter(target, {"one": (2, 3), "two": (2, 3)}, ["l1"], {}, found=found)
+    with pytest.raises(CheckpointError, match=r"l1:one was changed since it was written"):
+        again.read("one", "l1")
+    again.abandon()
 
 
 # Pruning with it
@@ -479,17 +496,18 @@ def failing_at(stage: str) -> Callable[[Event], None]:
     "stage", ["gradients: record", "gradients: head", "gradients: backward", "statistics", "solve"]
 )
 @pytest.mark.parametrize("offload", [False, True])
-def test_a_failure_leaves_whole_gradients_alone(stage, offload, llama, ids, tmp_path):
+def test_a_failure_leaves_finished_gradients_alone(stage, offload, llama, ids, tmp_path):
     (tmp_path / "fast").mkdir()
     options = {"offload_states": str(tmp_path / "fast")} if offload else {}
     with pytest.raises(KeyboardInterrupt):
         prune(llama, method=gblm(), calibration=ids, output=tmp_path / "out", on_event=failing_at(stage), **options)
     assert names(tmp_path / "fast") == []
-    if stage.startswith("gradients"):
+    if stage in ("gradients: record", "gradients: head"):
         assert names(tmp_path) == ["fast"]
-    else:
-        assert names(tmp_path) == ["fast", "out.partial"]
-        assert names(tmp_path / "out.partial") == ["gradients.safetensors", "journal.jsonl", "lock", "result"]
+        return
+    assert names(tmp_path) == ["fast", "out.partial"]
+    assert names(tmp_path / "out.partial") == ["gradients.safetensors", "journal.jsonl", "lock", "result"]
+    if stage != "gradients: backward":
         GradientFile(tmp_path / "out.partial" / "gradients.safetensors")
 
 
@@ -531,8 +549,8 @@ def test_a_dead_matrix_is_named(llama, ids, tmp_path):
     )
     with pytest.raises(CalibrationError, match=pinned(message)):
         take(model, tmp_path / "gradients", ids)
-    assert names(tmp_path) == ["other"]
-    take(model, tmp_path / "gradients", ids, skip=[f"*.1.self_attn.{part}_proj" for part in "qkv"])
+    assert names(tmp_path) == ["gradients.partial", "other"]
+    take(model, tmp_path / "gradients", ids, overwrite=True, skip=[f"*.1.self_attn.{part}_proj" for part in "qkv"])
 
 
 def test_chained_methods_use_it_too(llama, ids, file, tmp_path):

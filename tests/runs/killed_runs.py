@@ -1,6 +1,6 @@
 """Runs of `prune` in processes that are killed, or whose file operations fail: a program of its own.
 
-    python killed_runs.py MODEL FOLDER kill|fault FIRST LAST SEED
+    python killed_runs.py MODEL FOLDER METHOD kill|fault FIRST LAST SEED
 
 A parent that has imported everything forks a child for each run, so that a run costs no start of Python. It prints one
 line of JSON with what it has seen, and ends with an error at the first output that is not what it has to be.
@@ -26,10 +26,10 @@ import secateur
 from secateur.files import names
 
 
-def prune(model: Path, out: Path, overwrite: bool = False) -> None:
+def prune(model: Path, method: str, out: Path, overwrite: bool = False) -> None:
     ids = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
     arguments = {"output": out, "overwrite": overwrite, "resume": True}
-    secateur.prune(model, method="sparsegpt", calibration=ids, batch_size=2, **arguments)
+    secateur.prune(model, method=method, calibration=ids, batch_size=2, **arguments)
 
 
 def child(action: Callable[[], None]) -> int:
@@ -98,12 +98,12 @@ class Faults:
 
 
 def main() -> None:
-    model, folder, what, first, last, seed = sys.argv[1:]
+    model, folder, method, what, first, last, seed = sys.argv[1:]
     root, draw = Path(folder), random.Random(int(seed))
     whole, out = root / "whole", root / "out"
-    prune(Path(model), whole)  # here, so that children find everything imported; one thread leaves none behind
+    prune(Path(model), method, whole)  # here, so that children find everything imported; one thread leaves none behind
     started = time.perf_counter()
-    end_of(child(lambda: prune(Path(model), out)))
+    end_of(child(lambda: prune(Path(model), method, out)))
     length = time.perf_counter() - started
     shutil.rmtree(out)
     expected = digests(whole)
@@ -114,7 +114,7 @@ def main() -> None:
         def counted() -> None:
             faults = Faults(0, "")
             faults.install()
-            prune(Path(model), out)
+            prune(Path(model), method, out)
             operations.write_text(str(faults.count))
 
         end_of(child(counted))
@@ -122,7 +122,7 @@ def main() -> None:
         shutil.rmtree(out)
     for number in range(int(first), int(last)):
         if what == "kill":
-            process = child(lambda: prune(Path(model), out))
+            process = child(lambda: prune(Path(model), method, out))
             time.sleep(draw.uniform(0, length))
             os.kill(process, signal.SIGKILL)
         else:
@@ -131,7 +131,7 @@ def main() -> None:
 
             def faulty(at: int = at, how: str = how) -> None:
                 Faults(at, how).install()
-                prune(Path(model), out)
+                prune(Path(model), method, out)
 
             process = child(faulty)
         end_of(process)
@@ -139,7 +139,7 @@ def main() -> None:
         partial = root / "out.partial"
         seen["whole" if out.exists() else "kept" if (partial / "journal.jsonl").exists() else "nothing"] += 1
         if not out.exists() or partial.exists():
-            if end_of(child(lambda: prune(Path(model), out, overwrite=out.exists()))):
+            if end_of(child(lambda: prune(Path(model), method, out, overwrite=out.exists()))):
                 sys.exit(f"{what} {number}: cannot be resumed")
             check(out, expected)
         left = {path.name for path in root.iterdir()} - {"whole", "out", "operations"}

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import secateur
 import tiny
+from secateur.collect.gradient_file import GradientFile
+from secateur.collect.gradient_parts import GradientParts
+from secateur.collect.gradient_pass import ChunkSizes
 from secateur.core.problem import Problem
 from secateur.errors import CheckpointError, PatternError
 from secateur.runs import stopping
@@ -112,6 +115,99 @@ def test_gradients_are_not_taken_again(tmp_path: Path) -> None:
     )
     assert not [stage for stage in seen if stage.startswith("gradients")]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_gradients_that_were_taken_in_part_are_not_taken_again(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    options: dict[str, Any] = {"method": "gblm", "calibration": tiny.tokens(), "output": tmp_path / "out"}
+    secateur.prune(model, **{**options, "output": tmp_path / "whole"})
+
+    def stop(event: Event) -> None:
+        if event.stage == "gradients: backward" and event.done == 2:
+            raise PowerCutError
+
+    with pytest.raises(PowerCutError):
+        secateur.prune(model, on_event=stop, **options)
+    with pytest.raises(CheckpointError, match="the gradients of 2 of 3 blocks of an unfinished run are kept there"):
+        secateur.prune(model, **options)
+    secateur.prune(model, resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "out"}
+
+
+def gradients(model: Path, output: Path, **options: Any) -> GradientFile:
+    chosen = {"calibration": tiny.tokens(4), "batch_size": 1, "norms": ["l1", "l2"], **options}
+    return secateur.gradients(model, output, **chosen)
+
+
+def cut_after(stage: str, done: int) -> Callable[[str, int, int], None]:
+    """Ends the taking of gradients when a stage has done so much."""
+
+    def progress(now: str, count: int, total: int) -> None:
+        if (now, count) == (stage, done):
+            raise PowerCutError
+
+    return progress
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3n_text", "mixtral", "gpt2"])
+@pytest.mark.parametrize("scope", ["model", "block"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_gradients_go_on_to_the_same_sums(
+    architecture: str, scope: str, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each block of each part of the samples; how many parts there are is decided once."""
+    model = tiny.save(architecture, tmp_path / "model")
+    place = "secateur.collect.gradient_pass.chunk_sizes"
+    sizes = ChunkSizes({1: 6, 2: 3, 3: 2}[parts], 0, None)
+    monkeypatch.setattr(place, lambda *_: sizes)
+    skip = ["*experts*"] if architecture == "mixtral" else []
+    options = {"scope": scope, "calibration": tiny.tokens(6), "skip": skip}
+    whole, out = gradients(model, tmp_path / "whole", **options), tmp_path / "out"
+    taken: list[int] = []
+    add = GradientParts.add
+    monkeypatch.setattr(GradientParts, "add", lambda *args: (taken.append(args[2]), add(*args)))
+    stage = "backward" if scope == "model" else "forward and backward"
+    for part in range(parts):
+        for block in range(tiny.BLOCKS):
+            now = f"{stage} {part + 1}/{parts}" if parts > 1 else stage
+            with pytest.raises(PowerCutError):
+                gradients(model, out, resume=True, progress=cut_after(now, block + 1), **options)
+            assert not out.exists()
+            monkeypatch.setattr(place, lambda *_: ChunkSizes(1, 0, None))
+    with pytest.raises(CheckpointError, match="the gradients of 3 of 3 blocks of an unfinished run are kept there"):
+        gradients(model, out, **options)
+    made = gradients(model, out, resume=True, **options)
+    assert len(taken) == parts * tiny.BLOCKS, "none is taken twice"
+    first, second = load_file(whole.path), load_file(made.path)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    different = {key for key, value in whole.provenance.items() if value != made.provenance[key]}
+    assert different <= {"created"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "out"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"norms": ["l2"]}, "differs from this one: gradients was "),
+        ({"calibration": tiny.tokens(4, seed=1)}, "differs from this one: tokens was "),
+        ({"batch_size": 2}, "differs from this one: batch size was 1 and is 2"),
+        ({"skip": ["*q_proj*"]}, "differs from this one: matrices was "),
+        ({"dtype": "float64"}, "differs from this one: dtype was torch.float32 and is torch.float64"),
+        ({}, "has changed since its gradients were begun: the digest of its tensors was "),
+    ],
+)
+def test_other_gradients_are_refused(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    model, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    with pytest.raises(PowerCutError):
+        gradients(model, out, progress=cut_after("backward", 2))
+    if not change:
+        _flip(model / "model.safetensors", "model.embed_tokens.weight")
+    before = {file: file.read_bytes() for file in (tmp_path / "out.partial").iterdir()}
+    with pytest.raises(CheckpointError, match=told):
+        gradients(model, out, resume=True, **change)
+    assert {file: file.read_bytes() for file in (tmp_path / "out.partial").iterdir()} == before
 
 
 def test_block_by_block_recovery_goes_on(tmp_path: Path) -> None:
@@ -442,7 +538,8 @@ def _survives(folder: Path, what: str, count: int) -> None:
     model = tiny.save("llama", folder / "model")
     (folder / "runs").mkdir()
     program = Path(__file__).with_name("killed_runs.py")
-    command = [sys.executable, program, model, folder / "runs", what, "0", str(count), "0"]
+    method = "sparsegpt" if what == "kill" else "gblm"
+    command = [sys.executable, program, model, folder / "runs", method, what, "0", str(count), "0"]
     source = os.path.dirname(os.path.dirname(secateur.__file__))
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)

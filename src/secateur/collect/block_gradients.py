@@ -32,9 +32,9 @@ Take = Callable[[Block, Mapping[tuple[str, Norm], Tensor]], None]
 class GradientPass:
     """Passes over a model that call `take` with each block from `first` on and its sums, by parameter and norm.
 
-    `parameters(block)` are those of interest of a loaded block. Batches are those of `Stream`; `folder` is where hidden
-    states go, if not into memory. Raises `NumericalError` for gradients that are not finite, `ModelStructureError`
-    where they cannot be taken.
+    Blocks whose numbers are `finished` only pass states and gradients on. `parameters(block)` are those of interest of
+    a loaded block. Batches are those of `Stream`; `folder` is where hidden states go, if not into memory. Raises
+    `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
     """
 
     skeleton: Skeleton
@@ -43,6 +43,7 @@ class GradientPass:
     norms: Collection[Norm]
     granularity: Granularity = "sample"
     first: int = 0
+    finished: Collection[int] = ()
     progress: Progress = lambda stage, done, total: None
 
     def of_model(self, batches: Sequence[Tensor], folder: Path | None = None) -> None:
@@ -69,7 +70,8 @@ class GradientPass:
         def backwards(block: Block, tensors: dict[str, Tensor]) -> None:
             assert outgoing is not None
             with loaded(skeleton, block, tensors):
-                tap = GradientTap(self.parameters(block), self.norms, self.granularity)
+                wanted = {} if block.index in self.finished else self.parameters(block)
+                tap = GradientTap(wanted, self.norms, self.granularity)
                 own = saved.pop(block.index)
                 try:
                     for batch in range(len(stream.batches)):
@@ -77,7 +79,8 @@ class GradientPass:
                 finally:
                     own.states.close()
                 stream.release(block)
-                self.take(block, tap.totals)
+                if block.index not in self.finished:
+                    self.take(block, tap.totals)
             self.progress("backward", len(blocks) - block.index, len(blocks) - self.first)
 
         try:
@@ -108,7 +111,7 @@ class GradientPass:
 
         def both(block: Block, tensors: dict[str, Tensor]) -> None:
             with loaded(skeleton, block, tensors):
-                taken = block.index >= self.first
+                taken = block.index >= self.first and block.index not in self.finished
                 tap = GradientTap(self.parameters(block), self.norms, self.granularity) if taken else None
                 for batch in range(len(stream.batches)):
                     stream.states.put(batch, regional_gradient(stream, block, batch, tap))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -164,8 +164,7 @@ class GradientFile:
 class GradientWriter:
     """A file of gradient statistics in the making, for a run that gives it its name when it is complete.
 
-    Its space is reserved at once. A matrix that is added again is added up, which is how parts of the samples make
-    the whole.
+    Its space is reserved at once.
     """
 
     def __init__(
@@ -175,27 +174,32 @@ class GradientWriter:
         norms: Sequence[Norm],
         provenance: Mapping[str, Any],
         dtype: torch.dtype = torch.float32,
+        *,
+        found: Mapping[str, str] | None = None,
     ) -> None:
+        """With `found`, the file of an earlier process, which holds matrices with these sha256, by "norm:matrix"."""
         self.path = path
         entries = [(f"{norm}:{name}", dtype, shape) for name, shape in shapes.items() for norm in norms]
         self._provenance = redacted({"format": FORMAT, "revision": REVISION, **provenance})
-        metadata = self._metadata({name: _PLACE for name, _, _ in entries})
-        self._complete = False
-        try:
-            self._writer = CheckpointWriter(path.parent, [(path.name, entries)], metadata)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        records = read_header(path).tensors
-        self._records = {name: replace(record, stamp=None) for name, record in records.items()}  # it is written here
+        self._names = [name for name, _, _ in entries]
+        metadata = self._metadata(dict.fromkeys(self._names, _PLACE))
+        # An earlier process that had added everything may have ended while it wrote the last header.
+        closing = found is not None and set(found) == set(self._names)
+        layout = [(path.name, entries)]
+        self._writer = CheckpointWriter(path.parent, layout, metadata, found=found, found_head=not closing)
 
-    def add(self, matrix: str, norm: Norm, total: Tensor) -> Tensor:
-        """Add what was seen of a matrix; returns what that makes with what was added before."""
+    def add(self, matrices: Mapping[tuple[str, Norm], Tensor]) -> dict[str, str]:
+        """Write the sums of some matrices; they are on the disk when this returns, with their sha256."""
+        names = {key: f"{key[1]}:{key[0]}" for key in matrices}
+        for key, total in matrices.items():
+            self._writer.write(names[key], total)
+        self._writer.flush()
+        return {name: self._writer.digests[name] for name in names.values()}
+
+    def read(self, matrix: str, norm: Norm) -> Tensor:
+        """Sums as they were written. Raises `CheckpointError` where they are others now."""
         name = f"{norm}:{matrix}"
-        if name in self._writer.digests:
-            total = total.cpu() + read_tensor(self._records[name])
-        self._writer.write(name, total)
-        return total
+        return self._writer.read([name])[name]
 
     def _metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
         digest = _digest(self._provenance, digests)
@@ -204,15 +208,12 @@ class GradientWriter:
     def close(self) -> None:
         """Bring all of it to the disk, with a digest of every tensor: the file is complete."""
         digests = self._writer.digests
-        self._writer.change_metadata(self._metadata({name: digests.get(name, _PLACE) for name in self._records}))
+        self._writer.change_metadata(self._metadata({name: digests.get(name, _PLACE) for name in self._names}))
         self._writer.close()
-        self._complete = True
 
     def abandon(self) -> None:
-        """Remove what was written so far; harmless after `close`."""
+        """Let go of the file; harmless after `close`."""
         self._writer.abandon()
-        if not self._complete:
-            self.path.unlink(missing_ok=True)
 
 
 def _digest(provenance: Mapping[str, Any], digests: Mapping[str, str]) -> str:

@@ -6,10 +6,11 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -20,6 +21,7 @@ from secateur.calibration.windows import Windows, check_predictions
 from secateur.collect.block_gradients import GradientPass
 from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
+from secateur.collect.gradient_parts import GradientParts, Sums
 from secateur.collect.model_windows import model_windows
 from secateur.collect.settings import File, GradientSettings, Model, ModelSettings
 from secateur.core.checks import check_weight, first_nonfinite
@@ -35,10 +37,12 @@ from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest
+from secateur.record.versions import run_facts
 from secateur.runs.events import Progress
+from secateur.runs.journal import TAKING, Journal, Part, machine_facts
 from secateur.runs.options import shared, taking
 from secateur.runs.output import check_writable, resolved
-from secateur.runs.transaction import Transaction
+from secateur.runs.transaction import Transaction, flush_names
 
 
 @taking(GradientSettings)
@@ -48,6 +52,9 @@ def gradients(settings: GradientSettings) -> GradientFile:
     `norms` are "l1" and "l2" (one pass makes both), `granularity` is "sample" or "token", `scope` "model" or "block";
     see `GradientKind`. The calibration options are those of `prune`: gradients and pruning have to see the same tokens.
 
+    The sums of a block are on the disk before those of the next one are taken; what a run that was ended leaves, the
+    same call with `resume` goes on with, to the same sums.
+
     Raises what `prune` raises.
     """
     norms = [settings.norms] if isinstance(settings.norms, str) else settings.norms
@@ -56,24 +63,44 @@ def gradients(settings: GradientSettings) -> GradientFile:
     kinds = [GradientKind(norm, settings.granularity, settings.scope) for norm in norms]  # type: ignore[arg-type]
     target = _check_file(settings.output, settings.model, settings.overwrite)
     return_large()
-    with Transaction(target, settings.overwrite, file=True) as transaction, ExitStack() as stack:
+    with ExitStack() as stack:
+        transaction = stack.enter_context(Transaction(target, settings.overwrite, file=True, resume=settings.resume))
         opened = open_model(**shared(settings, ModelSettings))
         stack.callback(opened.restore)
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
         windows = model_windows(opened, settings, progress=partial(settings.progress, "calibrate"))
+        facts = _facts(settings, opened, windows, kinds, names)
+        transaction.journal.begin("gradients", len(opened.skeleton.blocks), facts)
         collect(
             opened,
             windows,
             transaction.folder,
             kinds,
             [matrix for matrix in opened.skeleton.matrices if matrix.name in names],
+            journal=transaction.journal,
             batch_size=settings.batch_size,
             offload_states=settings.offload_states,
             progress=settings.progress,
         )
         transaction.commit()
     return GradientFile(target)
+
+
+def _facts(
+    settings: GradientSettings, opened: OpenedModel, windows: Windows, kinds: Sequence[GradientKind], names: set[str]
+) -> dict[str, Any]:
+    """What the bytes of the file depend on, besides the weights themselves, whose digest is compared."""
+    return {
+        "model": {key: value for key, value in opened.origin.items() if key != "path"},
+        "versions": run_facts(None)["versions"],
+        "machine": machine_facts(opened.skeleton.device),
+        "dtype": str(opened.skeleton.dtype),
+        "batch size": settings.batch_size,
+        "gradients": [asdict(kind) for kind in kinds],
+        "tokens": windows.digest,
+        "matrices": sorted(names),
+    }
 
 
 def _check_file(output: File, model: Model, overwrite: bool) -> Path:
@@ -109,6 +136,7 @@ def collect(
     kinds: Sequence[GradientKind],
     matrices: Sequence[Matrix],
     *,
+    journal: Journal,
     batch_size: int | None = None,
     offload_states: str = "auto",
     progress: Progress = lambda stage, done, total: None,
@@ -116,8 +144,11 @@ def collect(
 ) -> GradientFile:
     """The file `target` with gradient norms of these matrices of an opened model.
 
-    `kinds` differ in their norms only. Raises
-    `CalibrationError` for a matrix whose gradient is zero throughout.
+    `kinds` differ in their norms only. The `journal` gets each block whose sums are on the disk; those that it has from
+    an earlier process are not taken again.
+
+    Raises `CalibrationError` for a matrix whose gradient is zero throughout, `CheckpointError` where the earlier
+    process saw another model.
     """
     skeleton = opened.skeleton
     granularity, scope = kinds[0].granularity, kinds[0].scope
@@ -142,22 +173,44 @@ def collect(
         "versions": {"secateur": secateur.__version__, "torch": torch.__version__},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    exempt = exempt or Exempt()
+    sizes = chunk_sizes(skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first)
+    begun = TAKING in journal.found
+    if begun:
+        provenance, at_once = _go_on(journal, provenance)
+    else:
+        at_once = sizes.samples
+    parts = _parts(windows.batches(batch_size), at_once)
+    shapes = {matrix.name: matrix.shape for matrix in matrices}
     wide = torch.float64 if skeleton.dtype == torch.float64 else torch.float32
-    writer = GradientWriter(target, {matrix.name: matrix.shape for matrix in matrices}, norms, provenance, wide)
+
+    def open_file(path: Path, found: Mapping[str, str] | None) -> GradientWriter:
+        return GradientWriter(path, shapes, norms, provenance, wide, found=found)
+
+    written = GradientParts(target, len(parts), of_block, open_file, journal, begun=begun)
     try:
-        sizes = chunk_sizes(skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first)
-        parts = _parts(windows.batches(batch_size), sizes.samples)
-
-        def take_block(block: Block, totals: Mapping[tuple[str, Norm], Tensor]) -> None:
-            own = of_block.get(block.index, [])
-            _, layout = tapped(block, own)
-            for matrix, norm in product(own, norms):
-                total = matrix.of_parameter(totals[matrix.parameter, norm], layout[matrix.parameter])
-                total = writer.add(matrix.name, norm, total)
-                if number + 1 == len(parts):
-                    check_gradient(matrix.name, total, windows.samples, exempt or Exempt())
-
+        if not begun:
+            flush_names(target.parent)
+            record = {key: provenance[key] for key in ("created", "model_digest")} | {"samples at once": at_once}
+            journal.add(Part(TAKING, record=record))
         for number, part in enumerate(parts):
+            finished = written.finished(number, exempt)
+            if len(finished) == len(of_block):
+                continue
+
+            def take_block(block: Block, totals: Sums, number: int = number) -> None:
+                own = of_block.get(block.index, [])
+                _, layout = tapped(block, own)
+                sums: dict[tuple[str, Norm], Tensor] = {}
+                for matrix, norm in product(own, norms):
+                    total = matrix.of_parameter(totals[matrix.parameter, norm], layout[matrix.parameter])
+                    before = written.before(number, matrix.name, norm)
+                    sums[matrix.name, norm] = total if before is None else total.cpu() + before
+                    if number + 1 == len(parts):
+                        check_gradient(matrix.name, sums[matrix.name, norm], windows.samples, exempt)
+                if own:
+                    written.add(number, block.index, sums, exempt)
+
             one = GradientPass(
                 skeleton,
                 lambda block: tapped(block, of_block.get(block.index, []))[0],
@@ -165,14 +218,28 @@ def collect(
                 norms,
                 granularity,
                 first,
+                finished,
                 _in_part(progress, number, len(parts)),
             )
             (one.of_model if scope == "model" else one.of_blocks)(part, sizes.folder)
         progress("write", 1, 1)
-        writer.close()
+        written.complete()
     finally:
-        writer.abandon()
+        written.abandon()
     return GradientFile(target)
+
+
+def _go_on(journal: Journal, provenance: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Provenance as an earlier process has begun it, and how many samples it took at once."""
+    begun = journal.found[TAKING].record
+    if begun["model_digest"] != provenance["model_digest"]:
+        raise CheckpointError(
+            f"{provenance['model'].get('path')}: has changed since its gradients were begun: the digest of its tensors "
+            f"was {begun['model_digest'][:12]} and is {provenance['model_digest'][:12]}. Go on with the same model, or "
+            "start anew with --overwrite."
+        )
+    # Exact: samples are added up in the same parts, whatever memory is free now.
+    return provenance | {"created": begun["created"]}, begun["samples at once"]
 
 
 def _parts(batches: Sequence[Tensor], samples: int) -> list[list[Tensor]]:

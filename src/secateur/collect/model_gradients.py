@@ -66,7 +66,7 @@ class ModelGradients(Collector):
         )
         return Cost(
             reading=4 * max(sizes),
-            file=4 * weights,
+            file=4 * weights * (1 + (before.passes > 1)),  # each pass adds up what the one before has written
             forwards=4.0,
             computing=3 * logits * skeleton.hidden_size,
             moved=24 * logits + 16 * weights * extent.samples,

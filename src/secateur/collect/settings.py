@@ -161,4 +161,5 @@ class GradientSettings(BatchSettings, ModelSettings, CalibrationSettings, Select
         ),
     ] = "model"
     overwrite: Annotated[bool, Option(OPTIONS, "Replace an existing file.")] = False
+    resume: Resume = False
     progress: Progress = lambda stage, done, total: None

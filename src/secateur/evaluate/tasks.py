@@ -4,7 +4,6 @@ import difflib
 import functools
 import math
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from secateur.evaluate.harness import run_task, stock_manager, wrapped
 from secateur.evaluate.results import Results, model_digest
 from secateur.evaluate.task_data import LocalData
 from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
+from secateur.files.scratch import scratch_folder
 from secateur.models.opening.whole import WholeModel
 from secateur.runs.events import Progress
 
@@ -76,7 +76,7 @@ def tasks(
     with ExitStack() as stack:
         data = dict.fromkeys(wanted, "hub")
         if task_data is not None:
-            written = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-")))
+            written = stack.enter_context(scratch_folder())
             local = LocalData(Path(task_data).expanduser(), written, manager.task_index)
             data = {name: local.configure(name, shots) for name in wanted}
             manager = type(manager)(include_path=str(written), include_defaults=False)

@@ -39,16 +39,19 @@ class CheckpointWriter:
         *,
         index: str | None = None,
         found: Mapping[str, str] | None = None,
+        found_head: bool = True,
     ) -> None:
         """Shards without an index of their tensors where there is one only, unless `index` is the name of one.
 
         With `found` the shards are there, from a writer that did not get to its end, and hold tensors with these
-        sha256. Raises `CheckpointError` where there is no room, or where the shards are others than that writer made.
+        sha256; without `found_head` their headers may be others, and are written again. Raises `CheckpointError` where
+        there is no room, or where the shards are others than that writer made.
         """
         self.folder = folder
         self._metadata = {"format": "pt", **(metadata or {})}
         self.digests: dict[str, str] = dict(found or {})
         self._make = self._create if found is None else self._reopen
+        self._found_head = found_head
         self.header_digests: dict[str, str] = {}
         self._place: dict[str, tuple[str, int, int]] = {}
         self._descriptors: dict[str, int] = {}
@@ -105,6 +108,8 @@ class CheckpointWriter:
         with writing(path):
             self._descriptors[file] = descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
             there = os.fstat(descriptor)
+            if not self._found_head:
+                os.pwrite(descriptor, head, 0)
             if not stat.S_ISREG(there.st_mode) or there.st_size != size or os.pread(descriptor, len(head), 0) != head:
                 raise CheckpointError(
                     f"{path}: was changed since the run that wrote it ended: {there.st_size:,} bytes, expected "

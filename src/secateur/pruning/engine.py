@@ -13,7 +13,7 @@ from secateur.collect.gradient_pass import collect
 from secateur.collect.survey import computing, facts_of
 from secateur.core.fingerprint import recorded
 from secateur.core.needs import input_statistics
-from secateur.files.names import unique
+from secateur.files.scratch import scratch_folder
 from secateur.models.flow.memory import return_large
 from secateur.pruning.block_loop import BlockLoop
 from secateur.pruning.named import resolved
@@ -24,7 +24,7 @@ from secateur.record.versions import run_facts
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Clock, Event, named
-from secateur.runs.journal import GRADIENTS, Part, machine_facts
+from secateur.runs.journal import GRADIENTS, Journal, Part, machine_facts
 from secateur.runs.options import taking
 from secateur.runs.transaction import Transaction
 
@@ -95,28 +95,26 @@ def prune(settings: PruneSettings) -> Manifest:
         if any(own.looks_at_samples and not own.forwards for own in evidence.collectors):
             assert windows is not None
             assert method.gradient is not None
-            taken = beside / (unique("secateur.gradients") if transaction is None else "gradients.safetensors")
-            if transaction is None or GRADIENTS not in transaction.journal.found:
+            room = stack.enter_context(scratch_folder(beside)) if transaction is None else beside
+            journal = Journal(room / "journal.jsonl") if transaction is None else transaction.journal
+            taken = room / "gradients.safetensors"
+            if GRADIENTS in journal.found:
+                evidence.exempt.add(journal.found[GRADIENTS].record)
+            else:
                 with clock.timed("gradients"):
-                    unfinished = taken.with_name(f"{taken.name}.partial")
                     collect(
                         opened,
                         windows,
-                        unfinished,
+                        taken,
                         [method.gradient],
                         extent.matrices,
+                        journal=journal,
                         batch_size=extent.batch_size,
                         offload_states=extent.offload,
                         exempt=evidence.exempt,
                         progress=named(tell, "gradients"),
                     )
-                    unfinished.rename(taken)
-            if transaction is None:
-                stack.callback(taken.unlink, missing_ok=True)
-            elif GRADIENTS in transaction.journal.found:
-                evidence.exempt.add(transaction.journal.found[GRADIENTS].record)
-            else:
-                transaction.journal.add(Part(GRADIENTS, record=evidence.exempt.to_json(), seconds=clock.so_far()))
+                journal.add(Part(GRADIENTS, record=evidence.exempt.to_json(), seconds=clock.so_far()))
             evidence = replace(evidence, gradients=GradientFile(taken))
         shared = settings.statistics if method.inputs else None
         if shared is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, SecateurError
 from secateur.files.checkpoint import Checkpoint
+from secateur.files.scratch import delete
 from secateur.files.writer import CheckpointWriter, reserve, writing
 from secateur.models.opening.loading import check_loads
 from secateur.models.opening.opened import OpenedModel
@@ -17,7 +18,7 @@ from secateur.record.manifest import Manifest, file_digests, source_digest
 from secateur.runs.events import Progress
 from secateur.runs.journal import OUTSIDE, Part
 from secateur.runs.packing import plan_packing, write_packed
-from secateur.runs.transaction import Transaction, delete, flush_names
+from secateur.runs.transaction import Transaction, flush_names
 
 
 class CheckpointOutput:

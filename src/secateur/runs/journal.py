@@ -21,9 +21,11 @@ from secateur.files.writer import writing
 from secateur.models.shape.structure import Block
 
 FORMAT = 1
-OUTSIDE = "outside"  # the part with the tensors outside the blocks, which alone is not worth keeping
+OUTSIDE = "outside"  # the part with the tensors outside the blocks
+TAKING = "taking gradients"  # begun
 GRADIENTS = "gradients"  # the part with those that a run takes first
 SEALED = "sealed"  # what the complete output is, written before it gets its name
+_ALONE_WORTHLESS = (OUTSIDE, TAKING)
 _ANEW = "Start anew with --overwrite."
 _Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -153,7 +155,7 @@ class Journal:
     @property
     def finished(self) -> list[str]:
         """Names of the parts that are worth keeping."""
-        return [name for name in [*self.found, *self._added] if name != OUTSIDE]
+        return [name for name in [*self.found, *self._added] if name not in _ALONE_WORTHLESS]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -166,8 +168,11 @@ class Journal:
 
     def told(self) -> str:
         """How much is finished: "3 of 30 blocks"."""
-        blocks = [name for name in self.finished if name.startswith("block ")]
-        return f"{len(blocks)} of {self.parts} blocks" if blocks else f"the {self.finished[0]}"
+        finished = self.finished
+        blocks = sum(name.startswith("block ") for name in finished)
+        if blocks or GRADIENTS in finished:
+            return f"{blocks} of {self.parts} blocks" if blocks else f"the {GRADIENTS}"
+        return f"the gradients of {len({name.partition(',')[0] for name in finished})} of {self.parts} blocks"
 
     def _append(self, value: Mapping[str, Any]) -> None:
         line = memoryview((json.dumps({**value, "digest": digest_of(value)}) + "\n").encode())

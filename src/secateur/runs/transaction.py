@@ -10,9 +10,7 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -21,6 +19,7 @@ from rich.filesize import decimal
 
 from secateur.errors import CheckpointError, SecateurError
 from secateur.files.names import exchange, rename_new, unique
+from secateur.files.scratch import bytes_below, delete, entries_below
 from secateur.files.writer import writing
 from secateur.runs.journal import SEALED, Journal, Part
 
@@ -160,7 +159,7 @@ class Transaction:
         left = [entry for entry in self.partial.iterdir() if entry.name != _LOCK]
         if not left:
             return
-        size = _size(self.partial)
+        size = bytes_below(self.partial)
         for entry in left:
             delete(entry)
         logger.warning("%s: %s (%s); removed.", self.partial, how, decimal(size))
@@ -230,7 +229,7 @@ class Transaction:
 
     def _unfinished(self) -> str:
         """What an unfinished run has left, in a sentence."""
-        size = decimal(_size(self.partial))
+        size = decimal(bytes_below(self.partial))
         return f"{self.partial}: {self.journal.told()} of an unfinished run are kept there ({size})."
 
     def _end(self, *, keep: bool = False) -> None:
@@ -259,18 +258,9 @@ def made_again(name: str) -> bool:
     return name.endswith(".partial")
 
 
-def delete(entry: Path) -> None:
-    """Remove a file, a link or a whole folder, as far as the system allows it."""
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            entry.unlink()
-
-
 def flush(entry: Path) -> None:
     """Force a file, or a folder with all that is in it, to the disk. Raises `OSError`."""
-    for one in (*_entries(entry), entry) if entry.is_dir() else (entry,):
+    for one in (*entries_below(entry), entry) if entry.is_dir() else (entry,):
         if not one.is_symlink():
             _flush_one(one)
 
@@ -289,17 +279,6 @@ def _flush_one(entry: Path) -> None:
         os.close(descriptor)
 
 
-def _size(folder: Path) -> int:
-    """The bytes of all files below a folder."""
-    return sum(file.lstat().st_size for file in _entries(folder) if not file.is_dir())
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    """Everything below a folder; symbolic links are not followed."""
-    for above, folders, files in os.walk(folder):
-        yield from (Path(above) / name for name in (*folders, *files))
-
-
 def _as_json(listing: dict[str, tuple[int, int, int]] | None) -> dict[str, list[int]]:
     return {name: list(facts) for name, facts in (listing or {}).items()}
 
@@ -308,7 +287,7 @@ def _listing(target: Path) -> dict[str, tuple[int, int, int]] | None:
     """What is under a name, and in it, by facts that change when somebody writes there; None where nothing is."""
     if not os.path.lexists(target):
         return None
-    inside = {file.relative_to(target).as_posix(): file for file in _entries(target)}
+    inside = {file.relative_to(target).as_posix(): file for file in entries_below(target)}
     listing = {}
     for name, file in {".": target, **inside}.items():
         with suppress(FileNotFoundError):

@@ -18,10 +18,10 @@ from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.errors import CheckpointError
 from secateur.files.reading import checked, read_json
 from secateur.files.redaction import redacted
+from secateur.files.scratch import delete
 from secateur.files.writer import writing
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.output import check_apart, check_writable
-from secateur.runs.transaction import delete
 
 SWEEP_FILE = "sweep.json"
 CELL_FILE = "cell.json"

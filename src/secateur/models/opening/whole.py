@@ -3,7 +3,7 @@
 import gc
 import math
 import os
-import tempfile
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import Checkpoint
 from secateur.files.folders import locate
+from secateur.files.scratch import scratch_folder
 from secateur.models.flow.memory import trim
 from secateur.models.opening.configuration import check_no_code, read_configuration, reason
 from secateur.models.opening.opened import (
@@ -53,7 +54,7 @@ class WholeModel:
     ) -> None:
         self._device_name, self._trust = device, trust_remote_code
         self._given_tokenizer = tokenizer
-        self._offloaded: tempfile.TemporaryDirectory[str] | None = None
+        self._offloaded = ExitStack()
         self.device = choose_device(device)
         self.path: Path | None = None
         self._module: nn.Module | None = None
@@ -125,8 +126,8 @@ class WholeModel:
         free = free_bytes(self.device)
         if weights * WORKING_SHARE <= free:
             return {}
-        self._offloaded = tempfile.TemporaryDirectory(prefix="secateur-")
-        placement: dict[str, Any] = {"device_map": "auto", "offload_folder": self._offloaded.name}
+        folder = self._offloaded.enter_context(scratch_folder())
+        placement: dict[str, Any] = {"device_map": "auto", "offload_folder": str(folder)}
         if self.device.type == "cpu":
             placement["max_memory"] = {"cpu": int(free / WORKING_SHARE)}
         elif self._device_name != "auto":
@@ -145,8 +146,7 @@ class WholeModel:
         gc.collect()
         torch.cuda.empty_cache()
         trim()
-        if self._offloaded is not None:
-            self._offloaded.cleanup()
+        self._offloaded.close()
 
     def __enter__(self) -> "WholeModel":
         return self
