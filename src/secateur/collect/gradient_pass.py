@@ -41,6 +41,7 @@ from secateur.record.versions import run_facts
 from secateur.runs.events import Progress
 from secateur.runs.journal import TAKING, Journal, Part, machine_facts
 from secateur.runs.options import shared, taking
+from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
 from secateur.runs.output import check_writable, resolved
 from secateur.runs.transaction import Transaction, flush_names
 
@@ -62,16 +63,26 @@ def gradients(settings: GradientSettings) -> GradientFile:
         raise CalibrationError("norm: got none, expected l1, l2 or both.")
     kinds = [GradientKind(norm, settings.granularity, settings.scope) for norm in norms]  # type: ignore[arg-type]
     target = _check_file(settings.output, settings.model, settings.overwrite)
+    return with_smaller_batches(settings.batch_size, partial(_gradients, settings, kinds, target))
+
+
+def _gradients(
+    settings: GradientSettings, kinds: Sequence[GradientKind], target: Path, size: BatchSize
+) -> GradientFile:
     return_large()
     with ExitStack() as stack:
-        transaction = stack.enter_context(Transaction(target, settings.overwrite, file=True, resume=settings.resume))
+        resume = settings.resume or size.first is not None
+        transaction = stack.enter_context(Transaction(target, settings.overwrite, file=True, resume=resume))
+        size.go_on(transaction.journal)
         opened = open_model(**shared(settings, ModelSettings))
         stack.callback(opened.restore)
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
         windows = model_windows(opened, settings, progress=partial(settings.progress, "calibrate"))
-        facts = _facts(settings, opened, windows, kinds, names)
+        size.begin(gradient_batch_size(opened.skeleton, windows.length, settings.granularity, size.now))
+        facts = _facts(size.first or settings.batch_size, opened, windows, kinds, names)
         transaction.journal.begin("gradients", len(opened.skeleton.blocks), facts)
+        size.record(transaction.journal)
         collect(
             opened,
             windows,
@@ -79,7 +90,7 @@ def gradients(settings: GradientSettings) -> GradientFile:
             kinds,
             [matrix for matrix in opened.skeleton.matrices if matrix.name in names],
             journal=transaction.journal,
-            batch_size=settings.batch_size,
+            batch_size=size.now,
             offload_states=settings.offload_states,
             progress=settings.progress,
         )
@@ -88,7 +99,7 @@ def gradients(settings: GradientSettings) -> GradientFile:
 
 
 def _facts(
-    settings: GradientSettings, opened: OpenedModel, windows: Windows, kinds: Sequence[GradientKind], names: set[str]
+    batch_size: int | None, opened: OpenedModel, windows: Windows, kinds: Sequence[GradientKind], names: set[str]
 ) -> dict[str, Any]:
     """What the bytes of the file depend on, besides the weights themselves, whose digest is compared."""
     return {
@@ -96,7 +107,7 @@ def _facts(
         "versions": run_facts(None)["versions"],
         "machine": machine_facts(opened.skeleton.device),
         "dtype": str(opened.skeleton.dtype),
-        "batch size": settings.batch_size,
+        "batch size": batch_size or "auto",
         "gradients": [asdict(kind) for kind in kinds],
         "tokens": windows.digest,
         "matrices": sorted(names),

@@ -341,6 +341,8 @@ class BlockLoop:
             except NumericalError as error:
                 exempt.nonfinite(matrix.name, error)
                 continue
+            except torch.OutOfMemoryError as error:  # which smaller batches would not help
+                raise MemoryError(f"{matrix.name}: {str(error).partition('. ')[0]} while it was solved") from error
             if matrix.tensor not in changed:
                 original = tensors[matrix.tensor]
                 pin = self.skeleton.device.type == "cuda"

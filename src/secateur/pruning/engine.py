@@ -26,6 +26,7 @@ from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Clock, Event, named
 from secateur.runs.journal import GRADIENTS, Journal, Part, machine_facts
 from secateur.runs.options import taking
+from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
 from secateur.runs.transaction import Transaction
 
 
@@ -59,13 +60,18 @@ def prune(settings: PruneSettings) -> Manifest:
 
     The source is never written to, and `output` appears under its name only when it is complete. A block that is
     finished is on the disk before the next one is; what a run that was ended leaves, the same call with `resume` goes
-    on with, to the same bytes. A run that is not `resumable`, or shares statistics, leaves nothing.
+    on with, to the same bytes. A run that is not `resumable`, or shares statistics, leaves nothing. Where the device
+    has too little memory for `batch_size` samples at once, the run goes on with half as many, and the manifest says so.
 
     Raises `PatternError`, `CalibrationError`, `ModelStructureError`, `NumericalError` or `CheckpointError`, each of
     which says what to do.
     """
-    started = time.perf_counter()
     settings = resolved(settings)
+    return with_smaller_batches(settings.batch_size, partial(_prune, settings))
+
+
+def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
+    started = time.perf_counter()
     on_event = settings.on_event
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -76,16 +82,22 @@ def prune(settings: PruneSettings) -> Manifest:
     with ExitStack() as stack:
         transaction = None
         if target is not None:
-            transaction = stack.enter_context(Transaction(target, settings.overwrite, resume=settings.resume))
+            resume = settings.resume or size.first is not None
+            transaction = stack.enter_context(Transaction(target, settings.overwrite, resume=resume))
+            size.go_on(transaction.journal)
+            settings = replace(settings, batch_size=size.now)
         ready = stack.enter_context(prepared(settings, progress=partial(tell, "calibrate")))
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
         pile_bytes = return_large(extent.product_bytes if extent.by_site else 0)
-        manifest = _manifest(ready)
+        if transaction is not None and settings.statistics is None:
+            size.begin(extent.chosen_batch_size)
+        manifest = _manifest(ready, size)
         clock = Clock(synchronise=skeleton.device.type == "cuda", began=started)
         if transaction is not None and settings.resumable and settings.statistics is None:
             transaction.journal.begin("prune", len(skeleton.blocks), _facts(ready, manifest))
+            size.record(transaction.journal)
             clock.resume(transaction.journal.seconds)
         output = (
             None if transaction is None else checkpoint_output(transaction, opened, packed_bytes=ready.packed_bytes)
@@ -133,7 +145,7 @@ def prune(settings: PruneSettings) -> Manifest:
     return manifest
 
 
-def _manifest(ready: Prepared) -> Manifest:
+def _manifest(ready: Prepared, size: BatchSize) -> Manifest:
     """The manifest at the start of a run: what was asked, and what that means for this model."""
     settings, method, skeleton = ready.settings, ready.method, ready.opened.skeleton
     return Manifest(
@@ -142,6 +154,7 @@ def _manifest(ready: Prepared) -> Manifest:
         settings={
             "propagate": settings.propagate,
             **computing(skeleton, ready.extent.chosen_batch_size, ready.evidence.device),
+            **({} if size.first is None else {"batch_size_at_first": size.first}),
             "statistics": sorted(kind.__name__ for kind in input_statistics(ready.evidence.needs)),
             "within": settings.within,
             "targets": settings.targets,
@@ -162,11 +175,14 @@ def _manifest(ready: Prepared) -> Manifest:
 def _facts(ready: Prepared, manifest: Manifest) -> dict[str, Any]:
     """What the bytes of the output depend on, besides the weights themselves, which are compared one by one."""
     gradients = ready.evidence.gradients
+    settings = dict(manifest.settings)
+    # What a run has come down to is a part of its journal, not of what was asked.
+    settings["batch_size"] = settings.pop("batch_size_at_first", settings["batch_size"])
     return {
         "model": {key: value for key, value in ready.opened.origin.items() if key != "path"},
         "versions": manifest.versions,
         "machine": machine_facts(ready.opened.skeleton.device),
-        "settings": manifest.settings,
+        "settings": settings,
         "tokens": None if ready.windows is None else ready.windows.digest,
         "file of gradients": None if gradients is None else gradients.digest,
         "packed": ready.settings.packed,

@@ -129,11 +129,16 @@ def sparsity(entries: Sequence[Mapping[str, Any]]) -> float:
 def cautions(manifest: Manifest) -> list[str]:
     """Sentences on how matrices were solved that a reader should know.
 
-    They name more damping than was asked for, fewer tokens than inputs, matrices that were left dense or pruned by
-    magnitude, blocks that moved far, and updates of weights that swaps have undone.
+    They name batches that had to shrink, more damping than was asked for, fewer tokens than inputs, matrices that were
+    left dense or pruned by magnitude, blocks that moved far, and updates of weights that swaps have undone.
     """
     options, matrices = manifest.settings.get("options", {}), manifest.matrices
     found = []
+    if first := manifest.settings.get("batch_size_at_first"):
+        found.append(
+            f"The device had too little memory for {first} samples at once, and the run went on with "
+            f"{manifest.settings['batch_size']}: --batch-size {first} may give other last bits."
+        )
     for name in ("damping", "least_squares_damping", "obs_update_damping"):
         part = name.removesuffix("damping").rstrip("_")
         asked = options.get(f"{part}.damping" if part else "damping")

@@ -24,8 +24,9 @@ FORMAT = 1
 OUTSIDE = "outside"  # the part with the tensors outside the blocks
 TAKING = "taking gradients"  # begun
 GRADIENTS = "gradients"  # the part with those that a run takes first
+SMALLER = "smaller batches"  # what a run has come down to that ran out of memory
 SEALED = "sealed"  # what the complete output is, written before it gets its name
-_ALONE_WORTHLESS = (OUTSIDE, TAKING)
+_ALONE_WORTHLESS = (OUTSIDE, TAKING, SMALLER)
 _ANEW = "Start anew with --overwrite."
 _Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
