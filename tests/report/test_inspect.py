@@ -1,13 +1,16 @@
 """What a checkpoint is found to be, and what a run is said to cost before it starts."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -321,6 +324,29 @@ def test_states_that_do_not_fit_are_noted(model: Path) -> None:
     kept = estimate(model, method=secateur.wanda(), samples=10**12, offload_states="never")
     assert any("--batch-size 1" in note for note in kept.notes)
     assert kept.host_bytes > 10**15 > result.host_bytes, "pages of mapped files are the system's to drop"
+
+
+def test_prune_says_before_its_work_that_memory_is_short(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = SimpleNamespace(available=1_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    told: list[int] = []
+    with caplog.at_level(logging.WARNING):
+        secateur.prune(
+            model,
+            output=tmp_path / "out",
+            calibration=tiny.tokens(),
+            offload_states="never",
+            on_event=lambda event: told.append(len(caplog.messages)),
+        )
+    message = r"This needs about \S+ MB of host memory, and \S+ MB are free: use fewer or shorter samples, or "
+    assert re.match(message, caplog.messages[0])
+    assert told[-1] == len(caplog.messages) == 1
+    assert re.match(message, estimate(model, calibration=None, length=16, offload_states="never").notes[-1])
+    free.available = 10**12
+    secateur.prune(model, output=tmp_path / "other", calibration=tiny.tokens())
+    assert len(caplog.messages) == 1
 
 
 def test_a_model_in_memory_is_noted_and_left_as_it_is() -> None:

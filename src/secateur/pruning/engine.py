@@ -1,5 +1,6 @@
 """`prune`: from a model to a pruned checkpoint and its manifest."""
 
+import logging
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from secateur.core.needs import input_statistics
 from secateur.files.scratch import scratch_folder
 from secateur.models.flow.memory import return_large
 from secateur.pruning.block_loop import BlockLoop
+from secateur.pruning.forecast_memory import memory_of, shortage
 from secateur.pruning.named import resolved
 from secateur.pruning.preparation import Prepared, chosen_correction, output_of, prepared
 from secateur.pruning.settings import PruneSettings
@@ -28,6 +30,8 @@ from secateur.runs.journal import GRADIENTS, Journal, Part, machine_facts
 from secateur.runs.options import taking
 from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
 from secateur.runs.transaction import Transaction
+
+logger = logging.getLogger(__name__)
 
 
 @taking(PruneSettings)
@@ -90,6 +94,8 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
+        if told := shortage(ready, memory_of(ready)):
+            logger.warning(told)
         pile_bytes = return_large(extent.product_bytes if extent.by_site else 0)
         if transaction is not None and settings.statistics is None:
             size.begin(extent.chosen_batch_size)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.filesize import decimal
 
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan
-from secateur.pruning.forecast_memory import Memory, memory_of, source_bytes
+from secateur.pruning.forecast_memory import Memory, memory_of, shortage, source_bytes
 from secateur.pruning.forecast_time import run_seconds
 from secateur.pruning.named import resolved
 from secateur.pruning.preparation import Prepared, output_of, prepared
@@ -96,13 +97,13 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
     total = source_bytes(skeleton, skeleton.source.names)
     disk = total + memory.cost.file + (ready.packed_bytes or 0)
     notes = [*ready.unchecked, *_memory_notes(ready, memory)]
-    if memory.host > free:
-        notes.append("This needs more host memory than is free now: use fewer or shorter samples, or --batch-size 1.")
+    if told := shortage(ready, memory):
+        notes.append(told)
     if target is not None:
         above = next(folder for folder in target.parents if folder.exists())
         room = shutil.disk_usage(above).free
         if room < disk:
-            notes.append(f"This needs more disk than the {bytes_text(room)} that are free in {above}.")
+            notes.append(f"This needs more disk than the {decimal(room)} that are free in {above}.")
     left_out = [LeftOutRow(**row) for row in skeleton.left_out_by_reason()]
     all_weights = sum(math.prod(skeleton.source.shape(name)) for name in skeleton.source.names)
     for row in left_out:
@@ -149,14 +150,14 @@ def _memory_notes(ready: Prepared, memory: Memory) -> list[str]:
             else ""
         )
         notes.append(
-            f"Gradients first: the inputs of all blocks take {bytes_text(before.saved)} {place}{parts}, and their "
-            f"norms {bytes_text(memory.cost.file)} in a temporary file beside the output."
+            f"Gradients first: the inputs of all blocks take {decimal(before.saved)} {place}{parts}, and their "
+            f"norms {decimal(memory.cost.file)} in a temporary file beside the output."
         )
     if memory.sums or memory.sums_elsewhere:
         elsewhere = f" on {ready.evidence.device}" if memory.sums_elsewhere else ""
         notes.append(
-            f"The Gram matrices of a block take about {bytes_text(memory.sums + memory.sums_elsewhere)}{elsewhere}, "
-            f"and solving the largest matrix {bytes_text(memory.solving)}."
+            f"The Gram matrices of a block take about {decimal(memory.sums + memory.sums_elsewhere)}{elsewhere}, "
+            f"and solving the largest matrix {decimal(memory.solving)}."
         )
     if ready.opened.skeleton.resident:
         notes.append("The whole model is in memory: it was given as a module, or dequantised from GGUF.")
@@ -175,12 +176,3 @@ def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
         weights = sum(math.prod(matrix.shape) for matrix in own)
         rows.append(KindRow(kind, next(iter(patterns), None), len(own), len(patterns), own[-1].shape, weights))
     return rows
-
-
-def bytes_text(count: float) -> str:
-    """A size with a decimal unit: 1.4 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
+from rich.filesize import decimal
 
 from secateur.collect.collector import Cost
 from secateur.models.flow.memory import pile_limit, trim
@@ -45,6 +47,25 @@ def resident_bytes() -> int:
     """What this process has in memory: the interpreter and the libraries, and the model where it was given as one."""
     trim()
     return int(psutil.Process().memory_info().rss)
+
+
+def shortage(ready: Prepared, memory: Memory) -> str | None:
+    """What is said of a run that needs more memory than is free, or None where it fits."""
+    free = psutil.virtual_memory().available + resident_bytes()
+    if memory.host > free:
+        return (
+            f"This needs about {decimal(memory.host)} of host memory, and {decimal(free)} are free: use fewer or "
+            "shorter samples, or --batch-size 1."
+        )
+    device = ready.opened.skeleton.device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        if memory.device > free:
+            return (
+                f"This needs about {decimal(memory.device)} of the memory of {device}, and {decimal(free)} are "
+                "free: use --batch-size 1, or keep Gram matrices on the host with --statistics-device cpu."
+            )
+    return None
 
 
 def memory_of(ready: Prepared) -> Memory:

@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.filesize import decimal
+
 from secateur.core.patterns import pattern_from_json
-from secateur.pruning.forecast import bytes_text
 from secateur.record.manifest import Manifest
 from secateur.report.masks import Group, MaskReport
 from secateur.report.structure import Structure
@@ -99,7 +100,7 @@ def provenance(manifest: Manifest) -> list[Table]:
         made.append(pairs("calibration", "Calibration", calibration))
         for place, part in enumerate(parts):
             caption = "Text" if len(parts) == 1 else f"Text {place + 1} of {len(parts)}"
-            facts = {key: bytes_text(value) if key == "bytes" else value for key, value in part.items()}
+            facts = {key: decimal(value) if key == "bytes" else value for key, value in part.items()}
             made.append(pairs(f"text-{place + 1}", caption, facts))
     made.append(pairs("run", "Settings", manifest.settings | {"date": manifest.created}))
     made.append(pairs("versions", "Versions", manifest.versions))

@@ -3,9 +3,9 @@
 from collections import Counter
 
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.text import Text
 
-from secateur.pruning.forecast import bytes_text
 from secateur.report.terminal import _table, seconds_text
 from secateur.runtime.bench import Bench, Speed
 from secateur.runtime.pack import Packing
@@ -20,7 +20,7 @@ def packing_tables(result: Packing) -> RenderableType:
         (f"{result.matrices} packed matrices", result.bytes_before, result.bytes_after, f"{result.bits:.2f}"),
         ("all tensors", result.total_before, result.total_after, ""),
     ):
-        sizes.add_row(label, bytes_text(before), bytes_text(after), f"{after / before:.3f}", bits)
+        sizes.add_row(label, decimal(before), decimal(after), f"{after / before:.3f}", bits)
     parts: list[RenderableType] = [sizes, ""]
     if result.dense:
         left = _table("stayed dense", "tensors", "for example")
@@ -48,7 +48,7 @@ def unpacking_tables(result: Unpacking) -> RenderableType:
     """What was unpacked, in a sentence."""
     return Text(
         f"{result.matrices} matrices unpacked into {result.output} in {seconds_text(result.seconds)}: "
-        f"{bytes_text(result.bytes_before)} became {bytes_text(result.bytes_after)}, "
+        f"{decimal(result.bytes_before)} became {decimal(result.bytes_after)}, "
         + (
             f"{result.rounded} matrices with the values that their int8 codes stand for."
             if result.rounded
@@ -64,9 +64,7 @@ def bench_tables(result: Bench) -> RenderableType:
     for row in result.rows:
         what = [row.model, row.backend, row.dtype]
         share = "" if row.read_share is None else f"{row.read_share:.2f}"
-        sizes.add_row(
-            *what, bytes_text(row.file_bytes), bytes_text(row.memory_bytes), seconds_text(row.load_seconds), share
-        )
+        sizes.add_row(*what, decimal(row.file_bytes), decimal(row.memory_bytes), seconds_text(row.load_seconds), share)
         for number, (prefill, decode) in enumerate(zip(row.prefill, row.decode, strict=True)):
             gains = [_gain(result.gain(row, stage, number), row.sparse_matrices) for stage in ("prefill", "decode")]
             speeds.add_row(*what, str(prefill.batch), _rate(prefill), gains[0], _rate(decode), gains[1])

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.text import Text
 
 from secateur.evaluate.perplexity import Perplexity
-from secateur.pruning.forecast import bytes_text
 from secateur.report.terminal import _table, plus_minus, seconds_text
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def forecast_table(forecast: "Forecast") -> RenderableType:
         passes = ", each seen once"
     table.add_row("windows", f"{forecast.windows:,} of {settings.length} tokens{passes}; {forecast.held_out} held out")
     table.add_row("computing on", f"{forecast.device}, {forecast.dtype}")
-    listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in forecast.memory.items() if size)
-    table.add_row("memory", f"{bytes_text(sum(forecast.memory.values()))} and activations: {listed}")
+    listed = ", ".join(f"{name} {decimal(size)}" for name, size in forecast.memory.items() if size)
+    table.add_row("memory", f"{decimal(sum(forecast.memory.values()))} and activations: {listed}")
     return table
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +18,7 @@ from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.perplexity import Perplexity
 from secateur.evaluate.task_results import Difference, Metric, TaskComparison, TaskResult, TaskResults
 from secateur.models.shape.matrices import matrix_kind
-from secateur.pruning.forecast import Estimate, bytes_text
+from secateur.pruning.forecast import Estimate
 from secateur.record.manifest import Manifest, cautions, sparsity
 from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection, MatrixSparsity
@@ -65,15 +66,15 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
     cost.add_row("zeros afterwards", f"{estimate.zeros:,} ({share:.1%} of the model)")
     cost.add_row("computing on", f"{estimate.device}, {estimate.dtype}")
     cost.add_row("calibration", f"{estimate.tokens:,} tokens" if estimate.tokens else "none needed")
-    cost.add_row("largest block", bytes_text(estimate.block_bytes))
-    cost.add_row("hidden states", bytes_text(estimate.states_bytes))
-    free = bytes_text(estimate.available_host_bytes)
-    cost.add_row("host memory", f"about {bytes_text(estimate.host_bytes)} ({free} free)")
+    cost.add_row("largest block", decimal(estimate.block_bytes))
+    cost.add_row("hidden states", decimal(estimate.states_bytes))
+    free = decimal(estimate.available_host_bytes)
+    cost.add_row("host memory", f"about {decimal(estimate.host_bytes)} ({free} free)")
     if estimate.device_bytes:
-        cost.add_row("device memory", f"about {bytes_text(estimate.device_bytes)}")
-    cost.add_row("disk", bytes_text(estimate.disk_bytes))
+        cost.add_row("device memory", f"about {decimal(estimate.device_bytes)}")
+    cost.add_row("disk", decimal(estimate.disk_bytes))
     if estimate.packed_bytes is not None:
-        cost.add_row("packed tensors", bytes_text(estimate.packed_bytes))
+        cost.add_row("packed tensors", decimal(estimate.packed_bytes))
     cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
     return Group(planned, "", left, "", cost, *(Text(note, style="yellow") for note in estimate.notes))
 
@@ -142,7 +143,7 @@ def inspection_tables(inspection: Inspection, every_matrix: bool = False) -> Ren
     parts: list[RenderableType] = []
     if inspection.packed is not None:
         packed, stored, plain = (inspection.packed[key] for key in ("tensors", "bytes", "plain_bytes"))
-        share = f"{bytes_text(stored)}, {stored / plain:.3f} of {bytes_text(plain)} when they are plain"
+        share = f"{decimal(stored)}, {stored / plain:.3f} of {decimal(plain)} when they are plain"
         how = f"{inspection.packed['values']} values" + (", compressed" if inspection.packed["compressed"] else "")
         parts += [Text(f"{packed} tensors are packed ({how}): {share}."), ""]
     for key in ("kind", "block"):
@@ -200,10 +201,10 @@ def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
     cost = _table("estimate", "")
     cost.add_row("for all cells together", f"about {seconds_text(estimate.shared_seconds)}")
     cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
-    cost.add_row("disk", f"{bytes_text(estimate.disk_bytes)} ({bytes_text(estimate.free_disk_bytes)} free)")
+    cost.add_row("disk", f"{decimal(estimate.disk_bytes)} ({decimal(estimate.free_disk_bytes)} free)")
     if estimate.host_bytes:
-        free = bytes_text(estimate.available_host_bytes)
-        cost.add_row("host memory to prune", f"about {bytes_text(estimate.host_bytes)} ({free} free)")
+        free = decimal(estimate.available_host_bytes)
+        cost.add_row("host memory to prune", f"about {decimal(estimate.host_bytes)} ({free} free)")
     return Group(table, "", cost, *(Text(note, style="yellow") for note in estimate.notes))
 
 
