@@ -45,6 +45,8 @@ from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
 from secateur.runs.output import check_writable, resolved
 from secateur.runs.transaction import Transaction, flush_names
 
+_OF_THE_FIRST = ("model", "model_digest", "created")  # of the provenance, what the process that began has written
+
 
 @taking(GradientSettings)
 def gradients(settings: GradientSettings) -> GradientFile:
@@ -202,7 +204,7 @@ def collect(
     try:
         if not begun:
             flush_names(target.parent)
-            record = {key: provenance[key] for key in ("created", "model_digest")} | {"samples at once": at_once}
+            record = {key: provenance[key] for key in _OF_THE_FIRST} | {"samples at once": at_once}
             journal.add(Part(TAKING, record=record))
         for number, part in enumerate(parts):
             finished = written.finished(number, exempt)
@@ -250,7 +252,7 @@ def _go_on(journal: Journal, provenance: dict[str, Any]) -> tuple[dict[str, Any]
             "start anew with --overwrite."
         )
     # Exact: samples are added up in the same parts, whatever memory is free now.
-    return provenance | {"created": begun["created"]}, begun["samples at once"]
+    return provenance | {key: begun[key] for key in _OF_THE_FIRST}, begun["samples at once"]
 
 
 def _parts(batches: Sequence[Tensor], samples: int) -> list[list[Tensor]]:
