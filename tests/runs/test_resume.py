@@ -261,6 +261,19 @@ def test_an_unfinished_run_is_reported_with_what_can_be_done(
     assert not partial.exists()
 
 
+def test_a_dry_run_tells_of_it(unfinished: Path) -> None:
+    partial = unfinished / "out.partial"
+    before = {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()}
+    found = secateur.estimate(unfinished / "model", output=unfinished / "out", calibration=tiny.tokens())
+    assert found.notes == [
+        f"{partial}: 2 of 3 blocks of an unfinished run are kept there "
+        f"({sum(map(len, before.values())) / 1000:.1f} kB). The same command with --resume goes on after them; with "
+        "--overwrite it starts anew."
+    ]
+    assert {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()} == before
+    assert secateur.estimate(unfinished / "model", output=unfinished / "other", calibration=tiny.tokens()).notes == []
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

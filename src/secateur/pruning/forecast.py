@@ -19,6 +19,7 @@ from secateur.pruning.named import resolved
 from secateur.pruning.preparation import Prepared, output_of, prepared
 from secateur.pruning.settings import PruneSettings
 from secateur.runs.options import taking
+from secateur.runs.transaction import unfinished
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
         room = shutil.disk_usage(above).free
         if room < disk:
             notes.append(f"This needs more disk than the {decimal(room)} that are free in {above}.")
+        if left := unfinished(target):
+            notes.append(left)
     left_out = [LeftOutRow(**row) for row in skeleton.left_out_by_reason()]
     all_weights = sum(math.prod(skeleton.source.shape(name)) for name in skeleton.source.names)
     for row in left_out:

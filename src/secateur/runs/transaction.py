@@ -47,7 +47,7 @@ class Transaction:
         self.overwrite = overwrite
         self.resume = resume
         self.file = file
-        self.partial = target.with_name(f"{target.name}.partial")
+        self.partial = partial_of(target)
         self.folder = self.partial / _RESULT
         self.journal: Journal
         self._lock = self.partial / _LOCK
@@ -228,9 +228,7 @@ class Transaction:
             ) from error
 
     def _unfinished(self) -> str:
-        """What an unfinished run has left, in a sentence."""
-        size = decimal(bytes_below(self.partial))
-        return f"{self.partial}: {self.journal.told()} of an unfinished run are kept there ({size})."
+        return _told(self.partial, self.journal)
 
     def _end(self, *, keep: bool = False) -> None:
         """Let go of the folder: remove it, if it is ours, and the parents that were made for it.
@@ -251,6 +249,26 @@ class Transaction:
         with suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
+
+
+def unfinished(target: Path) -> str | None:
+    """What an unfinished run has left beside an output, and how to go on, in two sentences; None where there is none.
+
+    Raises `CheckpointError` for a journal that is damaged.
+    """
+    partial = partial_of(target)
+    journal = Journal(partial / _JOURNAL)
+    return f"{_told(partial, journal)} {CHOICES}" if journal.finished else None
+
+
+def partial_of(target: Path) -> Path:
+    """The folder in which an output is made."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def _told(partial: Path, journal: Journal) -> str:
+    size = decimal(bytes_below(partial))
+    return f"{partial}: {journal.told()} of an unfinished run are kept there ({size})."
 
 
 def made_again(name: str) -> bool:
