@@ -11,9 +11,10 @@ from transformers import LlamaForCausalLM
 import secateur
 import tiny
 from pruned_checkpoints import bits, calibration, read_tensors, same_bytes
+from secateur.core.gradients import GradientKind
 from secateur.core.patterns import Unstructured
 from secateur.core.problem import Problem, Solution
-from secateur.errors import NumericalError
+from secateur.errors import CalibrationError, CheckpointError, NumericalError
 from secateur.files.checkpoint import SINGLE_FILE, Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
@@ -136,6 +137,48 @@ def test_experts_that_saw_no_token(within: str, tmp_path: Path) -> None:
     assert any("saw no calibration token and were pruned by magnitude" in text for text in cautions(made["magnitude"]))
     for unseen in ("magnitude", "skip"):
         assert verify(tmp_path / unseen, Checkpoint(source)).ok
+
+
+@pytest.mark.parametrize("method", ["gradient", "gblm"])
+def test_gradients_of_experts_that_saw_no_token(method: str, tmp_path: Path) -> None:
+    """A file holds zeros for them; every run that is given it decides what that means."""
+    source = tiny.save("mixtral", tmp_path / "source")
+    ids = tiny.tokens(1, 2)
+    file = tmp_path / "gradients"
+    with pytest.raises(CalibrationError, match="its gradient is zero on all 1 calibration samples"):
+        secateur.gradients(source, file, calibration=ids)
+    made = secateur.gradients(source, file, calibration=ids, unseen="skip", overwrite=True)
+    zero = {name for name in made.matrices if not made.read(name, GradientKind("l1")).total.any()}
+    assert zero
+    options = {"method": method, "calibration": ids, "only": ["*.layers.0.*"]}
+    zero = {name for name in zero if ".layers.0." in name}
+    for given in (file, None):
+        taken = {} if given is None else {"gradient": given}
+        with pytest.raises((CalibrationError, secateur.ModelStructureError)):
+            prune(source, output=tmp_path / "out", overwrite=True, **options, **taken)
+        kinds = {}
+        for unseen in ("skip", "magnitude"):
+            out = tmp_path / f"{unseen}-{given is None}"
+            kinds[unseen] = prune(source, output=out, unseen=unseen, **options, **taken)
+        assert set(kinds["skip"].skipped) == zero
+        entries = kinds["magnitude"].matrices
+        assert {name for name, entry in entries.items() if entry.get("method") == "magnitude"} == zero
+    for unseen in ("skip", "magnitude"):
+        own, other = (read_tensors(tmp_path / f"{unseen}-{taken}") for taken in (True, False))
+        assert all(same_bytes(own[name], other[name]) for name in own)
+
+
+def test_a_sweep_goes_on_without_them_too(tmp_path: Path) -> None:
+    source = tiny.save("mixtral", tmp_path / "source")
+    save_file({"input_ids": tiny.tokens(1, 2)}, tmp_path / "few.safetensors")
+    save_file({"input_ids": tiny.tokens(2, 16)}, tmp_path / "tokens.safetensors")
+    options = {"methods": ["wanda", "gblm"], "calibration": str(tmp_path / "few.safetensors")}
+    options |= {"data": [str(tmp_path / "tokens.safetensors")], "eval_length": 16}
+    for unseen, expected in (("error", "failed"), ("magnitude", "done")):
+        made = secateur.sweep(source, output=tmp_path / unseen, unseen=unseen, **options)
+        assert {cell.status for cell in made.cells} == {expected}
+    with pytest.raises(CheckpointError, match="--unseen"):
+        secateur.sweep(source, output=tmp_path / "magnitude", unseen="skip", **options)
 
 
 def changes(*values: float | None) -> list[dict[str, Any]]:

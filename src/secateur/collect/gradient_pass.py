@@ -58,6 +58,9 @@ def gradients(settings: GradientSettings) -> GradientFile:
     The sums of a block are on the disk before those of the next one are taken; what a run that was ended leaves, the
     same call with `resume` goes on with, to the same sums.
 
+    With `on_nonfinite` or `unseen` other than "error", the file also holds gradients that are not finite, or zero
+    throughout; what becomes of such matrices is decided again where they are pruned.
+
     Raises what `prune` raises.
     """
     norms = [settings.norms] if isinstance(settings.norms, str) else settings.norms
@@ -93,6 +96,7 @@ def _gradients(
             [matrix for matrix in opened.skeleton.matrices if matrix.name in names],
             journal=transaction.journal,
             batch_size=size.now,
+            exempt=Exempt(settings.on_nonfinite, settings.unseen),
             offload_states=settings.offload_states,
             progress=settings.progress,
         )

@@ -8,6 +8,7 @@ from secateur.collect.collector import Collector, Cost, Evidence, Extent, PassBe
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import (
     accumulator_bytes,
+    check_gradient,
     chunk_sizes,
     gradient_batch_size,
     graph_bytes,
@@ -75,6 +76,11 @@ class ModelGradients(Collector):
         )
 
     def of(self, matrix: Matrix, device: torch.device) -> Evidence:
-        """The gradients of a matrix. Raises `CheckpointError` when they are not what was written."""
+        """The gradients of a matrix. Raises `CheckpointError` when they are not what was written.
+
+        Raises `CalibrationError` where they are not finite, or zero throughout, unless the matrix is exempt.
+        """
         assert self.file is not None
-        return {self.kind: self.file.read(matrix.name, self.kind, device)}
+        read = self.file.read(matrix.name, self.kind, device)
+        check_gradient(matrix.name, read.total, read.samples, self.exempt)
+        return {self.kind: read}

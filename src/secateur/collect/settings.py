@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from secateur.core.choices import Bos, Granularity, Norm, Sampling, Scope
+from secateur.core.choices import Bos, Granularity, Norm, OnNonfinite, Sampling, Scope, Unseen
 from secateur.errors import CalibrationError
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
 
@@ -140,7 +140,27 @@ class SelectionSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GradientSettings(BatchSettings, ModelSettings, CalibrationSettings, SelectionSettings):
+class ExemptSettings(Settings):
+    """What becomes of matrices of which nothing can be known."""
+
+    on_nonfinite: Annotated[
+        OnNonfinite,
+        Option(
+            HOW, "What NaN or infinity in a matrix, or in what is known of it, does: end the run, or leave it dense."
+        ),
+    ] = "error"
+    unseen: Annotated[
+        Unseen,
+        Option(
+            HOW,
+            "What becomes of a matrix that no calibration token reached, as happens to experts: end the run, prune it "
+            "by magnitude, or leave it dense.",
+        ),
+    ] = "error"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientSettings(ExemptSettings, BatchSettings, ModelSettings, CalibrationSettings, SelectionSettings):
     """What `gradients` takes."""
 
     output: Annotated[File, Option(OPTIONS, "File for the gradients.", "-o")] = field(kw_only=False)

@@ -333,9 +333,11 @@ class BlockLoop:
             if matrix.name in exempt.skipped:
                 continue
             weight = matrix.view(tensors).to(self.skeleton.device)
+            evidence = {} if matrix.name in exempt.by_magnitude else self.evidence.of(matrix, collected, weight.device)
+            if matrix.name in exempt.skipped:  # as its evidence has shown
+                continue
             unseen = matrix.name in exempt.by_magnitude
-            evidence = {} if unseen else self.evidence.of(matrix, collected, weight.device)
-            problem = Problem(matrix.name, weight, self.plan[matrix.name], evidence)
+            problem = Problem(matrix.name, weight, self.plan[matrix.name], {} if unseen else evidence)
             try:
                 solution = solved(problem, magnitude(self.method) if unseen else self.method)
             except NumericalError as error:

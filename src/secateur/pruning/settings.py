@@ -10,12 +10,13 @@ from secateur.collect.settings import (
     WHAT,
     BatchSettings,
     CalibrationSettings,
+    ExemptSettings,
     File,
     ModelSettings,
     Resume,
     SelectionSettings,
 )
-from secateur.core.choices import Group, Norm, OnNonfinite, Unseen
+from secateur.core.choices import Group, Norm
 from secateur.runs.options import OPTIONS, Option, Settings
 
 MethodName = Literal[  # a test keeps this equal to secateur.methods.METHODS
@@ -145,7 +146,13 @@ class PropagationSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PruneSettings(
-    BatchSettings, ModelSettings, PropagationSettings, CalibrationSettings, SelectionSettings, MethodSettings
+    ExemptSettings,
+    BatchSettings,
+    ModelSettings,
+    PropagationSettings,
+    CalibrationSettings,
+    SelectionSettings,
+    MethodSettings,
 ):
     """What `prune` takes, and its dry run."""
 
@@ -156,20 +163,6 @@ class PruneSettings(
             "A file that secateur gradients wrote for this model and these samples [default: take them first].",
         ),
     ] = None
-    on_nonfinite: Annotated[
-        OnNonfinite,
-        Option(
-            HOW, "What NaN or infinity in a matrix, or in what is known of it, does: end the run, or leave it dense."
-        ),
-    ] = "error"
-    unseen: Annotated[
-        Unseen,
-        Option(
-            HOW,
-            "What becomes of a matrix that no calibration token reached, as happens to experts: end the run, prune it "
-            "by magnitude, or leave it dense.",
-        ),
-    ] = "error"
     output: Annotated[File | None, Option(OPTIONS, "Folder for the pruned checkpoint.", "-o")] = None
     packed: Annotated[
         bool, Option(OPTIONS, "Leave the zeros out of the files, as secateur pack does; secateur unpack undoes it.")

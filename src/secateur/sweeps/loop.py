@@ -19,6 +19,7 @@ from secateur.collect.settings import (
     BatchSettings,
     CalibrationSettings,
     DtypeSettings,
+    ExemptSettings,
     Model,
     ModelSettings,
     SelectionSettings,
@@ -89,7 +90,7 @@ class SweepLoop:
     @property
     def options(self) -> dict[str, Any]:
         """The options of `prune` that all cells share."""
-        return shared(self.asked, BatchSettings, ModelSettings, PropagationSettings, SelectionSettings)
+        return shared(self.asked, ExemptSettings, BatchSettings, ModelSettings, PropagationSettings, SelectionSettings)
 
     @property
     def sweep(self) -> Sweep:
@@ -263,7 +264,7 @@ class SweepLoop:
                 return path
             norms = norms | held
         gradients(
-            **shared(self.asked, BatchSettings, ModelSettings, SelectionSettings),
+            **shared(self.asked, ExemptSettings, BatchSettings, ModelSettings, SelectionSettings),
             output=path,
             norms=sorted(norms),
             granularity=granularity,

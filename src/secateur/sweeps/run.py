@@ -76,6 +76,8 @@ def sweep(settings: SweepSettings) -> Sweep:
             "targets": settings.targets,
             "correction": correction,
             **_calibration_settings(calibration, settings),
+            "on_nonfinite": settings.on_nonfinite,
+            "unseen": settings.unseen,
             "statistics_device": settings.statistics_device,
             "batch_size": settings.batch_size,
             "device": opened.skeleton.device.type,

@@ -9,6 +9,7 @@ from secateur.collect.settings import (
     WHAT,
     BatchSettings,
     CalibrationSettings,
+    ExemptSettings,
     File,
     ModelSettings,
     SelectionSettings,
@@ -73,7 +74,13 @@ class GridSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepSettings(
-    BatchSettings, ModelSettings, PropagationSettings, CalibrationSettings, SelectionSettings, GridSettings
+    ExemptSettings,
+    BatchSettings,
+    ModelSettings,
+    PropagationSettings,
+    CalibrationSettings,
+    SelectionSettings,
+    GridSettings,
 ):
     """What `sweep` takes."""
 
