@@ -4,7 +4,6 @@
 
 #include <immintrin.h>
 
-#define inlined static inline __attribute__((always_inline))
 #define LANES 8
 enum { PANEL_ROWS = 4, BLOCK = 8, AHEAD = 3072 /* bytes */ };
 

@@ -9,7 +9,6 @@
 #include "emulated.h"
 #endif
 
-#define inlined static inline __attribute__((always_inline))
 
 /* The form with a register is fast everywhere; the form that loads is microcode on Zen. */
 inlined __m512i expand_words(const uint8_t *values, uint32_t mask) {

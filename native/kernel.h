@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#define inlined static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
 enum kind { BFLOAT16, FLOAT16, FLOAT32, INT8 };

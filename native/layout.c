@@ -79,7 +79,7 @@ EXPORT int64_t secateur_compact(const void *dense, int64_t rows, int64_t columns
 }
 
 /* Large pages for what is about to be written: a product reads it once, and every small page costs a walk. Only a wish. */
-static void in_large_pages(void *memory, int64_t bytes) {
+EXPORT void secateur_large_pages(void *memory, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     const uintptr_t page = 1 << 21;
     uintptr_t begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
@@ -89,37 +89,51 @@ static void in_large_pages(void *memory, int64_t bytes) {
 #endif
 }
 
-/* Always inlined with a constant `size`, so that the copies of eight values are single moves. */
-static inline __attribute__((always_inline)) void arrange(const packed *to, const uint8_t *bitmask, const uint8_t *values,
-                                                          const int64_t *row_starts, uint8_t *masks, uint8_t *out,
-                                                          int64_t *starts, int64_t size) {
-    int64_t bytes = divide_up(to->columns, 8), width = to->block_columns / 8, blocks = blocks_of(to), panels = panels_of(to);
-    const int64_t last = (row_starts[to->rows] - 8) * size; /* the last place from which eight can be read */
+typedef struct {
+    const uint8_t *bitmask, *values;
+    int64_t bytes, last; /* of a row of the bitmask; and the last place from which eight values can be read */
+} stored;
+
+/* `height` rows whose values begin at the places `from`. Returns where the next panel begins. */
+inlined uint8_t *arrange_panel(stored in, int64_t first, int64_t blocks, int64_t *from, uint8_t *masks, uint8_t *out, const int64_t size,
+                               const int64_t panel_rows, const int64_t width, const int64_t height) {
+    for (int64_t block = 0; block < blocks; block++) {
+        int64_t valid = width == 1 ? 1 : least(width, in.bytes - block * width);
+        for (int64_t r = 0; r < height; r++) {
+            const uint8_t *mask = in.bitmask + (first + r) * in.bytes + block * width;
+            for (int64_t i = 0; i < valid; i++) {
+                int64_t n = bits_set[mask[i]] * size;
+                masks[r * width + i] = mask[i];
+                if (from[r] <= in.last)
+                    memcpy(out, in.values + from[r], 8 * size); /* the padding at the end takes what is too much */
+                else if (n)
+                    memcpy(out, in.values + from[r], n);
+                out += n;
+                from[r] += n;
+            }
+            memset(masks + r * width + valid, 0, width - valid);
+        }
+        memset(masks + height * width, 0, (panel_rows - height) * width);
+        masks += panel_rows * width;
+    }
+    return out;
+}
+
+/* Always inlined, with constants where that is quick: copies of eight values are then single moves, and whole panels need no loops. */
+inlined void arrange(const packed *to, stored in, const int64_t *row_starts, uint8_t *masks, uint8_t *out, int64_t *starts,
+                     const int64_t size, const int64_t panel_rows, const int64_t width) {
+    int64_t blocks = blocks_of(to), panels = panels_of(to);
     const uint8_t *begin = out;
-    int64_t from[64];
+    in.last = (row_starts[to->rows] - 8) * size;
     for (int64_t panel = 0; panel < panels; panel++) {
-        int64_t first = panel * to->panel_rows, height = least(to->panel_rows, to->rows - first);
+        int64_t first = panel * panel_rows, height = least(panel_rows, to->rows - first), from[64];
         starts[panel] = (out - begin) / size;
         for (int64_t r = 0; r < height; r++) from[r] = row_starts[first + r] * size;
-        for (int64_t block = 0; block < blocks; block++) {
-            int64_t valid = least(width, bytes - block * width);
-            for (int64_t r = 0; r < height; r++) {
-                const uint8_t *mask = bitmask + (first + r) * bytes + block * width;
-                for (int64_t i = 0; i < valid; i++) {
-                    int64_t n = bits_set[mask[i]] * size;
-                    masks[r * width + i] = mask[i];
-                    if (from[r] <= last)
-                        memcpy(out, values + from[r], 8 * size); /* the padding at the end takes what is too much */
-                    else if (n)
-                        memcpy(out, values + from[r], n);
-                    out += n;
-                    from[r] += n;
-                }
-                memset(masks + r * width + valid, 0, width - valid);
-            }
-            memset(masks + height * width, 0, (to->panel_rows - height) * width);
-            masks += to->panel_rows * width;
-        }
+        if (height == panel_rows)
+            out = arrange_panel(in, first, blocks, from, masks, out, size, panel_rows, width, panel_rows);
+        else
+            out = arrange_panel(in, first, blocks, from, masks, out, size, panel_rows, width, height);
+        masks += blocks * panel_rows * width;
     }
     starts[panels] = (out - begin) / size;
 }
@@ -128,12 +142,18 @@ static inline __attribute__((always_inline)) void arrange(const packed *to, cons
 EXPORT void secateur_arrange(const int64_t *numbers, const uint8_t *bitmask, const uint8_t *values, const int64_t *row_starts, uint8_t *masks,
                       uint8_t *out, int64_t *starts) {
     packed matrix = with_parts(numbers, masks, out, starts, 0), *to = &matrix;
-    in_large_pages(masks, panels_of(to) * blocks_of(to) * to->panel_rows * to->block_columns / 8);
-    in_large_pages(out, to->capacity * item_size(to->kind));
+    stored in = {bitmask, values, divide_up(to->columns, 8), 0};
+    int64_t width = to->block_columns / 8;
+    int avx2 = to->panel_rows == 4 && width == 1;
+#define ARRANGE(size)                                                                                                             \
+    if (avx2)                                                                                                                     \
+        arrange(to, in, row_starts, masks, out, starts, size, 4, 1);                                                              \
+    else                                                                                                                          \
+        arrange(to, in, row_starts, masks, out, starts, size, to->panel_rows, width)
     switch (item_size(to->kind)) {
-    case 1: arrange(to, bitmask, values, row_starts, masks, out, starts, 1); break;
-    case 2: arrange(to, bitmask, values, row_starts, masks, out, starts, 2); break;
-    default: arrange(to, bitmask, values, row_starts, masks, out, starts, 4);
+    case 1: ARRANGE(1); break;
+    case 2: ARRANGE(2); break;
+    default: ARRANGE(4);
     }
 }
 
@@ -190,7 +210,7 @@ static void expand_rows(const packed *m, uint8_t *dense) {
 /* The dense matrix, (rows, columns) in the type of the values, bit for bit. */
 EXPORT void secateur_expand(const int64_t *numbers, const void *masks, const void *values, const int64_t *starts, void *dense) {
     packed matrix = with_parts(numbers, masks, values, starts, 0), *m = &matrix;
-    in_large_pages(dense, m->rows * m->columns * item_size(m->kind));
+    secateur_large_pages(dense, m->rows * m->columns * item_size(m->kind));
 #if defined(SECATEUR_AVX2)
     if (m->panel_rows == 1 && m->block_columns == 8 && secateur_supported() >> AVX2 & 1) {
         expand_rows(m, dense);

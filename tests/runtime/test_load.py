@@ -56,6 +56,20 @@ def test_what_stays_packed_takes_less_memory(tmp_path: Path) -> None:
     assert memory_of(small) < memory_of(large)
 
 
+@pytest.mark.parametrize("values", ["same", "int8"])
+def test_all_packed_weights_lie_in_one_piece_of_memory(tmp_path: Path, values: str) -> None:
+    module = load(packed_folder(tmp_path, "llama", values=values))
+    layers = [part for part in module.modules() if isinstance(part, PackedLinear)]
+    if layers[0].packed.path == "torch":
+        pytest.skip("plain torch keeps what was read")
+    parts = [part for layer in layers for part in (layer.masks, layer.values, layer.starts)]
+    places = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
+    assert all(end <= begin for (_, end), (begin, _) in zip(places, places[1:], strict=False)), "none overlap"
+    piece = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+    assert len(piece) == 1
+    assert sum(piece.values()) < sum(part.nbytes for part in parts) + 64 * len(parts)
+
+
 def test_int8_values_stay_packed(tmp_path: Path) -> None:
     packed = packed_folder(tmp_path, "llama", torch.bfloat16, values="int8")
     module, dense = load(packed, dtype="float32"), load(packed, backend="dense", dtype="float32")

@@ -259,13 +259,13 @@ class Checkpoint:
         return list(zip(shard_names(len(shards)), shards, strict=True))
 
 
-def read_tensor(record: TensorRecord, *, pin: bool = False) -> Tensor:
-    """The tensor of a record, freshly read into host memory.
+def read_tensor(record: TensorRecord, *, pin: bool = False, into: Tensor | None = None) -> Tensor:
+    """The tensor of a record, freshly read into host memory, or into the first bytes of another.
 
     Raises `CheckpointError` when the file ends early, or was changed since its header was read.
     """
     # Memory: reading copies into this buffer alone; a memory map would count every page it touched.
-    buffer = torch.empty(record.bytes, dtype=torch.uint8, pin_memory=pin)
+    buffer = torch.empty(record.bytes, dtype=torch.uint8, pin_memory=pin) if into is None else into[: record.bytes]
     try:
         with record.file.open("rb") as stream:
             stream.seek(record.start)

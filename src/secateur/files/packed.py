@@ -7,6 +7,7 @@ packed checkpoint for a plain one and fill its matrices with noise.
 
 import json
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -148,6 +149,19 @@ def open_files(folder: Path) -> Checkpoint:
     return PackedCheckpoint(folder) if is_packed(folder) else Checkpoint(folder)
 
 
+class ReadRoom(threading.local):
+    """Memory that each thread reads into again and again: the system has to clear fresh pages, which takes longer."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Tensor] = {}
+
+    def of(self, part: str, size: int) -> Tensor:
+        """Bytes for a part of a tensor."""
+        if part not in self._parts or len(self._parts[part]) < size:
+            self._parts[part] = torch.empty(size, dtype=torch.uint8)
+        return self._parts[part]
+
+
 class PackedCheckpoint(Checkpoint):
     """A packed checkpoint seen as the plain one: each tensor is expanded when it is read.
 
@@ -233,11 +247,11 @@ class PackedCheckpoint(Checkpoint):
         """Whether the stored tensors are compressed."""
         return bool(self.record.compressed)
 
-    def read_stored(self, name: str) -> Tensor:
-        """A tensor of the shards by its name in them, decompressed where it is compressed."""
+    def read_stored(self, name: str, room: "ReadRoom | None" = None) -> Tensor:
+        """A tensor of the shards by its name in them: decompressed, or, where it is not compressed, in `room`."""
         record = self.stored[name]
         if not self.compressed:
-            return read_tensor(record)
+            return read_tensor(record, into=None if room is None else room.of(name.rpartition(".")[2], record.bytes))
         out, done = torch.empty(record.shape, dtype=DTYPES[record.dtype]), 0
         data = out.view(-1).view(torch.uint8)
         for chunk in self._chunks(name):
@@ -256,12 +270,15 @@ class PackedCheckpoint(Checkpoint):
         read = partial(self.read_bytes, name)
         return chunks(self.record.compressed[name], read, f"{self.folder}: {name}")
 
-    def read_packed(self, name: str) -> PackedTensor:
-        """A packed tensor as it is stored, read and checked. Raises `CheckpointError` for a mask that does not fit."""
+    def read_packed(self, name: str, room: "ReadRoom | None" = None) -> PackedTensor:
+        """A packed tensor as it is stored, read and checked; in `room` until the thread reads the next one there.
+
+        Raises `CheckpointError` for a mask that does not fit.
+        """
         matrix = self.record.matrices[name]
-        mask = self.read_stored(f"{stem(name)}.bitmask")
+        mask = self.read_stored(f"{stem(name)}.bitmask", room)
         check_mask(mask, matrix.shape[-1], matrix.kept, f"{self.folder}: {name}")
-        kept = self.read_stored(f"{stem(name)}.compressed")
+        kept = self.read_stored(f"{stem(name)}.compressed", room)
         scales = self.read_stored(f"{stem(name)}.scales") if matrix.values == "int8" else None
         return PackedTensor(mask, kept, tuple(matrix.shape), DTYPES[matrix.dtype], scales)
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 from dataclasses import dataclass, field, replace
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -60,6 +61,37 @@ class PackedWeight:
         return dense if self.scales is None else _scaled(dense, self.scales.view(torch.float32), self.group_size)
 
 
+class Room:
+    """Memory for the parts of many packed weights, in one piece and in large pages where the system has them."""
+
+    def __init__(self, size: int) -> None:
+        self._bytes, self._taken, self._lock = torch.empty(size, dtype=torch.uint8), 0, Lock()
+        if loaded := found():
+            loaded.secateur_large_pages(address(self._bytes), size)
+
+    @staticmethod
+    def needed(rows: int, columns: int, kept: int, dtype: torch.dtype, path: PathName) -> int:
+        """What a weight takes that is laid out for a compiled path."""
+        return sum(_aligned(size) for size in _part_bytes(rows, columns, kept, dtype, path))
+
+    def take(self, size: int) -> Tensor:
+        """The next bytes; may be called by several threads."""
+        with self._lock:
+            first, self._taken = self._taken, self._taken + _aligned(size)
+        return self._bytes[first : first + size]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def _part_bytes(rows: int, columns: int, kept: int, dtype: torch.dtype, path: PathName) -> tuple[int, int, int]:
+    """Of the masks, the values and the starts."""
+    height, width = PANELS[path]
+    panels, blocks = -(-rows // height), -(-columns // width)
+    return panels * blocks * height * width // 8, (kept + PADDING) * dtype.itemsize, 8 * (panels + 1)
+
+
 def lay_out(
     bitmask: Tensor,
     values: Tensor,
@@ -69,12 +101,14 @@ def lay_out(
     group_size: int | None = None,
     name: str = "weight",
     path: PathName | None = None,
+    room: Room | None = None,
 ) -> PackedWeight:
     """The matrix of a packed checkpoint, laid out for `path`, or for the one that `chosen` gives.
 
     `bitmask` is uint8 (rows, ceil(columns / 8)), the first column in the lowest bit, `values` 1-D with the kept
     weights row by row, in bfloat16, float16, float32 or int8. int8 needs `scales`, float32: one for each row, or
-    (rows, groups) for groups of `group_size` columns. Raises CheckpointError, with `name`, where these do not agree.
+    (rows, groups) for groups of `group_size` columns. The parts lie in `room`, or in memory of their own; with path
+    "torch" they are `bitmask` and `values` themselves. Raises CheckpointError, with `name`, where these do not agree.
     """
     path = path or chosen()
     rows, starts = _checked(bitmask, values, columns, name)
@@ -87,14 +121,13 @@ def lay_out(
         return PackedWeight(name, rows, columns, values.dtype, "torch", group_size, *parts, _as_bytes(scales))
     height, width = PANELS[path]
     numbers = _numbers(rows, columns, height, width, values.dtype, group_size, len(values) + PADDING, path)
-    panels, blocks = -(-rows // height), -(-columns // width)
-    masks = torch.empty(panels * blocks * height * width // 8, dtype=torch.uint8)
-    laid_out = torch.empty(len(values) + PADDING, dtype=values.dtype)
-    laid_out[len(values) :] = 0
-    panel_starts = torch.empty(panels + 1, dtype=torch.int64)
+    shape = (rows, columns, len(values), values.dtype, path)
+    room = room or Room(Room.needed(*shape))
+    masks, as_bytes, begins = map(room.take, _part_bytes(*shape))
+    laid_out, panel_starts = as_bytes.view(values.dtype), begins.view(torch.int64)
     loaded.secateur_arrange(*map(address, (numbers, bitmask, values, starts, masks, laid_out, panel_starts)))
     laid_out[len(values) :] = 0
-    parts = (numbers, masks, laid_out.view(torch.uint8), panel_starts)
+    parts = (numbers, masks, as_bytes, panel_starts)
     return PackedWeight(name, rows, columns, values.dtype, path, group_size, *parts, _as_bytes(scales))
 
 

@@ -23,6 +23,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "secateur_use_threads": ([_POINTER], None),
     "secateur_row_starts": ([_POINTER, _INTEGER, _INTEGER, _POINTER], _INTEGER),
     "secateur_compact": ([_POINTER, *[_INTEGER] * 3, _POINTER, _POINTER, _INTEGER], _INTEGER),
+    "secateur_large_pages": ([_POINTER, _INTEGER], None),
     "secateur_arrange": ([_POINTER] * 7, None),
     "secateur_expand": ([_POINTER] * 5, None),
     "secateur_linear": (

@@ -10,14 +10,14 @@ from torch import nn
 
 from secateur.errors import CheckpointError, SecateurError
 from secateur.files.ahead import ahead
-from secateur.files.checkpoint import Checkpoint
-from secateur.files.packed import PackedCheckpoint
+from secateur.files.checkpoint import DTYPES, Checkpoint
+from secateur.files.packed import PackedCheckpoint, ReadRoom
 from secateur.models.flow.memory import trim
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.opening.whole import read_generation_config
 from secateur.models.shape.skeleton import Skeleton
-from secateur.runtime.layout import PackedWeight, lay_out
-from secateur.runtime.library import KINDS
+from secateur.runtime.layout import PackedWeight, Room, lay_out
+from secateur.runtime.library import KINDS, PathName, chosen
 from secateur.runtime.linear import PackedLinear
 from secateur.runtime.semi_structured import ROWS, Choice, check_rows, convert, print_table, why_not
 from secateur.runtime.settings import Backend
@@ -91,7 +91,13 @@ def packed_modules(skeleton: Skeleton) -> Mapping[str, nn.Module]:
             matrix = source.record.matrices.get(name)
             if matrix is not None and tuple(matrix.shape) == tuple(module.weight.shape):
                 layers[path] = module, name
-    weights = ahead(partial(_packed_weight, source), [name for _, name in layers.values()])
+    names = [name for _, name in layers.values()]
+    path = chosen()
+    if path == "torch":  # which keeps what is read
+        weights = ahead(partial(_packed_weight, source, None, None), names)
+    else:
+        room = Room(sum(_room_needed(source, name, path) for name in names))
+        weights = ahead(partial(_packed_weight, source, ReadRoom(), room), names)
     found = {
         path: PackedLinear(weight, module.bias, skeleton.dtype)
         for (path, (module, _)), weight in zip(layers.items(), weights, strict=True)
@@ -101,12 +107,20 @@ def packed_modules(skeleton: Skeleton) -> Mapping[str, nn.Module]:
     return found
 
 
-def _packed_weight(source: PackedCheckpoint, name: str) -> PackedWeight | None:
+def _room_needed(source: PackedCheckpoint, name: str, path: PathName) -> int:
+    matrix = source.record.matrices[name]
+    dtype = torch.int8 if matrix.values == "int8" else DTYPES[matrix.dtype]
+    return Room.needed(matrix.shape[0], matrix.shape[1], matrix.kept, dtype, path) if dtype in KINDS else 0
+
+
+def _packed_weight(
+    source: PackedCheckpoint, read_room: ReadRoom | None, room: Room | None, name: str
+) -> PackedWeight | None:
     """A packed tensor laid out for this processor; None for a dtype that the kernel does not know."""
-    tensor = source.read_packed(name)
+    tensor = source.read_packed(name, read_room)
     if tensor.kept.dtype not in KINDS:
         return None
-    return lay_out(tensor.mask, tensor.kept, tensor.shape[1], scales=tensor.scales, name=name)
+    return lay_out(tensor.mask, tensor.kept, tensor.shape[1], scales=tensor.scales, name=name, room=room)
 
 
 def _why_not(opened: OpenedModel) -> str:
