@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_all_packed_weights_lie_in_one_piece_of_memory(tmp_path: Path, values: s
         pytest.skip("plain torch keeps what was read")
     parts = [part for layer in layers for part in (layer.masks, layer.values, layer.starts)]
     places = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
-    assert all(end <= begin for (_, end), (begin, _) in zip(places, places[1:], strict=False)), "none overlap"
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(places)), "none overlap"
     piece = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
     assert len(piece) == 1
     assert sum(piece.values()) < sum(part.nbytes for part in parts) + 64 * len(parts)
