@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 import tiny
+from command_line import process
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_parts import GradientParts
 from secateur.collect.gradient_pass import ChunkSizes
@@ -505,10 +506,8 @@ def _signalled(
         "        return problem.weight.abs()\n"
         "    return secateur.select('signalling', score, needs=frozenset())\n"
     )
-    source = os.path.dirname(os.path.dirname(secateur.__file__))
-    environment = {**os.environ, "PYTHONPATH": f"{place}:{source}", "PYTHONDONTWRITEBYTECODE": "1", "TIMES": str(times)}
-    command = [sys.executable, "-m", "secateur", "prune", str(model), "-o", "out", "--method", "signalling:method"]
-    return subprocess.run([*command, *(more or [])], cwd=place, env=environment, capture_output=True, text=True)
+    command = ["prune", model, "-o", "out", "--method", "signalling:method", *(more or [])]
+    return process(*command, cwd=place, before=lambda: os.environ.update(TIMES=str(times)))
 
 
 def test_the_journal_tells_what_is_there(unfinished: Path) -> None:
