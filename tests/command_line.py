@@ -91,6 +91,8 @@ def forked(action: Callable[[], Any]) -> int:
         try:
             action()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return child
