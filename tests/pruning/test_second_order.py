@@ -44,8 +44,15 @@ def planned_zeros(entry: Mapping[str, Any], pattern: Pattern, per: str) -> int:
     return int(rows * columns * pattern.sparsity)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.6), TWO_OF_FOUR, NM(3, 8)], ids=str)
-@pytest.mark.parametrize("name", [*METHODS, *CHAINS])
+# By turns a method has one pattern in the tests that are not slow.
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        pytest.param(name, pattern, marks=[] if number % 3 == turn else pytest.mark.slow, id=f"{name}-{pattern}")
+        for number, name in enumerate([*METHODS, *CHAINS])
+        for turn, pattern in enumerate([Unstructured(0.6), TWO_OF_FOUR, NM(3, 8)])
+    ],
+)
 def test_every_method_from_folder_to_folder(name: str, pattern: Pattern, llama: Path, tmp_path: Path) -> None:
     method, out = method_of(name), tmp_path / "out"
     manifest = secateur.prune(llama, method=method, pattern=pattern, calibration=tiny.tokens(8, 16), output=out)
