@@ -55,21 +55,47 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("cli") / "model")
 
 
-def process(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, its output in files.
+def process(
+    *arguments: Any, cwd: Path | None = None, before: Callable[[], Any] = lambda: None
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, its output in files; `before` is done in it first.
 
     A fork of this process, which has imported already what takes a new interpreter seconds. Where that start matters,
-    or what libraries read at import, tests start an interpreter: `interpreter`.
+    or what libraries read at import, tests start an interpreter: `interpreter`. Signals do what they do in a new one,
+    whatever this process makes of them.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
             os.chdir(cwd or ".")
+            _reset_signals()
+            before()
             _run_forked([os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno()], arguments)
-        code = _ended(child)
+        code = ended(child)
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(list(arguments), code, out.read().decode(), err.read().decode())
+
+
+def _reset_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def forked(action: Callable[[], Any]) -> int:
+    """The process id of a fork of this process that does something and ends, with 0 where nothing was raised."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
 
 
 def _run_forked(streams: Sequence[int], arguments: Sequence[Any]) -> NoReturn:
@@ -98,7 +124,7 @@ def _run_forked(streams: Sequence[int], arguments: Sequence[Any]) -> NoReturn:
         os._exit(code)
 
 
-def _ended(child: int, patience: float = 300) -> int:
+def ended(child: int, patience: float = 300) -> int:
     """The exit code of a child, minus the signal that ended it; it is killed where it does not end."""
     deadline = time.monotonic() + patience
     while True:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from command_line import Call, process, save_model, terminal
+from command_line import Call, forked, process, save_model, terminal
 from secateur.recover.training import last_checkpoint
 
 TEXT = ["--data", "python-docs", "--length", "32", "--held-out", "4"]
@@ -96,16 +95,21 @@ def test_on_a_terminal(pruned: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interruption_says_how_to_go_on(pruned: Path, tmp_path: Path) -> None:
     arguments = ["recover", pruned, "-o", f"{tmp_path / 'out'}/", *TEXT, "--steps", "400", "--eval-every", "2"]
-    command = [sys.executable, "-m", "secateur", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     work = tmp_path / "out.training"
-    patience = time.monotonic() + 200
-    while last_checkpoint(work) is None and run.poll() is None and time.monotonic() < patience:
-        time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=100)
-    assert (run.returncode, out) == (130, ""), err
+
+    def interrupt_at_a_checkpoint() -> None:
+        run, patience = os.getpid(), time.monotonic() + 200
+
+        def watch() -> None:
+            while last_checkpoint(work) is None and os.getppid() == run and time.monotonic() < patience:
+                time.sleep(0.05)
+            os.kill(run, signal.SIGINT)
+
+        forked(watch)
+
+    done = process(*arguments, before=interrupt_at_a_checkpoint)
+    out, err = done.stdout, done.stderr
+    assert (done.returncode, out) == (130, ""), err
     assert re.search(r"^Interrupted\. .*checkpoint-\d+ is the last checkpoint; go on with the same command", err, re.M)
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import secateur
-from command_line import save_model
+from command_line import forked, save_model
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import Results, model_digest
 
@@ -53,17 +52,19 @@ def test_what_was_added_is_found(tmp_path: Path) -> None:
 
 
 def test_two_processes_write_whole_files(tmp_path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from secateur.evaluate.results import Results\n"
-        "for n in range(30):\n"
-        "    result = {'results': [], 'x': [n] * 5000}\n"
-        "    Results(Path(sys.argv[1])).add('abc', 'tasks', {'task': 'boolq'}, result)"
-    )
-    writers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
-    store, seen = Results(tmp_path), 0
-    while any(writer.poll() is None for writer in writers):
+    def write() -> None:
+        for number in range(30):
+            Results(tmp_path).add("abc", "tasks", {"task": "boolq"}, {"results": [], "x": [number] * 5000})
+
+    writers = {forked(write) for _ in range(2)}
+    store, seen, codes = Results(tmp_path), 0, []
+    while writers:
         seen += sum(len(record.result["x"]) == 5000 for record in store.of("abc"))
-    assert [writer.wait() for writer in writers] == [0, 0]
+        for writer, status in [os.waitpid(writer, os.WNOHANG) for writer in writers]:
+            if writer:
+                writers.remove(writer)
+                codes.append(os.waitstatus_to_exitcode(status))
+    assert codes == [0, 0]
     assert seen
     (record,) = store.of("abc")
     assert record.result["x"] == [29] * 5000

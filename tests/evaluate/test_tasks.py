@@ -7,19 +7,21 @@ import math
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from command_line import save_model
+from command_line import process, save_model
 from real_data import DATA, STORIES
 from secateur.errors import CalibrationError, CheckpointError, NumericalError
 from secateur.evaluate import harness
@@ -168,6 +170,14 @@ def check_against_the_command(model: Path, given: Path, files: dict[str, Path], 
     check(tasks(model, list(files), limit=limit, task_data=given), command_line(model, files, limit, folder), limit)
 
 
+def test_the_numbers_of_the_harness(model: Path, data: Path, tmp_path: Path) -> None:
+    """Of the function that `lm_eval` calls; its index of all the tasks there are takes it a minute."""
+    files = {"boolq": data / "boolq_validation_14.jsonl", "arc_easy": data / "arc_easy_test.jsonl"}
+    expected = evaluated(model, tmp_path / "yaml", files, 11)["results"]
+    check(tasks(model, list(files), limit=11, task_data=data), {task: expected[f"own_{task}"] for task in files}, 11)
+
+
+@pytest.mark.slow
 def test_the_numbers_of_the_command_line(model: Path, data: Path, tmp_path: Path) -> None:
     files = {"boolq": data / "boolq_validation_14.jsonl", "arc_easy": data / "arc_easy_test.jsonl"}
     check_against_the_command(model, data, files, 11, tmp_path)
@@ -199,6 +209,32 @@ def test_the_seven_tasks_of_the_command_line_on_smollm2(limit: int, tmp_path: Pa
 
 
 def test_nothing_is_asked_of_the_network(model: Path, data: Path) -> None:
+    """In a fork of this process, which has the harness's index of tasks, that takes half a minute, already."""
+
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        print("network:", arguments, file=sys.stderr)
+        raise OSError("no network in this test")
+
+    def before() -> None:
+        for place, name in (
+            (socket.socket, "connect"),
+            (socket.socket, "connect_ex"),
+            (socket, "getaddrinfo"),
+            (socket, "create_connection"),
+        ):
+            setattr(place, name, refuse)
+        huggingface_hub.constants.HF_HUB_OFFLINE = False
+
+    harness.stock_manager()
+    arguments = ["eval", model, "--tasks", "boolq,arc_easy", "--limit", "9", "--task-data", data, "--json", "--fresh"]
+    done = process(*arguments, before=before)
+    assert (done.returncode, done.stderr) == (0, "")  # no attempt, and no bars in a pipe either
+    expected = tasks(model, ["boolq", "arc_easy"], limit=9, task_data=data).to_json()
+    assert json.loads(done.stdout)["tasks"]["results"] == expected["results"]
+
+
+@pytest.mark.slow
+def test_nothing_is_asked_of_the_network_from_the_start(model: Path, data: Path) -> None:
     script = """
 import socket, sys
 def refuse(*arguments, **named):
@@ -493,13 +529,11 @@ def test_mistakes(model: Path, data: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_harness(model: Path) -> None:
-    script = "import sys\nsys.modules['lm_eval'] = None\nfrom secateur.cli import main\nmain()\n"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "eval", str(model), "--tasks", "boolq"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    def before() -> None:
+        harness.stock_manager.cache_clear()
+        sys.modules.update({name: None for name in ("lm_eval", *sys.modules) if name.split(".")[0] == "lm_eval"})
+
+    done = process("eval", model, "--tasks", "boolq", before=before)
     assert done.returncode == 2
     assert 'pip install "secateur[tasks]"' in done.stderr
     assert "Traceback" not in done.stderr

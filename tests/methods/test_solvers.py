@@ -251,7 +251,16 @@ def test_with_fewer_tokens_than_inputs_an_update_fits_these_tokens_alone() -> No
 
 
 @pytest.mark.parametrize(
-    "pattern", [Unstructured(0.5), Unstructured(0.6), Unstructured(0.7), NM(4, 8), NM(2, 4)], ids=str
+    "pattern",
+    [
+        Unstructured(0.5),
+        *(
+            pytest.param(pattern, marks=pytest.mark.slow)
+            for pattern in (Unstructured(0.6), Unstructured(0.7), NM(4, 8))
+        ),
+        NM(2, 4),
+    ],
+    ids=str,
 )
 def test_the_order_of_the_solvers_on_held_out_inputs(pattern: Pattern) -> None:
     """A layer of 384 x 512, as many held-out tokens as it was solved with, four inputs twenty times as large.

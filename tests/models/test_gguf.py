@@ -1,8 +1,6 @@
 """GGUF files: dequantised by transformers, pruned in memory, written as ordinary safetensors."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import secateur
-from command_line import interpreter, save_model
+from command_line import interpreter, process, save_model
 from gguf_files import gguf, write_gguf
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import SINGLE_FILE
@@ -153,14 +151,8 @@ def test_files_that_cannot_be_read(file: Path, tmp_path: Path) -> None:
 
 def test_without_the_package(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
-    script = "import sys\nsys.modules['gguf'] = None\nfrom secateur.cli import main\nmain()\n"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "plan", str(tmp_path / "tiny.gguf")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
+    hidden = {name: None for name in ("gguf", *sys.modules) if name.split(".")[0] == "gguf"}
+    done = process("plan", tmp_path / "tiny.gguf", before=lambda: sys.modules.update(hidden))
     assert (done.returncode, done.stdout) == (2, "")
     needed = f'Error: {tmp_path}/tiny.gguf: reading GGUF needs the gguf package: pip install "secateur[gguf]"\n'
     assert done.stderr == needed

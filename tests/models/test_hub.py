@@ -20,14 +20,17 @@ def test_a_cached_hub_id_is_pruned_offline(tmp_path: Path):
     for file in tiny.save("llama", tmp_path / "source").iterdir():
         (snapshot / file.name).write_bytes(file.read_bytes())
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = ["prune", "someone/tiny", "-o", "out", "--method", "magnitude", "--pattern", "2:4", "--json"]
-    run = subprocess.run(
-        [sys.executable, "-m", "secateur", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    # One interpreter for both commands, as the environment is read when libraries are imported.
+    script = (
+        "import sys\nfrom secateur.cli import main\n"
+        "words = ['prune', 'someone/tiny', '-o', 'out', '--method', 'magnitude', '--pattern', '2:4', '--json']\n"
+        "sys.argv = ['secateur', *words]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "sys.argv = ['secateur', 'verify', 'out', '--source', 'someone/tiny']\n"
+        "main()\n"
     )
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    source = json.loads(run.stdout)["source"]
-    assert (source["path"], source["revision"]) == ("someone/tiny", REVISION)
-    check = [sys.executable, "-m", "secateur", "verify", "out", "--source", "someone/tiny"]
-    run = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "Verified." in run.stdout
+    value, end = json.JSONDecoder().raw_decode(run.stdout)
+    assert (value["source"]["path"], value["source"]["revision"]) == ("someone/tiny", REVISION)
+    assert "Verified." in run.stdout[end:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -36,12 +36,23 @@ from secateur.record.verify import verify
 
 # Multiplied without their module being called, so that no hook on it fires.
 BY_WEIGHT_ALONE = ("mixer.dt_proj.weight", "mamba.dt_proj.weight")
-each_pattern = pytest.mark.parametrize("pattern", list(PATTERNS.values()), ids=list(PATTERNS))
 
 
-@pytest.mark.parametrize("name", STREAMED)
-@each_pattern
-def test_prunes_every_architecture(name, pattern, tmp_path):
+def each_with(kinds: Sequence[str]) -> Any:
+    """Every architecture with every kind of run; by turns one of them belongs to the tests that are not slow."""
+    return pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            pytest.param(name, kind, marks=[] if number % len(kinds) == turn else pytest.mark.slow)
+            for number, name in enumerate(STREAMED)
+            for turn, kind in enumerate(kinds)
+        ],
+    )
+
+
+@each_with(list(PATTERNS))
+def test_prunes_every_architecture(name, kind, tmp_path):
+    pattern = PATTERNS[kind]
     source, out = tiny.save(name, tmp_path / "source"), tmp_path / "out"
     before = file_hashes(source)
     matrices = open_model(source).skeleton.matrices
@@ -102,9 +113,8 @@ def test_prunes_every_architecture(name, pattern, tmp_path):
         assert not torch.equal(pruned_model(ids, use_cache=False).logits, load(source)(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("name", STREAMED)
-@pytest.mark.parametrize("propagate", ["pruned", "dense"])
-def test_statistics_are_those_of_the_model_itself(name, propagate, tmp_path):
+@each_with(["pruned", "dense"])
+def test_statistics_are_those_of_the_model_itself(name, kind, tmp_path):
     """Hooks on whole forwards of the model, with blocks before this one pruned or dense, see the same inputs."""
     source, out = tiny.save(name, tmp_path / "source"), tmp_path / "out"
     taken: dict[str, tuple[Tensor, int, int]] = {}
@@ -115,7 +125,7 @@ def test_statistics_are_those_of_the_model_itself(name, propagate, tmp_path):
         calibration=ids,
         skip=NEVER_SEEN.get(name, []),
         output=out,
-        propagate=propagate,
+        propagate=kind,
         batch_size=3,
     )
     skeleton = open_model(source).skeleton
@@ -140,7 +150,7 @@ def test_statistics_are_those_of_the_model_itself(name, propagate, tmp_path):
             model(ids, use_cache=False)
         for handle in handles:
             handle.remove()
-        if propagate == "pruned":
+        if kind == "pruned":
             block.load_state_dict(pruned_blocks[index].state_dict())
 
     matrices = [matrix for matrix in skeleton.matrices if matrix.name in taken and matrix.expert is None]
@@ -159,7 +169,11 @@ def test_statistics_are_those_of_the_model_itself(name, propagate, tmp_path):
     assert len(missed) < len(matrices)
 
 
-@pytest.mark.parametrize("name", STREAMED)
+# Every third one is not slow: by twos they would all be pruned in the same pattern above.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if number % 3 == 0 else pytest.mark.slow) for number, name in enumerate(STREAMED)],
+)
 def test_a_module_in_memory_is_pruned_as_its_folder(name, tmp_path):
     source = tiny.save(name, tmp_path / "source")
     settings: dict[str, Any] = {

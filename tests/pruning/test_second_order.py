@@ -21,7 +21,7 @@ from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.methods import METHODS
 from secateur.pruning.engine import prune
 from secateur.pruning.named import method_of
-from second_order import CHAINS, TWO_OF_FOUR, assert_verified, calibration, every_order, every_pattern, load
+from second_order import CHAINS, HALF, TWO_OF_FOUR, assert_verified, calibration, every_order, load
 
 # From folder to folder
 
@@ -44,8 +44,15 @@ def planned_zeros(entry: Mapping[str, Any], pattern: Pattern, per: str) -> int:
     return int(rows * columns * pattern.sparsity)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.6), TWO_OF_FOUR, NM(3, 8)], ids=str)
-@pytest.mark.parametrize("name", [*METHODS, *CHAINS])
+# By turns a method has one pattern in the tests that are not slow.
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        pytest.param(name, pattern, marks=[] if number % 3 == turn else pytest.mark.slow, id=f"{name}-{pattern}")
+        for number, name in enumerate([*METHODS, *CHAINS])
+        for turn, pattern in enumerate([Unstructured(0.6), TWO_OF_FOUR, NM(3, 8)])
+    ],
+)
 def test_every_method_from_folder_to_folder(name: str, pattern: Pattern, llama: Path, tmp_path: Path) -> None:
     method, out = method_of(name), tmp_path / "out"
     manifest = secateur.prune(llama, method=method, pattern=pattern, calibration=tiny.tokens(8, 16), output=out)
@@ -105,7 +112,7 @@ def stories(text: str, samples: int, first: int) -> Tensor:
 
 
 @pytest.mark.skipif(not STORIES.exists() or not STORIES_TEXT.exists(), reason=f"no {STORIES} or no {STORIES_TEXT}")
-@every_pattern
+@pytest.mark.parametrize("pattern", [pytest.param(HALF, marks=pytest.mark.slow), TWO_OF_FOUR], ids=str)
 def test_better_solvers_hurt_less(pattern: Pattern) -> None:
     # Two seeds gave, at 50 %: Wanda 23.2, 22.8, SparseGPT 22.7, 22.6, Wanda refitted 15.4, 15.0, ALPS 16.1, 15.0, and
     # in sequential order to dense targets 14.4, 13.1. At 2:4: 74, 73; 41.1, 37.7; 35.4, 33.1; 31.7, 31.1; 27.6, 24.2.

@@ -19,12 +19,12 @@ from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.structure import Block
 from secateur.pruning.engine import prune
 from second_order import (
+    ORDERS,
     SAMPLES,
     Taken,
     assert_close,
     assert_verified,
     calibration,
-    every_order,
     inputs,
     load,
     recording,
@@ -61,8 +61,15 @@ NEVER_SEEN = {"longcat_flash": ["*.experts.4.*", "*.experts.5.*"]}
 BY_WEIGHT_ALONE = ("mixer.dt_proj.weight",)
 
 
-@pytest.mark.parametrize("name", SPREAD)
-@every_order
+# By turns an architecture has one order in the tests that are not slow; the first one has all of them.
+@pytest.mark.parametrize(
+    ("name", "within", "targets"),
+    [
+        pytest.param(name, *order, marks=[] if number == 0 or number % len(ORDERS) == turn else pytest.mark.slow)
+        for number, name in enumerate(SPREAD)
+        for turn, order in enumerate(ORDERS)
+    ],
+)
 def test_statistics_are_behind_what_was_pruned_before(name: str, within: str, targets: str, tmp_path: Path) -> None:
     """Replay a run: hooks on a model that is pruned site by site see the second moments that the solver saw."""
     source, out, ids = tiny.save(name, tmp_path / "source"), tmp_path / "out", calibration()

@@ -304,8 +304,17 @@ def test_the_adapter_folder(tmp_path: Path) -> None:
     assert "**Loading it with plain peft" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral"])
-@pytest.mark.parametrize("method", ["lora", "sparse-lora"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("lora", "gpt2"),
+        ("lora", "mixtral"),
+        ("sparse-lora", "opt"),
+        ("sparse-lora", "mixtral"),
+        pytest.param("lora", "opt", marks=pytest.mark.slow),
+        pytest.param("sparse-lora", "gpt2", marks=pytest.mark.slow),
+    ],
+)
 def test_adapters_of_other_architectures(tmp_path: Path, name: str, method: str) -> None:
     # Stored across, with biases, beside experts.
     base = pruned(tmp_path, name)
@@ -372,7 +381,7 @@ def test_arguments_reach_the_optimizer(base: Path, tmp_path: Path, monkeypatch: 
     assert seen == [{"momentum": 0.8, "nesterov": True, "lr": 1e-3, "weight_decay": 0.1}] * 4
 
 
-@pytest.mark.parametrize("method", ["lora", "sparse-lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("sparse-lora", marks=pytest.mark.slow), "full"])
 def test_gradient_checkpointing_changes_memory_alone(base: Path, tmp_path: Path, method: str) -> None:
     options: dict[str, Any] = {"method": method, "dropout": None if method == "full" else 0.0}
     plain = tune(base, tmp_path / "plain", **options)

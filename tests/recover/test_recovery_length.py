@@ -70,7 +70,7 @@ def stopping(at: int) -> Any:
     return progress
 
 
-@pytest.mark.parametrize("method", ["lora", "sparse-lora", "full"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "sparse-lora", "full"])
 def test_resuming_gives_what_an_unbroken_run_gives(tmp_path: Path, method: str) -> None:
     base = pruned(tmp_path)
     options: dict[str, Any] = {

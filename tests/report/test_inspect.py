@@ -387,8 +387,8 @@ def big(blocks: int, width: int, middle: int) -> LlamaConfig:
 
 
 def test_no_weight_is_read(tmp_path: Path) -> None:
-    # A sparse file of 64 GB: a header with nothing behind it but a hole. Reading any block of it would take seconds.
-    config = big(blocks=8, width=8192, middle=32768)
+    # A sparse file of 34 GB: a header with nothing behind it but a hole. Reading any block of it would take seconds.
+    config = big(blocks=32, width=4096, middle=16384)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
     entries, position = {}, 0
@@ -407,8 +407,8 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
     started = time.process_time()
     result = estimate(tmp_path, method=secateur.wanda(), length=128)
     assert result.disk_bytes == position > 30e9
-    assert result.planned_weights == 8 * (4 * 8192**2 + 3 * 8192 * 32768)
-    assert result.block_bytes > 4e9
+    assert result.planned_weights == 32 * (4 * 4096**2 + 3 * 4096 * 16384)
+    assert result.block_bytes > 1e9
     assert time.process_time() - started < 60  # most of it for the measured product; 34 GB would take minutes
 
 
@@ -439,7 +439,7 @@ print(json.dumps({"before": before, "forecast": forecast, "peak": peak[0]}))
 """
 
 
-@pytest.mark.parametrize(("method", "blocks"), [("wanda", 8), ("alps", 2)])
+@pytest.mark.parametrize(("method", "blocks"), [("wanda", 8), pytest.param("alps", 2, marks=pytest.mark.slow)])
 def test_the_forecast_of_memory_holds(method: str, blocks: int, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         LlamaForCausalLM(big(blocks=blocks, width=512, middle=1024)).save_pretrained(tmp_path / "model")

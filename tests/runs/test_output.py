@@ -2,11 +2,10 @@
 
 import errno
 import logging
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 import secateur
 import tiny
-from command_line import interpreter
+from command_line import ended, forked, process
 from secateur.errors import CheckpointError
 from secateur.files import names
 from secateur.methods.magnitude import magnitude
@@ -188,28 +187,23 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
 
 def test_many_runs_at_once_and_one_result(tmp_path: Path) -> None:
     """Names, locks and removals race here; whoever is told of success has written what is there."""
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom secateur.errors import CheckpointError\n"
-        "from secateur.runs.transaction import Transaction\n"
-        "won = []\n"
-        "for turn in range(40):\n"
-        "    target = Path(sys.argv[1]) / str(turn)\n"
-        "    try:\n"
-        "        with Transaction(target, False) as scratch:\n"
-        "            (scratch.folder / 'who').write_text(sys.argv[2])\n"
-        "            scratch.commit()\n"
-        "        won.append(turn)\n"
-        "    except CheckpointError:\n"
-        "        pass\n"
-        "print(*won)\n"
-    )
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(number)], stdout=subprocess.PIPE, text=True)
-        for number in range(3)
-    ]
-    told = {number: run.communicate(timeout=120)[0].split() for number, run in enumerate(runs)}
-    assert all(run.returncode == 0 for run in runs)
-    assert {path.name: (path / "who").read_text() for path in tmp_path.iterdir()} == {
+
+    def write_all(number: int) -> None:
+        won = []
+        for turn in range(40):
+            try:
+                with Transaction(tmp_path / "outputs" / str(turn), False) as scratch:
+                    (scratch.folder / "who").write_text(str(number))
+                    scratch.commit()
+                won.append(turn)
+            except CheckpointError:
+                pass
+        (tmp_path / f"won by {number}").write_text(" ".join(map(str, won)))
+
+    runs = [forked(lambda number=number: write_all(number)) for number in range(3)]
+    assert [ended(run, patience=120) for run in runs] == [0, 0, 0]
+    told = {number: (tmp_path / f"won by {number}").read_text().split() for number in range(3)}
+    assert {path.name: (path / "who").read_text() for path in (tmp_path / "outputs").iterdir()} == {
         turn: str(number) for number, turns in told.items() for turn in turns
     }
     assert sum(map(len, told.values())) >= 40 - 5  # two that meet may both stand back
@@ -217,13 +211,13 @@ def test_many_runs_at_once_and_one_result(tmp_path: Path) -> None:
 
 def test_what_a_dead_run_left_is_named_and_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     target = tmp_path / "out"
-    code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom secateur.runs.transaction import Transaction\n"
-        "scratch = Transaction(Path(sys.argv[1]), False).__enter__()\n"
-        "(scratch.folder / 'weights').write_bytes(bytes(2_500_000))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == -signal.SIGKILL
+
+    def die() -> None:
+        scratch = Transaction(target, False).__enter__()
+        (scratch.folder / "weights").write_bytes(bytes(2_500_000))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert ended(forked(die)) == -signal.SIGKILL
     assert (tmp_path / "out.partial" / "result" / "weights").exists()
     with caplog.at_level(logging.WARNING), Transaction(target, False) as scratch:
         assert list(scratch.folder.iterdir()) == []
@@ -345,9 +339,9 @@ def test_the_folder_of_the_output_vanishes(tmp_path: Path, model: Path) -> None:
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(model: Path, tmp_path: Path) -> None:
-    """In an interpreter that was started so, as by nohup."""
+    """In a process that was started so, as by nohup."""
     arguments = signalling(model, tmp_path, signal.SIGHUP)
-    done = interpreter(*arguments, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    done = process(*arguments, cwd=tmp_path, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     assert done.returncode == 0
     assert secateur.verify(tmp_path / "out").ok
 

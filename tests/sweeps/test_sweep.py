@@ -38,8 +38,15 @@ def of_manifest(file: Path) -> dict[str, Any]:
 # Against separate runs
 
 
-@pytest.mark.parametrize("propagate", ["pruned", "dense"])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "propagate"),
+    [
+        ("llama", "dense"),
+        ("mixtral", "pruned"),
+        pytest.param("llama", "pruned", marks=pytest.mark.slow),
+        pytest.param("mixtral", "dense", marks=pytest.mark.slow),
+    ],
+)
 def test_equal_to_separate_runs(name: str, propagate: str, place: Path, run: Run, tmp_path: Path) -> None:
     model = tiny.save(name, tmp_path / "model")
     before = contents(model)

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 import tiny
+from command_line import ended, forked
 from counted_forwards import counted
 from secateur.core.statistics import SquaredNorm
 from secateur.errors import CheckpointError, PatternError
@@ -226,35 +227,6 @@ def test_a_model_that_changed_is_refused(run: Run, place: Path, tmp_path: Path) 
 # Killed
 
 
-SCRIPT = """
-import os, signal, sys, secateur
-place, out, moments = sys.argv[1], sys.argv[2], sys.argv[3:]
-
-def sweep(moment):
-    def look(event):
-        where = f"{event.kind} {event.stage} {event.done} {event.cell.name if event.cell else ''}"
-        if moment in where:
-            os.kill(os.getpid(), signal.SIGKILL)
-    secateur.sweep(
-        f"{place}/model",
-        methods=[secateur.magnitude(), secateur.gblm(), secateur.sparsegpt()],
-        patterns=[secateur.Unstructured(0.5), secateur.NM(2, 4)],
-        calibration=f"{place}/calibration.safetensors",
-        data=[f"{place}/one.safetensors", f"{place}/two.safetensors"],
-        keep="best", batch_size=2, propagate="dense", output=out, on_event=look,
-    )
-
-for moment in moments:
-    child = os.fork()  # torch is imported once for all of them
-    if not child:
-        sweep(moment)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    left = [os.path.join(folder, name) for folder, *names in os.walk(out) for part in names for name in part]
-    print(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, *left, sep="\\t")
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 def test_killed_again_and_again_the_table_is_the_same(place: Path, run: Run, tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -264,23 +236,30 @@ def test_killed_again_and_again_the_table_is_the_same(place: Path, run: Run, tmp
         f"stage {place / 'two.safetensors'}: head 1 sparsegpt 50%",  # between two data sets
         "cell  0 sparsegpt 50%",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", SCRIPT, str(place), str(out), *moments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == ["True"] * len(moments)
-    # The kills did hit where something was half done.
-    left = [{Path(path).name for path in line[1:]} for line in lines]
-    assert "gradients-sample-model.safetensors.partial" in left[0]
-    assert {"checkpoint.partial", "statistics-2.partial"} <= left[1]
-    assert any(path.endswith("cells/sparsegpt-50/checkpoint") for path in lines[2])
     options: dict[str, Any] = {
         "methods": [secateur.magnitude(), secateur.gblm(), secateur.sparsegpt()],
         "data": [str(place / "one.safetensors"), str(place / "two.safetensors")],
         "keep": "best",
         "propagate": "dense",
     }
+
+    def kill_at(moment: str) -> Callable[[SweepEvent], None]:
+        def look(event: SweepEvent) -> None:
+            if moment in f"{event.kind} {event.stage} {event.done} {event.cell.name if event.cell else ''}":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return look
+
+    lines = []
+    for moment in moments:
+        look = kill_at(moment)
+        assert ended(forked(lambda look=look: run(**options, on_event=look))) == -signal.SIGKILL
+        lines.append([str(path) for path in out.rglob("*")])
+    # The kills did hit where something was half done.
+    left = [{Path(path).name for path in line} for line in lines]
+    assert "gradients-sample-model.safetensors.partial" in left[0]
+    assert {"checkpoint.partial", "statistics-2.partial"} <= left[1]
+    assert any(path.endswith("cells/sparsegpt-50/checkpoint") for path in lines[2])
     run(**options)
     run(**options, output=whole)
     for name in ("table.md", "table.csv"):
