@@ -168,6 +168,23 @@ def test_gradients_of_experts_that_saw_no_token(method: str, tmp_path: Path) -> 
         assert all(same_bytes(own[name], other[name]) for name in own)
 
 
+@pytest.mark.parametrize("run", ["prune", "gradients"])
+def test_nan_in_an_expert_that_nothing_reaches_where_gradients_are_taken(run: str, tmp_path: Path) -> None:
+    source, ids = tiny.save("mixtral", tmp_path / "source"), tiny.tokens(1, 2)
+    found = secateur.gradients(source, tmp_path / "before", calibration=ids, unseen="skip")
+    unseen = [name for name in found.matrices if not found.read(name, GradientKind("l1")).total.any()]
+    edited(source, unseen[0], lambda tensor: tensor[0].fill_(float("nan")))
+    with pytest.raises(NumericalError, match=unseen[0]):
+        secateur.gradients(source, tmp_path / "out", calibration=ids, unseen="skip")
+    options = {"calibration": ids, "unseen": "skip", "on_nonfinite": "skip-matrix"}
+    if run == "gradients":
+        assert secateur.gradients(source, tmp_path / "out", **options).matrices == found.matrices
+        return
+    manifest = prune(source, method="gblm", output=tmp_path / "out", **options)
+    assert "NaN" in manifest.skipped[unseen[0]]["reason"]
+    assert list(manifest.skipped) == [name for name in found.matrices if name in manifest.skipped], "in their order"
+
+
 def test_a_sweep_goes_on_without_them_too(tmp_path: Path) -> None:
     source = tiny.save("mixtral", tmp_path / "source")
     save_file({"input_ids": tiny.tokens(1, 2)}, tmp_path / "few.safetensors")

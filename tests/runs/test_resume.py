@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, Any]:
         if file.name not in ("README.md", "secateur.json", "secateur_adapter.json")
     }
     manifest = json.loads((folder / "secateur.json").read_text())
-    found["secateur.json"] = json.loads(json.dumps(manifest), object_hook=_without_times)
+    found["secateur.json"] = json.dumps(json.loads(json.dumps(manifest), object_hook=_without_times))  # in its order
     return found
 
 
@@ -192,11 +192,16 @@ def test_gradients_go_on_to_the_same_sums(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"norms": ["l2"]}, "differs from this one: gradients was "),
+        ({"norms": ["l2"]}, "differs from this one: gradients no longer has "),
         ({"calibration": tiny.tokens(4, seed=1)}, "differs from this one: tokens was "),
         ({"batch_size": 2}, "differs from this one: batch size was 1 and is 2"),
-        ({"skip": ["*q_proj*"]}, "differs from this one: matrices was "),
+        (
+            {"skip": ["*q_proj*"]},
+            "differs from this one: matrices no longer has model.layers.0.self_attn.q_proj.weight",
+        ),
         ({"dtype": "float64"}, "differs from this one: dtype was torch.float32 and is torch.float64"),
+        ({"unseen": "skip"}, "differs from this one: unseen was error and is skip"),
+        ({"on_nonfinite": "skip-matrix"}, "differs from this one: on_nonfinite was error and is skip-matrix"),
         ({}, "has changed since its gradients were begun: the digest of its tensors was "),
     ],
 )
@@ -210,6 +215,89 @@ def test_other_gradients_are_refused(tmp_path: Path, change: dict[str, Any], tol
     with pytest.raises(CheckpointError, match=told):
         gradients(model, out, resume=True, **change)
     assert {file: file.read_bytes() for file in (tmp_path / "out.partial").iterdir()} == before
+
+
+@pytest.mark.parametrize("what", ["gradients", "prune"])
+def test_a_run_that_ended_after_its_last_gradients_goes_on(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the samples came in parts, and the file of the part before is gone."""
+    model, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    monkeypatch.setattr("secateur.collect.gradient_pass.chunk_sizes", lambda *_: ChunkSizes(2, 0, None))
+
+    def run(**options: Any) -> None:
+        if what == "gradients":
+            gradients(model, out, **options)
+        else:
+            secateur.prune(model, output=out, method="gblm", calibration=tiny.tokens(4), batch_size=1, **options)
+
+    def end(parts: GradientParts) -> None:
+        parts.other.unlink()
+        raise PowerCutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientParts, "complete", end)
+        with pytest.raises(PowerCutError):
+            run()
+    run(resume=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+
+
+def test_the_same_tokens_may_come_from_elsewhere(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    for name in ("one", "two"):
+        save_file({"input_ids": tiny.tokens(4)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(PowerCutError):
+        gradients(
+            model,
+            tmp_path / "out",
+            calibration=str(tmp_path / "one.safetensors"),
+            progress=cut_after("backward", 2),
+        )
+    made = gradients(model, tmp_path / "out", calibration=str(tmp_path / "two.safetensors"), resume=True)
+    assert "one.safetensors" in json.dumps(made.provenance["calibration"])
+
+
+@pytest.mark.parametrize("what", ["prune", "gradients"])
+def test_another_configuration_of_the_same_weights_is_refused(what: str, tmp_path: Path) -> None:
+    model, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+
+    def run(*, resume: bool, cut_it: bool) -> None:
+        if what == "gradients":
+            ends = {"progress": cut_after("backward", 2)} if cut_it else {}
+            gradients(model, out, resume=resume, **ends)
+        else:
+            ends = {"on_event": cut("read", 2)} if cut_it else {}
+            secateur.prune(model, output=out, calibration=tiny.tokens(), resume=resume, **ends)
+
+    with pytest.raises(PowerCutError):
+        run(resume=False, cut_it=True)
+    configuration = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**configuration, "rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match="differs from this one: model configuration was "):
+        run(resume=True, cut_it=False)
+    (model / "config.json").write_text(json.dumps(configuration))
+    run(resume=True, cut_it=False)
+
+
+def test_settings_of_libraries_are_a_part_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    with pytest.raises(PowerCutError):
+        secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), on_event=cut("read", 2))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    with pytest.raises(CheckpointError, match="machine environment was nothing and is"):
+        secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), resume=True)
+
+
+def test_a_plan_tells_of_a_run_that_is_going_on(tmp_path: Path) -> None:
+    model, notes = tiny.save("llama", tmp_path / "model"), []
+
+    def look(event: Event) -> None:
+        if event.stage == "read" and event.block == 2:
+            notes.extend(secateur.estimate(model, output=tmp_path / "out", calibration=tiny.tokens()).notes)
+
+    secateur.prune(model, output=tmp_path / "out", calibration=tiny.tokens(), on_event=look)
+    assert notes == [f"{tmp_path / 'out'}: another run is writing it now."]
 
 
 def test_block_by_block_recovery_goes_on(tmp_path: Path) -> None:
@@ -488,7 +576,8 @@ def test_signals_stop_at_a_safe_point_and_say_how_to_go_on(tmp_path: Path) -> No
         done = _signalled(model, tmp_path, number, times=1)
         assert done.returncode == 128 + number
         lines = done.stderr.splitlines()
-        assert "Stopping at the next safe point; press Ctrl-C again to stop at once." in lines
+        again = "press Ctrl-C again" if name == "SIGINT" else "send the signal again"
+        assert f"Stopping at the next safe point; {again} to stop at once." in lines
         ending = "Interrupted" if name == "SIGINT" else f"Ended by {name}"
         assert lines[-1].startswith(f"{ending}. {tmp_path}/out.partial: 2 of 3 blocks of an unfinished run are kept")
         assert lines[-1].endswith("The same command with --resume goes on after them; with --overwrite it starts anew.")

@@ -79,8 +79,8 @@ def _signals() -> Iterator[Callable[[], signal.Signals]]:
 
     def end(number: int, frame: object) -> None:
         nonlocal received
-        again, received = received is not None, received or signal.Signals(number)
-        if again:
+        second, received = received is not None, received or signal.Signals(number)
+        if second:
             with suppress(OSError):
                 shown = b"\x1b[?25h" if sys.stderr.isatty() else b""  # a progress bar hides the cursor
                 os.write(2, shown + b"Stopped at once. Run the command again to see what is kept.\n")
@@ -88,7 +88,8 @@ def _signals() -> Iterator[Callable[[], signal.Signals]]:
         if not stop():
             raise KeyboardInterrupt
         with suppress(OSError):  # print could be in the middle of a line of its own
-            os.write(2, b"Stopping at the next safe point; press Ctrl-C again to stop at once.\n")
+            again = b"press Ctrl-C again" if number == signal.SIGINT else b"send the signal again"
+            os.write(2, b"Stopping at the next safe point; " + again + b" to stop at once.\n")
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():

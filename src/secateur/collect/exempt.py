@@ -1,6 +1,6 @@
 """Matrices that a run leaves dense, or prunes by their weights alone, because nothing usable is known of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,11 @@ class Exempt:
     skipped: dict[str, str] = field(default_factory=dict)
     by_magnitude: set[str] = field(default_factory=set)
 
-    def to_json(self) -> dict[str, Any]:
-        """Both, as JSON, for a run that goes on later."""
-        return {"skipped": dict(self.skipped), "by_magnitude": sorted(self.by_magnitude)}
+    def to_json(self, matrices: Collection[str] | None = None) -> dict[str, Any]:
+        """Both, of all matrices or of these, as JSON, for a run that goes on later."""
+        skipped = {name: why for name, why in self.skipped.items() if matrices is None or name in matrices}
+        unseen = [name for name in self.by_magnitude if matrices is None or name in matrices]
+        return {"skipped": skipped, "by_magnitude": sorted(unseen)}
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add what `to_json` returned in an earlier process."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +35,13 @@ class GradientParts:
         self.parts, self.blocks, self.journal = parts, blocks, journal
         self._writers: list[GradientWriter] = []  # the last part, which makes the whole, writes into the last one
         try:
-            for position, file in enumerate([target.with_name(f"{target.name}.other"), target][-parts:]):
+            # Of a run that has ended after its last block, the other file may be gone.
+            whole = all(self._name(parts - 1, block) in journal.found for block in blocks)
+            self.other = target.with_name(f"{target.name}.other")
+            files = [self.other, target][-parts:]
+            for position, file in enumerate(files):
+                if whole and file != target:
+                    continue
                 numbers = range((parts + position) % 2 if parts > 1 else 0, parts, 2)
                 found: dict[str, str] = {}
                 for name in (self._name(number, block) for number in numbers for block in blocks):
@@ -63,17 +70,17 @@ class GradientParts:
         """The sums of a matrix over the parts before this one."""
         return self._writer(part - 1).read(matrix, norm) if part else None
 
-    def add(self, part: int, block: int, sums: Sums, exempt: Exempt) -> None:
-        """Write the sums of a block over the samples up to those of a part; they are durable when this returns."""
+    def add(self, part: int, block: int, sums: Sums, exempt: Mapping[str, Any]) -> None:
+        """Write the sums of a block over the samples up to those of a part; they are durable when this returns.
+
+        `exempt` is what `Exempt.to_json` says of its matrices.
+        """
         digests = self._writer(part).add(sums)
-        self.journal.add(Part(self._name(part, block), record={"sums": digests, "exempt": exempt.to_json()}))
+        self.journal.add(Part(self._name(part, block), record={"sums": digests, "exempt": dict(exempt)}))
 
     def complete(self) -> None:
         """Finish the file: it holds the sums over all samples."""
         self._writers[-1].close()
-        for writer in self._writers[:-1]:
-            writer.abandon()
-            writer.path.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Let go of the files; harmless at the end."""

@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -27,9 +26,9 @@ from secateur.collect.settings import File, GradientSettings, Model, ModelSettin
 from secateur.core.checks import check_weight, first_nonfinite
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
-from secateur.errors import CalibrationError, CheckpointError
+from secateur.errors import CalibrationError, CheckpointError, NumericalError
 from secateur.files.checkpoint import tensor_digest
-from secateur.models.flow.memory import return_large
+from secateur.models.flow.memory import available_bytes, return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.matrices import Matrix, by_block, numbered_experts, tapped
@@ -45,7 +44,8 @@ from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
 from secateur.runs.output import check_writable, resolved
 from secateur.runs.transaction import Transaction, flush_names
 
-_OF_THE_FIRST = ("model", "model_digest", "created")  # of the provenance, what the process that began has written
+# Of the provenance, what the process that began has written.
+_OF_THE_FIRST = ("model", "model_digest", "calibration", "created")
 
 
 @taking(GradientSettings)
@@ -84,8 +84,10 @@ def _gradients(
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
         windows = model_windows(opened, settings, progress=partial(settings.progress, "calibrate"))
-        size.begin(gradient_batch_size(opened.skeleton, windows.length, settings.granularity, size.now))
-        facts = _facts(size.first or settings.batch_size, opened, windows, kinds, names)
+        chosen = gradient_batch_size(opened.skeleton, windows.length, settings.granularity, size.now)
+        size.begin(min(chosen, windows.samples))
+        transaction.goes_on = size.goes_on
+        facts = _facts(settings, opened, windows, kinds, names)
         transaction.journal.begin("gradients", len(opened.skeleton.blocks), facts)
         size.record(transaction.journal)
         collect(
@@ -105,15 +107,17 @@ def _gradients(
 
 
 def _facts(
-    batch_size: int | None, opened: OpenedModel, windows: Windows, kinds: Sequence[GradientKind], names: set[str]
+    settings: GradientSettings, opened: OpenedModel, windows: Windows, kinds: Sequence[GradientKind], names: set[str]
 ) -> dict[str, Any]:
     """What the bytes of the file depend on, besides the weights themselves, whose digest is compared."""
     return {
-        "model": {key: value for key, value in opened.origin.items() if key != "path"},
+        "model": opened.facts,
         "versions": run_facts(None)["versions"],
         "machine": machine_facts(opened.skeleton.device),
         "dtype": str(opened.skeleton.dtype),
-        "batch size": batch_size or "auto",
+        "batch size": settings.batch_size or "auto",
+        "on_nonfinite": settings.on_nonfinite,
+        "unseen": settings.unseen,
         "gradients": [asdict(kind) for kind in kinds],
         "tokens": windows.digest,
         "matrices": sorted(names),
@@ -175,7 +179,8 @@ def collect(
     batch_size = gradient_batch_size(skeleton, windows.length, granularity, batch_size)
     of_block = by_block(matrices)
     first = min(of_block)
-    source_tensors = _digests(skeleton, of_block)
+    exempt = exempt or Exempt()
+    source_tensors = _digests(skeleton, of_block, exempt)
     provenance = {
         "norms": norms,
         "granularity": granularity,
@@ -190,14 +195,15 @@ def collect(
         "versions": {"secateur": secateur.__version__, "torch": torch.__version__},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    exempt = exempt or Exempt()
     sizes = chunk_sizes(skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first)
     begun = TAKING in journal.found
     if begun:
         provenance, at_once = _go_on(journal, provenance)
     else:
         at_once = sizes.samples
-    parts = _parts(windows.batches(batch_size), at_once)
+    # Exact: parts are cut by samples, so that they are the same for batches of any size.
+    starts = range(0, windows.samples, at_once)
+    parts = [windows.part(start, min(start + at_once, windows.samples)).batches(batch_size) for start in starts]
     shapes = {matrix.name: matrix.shape for matrix in matrices}
     wide = torch.float64 if skeleton.dtype == torch.float64 else torch.float32
 
@@ -226,7 +232,7 @@ def collect(
                     if number + 1 == len(parts):
                         check_gradient(matrix.name, sums[matrix.name, norm], windows.samples, exempt)
                 if own:
-                    written.add(number, block.index, sums, exempt)
+                    written.add(number, block.index, sums, exempt.to_json([matrix.name for matrix in own]))
 
             one = GradientPass(
                 skeleton,
@@ -259,17 +265,7 @@ def _go_on(journal: Journal, provenance: dict[str, Any]) -> tuple[dict[str, Any]
     return provenance | {key: begun[key] for key in _OF_THE_FIRST}, begun["samples at once"]
 
 
-def _parts(batches: Sequence[Tensor], samples: int) -> list[list[Tensor]]:
-    """Consecutive batches of at most so many samples together."""
-    parts: list[list[Tensor]] = [[]]
-    for batch in batches:
-        if parts[-1] and sum(map(len, parts[-1])) + len(batch) > samples:
-            parts.append([])
-        parts[-1].append(batch)
-    return parts
-
-
-def _digests(skeleton: Skeleton, of_block: Mapping[int, Sequence[Matrix]]) -> dict[str, str]:
+def _digests(skeleton: Skeleton, of_block: Mapping[int, Sequence[Matrix]], exempt: Exempt) -> dict[str, str]:
     """sha256 of every tensor that a forward reads, for gradients depend on all; each matrix is checked on the way."""
     result: dict[str, str] = {}
     for index, names in enumerate(skeleton.block_tensors):
@@ -278,7 +274,10 @@ def _digests(skeleton: Skeleton, of_block: Mapping[int, Sequence[Matrix]]) -> di
             result[name] = tensor_digest(tensors[name])
             for matrix in of_block.get(index, []):
                 if matrix.tensor == name:
-                    check_weight(matrix.name, matrix.view(tensors))
+                    try:
+                        check_weight(matrix.name, matrix.view(tensors))
+                    except NumericalError as error:
+                        exempt.nonfinite(matrix.name, error)
     result.update({name: source_digest(skeleton.source, name) for name in skeleton.outside_tensors})
     return result
 
@@ -359,7 +358,7 @@ def chunk_sizes(
     each = saved * length * skeleton.hidden_size * skeleton.dtype.itemsize
     folder = None if offload in ("auto", "never") else Path(offload).expanduser()
     if folder is None:
-        free = psutil.virtual_memory().available
+        free = available_bytes()
     else:
         existing = next(parent for parent in (folder.absolute() / "in").parents if parent.exists())
         free = shutil.disk_usage(existing).free

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -12,7 +13,10 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from secateur.errors import CheckpointError
+
 _PREFIX = "secateur-scratch-"
+_LOCK, _INSIDE = "lock", "files"
 _OPENING_SECONDS = 60  # a younger folder may be one whose process has not locked it yet
 
 logger = logging.getLogger(__name__)
@@ -20,18 +24,28 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder in `parent`, or where the system keeps temporary files; it is gone at the end.
+    """A new folder below `parent`, or below where the system keeps temporary files; it is gone at the end.
 
-    Those that killed processes of the same user left there are removed, with a warning that tells their size.
+    Those that killed processes of this machine left there are removed, with a warning that tells their size. Raises
+    `CheckpointError` where no folder can be made.
     """
     above = Path(tempfile.gettempdir()) if parent is None else parent
-    for left in above.glob(f"{_PREFIX}*"):
+    prefix = f"{_PREFIX}{platform.node()}-"
+    for left in above.glob(f"{prefix}*"):
         _remove_dead(left)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=above))
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield folder
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=above))
+        (folder / _INSIDE).mkdir()
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise CheckpointError(
+            f"{above}: no folder for temporary files can be made there ({error.strerror}). "
+            + ("Set TMPDIR to another one." if parent is None else "Run the command in another one.")
+        ) from None
+    try:
+        with suppress(OSError):  # a file system without locks: whoever finds it there later cannot lock it either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder / _INSIDE
     finally:
         delete(folder)
         os.close(descriptor)
@@ -39,11 +53,11 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 def _remove_dead(folder: Path) -> None:
     """Remove a scratch folder that no process holds."""
-    with suppress(OSError):  # it vanishes, or its file system has no locks
+    with suppress(OSError):  # it vanishes, is no folder, has no lock yet, or its file system has no locks
         facts = folder.lstat()
-        if facts.st_uid != os.getuid() or time.time() - facts.st_mtime < _OPENING_SECONDS:
+        if facts.st_uid != os.getuid() or time.time() - facts.st_mtime < _OPENING_SECONDS or folder.is_symlink():
             return
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = bytes_below(folder)

@@ -72,8 +72,9 @@ class BlockLoop:
 
     def _record_exempt(self) -> None:
         """Take the matrices that stayed dense out of the plan, and mark what else a reader should know."""
-        for name, reason in self.evidence.exempt.skipped.items():
-            self.manifest.skipped[name] = {"reason": reason, "pattern": self.manifest.plan.pop(name)}
+        skipped = self.evidence.exempt.skipped
+        for name in [name for name in self.manifest.plan if name in skipped]:
+            self.manifest.skipped[name] = {"reason": skipped[name], "pattern": self.manifest.plan.pop(name)}
         if not self.manifest.matrices:
             reason = next(iter(self.manifest.skipped.values()))["reason"]
             raise NumericalError(
@@ -196,11 +197,11 @@ class BlockLoop:
     ) -> Finished:
         """A finished block with what the manifest says of it."""
         digests, entries, skipped = self.manifest.source_tensors, self.manifest.matrices, self.evidence.exempt.skipped
-        names = [matrix.name for matrix in matrices]
+        names = {matrix.name for matrix in matrices}
         record = {
             "blocks": blocks,
-            "matrices": {name: entries[name] for name in names if name in entries},
-            "skipped": {name: skipped[name] for name in names if name in skipped},
+            "matrices": {name: entry for name, entry in entries.items() if name in names},  # in the order of solving
+            "skipped": {name: why for name, why in skipped.items() if name in names},
             "source_tensors": {matrix.tensor: digests[matrix.tensor] for matrix in matrices if digests},
         }
         return Finished(tensors, record)

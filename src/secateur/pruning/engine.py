@@ -98,7 +98,8 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
             logger.warning(told)
         pile_bytes = return_large(extent.product_bytes if extent.by_site else 0)
         if transaction is not None and settings.statistics is None:
-            size.begin(extent.chosen_batch_size)
+            size.begin(min(extent.chosen_batch_size, max(extent.samples, 1)))
+            transaction.goes_on = size.goes_on
         manifest = _manifest(ready, size)
         clock = Clock(synchronise=skeleton.device.type == "cuda", began=started)
         if transaction is not None and settings.resumable and settings.statistics is None:
@@ -133,6 +134,7 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
                         progress=named(tell, "gradients"),
                     )
                 journal.add(Part(GRADIENTS, record=evidence.exempt.to_json(), seconds=clock.so_far()))
+                taken.with_name(f"{taken.name}.other").unlink(missing_ok=True)
             evidence = replace(evidence, gradients=GradientFile(taken))
         shared = settings.statistics if method.inputs else None
         if shared is not None:
@@ -185,7 +187,7 @@ def _facts(ready: Prepared, manifest: Manifest) -> dict[str, Any]:
     # What a run has come down to is a part of its journal, not of what was asked.
     settings["batch_size"] = settings.pop("batch_size_at_first", settings["batch_size"])
     return {
-        "model": {key: value for key, value in ready.opened.origin.items() if key != "path"},
+        "model": ready.opened.facts,
         "versions": manifest.versions,
         "machine": machine_facts(ready.opened.skeleton.device),
         "settings": settings,

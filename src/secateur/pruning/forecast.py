@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.filesize import decimal
 
+from secateur.errors import CheckpointError
+from secateur.models.flow.memory import available_bytes
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan
@@ -94,7 +95,7 @@ def estimate(settings: PruneSettings) -> Estimate:
 def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estimate:
     skeleton, plan, method = ready.opened.skeleton, ready.plan, ready.method
     memory = memory_of(ready)
-    free = psutil.virtual_memory().available
+    free = available_bytes()
     total = source_bytes(skeleton, skeleton.source.names)
     disk = total + memory.cost.file + (ready.packed_bytes or 0)
     notes = [*ready.unchecked, *_memory_notes(ready, memory)]
@@ -105,7 +106,11 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
         room = shutil.disk_usage(above).free
         if room < disk:
             notes.append(f"This needs more disk than the {decimal(room)} that are free in {above}.")
-        if left := unfinished(target):
+        try:
+            left = unfinished(target)
+        except CheckpointError as error:
+            left = None if ready.settings.overwrite else str(error)
+        if left is not None:
             notes.append(left)
     left_out = [LeftOutRow(**row) for row in skeleton.left_out_by_reason()]
     all_weights = sum(math.prod(skeleton.source.shape(name)) for name in skeleton.source.names)

@@ -10,7 +10,7 @@ import torch
 from rich.filesize import decimal
 
 from secateur.collect.collector import Cost
-from secateur.models.flow.memory import pile_limit, trim
+from secateur.models.flow.memory import available_bytes, pile_limit, trim
 from secateur.models.flow.stream import states_folder
 from secateur.models.shape.matrices import by_block
 from secateur.models.shape.skeleton import Skeleton
@@ -51,7 +51,7 @@ def resident_bytes() -> int:
 
 def shortage(ready: Prepared, memory: Memory) -> str | None:
     """What is said of a run that needs more memory than is free, or None where it fits."""
-    free = psutil.virtual_memory().available + resident_bytes()
+    free = available_bytes() + resident_bytes()
     if memory.host > free:
         return (
             f"This needs about {decimal(memory.host)} of host memory, and {decimal(free)} are free: use fewer or "

@@ -27,7 +27,9 @@ GRADIENTS = "gradients"  # the part with those that a run takes first
 SMALLER = "smaller batches"  # what a run has come down to that ran out of memory
 SEALED = "sealed"  # what the complete output is, written before it gets its name
 _ALONE_WORTHLESS = (OUTSIDE, TAKING, SMALLER)
-_ANEW = "Start anew with --overwrite."
+_ANEW = "Start anew with --overwrite, and without --resume."
+# Variables by which the libraries of matrix products choose other instructions or orders.
+_ENVIRONMENT = ("MKL_", "ONEDNN_", "DNNL_", "ATEN_CPU_", "CUBLAS_", "NVIDIA_TF32", "TORCH_ALLOW_TF32")
 _Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -110,7 +112,7 @@ class Journal:
             if version != FORMAT:
                 raise CheckpointError(
                     f"{self.file}: format {version}, expected {FORMAT}; another version of Secateur began this run. "
-                    "Finish it with that one, or start anew with --overwrite."
+                    f"Finish it with that one. {_ANEW}"
                 )
         if value.get("digest") != digest_of(value) or not line.endswith("\n"):
             raise CheckpointError(f"{where}: damaged or altered since it was written. {_ANEW}")
@@ -195,6 +197,10 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], inside: str =
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             return _difference(old, new, f"{name} ")
+        if isinstance(old, list) and isinstance(new, list):
+            for own, other, has in ((old, new, "no longer has"), (new, old, "now has")):
+                if only := [item for item in own if item not in other]:
+                    return f"{name} {has} {_spoken(only[0])}"
         return f"{name} was {_spoken(old)} and is {_spoken(new)}"
     return None
 
@@ -205,10 +211,12 @@ def _spoken(value: Any) -> str:
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What the last bit of a result depends on besides what was asked: the processor's instructions and the threads."""
+    """What the last bit of a result depends on besides what was asked: processor, threads, settings of libraries."""
+    chosen = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)}
+    facts: dict[str, Any] = {"environment": chosen} if chosen else {}
     if device.type == "cuda":
-        return {"gpu": torch.cuda.get_device_name(device)}
-    return {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+        return facts | {"gpu": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
+    return facts | {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def part_of(block: Block) -> str:

@@ -40,6 +40,10 @@ class BatchSize:
         if self.first is not None:
             journal.add(Part(SMALLER, record={"first": self.first, "now": self.now}))
 
+    def goes_on(self, error: BaseException | None) -> bool:
+        """Whether the run will begin again after an error, with fewer samples."""
+        return isinstance(error, torch.OutOfMemoryError) and self._chosen > 1
+
     def halve(self) -> bool:
         """Come down to half, where that is possible."""
         if self._chosen < 2:
@@ -61,6 +65,7 @@ def with_smaller_batches(asked: int | None, run: Callable[[BatchSize], T]) -> T:
             if not size.halve():
                 raise
             reason = str(error).partition(". ")[0]
-        logger.warning("%s. Going on with %d samples at a time.", reason, size.now)
+        count = "1 sample" if size.now == 1 else f"{size.now} samples"
+        logger.warning("%s. Going on with %s at a time.", reason, count)
         gc.collect()  # what the failed run held is in cycles of frames and modules
         torch.cuda.empty_cache()

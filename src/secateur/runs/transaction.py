@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -50,6 +51,7 @@ class Transaction:
         self.partial = partial_of(target)
         self.folder = self.partial / _RESULT
         self.journal: Journal
+        self.goes_on: Callable[[BaseException | None], bool] = lambda error: False  # after it, so that nothing is said
         self._lock = self.partial / _LOCK
         self._committed = False
         self._descriptor: int | None = None
@@ -218,7 +220,7 @@ class Transaction:
         self._end(keep=kept)
         if kept and isinstance(error, KeyboardInterrupt) and not error.args:
             error.args = (f"{self._unfinished()} {CHOICES}",)
-        elif kept:
+        elif kept and not self.goes_on(error):
             logger.warning("%s %s", self._unfinished(), CHOICES)
         ours = isinstance(error, SecateurError) and not isinstance(error, CheckpointError)
         if vanished and isinstance(error, Exception) and not ours:
@@ -257,6 +259,14 @@ def unfinished(target: Path) -> str | None:
     Raises `CheckpointError` for a journal that is damaged.
     """
     partial = partial_of(target)
+    with suppress(OSError):
+        descriptor = os.open(partial / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"{target}: another run is writing it now."
+        finally:
+            os.close(descriptor)
     journal = Journal(partial / _JOURNAL)
     return f"{_told(partial, journal)} {CHOICES}" if journal.finished else None
 

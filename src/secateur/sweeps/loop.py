@@ -39,6 +39,7 @@ from secateur.pruning.settings import PropagationSettings
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.events import Event
 from secateur.runs.options import shared
+from secateur.runs.transaction import unfinished
 from secateur.sweeps.estimate import SweepEstimate, Task, estimate_sweep, shared_gradient
 from secateur.sweeps.folder import Cell, Sweep, SweepFolder, check_settings, plain
 from secateur.sweeps.settings import SweepSettings
@@ -263,7 +264,8 @@ class SweepLoop:
             if norms <= held:
                 return path
             norms = norms | held
-        gradients(
+        take = partial(
+            gradients,
             **shared(self.asked, ExemptSettings, BatchSettings, ModelSettings, SelectionSettings),
             output=path,
             norms=sorted(norms),
@@ -273,6 +275,13 @@ class SweepLoop:
             overwrite=True,
             progress=partial(self._stage, None, prefix="gradients: "),
         )
+        began = unfinished(path) is not None
+        try:
+            take(resume=began)
+        except CheckpointError:
+            if not began:
+                raise
+            take()  # what was begun was something else
         return path
 
     def _share_statistics(self) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -10,7 +11,33 @@ LARGE_BYTES = 4 << 20
 _LARGEST_KEPT = 16 << 20
 _END_BYTES = 1 << 30  # what may lie free at the end of the heap
 _PILE_BYTES = 192 << 20
+_OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _UNKNOWN = (OSError, AttributeError, TypeError)  # raised where the C library does not know how
+
+
+def available_bytes() -> int:
+    """The host's memory that is free now, or what is left of the limit of the container that this process runs in."""
+    return min([psutil.virtual_memory().available, *_left_of_limits()])
+
+
+def _left_of_limits() -> list[int]:
+    """What is left of every limit on this process, as version 2 of Linux's control groups tells it.
+
+    Memory: pages of files that nobody has used lately count towards a limit, but make room.
+    """
+    left = []
+    with suppress(OSError, ValueError):
+        own = next(line[3:].strip() for line in _OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
+        group = _GROUPS / own.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(_GROUPS):
+                break
+            with suppress(OSError, ValueError):
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+                lines = (folder / "memory.stat").read_text().splitlines()
+                idle = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+                left.append(max(0, limit - used + idle))
+    return left
 
 
 def trim() -> None:

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.files.writer import reserve
+from secateur.models.flow.memory import available_bytes
 from secateur.models.opening.configuration import reason
 from secateur.models.shape.causality import check_causal
 from secateur.models.shape.skeleton import Skeleton, loaded
@@ -115,9 +115,10 @@ class HiddenStates:
                 reserve(stream.fileno(), like.nbytes)
                 file = f"/dev/fd/{stream.fileno()}"
                 return torch.from_file(file, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the second from torch, where a file cannot be mapped
+            why = error.strerror if isinstance(error, OSError) else reason(error)
             raise CheckpointError(
-                f"{self._folder}: cannot hold {like.nbytes:,} bytes of hidden states ({error.strerror}). Free some "
+                f"{self._folder}: cannot hold {like.nbytes:,} bytes of hidden states ({why}). Free some "
                 "space there, or name another folder with --offload-states."
             ) from None
 
@@ -142,7 +143,7 @@ def states_folder(offload: str, bytes_needed: int, place: Path) -> Path | None:
     if offload == "never":
         return None
     if offload == "auto":
-        return place if bytes_needed > psutil.virtual_memory().available // 2 else None
+        return place if bytes_needed > available_bytes() // 2 else None
     return Path(offload).expanduser()
 
 

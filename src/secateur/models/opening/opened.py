@@ -1,8 +1,10 @@
 """Anything that names a model, opened for streaming: a folder, a hub id, a GGUF file, or a module in memory."""
 
+import hashlib
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -42,6 +44,20 @@ class OpenedModel:
     load_tokenizer: Callable[[], Any]
     expected: Callable[[Path], nn.Module]
     restore: Callable[[], None] = lambda: None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells this model from another, besides its weights and wherever it lies: shapes, configuration, code."""
+        model: Any = self.skeleton.model
+        configuration = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+        written = json.dumps(configuration, sort_keys=True, default=str).encode()
+        module = type(model).__module__
+        code = None if module.startswith("transformers.") else getattr(sys.modules.get(module), "__file__", None)
+        facts = {key: value for key, value in self.origin.items() if key != "path"}
+        facts["configuration"] = hashlib.sha256(written).hexdigest()
+        if code is not None:
+            facts["code"] = hashlib.sha256(Path(code).read_bytes()).hexdigest()
+        return facts
 
     def reading(self, source: Source) -> "OpenedModel":
         """The same model with its weights from elsewhere, under the same names and in the same shapes."""

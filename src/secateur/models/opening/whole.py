@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -16,7 +15,7 @@ from secateur.errors import CheckpointError
 from secateur.files.checkpoint import Checkpoint
 from secateur.files.folders import locate
 from secateur.files.scratch import scratch_folder
-from secateur.models.flow.memory import trim
+from secateur.models.flow.memory import available_bytes, trim
 from secateur.models.opening.configuration import check_no_code, read_configuration, reason
 from secateur.models.opening.opened import (
     choose_device,
@@ -204,4 +203,4 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return available_bytes()
