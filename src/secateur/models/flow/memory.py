@@ -27,8 +27,11 @@ def _left_of_limits() -> list[int]:
     """
     left = []
     with suppress(OSError, ValueError):
-        own = next(line[3:].strip() for line in _OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
-        group = _GROUPS / own.lstrip("/")
+        lines = _OWN_GROUP.read_text().splitlines()
+        own = next((line[3:].strip("/ ") for line in lines if line.startswith("0::")), None)
+        if own is None:
+            return []
+        group = _GROUPS if ".." in Path(own).parts else _GROUPS / own  # of a process that was moved out of sight
         for folder in (group, *group.parents):
             if not folder.is_relative_to(_GROUPS):
                 break
