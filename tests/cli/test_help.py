@@ -45,8 +45,10 @@ OPTIONS = {
     | {"--on-nonfinite", "--unseen", "--resume", "--packed", "--output", "--overwrite", "--config", "--json"},
     "gradients": TEXT
     | HOW
+    | {"--on-nonfinite", "--unseen", "--resume"}
     | {"--norm", "--granularity", "--scope", "--only", "--skip", "--output", "--overwrite", "--config", "--json"},
     "sweep": (WHAT - {"--method", "--norm", "--alpha"})
+    | {"--on-nonfinite", "--unseen"}
     | TEXT
     | (PRUNING - {"--gradient"})
     | HOW

@@ -5,14 +5,15 @@ import importlib.util
 import json
 import os
 import re
-import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import secateur
 import tiny
-from command_line import ended, forked, save_model
+from command_line import save_model
 from secateur.errors import ModelStructureError, PatternError
 
 STEPS = 4
@@ -420,25 +421,37 @@ def test_trainers_of_trl(tmp_path: Path) -> None:
     assert {matrix.pattern for matrix in secateur.inspect(model.eval()).matrices} == {"2:4"}
 
 
-def train_in_parallel(folder: Path, rank: int, port: int) -> None:
-    """One of two processes, as torchrun starts them."""
-    for state in (AcceleratorState, PartialState, GradientState):  # of this process before it was forked
-        state._reset_state()
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in where.items()}, MASTER_ADDR="127.0.0.1")
-    model = sparse(secateur.NM(2, 4))
-    trainer(model, folder, secateur.SparsityCallback(), Watch(model)).train()
-    found = torch.cat([value.detach().flatten() for value in model.parameters()])
-    assert (torch.distributed.get_rank(), torch.distributed.get_world_size()) == (rank, 2)
-    (folder / f"{rank}-2").write_bytes(found.numpy().tobytes())
-    assert {matrix.pattern for matrix in secateur.inspect(model.eval()).matrices} == {"2:4"}
+DATA_PARALLEL = """
+import pathlib, sys
+import torch
+import secateur
+from test_sparsity_callback import Watch, sparse, trainer
+model = sparse(secateur.NM(2, 4))
+watch = Watch(model)
+trainer(model, pathlib.Path(sys.argv[1]), secateur.SparsityCallback(), watch).train()
+found = torch.cat([value.detach().flatten() for value in model.parameters()])
+rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+pathlib.Path(sys.argv[1], f"{rank}-{size}").write_bytes(found.numpy().tobytes())
+assert {matrix.pattern for matrix in secateur.inspect(model.eval()).matrices} == {"2:4"}
+"""
 
 
 def test_data_parallel_training(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    runs = [forked(lambda rank=rank: train_in_parallel(tmp_path, rank, port)) for rank in range(2)]
-    assert [ended(run, patience=200) for run in runs] == [0, 0]
+    (tmp_path / "script.py").write_text(DATA_PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
+    }
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
     first, second = (tmp_path / f"{rank}-2" for rank in (0, 1))
     assert first.read_bytes() == second.read_bytes()

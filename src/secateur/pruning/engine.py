@@ -94,7 +94,7 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
-        if told := shortage(ready, memory_of(ready)):
+        if told := shortage(ready, memory_of(ready, trial=False)):
             logger.warning(told)
         pile_bytes = return_large(extent.product_bytes if extent.by_site else 0)
         if transaction is not None and settings.statistics is None:

@@ -15,7 +15,7 @@ from secateur.models.flow.stream import states_folder
 from secateur.models.shape.matrices import by_block
 from secateur.models.shape.skeleton import Skeleton
 from secateur.pruning.preparation import Prepared
-from secateur.pruning.trial import waiting_bytes
+from secateur.pruning.trial import usually_waiting, waiting_bytes
 
 LIBRARY_BYTES = 40_000_000  # kernels and buffers that torch loads when it first computes
 FACTORISING_BYTES = 40_000_000  # buffers of the linear algebra library, once something was factorised
@@ -68,8 +68,8 @@ def shortage(ready: Prepared, memory: Memory) -> str | None:
     return None
 
 
-def memory_of(ready: Prepared) -> Memory:
-    """The memory of a run that has been prepared."""
+def memory_of(ready: Prepared, *, trial: bool = True) -> Memory:
+    """The memory of a run that has been prepared; without a `trial` no forward shows what waits within a block."""
     extent = ready.extent
     cost = ready.evidence.cost(extent)
     skeleton, source = ready.opened.skeleton, ready.opened.skeleton.source
@@ -107,7 +107,8 @@ def memory_of(ready: Prepared) -> Memory:
     pruning = sums + max(activations, cost.batch, solving + cost.reading)
     in_memory = 0 if offloaded else states
     # Forwards that wait hold more than hidden states, and go to files or to the host's memory by the same rule.
-    held = extent.tokens * waiting_bytes(skeleton, extent.matrices) if extent.by_site else 0
+    waits = waiting_bytes(skeleton, extent.matrices) if trial and extent.by_site else usually_waiting(skeleton)
+    held = extent.tokens * waits if extent.by_site else 0
     if not on_gpu and states_folder(extent.offload, held, Path.cwd()) is not None:
         held = 0
     held += min(held, pile_limit(extent.product_bytes))  # what forwards of a block have freed is kept for the next

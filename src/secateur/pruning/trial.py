@@ -149,7 +149,12 @@ def waiting_bytes(skeleton: Skeleton, matrices: Sequence[Matrix]) -> int:
                     forwards.waits_at -= site.parameters
         return max(held) // math.prod(WAITING)
     except NOT_TRIED:
-        return 8 * skeleton.hidden_size * skeleton.dtype.itemsize
+        return usually_waiting(skeleton)
+
+
+def usually_waiting(skeleton: Skeleton) -> int:
+    """The same without a forward: what it is about in blocks of the usual make-up."""
+    return 8 * skeleton.hidden_size * skeleton.dtype.itemsize
 
 
 @torch.no_grad()
