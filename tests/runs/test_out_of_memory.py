@@ -63,10 +63,13 @@ def test_a_run_goes_on_with_half_the_samples_at_once(
     assert secateur.verify(tmp_path / "out").ok
 
 
-def test_finished_blocks_are_kept_and_a_later_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", [4, None])
+def test_finished_blocks_are_kept_and_a_later_run_goes_on(
+    asked: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Memory runs out at the second block, and the power fails at the third."""
     model = tiny.save("llama", tmp_path / "model")
-    options: dict[str, Any] = {"calibration": tiny.tokens(4), "batch_size": 4}
+    options: dict[str, Any] = {"calibration": tiny.tokens(4), "batch_size": asked}
     whole, out = tmp_path / "whole", tmp_path / "out"
     first, second, third = (Watch(cut_at) for cut_at in (None, 2, None))
     with monkeypatch.context() as patch:
@@ -76,7 +79,7 @@ def test_finished_blocks_are_kept_and_a_later_run_goes_on(tmp_path: Path, monkey
         second.fail_once(patch)
         with pytest.raises(KeyError):
             secateur.prune(model, output=out, on_event=second, **options)
-    with pytest.raises(CheckpointError, match="settings batch_size was 4 and is 1"):
+    with pytest.raises(CheckpointError, match=f"settings batch_size was {asked or 'auto'} and is 1"):
         secateur.prune(model, output=out, resume=True, **{**options, "batch_size": 1})
     secateur.prune(model, output=out, resume=True, on_event=third, **options)
     assert [watch.failed for watch in (first, second, third)] == [True, True, False]

@@ -368,9 +368,9 @@ def test_a_dry_run_tells_of_it(unfinished: Path) -> None:
     ("change", "told"),
     [
         ({"sparsity": 0.6}, "plan model.layers.0.mlp.down_proj.weight sparsity was 0.5 and is 0.6"),
-        ({"method": "magnitude"}, "settings batch_size was 128 and is 2048"),
+        ({"method": "magnitude"}, "settings statistics no longer has SquaredNorm"),
         ({"calibration": tiny.tokens(seed=1)}, "tokens was "),
-        ({"batch_size": 1}, "settings batch_size was 128 and is 1"),
+        ({"batch_size": 1}, "settings batch_size was auto and is 1"),
         ({"propagate": "dense"}, "settings propagate was pruned and is dense"),
         ({"dtype": "float64"}, "settings dtype was float32 and is float64"),
         ({"skip": ["*q_proj*"]}, "is nothing"),

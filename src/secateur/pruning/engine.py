@@ -103,7 +103,7 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
         manifest = _manifest(ready, size)
         clock = Clock(synchronise=skeleton.device.type == "cuda", began=started)
         if transaction is not None and settings.resumable and settings.statistics is None:
-            transaction.journal.begin("prune", len(skeleton.blocks), _facts(ready, manifest))
+            transaction.journal.begin("prune", len(skeleton.blocks), _facts(ready, manifest, size))
             size.record(transaction.journal)
             clock.resume(transaction.journal.seconds)
         output = (
@@ -180,12 +180,12 @@ def _manifest(ready: Prepared, size: BatchSize) -> Manifest:
     )
 
 
-def _facts(ready: Prepared, manifest: Manifest) -> dict[str, Any]:
+def _facts(ready: Prepared, manifest: Manifest, size: BatchSize) -> dict[str, Any]:
     """What the bytes of the output depend on, besides the weights themselves, which are compared one by one."""
     gradients = ready.evidence.gradients
-    settings = dict(manifest.settings)
     # What a run has come down to is a part of its journal, not of what was asked.
-    settings["batch_size"] = settings.pop("batch_size_at_first", settings["batch_size"])
+    settings = {**manifest.settings, "batch_size": size.asked or "auto"}
+    settings.pop("batch_size_at_first", None)
     return {
         "model": ready.opened.facts,
         "versions": manifest.versions,

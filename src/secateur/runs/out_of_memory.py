@@ -17,11 +17,12 @@ logger = logging.getLogger(__name__)
 class BatchSize:
     """How many samples go through a block at once.
 
-    `now` is what was asked for, or what the run has come down to; `first` is what it began with, where that was more.
+    `asked` is what was asked for, None where that is left to the run, `now` the same or what the run has come down to;
+    `first` is what it began with, where that was more.
     """
 
     def __init__(self, asked: int | None) -> None:
-        self.now = asked
+        self.asked = self.now = asked
         self.first: int | None = None
         self._chosen = 1
 
