@@ -27,7 +27,7 @@ def _left_of_limits() -> list[int]:
     """
     left = []
     with suppress(OSError, ValueError):
-        lines = _OWN_GROUP.read_text().splitlines()
+        lines = _OWN_GROUP.read_text(encoding="utf-8").splitlines()
         own = next((line[3:].strip("/ ") for line in lines if line.startswith("0::")), None)
         if own is None:
             return []
@@ -36,8 +36,10 @@ def _left_of_limits() -> list[int]:
             if not folder.is_relative_to(_GROUPS):
                 break
             with suppress(OSError, ValueError):
-                limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-                lines = (folder / "memory.stat").read_text().splitlines()
+                limit, used = (
+                    int((folder / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current")
+                )
+                lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
                 idle = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
                 left.append(max(0, limit - used + idle))
     return left
