@@ -88,15 +88,8 @@ def main() -> None:
     if arguments.part is None:
         folder = smollm2.checkpoint(SCRATCH / "smollm2")
         from safetensors.torch import save_file
-        from transformers import AutoTokenizer
 
-        windows = secateur.calibration_windows(
-            "python-docs",
-            AutoTokenizer.from_pretrained(folder),
-            samples=arguments.samples,
-            length=arguments.length,
-            sampling="concat",
-        )
+        windows = smollm2.windows(folder, arguments.samples, arguments.length)
         save_file({"input_ids": windows.input_ids}, tokens)
         print(f"{arguments.samples} samples of {arguments.length} tokens, {torch.get_num_threads()} threads, float32")
         print(f"{'part':<28}{'seconds':>9}{'forwards':>10}{'peak MiB':>10}", flush=True)

@@ -88,13 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     scratch = Path(tempfile.gettempdir()) / "secateur-benchmarks"
     folder = model_folder(arguments.model, scratch)
-    windows = secateur.calibration_windows(
-        "python-docs",
-        AutoTokenizer.from_pretrained(folder),
-        samples=arguments.samples,
-        length=arguments.length,
-        sampling="concat",
-    )
+    windows = smollm2.windows(folder, arguments.samples, arguments.length)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().model
     batch_size = max(1, 2048 // arguments.length)
     plain_forward(dense, windows.input_ids[:batch_size], batch_size)

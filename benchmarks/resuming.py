@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 import secateur
 import smollm2
@@ -46,13 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     scratch = Path(tempfile.gettempdir()) / "secateur-benchmarks"
     folder = smollm2.checkpoint(scratch / "smollm2")
-    windows = secateur.calibration_windows(
-        "python-docs",
-        AutoTokenizer.from_pretrained(folder),
-        samples=arguments.samples,
-        length=arguments.length,
-        sampling="concat",
-    )
+    windows = smollm2.windows(folder, arguments.samples, arguments.length)
     print(f"{arguments.samples} samples of {arguments.length} tokens, {torch.get_num_threads()} threads, float32")
     columns = ("no journal s", "journal s", "ratio", "CPU ratio", "spread", "both parts", "solved again")
     print(f"{'':<12}" + "".join(f"{column:>14}" for column in columns), flush=True)

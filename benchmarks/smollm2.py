@@ -15,6 +15,14 @@ def gguf_file() -> Path:
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
+def windows(folder: Path, samples: int, length: int) -> secateur.Windows:
+    """Windows of text that is on every machine, for a checkpoint with its tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return secateur.calibration_windows("python-docs", tokenizer, samples=samples, length=length, sampling="concat")
+
+
 def checkpoint(folder: Path) -> Path:
     """The folder, filled with a float32 checkpoint and its tokenizer unless it is there already."""
     if not (folder / "config.json").exists():

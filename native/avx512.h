@@ -9,7 +9,6 @@
 #include "emulated.h"
 #endif
 
-
 /* The form with a register is fast everywhere; the form that loads is microcode on Zen. */
 inlined __m512i expand_words(const uint8_t *values, uint32_t mask) {
     return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));

@@ -20,7 +20,7 @@ import secateur
 import tiny
 from command_line import ended, forked, process
 from secateur.collect.gradient_file import GradientFile
-from secateur.collect.gradient_parts import GradientParts
+from secateur.collect.gradient_parts import GradientParts, other_file
 from secateur.collect.gradient_pass import ChunkSizes
 from secateur.core.problem import Problem
 from secateur.errors import CheckpointError, PatternError
@@ -232,7 +232,7 @@ def test_a_run_that_ended_after_its_last_gradients_goes_on(
             secateur.prune(model, output=out, method="gblm", calibration=tiny.tokens(4), batch_size=1, **options)
 
     def end(parts: GradientParts) -> None:
-        parts.other.unlink()
+        other_file(parts.target).unlink()
         raise PowerCutError
 
     with monkeypatch.context() as patch:
@@ -278,6 +278,18 @@ def test_another_configuration_of_the_same_weights_is_refused(what: str, tmp_pat
         run(resume=True, cut_it=False)
     (model / "config.json").write_text(json.dumps(configuration))
     run(resume=True, cut_it=False)
+
+
+def test_recovery_with_another_configuration_is_refused(tmp_path: Path) -> None:
+    model, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    secateur.prune(model, output=tmp_path / "pruned", calibration=tiny.tokens())
+    options: dict[str, Any] = {"output": out, "calibration": tiny.tokens(8), "epochs": 1}
+    with pytest.raises(PowerCutError):
+        secateur.reconstruct(tmp_path / "pruned", on_event=cut("tune", 2), **options)
+    configuration = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    (tmp_path / "pruned" / "config.json").write_text(json.dumps({**configuration, "rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match="differs from this one: model configuration was "):
+        secateur.reconstruct(tmp_path / "pruned", resume=True, **options)
 
 
 def test_settings_of_libraries_are_a_part_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,6 +532,58 @@ def test_a_cell_of_a_sweep_that_fails_leaves_no_checkpoint(tmp_path: Path) -> No
     )
     assert [cell.status for cell in found.cells] == ["failed"]
     assert not [path for path in (tmp_path / "sweep").rglob("*") if path.suffix in (".partial", ".safetensors")]
+
+
+@pytest.mark.parametrize("ending", [PowerCutError, CheckpointError])
+def test_gradients_of_a_sweep_go_on(ending: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the disk was full."""
+    model, ids = tiny.save("llama", tmp_path / "model"), tmp_path / "tokens.safetensors"
+    save_file({"input_ids": tiny.tokens()}, ids)
+    taken: list[int] = []
+    add = GradientParts.add
+
+    def counted(*args: Any) -> None:
+        taken.append(args[2])
+        add(*args)
+
+    def run(methods: list[str], end_at: int) -> Any:
+        def ending_add(*args: Any) -> None:
+            if len(taken) == end_at:
+                raise ending("the end")
+            counted(*args)
+
+        monkeypatch.setattr(GradientParts, "add", ending_add)
+        options: dict[str, Any] = {"data": str(ids), "calibration": str(ids), "patterns": ["50%"]}
+        return secateur.sweep(model, output=tmp_path / "sweep", methods=methods, **options)
+
+    if ending is PowerCutError:
+        with pytest.raises(PowerCutError):
+            run(["gblm"], 2)
+    else:
+        assert [cell.status for cell in run(["gblm"], 2).cells] == ["failed"]
+    assert [cell.status for cell in run(["gblm"], -1).cells] == ["done"]
+    assert taken == [2, 1, 0], "none is taken twice"
+
+
+def test_gradients_of_a_sweep_begin_anew_where_cells_need_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny.save("llama", tmp_path / "model"), tmp_path / "tokens.safetensors"
+    save_file({"input_ids": tiny.tokens()}, ids)
+    options: dict[str, Any] = {"output": tmp_path / "sweep", "data": str(ids), "calibration": str(ids)}
+
+    def end(*args: Any) -> None:
+        add(*args)
+        raise PowerCutError
+
+    add = GradientParts.add
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientParts, "add", end)
+        with pytest.raises(PowerCutError):
+            secateur.sweep(model, methods=["pruner_zero"], **options)
+    found = secateur.sweep(model, methods=["pruner_zero", "gblm"], **options)
+    assert [cell.status for cell in found.cells] == ["done", "done"]
+    assert not list((tmp_path / "sweep").glob("*.partial"))
 
 
 def test_a_run_that_replaces_an_output_goes_on(tmp_path: Path) -> None:

@@ -162,10 +162,7 @@ class GradientFile:
 
 
 class GradientWriter:
-    """A file of gradient statistics in the making, for a run that gives it its name when it is complete.
-
-    Its space is reserved at once.
-    """
+    """A file of gradient statistics in the making, whose space is reserved at once."""
 
     def __init__(
         self,

@@ -14,6 +14,11 @@ from secateur.runs.journal import Journal, Part
 Sums = Mapping[tuple[str, Norm], Tensor]
 
 
+def other_file(target: Path) -> Path:
+    """The second file of sums that come in parts, of no use once `target` is complete."""
+    return target.with_name(f"{target.name}.other")
+
+
 class GradientParts:
     """The sums of each block over the first parts of the samples, on the disk and in a journal.
 
@@ -32,13 +37,12 @@ class GradientParts:
         begun: bool,
     ) -> None:
         """`open_file` makes a file or, given the digests of what it holds, goes on with one; so it does if `begun`."""
-        self.parts, self.blocks, self.journal = parts, blocks, journal
+        self.target, self.parts, self.blocks, self.journal = target, parts, blocks, journal
         self._writers: list[GradientWriter] = []  # the last part, which makes the whole, writes into the last one
         try:
             # Of a run that has ended after its last block, the other file may be gone.
             whole = all(self._name(parts - 1, block) in journal.found for block in blocks)
-            self.other = target.with_name(f"{target.name}.other")
-            files = [self.other, target][-parts:]
+            files = [other_file(target), target][-parts:]
             for position, file in enumerate(files):
                 if whole and file != target:
                     continue

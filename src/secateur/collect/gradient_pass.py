@@ -36,9 +36,8 @@ from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest
-from secateur.record.versions import run_facts
 from secateur.runs.events import Progress
-from secateur.runs.journal import TAKING, Journal, Part, machine_facts
+from secateur.runs.journal import TAKING, AnotherRunError, Journal, Part, common_facts
 from secateur.runs.options import shared, taking
 from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
 from secateur.runs.output import check_writable, resolved
@@ -111,9 +110,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What the bytes of the file depend on, besides the weights themselves, whose digest is compared."""
     return {
-        "model": opened.facts,
-        "versions": run_facts(None)["versions"],
-        "machine": machine_facts(opened.skeleton.device),
+        **common_facts(opened),
         "dtype": str(opened.skeleton.dtype),
         "batch size": settings.batch_size or "auto",
         "on_nonfinite": settings.on_nonfinite,
@@ -168,7 +165,7 @@ def collect(
     `kinds` differ in their norms only. The `journal` gets each block whose sums are on the disk; those that it has from
     an earlier process are not taken again.
 
-    Raises `CalibrationError` for a matrix whose gradient is zero throughout, `CheckpointError` where the earlier
+    Raises `CalibrationError` for a matrix whose gradient is zero throughout, `AnotherRunError` where the earlier
     process saw another model.
     """
     skeleton = opened.skeleton
@@ -256,7 +253,7 @@ def _go_on(journal: Journal, provenance: dict[str, Any]) -> tuple[dict[str, Any]
     """Provenance as an earlier process has begun it, and how many samples it took at once."""
     begun = journal.found[TAKING].record
     if begun["model_digest"] != provenance["model_digest"]:
-        raise CheckpointError(
+        raise AnotherRunError(
             f"{provenance['model'].get('path')}: has changed since its gradients were begun: the digest of its tensors "
             f"was {begun['model_digest'][:12]} and is {provenance['model_digest'][:12]}. Go on with the same model, or "
             "start anew with --overwrite."

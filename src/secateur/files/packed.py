@@ -247,7 +247,7 @@ class PackedCheckpoint(Checkpoint):
         """Whether the stored tensors are compressed."""
         return bool(self.record.compressed)
 
-    def read_stored(self, name: str, room: "ReadRoom | None" = None) -> Tensor:
+    def read_stored(self, name: str, room: ReadRoom | None = None) -> Tensor:
         """A tensor of the shards by its name in them: decompressed, or, where it is not compressed, in `room`."""
         record = self.stored[name]
         if not self.compressed:
@@ -270,7 +270,7 @@ class PackedCheckpoint(Checkpoint):
         read = partial(self.read_bytes, name)
         return chunks(self.record.compressed[name], read, f"{self.folder}: {name}")
 
-    def read_packed(self, name: str, room: "ReadRoom | None" = None) -> PackedTensor:
+    def read_packed(self, name: str, room: ReadRoom | None = None) -> PackedTensor:
         """A packed tensor as it is stored, read and checked; in `room` until the thread reads the next one there.
 
         Raises `CheckpointError` for a mask that does not fit.

@@ -10,6 +10,7 @@ from typing import Any
 
 from secateur.calibration.windows import Windows
 from secateur.collect.gradient_file import GradientFile
+from secateur.collect.gradient_parts import other_file
 from secateur.collect.gradient_pass import collect
 from secateur.collect.survey import computing, facts_of
 from secateur.core.fingerprint import recorded
@@ -26,7 +27,7 @@ from secateur.record.versions import run_facts
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Clock, Event, named
-from secateur.runs.journal import GRADIENTS, Journal, Part, machine_facts
+from secateur.runs.journal import GRADIENTS, Journal, Part, common_facts
 from secateur.runs.options import taking
 from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
 from secateur.runs.transaction import Transaction
@@ -134,7 +135,7 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
                         progress=named(tell, "gradients"),
                     )
                 journal.add(Part(GRADIENTS, record=evidence.exempt.to_json(), seconds=clock.so_far()))
-                taken.with_name(f"{taken.name}.other").unlink(missing_ok=True)
+                other_file(taken).unlink(missing_ok=True)
             evidence = replace(evidence, gradients=GradientFile(taken))
         shared = settings.statistics if method.inputs else None
         if shared is not None:
@@ -187,9 +188,7 @@ def _facts(ready: Prepared, manifest: Manifest, size: BatchSize) -> dict[str, An
     settings = {**manifest.settings, "batch_size": size.asked or "auto"}
     settings.pop("batch_size_at_first", None)
     return {
-        "model": ready.opened.facts,
-        "versions": manifest.versions,
-        "machine": machine_facts(ready.opened.skeleton.device),
+        **common_facts(ready.opened),
         "settings": settings,
         "tokens": None if ready.windows is None else ready.windows.digest,
         "file of gradients": None if gradients is None else gradients.digest,

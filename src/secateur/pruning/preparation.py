@@ -78,9 +78,9 @@ def prepared(
 ) -> Iterator[Prepared]:
     """The run that settings ask for; a module in memory is put back at the end as it was.
 
-    A `dry` run reads no weights but the few that a check asks for, and draws its
-    windows only where that is quick; without `calibration` it takes their size from `samples` and `length`. Raises
-    everything that `prune` raises before its work starts.
+    A `dry` run reads no weights but the few that a check asks for, and draws its windows only where that is quick;
+    without `calibration` it takes their size from `samples` and `length`. Raises everything that `prune` raises before
+    its work starts.
     """
     settings = resolved(settings)
     method = settings.method

@@ -145,15 +145,12 @@ class PropagationSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PruneSettings(
-    ExemptSettings,
-    BatchSettings,
-    ModelSettings,
-    PropagationSettings,
-    CalibrationSettings,
-    SelectionSettings,
-    MethodSettings,
-):
+class SharedSettings(ExemptSettings, BatchSettings, ModelSettings, PropagationSettings):
+    """How a run goes, whatever its method, matrices and tokens are, in `prune` and in the cells of a sweep."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PruneSettings(SharedSettings, CalibrationSettings, SelectionSettings, MethodSettings):
     """What `prune` takes, and its dry run."""
 
     gradient: Annotated[

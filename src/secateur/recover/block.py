@@ -38,7 +38,7 @@ from secateur.recover.written import check_unchanged
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor, Finished
 from secateur.runs.events import Clock, Event
-from secateur.runs.journal import machine_facts
+from secateur.runs.journal import common_facts
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
 from secateur.runs.transaction import Transaction
@@ -136,7 +136,7 @@ def reconstruct(settings: BlockSettings) -> Manifest:
         manifest.recovery = recovery
         journal = transaction.journal
         facts = {"base": base.digest, "tokens": windows.digest, "settings": recovery["settings"]}
-        facts |= {"versions": recovery["versions"], "machine": machine_facts(skeleton.device)}
+        facts |= common_facts(opened)
         facts |= {"only": list(settings.only), "skip": list(settings.skip)}
         journal.begin("recover --method block", len(skeleton.blocks), facts)
         clock.resume(journal.seconds)

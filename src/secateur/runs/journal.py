@@ -18,7 +18,9 @@ from msgspec import Meta
 from secateur.errors import CheckpointError
 from secateur.files.reading import TEXT_BYTES, checked, digest_of, parse_json, read_text
 from secateur.files.writer import writing
+from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.structure import Block
+from secateur.record.versions import run_facts
 
 FORMAT = 1
 OUTSIDE = "outside"  # the part with the tensors outside the blocks
@@ -62,6 +64,10 @@ class Part:
     tensors: dict[str, _Digest] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+class AnotherRunError(CheckpointError):
+    """What an earlier process has left is of another run: another model, option, version or machine."""
 
 
 class Journal:
@@ -121,14 +127,14 @@ class Journal:
     def begin(self, run: str, parts: int, facts: Mapping[str, Any]) -> None:
         """Start a run, or go on with the one that is there.
 
-        `facts` are everything that its results depend on, as JSON. Raises `CheckpointError` where the journal is of a
+        `facts` are everything that its results depend on, as JSON. Raises `AnotherRunError` where the journal is of a
         run with others, naming the first that differs.
         """
         facts = json.loads(json.dumps(facts, default=str))
         self._begun = True
         if self.finished:
             if changed := _difference({"run": self.run, **self.facts}, {"run": run, **facts}):
-                raise CheckpointError(
+                raise AnotherRunError(
                     f"{self.file}: the unfinished run differs from this one: {changed}. Go on with the same command "
                     "and versions as before, or start anew with --overwrite."
                 )
@@ -210,8 +216,14 @@ def _spoken(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What the last bit of a result depends on besides what was asked: processor, threads, settings of libraries."""
+def common_facts(opened: OpenedModel) -> dict[str, Any]:
+    """What the last bit of every result depends on besides what was asked: model, versions and machine."""
+    machine = _machine_facts(opened.skeleton.device)
+    return {"model": opened.facts, "versions": run_facts(None)["versions"], "machine": machine}
+
+
+def _machine_facts(device: torch.device) -> dict[str, Any]:
+    """Of a machine: its processor, threads, and settings of libraries."""
     chosen = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)}
     facts: dict[str, Any] = {"environment": chosen} if chosen else {}
     if device.type == "cuda":

@@ -28,6 +28,7 @@ CELL_FILE = "cell.json"
 CHECKPOINT = "checkpoint"
 LOCK_FILE = "sweep.lock"
 _FOLDER = re.compile(r"cells/(?!\.{1,2}$)[^/\\\0]+")  # of a cell, as it stands in files
+_UNFINISHED = re.compile(r"gradients-\w+-\w+\.safetensors\.partial$")  # which the next run goes on with
 _LEFTOVER = re.compile(r"\.(partial|old)$|\.(partial|states|gradients|old)-\d+")
 
 Figures = Mapping[str, Mapping[str, Any]]
@@ -224,7 +225,7 @@ class SweepFolder:
         cells = [] if (self.path / "cells").is_symlink() else self.path.glob("cells/*/")
         for folder in (self.path, *(cell for cell in cells if not cell.is_symlink())):
             for entry in list(folder.iterdir()):
-                if _LEFTOVER.search(entry.name):
+                if _LEFTOVER.search(entry.name) and not _UNFINISHED.match(entry.name):
                     delete(entry)
 
     def write(self, name: str, text: str) -> None:

@@ -35,11 +35,11 @@ from secateur.models.flow.memory import trim
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.pruning.engine import prune
-from secateur.pruning.settings import PropagationSettings
+from secateur.pruning.settings import SharedSettings
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.events import Event
+from secateur.runs.journal import AnotherRunError
 from secateur.runs.options import shared
-from secateur.runs.transaction import unfinished
 from secateur.sweeps.estimate import SweepEstimate, Task, estimate_sweep, shared_gradient
 from secateur.sweeps.folder import Cell, Sweep, SweepFolder, check_settings, plain
 from secateur.sweeps.settings import SweepSettings
@@ -91,7 +91,7 @@ class SweepLoop:
     @property
     def options(self) -> dict[str, Any]:
         """The options of `prune` that all cells share."""
-        return shared(self.asked, ExemptSettings, BatchSettings, ModelSettings, PropagationSettings, SelectionSettings)
+        return shared(self.asked, SharedSettings, SelectionSettings)
 
     @property
     def sweep(self) -> Sweep:
@@ -275,13 +275,10 @@ class SweepLoop:
             overwrite=True,
             progress=partial(self._stage, None, prefix="gradients: "),
         )
-        began = unfinished(path) is not None
         try:
-            take(resume=began)
-        except CheckpointError:
-            if not began:
-                raise
-            take()  # what was begun was something else
+            take(resume=True)
+        except AnotherRunError:  # the cells of this call need others
+            take()
         return path
 
     def _share_statistics(self) -> None:

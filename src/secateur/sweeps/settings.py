@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from secateur.collect.settings import (
     HOW,
     WHAT,
-    BatchSettings,
     CalibrationSettings,
-    ExemptSettings,
     File,
-    ModelSettings,
     SelectionSettings,
 )
 from secateur.core.choices import Group
 from secateur.errors import CheckpointError
-from secateur.pruning.settings import MethodLike, MethodOptions, PropagationSettings
+from secateur.pruning.settings import MethodLike, MethodOptions, SharedSettings
 from secateur.runs.options import OPTIONS, Option, Settings
 
 if TYPE_CHECKING:
@@ -73,15 +70,7 @@ class GridSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SweepSettings(
-    ExemptSettings,
-    BatchSettings,
-    ModelSettings,
-    PropagationSettings,
-    CalibrationSettings,
-    SelectionSettings,
-    GridSettings,
-):
+class SweepSettings(SharedSettings, CalibrationSettings, SelectionSettings, GridSettings):
     """What `sweep` takes."""
 
     output: Annotated[File, Option(OPTIONS, "Folder for the tables and cells; started again there, goes on.", "-o")] = (
