@@ -340,7 +340,7 @@ def test_prune_says_before_its_work_that_memory_is_short(
             offload_states="never",
             on_event=lambda event: told.append(len(caplog.messages)),
         )
-    message = r"This needs about \S+ MB of host memory, and \S+ MB are free: use fewer or shorter samples, or "
+    message = r"This needs about \S+ \wB of host memory, and \S+ \wB are free: use fewer or shorter samples, or "
     assert re.match(message, caplog.messages[0])
     assert told[-1] == len(caplog.messages) == 1
     assert re.match(message, estimate(model, calibration=None, length=16, offload_states="never").notes[-1])
