@@ -6,7 +6,8 @@ SecateurError
  ├─ CalibrationError (ValueError)        no text, text too short, token ids outside the vocabulary, NaN in a statistic
  ├─ MethodError (RuntimeError)           a user's own method raised, or returned something else than expected
  ├─ NumericalError (ArithmeticError)     weights or solutions that are not finite
- └─ CheckpointError (OSError)            a file is missing, damaged, in the way, or cannot be written
+ ├─ CheckpointError (OSError)            a file is missing, damaged, in the way, or cannot be written
+ └─ ProcessError (RuntimeError)          processes that share a run differ, or one of them has ended
 
 A message says where (matrix or file), what was found, what was expected, and what to do next.
 """
@@ -38,3 +39,7 @@ class NumericalError(SecateurError, ArithmeticError):
 
 class CheckpointError(SecateurError, OSError):
     """A checkpoint cannot be read, or the output cannot be written."""
+
+
+class ProcessError(SecateurError, RuntimeError):
+    """Processes that share a run were not started alike, or one of them has ended."""

@@ -6,13 +6,15 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any, Literal, TypeVar
+from functools import wraps
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from cyclopts import App, CycloptsError
 
 import secateur
 from secateur.cli.commands import GROUPS, parsed, told
 from secateur.cli.configuration import configured
+from secateur.cli.processes import alone, silent
 from secateur.cli.streams import guarded_streams, print_error
 from secateur.errors import NumericalError, SecateurError
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option
@@ -50,22 +52,38 @@ def _show_completion(shell: Literal["bash", "zsh", "fish", "powershell"]) -> Non
 
 
 def command(
-    *examples: str, name: str | None = None, required: Collection[str] = (), hidden: Collection[str] = ()
+    *examples: str,
+    name: str | None = None,
+    required: Collection[str] = (),
+    hidden: Collection[str] = (),
+    processes: bool = False,
 ) -> Callable[[Function], Function]:
     """The decorator of a function that makes it a command with these examples at the end of its help.
 
     Its options are the fields of its settings and its arguments that have an `Option`. `required` names fields that
-    only Python code can do without, `hidden` those that the help does not show.
+    only Python code can do without, `hidden` those that the help does not show. Several `processes` may share its work.
     """
 
     def register(function: Function) -> Function:
         shown = "**Examples**\n\n" + "\n\n".join(f"`{example}`" for example in examples)
-        own = parsed(function, required=required, hidden=hidden)
+        shown_name = name or function.__name__
+        own = parsed(function if processes else _alone(function, shown_name), required=required, hidden=hidden)
         order = len(list(app))  # as they are registered, not by the alphabet
-        app.command(own, name=name or function.__name__, help_epilogue=shown, sort_key=order)
+        app.command(own, name=shown_name, help_epilogue=shown, sort_key=order)
         return function
 
     return register
+
+
+def _alone(function: Function, name: str) -> Function:
+    """The function as one that raises `ProcessError` where several processes were started."""
+
+    @wraps(function)
+    def run(*arguments: Any, **keywords: Any) -> None:
+        alone(name)
+        function(*arguments, **keywords)
+
+    return cast("Function", run)
 
 
 @contextmanager
@@ -108,7 +126,7 @@ def main() -> None:
 
     Exits with 2 for the user's mistake, 1 for a failure, 130 for an interruption, 143 for SIGTERM, 129 for SIGHUP.
     """
-    with guarded_streams():
+    with guarded_streams(), silent():
         # Libraries read these when they are imported; torch imports tqdm.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_json, print_tables, quiet_libraries, stage_progress, write_csv
+from secateur.cli.processes import LogDir, alone, logged, rank, started_for
 from secateur.cli.streams import visible
 from secateur.collect.settings import DtypeSettings, ModelSettings
 from secateur.errors import CheckpointError
@@ -36,13 +37,18 @@ if TYPE_CHECKING:
     "secateur eval ./pruned --tasks commonsense7 --task-data ./files",
     "secateur eval ./pruned --tasks mmlu --shots 5 --limit 100",
     name="eval",
+    processes=True,
 )
-def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = False) -> None:
+def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = False, log_dir: LogDir = None) -> None:
     """Measure perplexity in the convention of the pruning papers, in the memory of one block, and run tasks.
 
     Tasks are lm-evaluation-harness's own; for them the whole model is loaded. Results are kept in $SECATEUR_CACHE
     (~/.cache/secateur), and tasks are not run twice.
     """
+    if settings.names:
+        alone("eval --tasks")
+    elif started_for(settings.device):
+        return
     shown: list[Any] = []
     values: dict[str, Any] = {}
     if settings.names:
@@ -53,12 +59,13 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
         values["tasks"] = answered.to_json()
         shown.append(tasks_table(answered))
     if settings.data is not None or not settings.names:
-        with quiet_libraries(), stage_progress() as show:
+        with quiet_libraries(), logged(log_dir) as log, stage_progress() as show:
             from secateur.evaluate.perplexity import perplexity
             from secateur.report.terminal import perplexity_table
 
             own = shared(settings, PerplexitySettings)
-            result = perplexity(**own | {"data": settings.data or "wikitext2", "progress": show})
+            own |= {"data": settings.data or "wikitext2", "progress": log.stages_beside(show)}
+            result = perplexity(**own)
         values |= result.to_json()
         _keep(str(settings.model), settings.revision, "perplexity", result, {"dtype": settings.dtype})
         shown.append(perplexity_table(result))
@@ -73,13 +80,18 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
     "secateur compare ./llama ./pruned --data wikitext2",
     "secateur compare ./llama ./wanda ./gblm --data wikitext2 --data c4 --windows 40 --csv table.csv",
     "secateur compare ./llama ./wanda --tasks boolq,hellaswag --limit 500 --prompts prompts.txt",
+    processes=True,
 )
-def compare(settings: CompareSettings, config: Config = None, as_json: Json = False) -> None:
+def compare(settings: CompareSettings, config: Config = None, as_json: Json = False, log_dir: LogDir = None) -> None:
     """Compare pruned models with the dense one: on the same tokens, the same tasks, the same prompts.
 
     Differences are paired, window by window or document by document. The models run one after the other: texts in the
     memory of one block, tasks and prompts with one whole model in memory.
     """
+    if settings.names or settings.prompts is not None:
+        alone("compare with --tasks or --prompts")
+    elif started_for(settings.device):
+        return
     dense, pruned = settings.dense, list(settings.pruned)
     answers: list[TaskComparison] = []
     written: list[list[Generation]] = []
@@ -102,17 +114,15 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             answers = [row for own in answered[1:] for row in task_differences(answered[0], own)]
     agreements: list[list[Agreement]] = []
     if settings.data or not (settings.names or settings.prompts is not None):
-        with quiet_libraries(), stage_progress() as show:
+        with quiet_libraries(), logged(log_dir) as log, stage_progress() as show:
             from secateur.evaluate.agreement import agreement
 
-            own = shared(settings, AgreementSettings)
-            agreements = [
-                agreement(**own | {"data": text, "progress": show}) for text in settings.data or ["wikitext2"]
-            ]
+            own = shared(settings, AgreementSettings) | {"progress": log.stages_beside(show)}
+            agreements = [agreement(**own | {"data": text}) for text in settings.data or ["wikitext2"]]
     rows = [row for text in agreements for row in text]
     for row, name in zip(rows, pruned * len(agreements), strict=True):
         _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
-    if settings.csv is not None:
+    if settings.csv is not None and rank() == 0:
         on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
         write_csv(Path(settings.csv), [*on_texts, *map(_task_row, answers)])
     if as_json:
@@ -184,6 +194,8 @@ def _keep(
     """Store the evaluation of a text. Where it cannot be stored, a line on standard error says so."""
     from secateur.evaluate.results import model_digest
 
+    if rank() > 0:
+        return
     bos = result.provenance.get("bos", {}).get("used")
     key = {**how, "data": result.data, "length": result.length, "digest": result.digest, "bos": bos}
     try:

@@ -14,17 +14,19 @@ from secateur.cli.display import (
     stage_progress,
     status,
 )
+from secateur.cli.processes import LogDir, logged, started_for
 from secateur.collect.settings import GradientSettings
-from secateur.pruning.settings import PruneSettings
+from secateur.pruning.settings import PlanSettings, PruneSettings
 
 
 @command(
     "secateur plan HuggingFaceTB/SmolLM2-135M",
     "secateur plan ./llama --pattern 2:4 --skip '*.down_proj'",
+    "secateur plan ./llama --processes 8 --bandwidth 400GB --device-memory 80GB",
     "secateur plan ./llama --json",
     hidden=("output", "overwrite", "resume"),
 )
-def plan(settings: PruneSettings, config: Config = None, as_json: Json = False) -> None:
+def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -> None:
     """Show what would be pruned, what not and why, and the memory, disk and time that it would take. Changes nothing.
 
     Takes every option of `prune`, so that a command can be tried by changing one word.
@@ -47,36 +49,43 @@ def plan(settings: PruneSettings, config: Config = None, as_json: Json = False) 
     "secateur prune ./llama -o ./llama-packed --pattern 2:4 --packed",
     "secateur prune model.gguf -o pruned --calibration python-docs --sampling concat --length 512",
     "secateur prune ./llama -o pruned --method my_methods:my_score",
+    "torchrun --nproc-per-node 4 -m secateur prune ./llama -o pruned",
     required=("output",),
+    processes=True,
 )
-def prune(settings: PruneSettings, config: Config = None, as_json: Json = False) -> None:
+def prune(settings: PruneSettings, config: Config = None, as_json: Json = False, log_dir: LogDir = None) -> None:
     """Prune a model and write an ordinary Hugging Face checkpoint with a manifest, secateur.json, beside it.
 
     The source is never changed, and the output appears under its name only when it is complete.
     """
-    with quiet_libraries(), progress() as on_event:
+    if started_for(settings.device):
+        return
+    with quiet_libraries(), logged(log_dir) as log, progress() as on_event:
         from secateur.pruning.engine import prune as run
         from secateur.report.terminal import manifest_tables
 
-        manifest = run(**vars(settings) | {"on_event": on_event})
+        manifest = run(**vars(settings) | {"on_event": log.beside(on_event)})
     print_result(manifest, partial(manifest_tables, output=str(settings.output)), as_json)
 
 
 @command(
     "secateur gradients ./llama -o llama-gradients.safetensors --norm l1",
     "secateur gradients ./llama -o g.safetensors --norm l1,l2 --calibration my.jsonl --samples 64 --length 1024",
+    processes=True,
 )
-def gradients(settings: GradientSettings, config: Config = None, as_json: Json = False) -> None:
+def gradients(settings: GradientSettings, config: Config = None, as_json: Json = False, log_dir: LogDir = None) -> None:
     """Take the norm of every weight's gradient over calibration samples, in the memory of one block, into a file.
 
     For several runs: give it to `prune --method gblm --gradient FILE` with the same calibration options. Without a
     file, prune takes the gradients that it needs itself.
     """
-    with quiet_libraries(), stage_progress(lines=True) as show:
+    if started_for(settings.device):
+        return
+    with quiet_libraries(), logged(log_dir) as log, stage_progress(lines=True) as show:
         from secateur.collect.gradient_pass import gradients as take
         from secateur.report.terminal import gradient_table
 
-        file = take(**vars(settings) | {"progress": show})
+        file = take(**vars(settings) | {"progress": log.stages_beside(show)})
     if as_json:
         print_json({"file": str(file.path), "matrices": len(file.matrices), **file.provenance})
     else:

@@ -22,6 +22,7 @@ from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Progress
+from secateur.runs.processes import ALONE, Processes
 
 Parameters = Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]]
 Take = Callable[[Block, Mapping[tuple[str, Norm], Tensor]], None]
@@ -33,7 +34,8 @@ class GradientPass:
     """Passes over a model that call `take` with each block from `first` on and its sums, by parameter and norm.
 
     Blocks whose numbers are `finished` only pass states and gradients on. `parameters(block)` are those of interest of
-    a loaded block. Batches are those of `Stream`; `folder` is where hidden states go, if not into memory. Raises
+    a loaded block. Batches are those of `Stream`, the part of this process; the sums are those of all `processes`.
+    `folder` is where hidden states go, if not into memory. Raises
     `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
     """
 
@@ -45,6 +47,7 @@ class GradientPass:
     first: int = 0
     finished: Collection[int] = ()
     progress: Progress = lambda stage, done, total: None
+    processes: Processes = ALONE
 
     def of_model(self, batches: Sequence[Tensor], folder: Path | None = None) -> None:
         """Take gradients of the language-model loss, from the last block to the first.
@@ -80,7 +83,8 @@ class GradientPass:
                     own.states.close()
                 stream.release(block)
                 if block.index not in self.finished:
-                    self.take(block, tap.totals)
+                    self.processes.join(tap.sums.values())
+                    self.take(block, tap.totals())
             self.progress("backward", len(blocks) - block.index, len(blocks) - self.first)
 
         try:
@@ -117,7 +121,8 @@ class GradientPass:
                     stream.states.put(batch, regional_gradient(stream, block, batch, tap))
                 stream.release(block)
                 if tap is not None:
-                    self.take(block, tap.totals)
+                    self.processes.join(tap.sums.values())
+                    self.take(block, tap.totals())
             self.progress("forward and backward", block.index + 1, len(skeleton.blocks))
 
         try:

@@ -21,6 +21,7 @@ from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
+from secateur.runs.processes import ALONE, Processes, Share
 
 if TYPE_CHECKING:
     from secateur.collect.dense_twin import DenseTwin
@@ -86,6 +87,7 @@ class Cost:
     products: float = 0.0  # multiplications in the dtype of sums
     computing: float = 0.0  # multiplications in the dtype of the model
     moved: float = 0.0  # bytes that pass through memory
+    joined: float = 0.0  # bytes of sums that processes join, if several share the run
     hashings: int = 0  # of all tensors of the checkpoint
     before: tuple[PassBefore, ...] = ()
 
@@ -109,7 +111,8 @@ class PassBefore:
 class Place:
     """Where evidence is collected: some matrices of a loaded block, and the batches that run through it.
 
-    `inputs` hands on what the matrices multiply. Sums are kept on `device`, or where the inputs are.
+    `inputs` hands on what the matrices multiply. Sums are kept on `device`, or where the inputs are. The batches are
+    the `share` that one of the `processes` has of all, or all of them.
     """
 
     block: Block
@@ -117,11 +120,14 @@ class Place:
     stream: Stream
     twin: DenseTwin | None = None
     device: torch.device | None = None
+    processes: Processes = ALONE
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         self.parameters, self.layout = tapped(self.block, self.matrices)
         self.inputs = InputTap(self.parameters)
-        self.samples = sum(len(ids) for ids in self.stream.batches)
+        self.share = self.share or ALONE.share(self.stream.batches)
+        self.samples, self.tokens, self.batches = self.share.samples, self.share.tokens, self.share.counted
 
 
 class Collector:
@@ -194,6 +200,9 @@ class Collector:
     def take(self, forwards: WaitingForwards, batch: int, product: Product) -> None:
         """Take what is needed of a batch that waits before a product."""
 
+    def join(self, processes: Processes) -> None:
+        """Have what was collected of the batches of all processes, each of which does this at the same place."""
+
     def finished(self) -> None:
         """Take notice of the end of all batches. Raises for evidence that cannot be used."""
 
@@ -229,8 +238,8 @@ def run_batches(
     stream = place.stream
     run = next((own.run for own in collectors if own.runs), lambda batch: stream.run(place.block, batch))
     first: Collected | None = None
-    for batch in range(len(stream.batches)):
-        stop = batch > 0 and not keep_outputs and not any(own.whole for own in collectors)
+    for batch in place.batches:
+        stop = first is not None and not keep_outputs and not any(own.whole for own in collectors)
         for own in collectors:
             own.begin(batch, stop=stop)
         place.inputs.begin(stop=stop and not any(own.ends for own in collectors))
@@ -242,7 +251,7 @@ def run_batches(
                 stack.enter_context(own.watch())
             output = run(batch)
         if first is None and output is not None:
-            before = stream.states.get(0, stream.device)
+            before = stream.states.get(batch, stream.device)
             # Exact: states in a mapped file are overwritten in place.
             first = Collected(collectors, before.clone() if keep_outputs else before, output)
         if keep_outputs and output is not None:
@@ -252,10 +261,17 @@ def run_batches(
             own.end(batch, output)
         progress(batch + 1, len(stream.batches))
     place.inputs.takers.clear()  # Memory: or collectors and what they hold would refer to themselves
-    for own in collectors:
-        own.finished()
+    _finish(place, collectors)
     assert first is not None
     return first
+
+
+def _finish(place: Place, collectors: Sequence[Collector]) -> None:
+    """Tell the collectors that all batches have run, here and in the other processes."""
+    for own in collectors:
+        own.join(place.processes)
+    for own in collectors:
+        own.finished()
 
 
 def reach_site(
@@ -278,7 +294,7 @@ def reach_site(
         if batch == 0 and not again:
             again = not all(own.takes_while_waiting(forwards, batch) for own in collectors)
             place.inputs.leader.update({} if again else site.leader or {})
-        if not again:
+        if not again and batch in place.batches:
             for own in collectors:
                 own.begin(batch, stop=True)
             place.inputs.begin(stop=False)
@@ -295,6 +311,5 @@ def reach_site(
     if again:
         return run_batches(place, collectors, progress=progress)
     place.inputs.takers.clear()
-    for own in collectors:
-        own.finished()
+    _finish(place, collectors)
     return Collected(collectors)

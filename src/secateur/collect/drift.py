@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
-from secateur.core.gram import add_product
+from secateur.core.gram import Products
 from secateur.core.needs import Drift
 from secateur.errors import CalibrationError, ModelStructureError
 from secateur.models.flow.residual import BLOCK_INPUT, ResidualWriter, first_inputs, residual_writers
@@ -17,6 +17,7 @@ from secateur.models.flow.tap import InputRecorder, Inputs, Product
 from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.structure import Block
+from secateur.runs.processes import Processes
 
 
 class ResidualDrift(Collector):
@@ -36,7 +37,9 @@ class ResidualDrift(Collector):
         hidden = extent.skeleton.hidden_size
         fitting = by_block(own for own in extent.matrices if own.shape[0] == hidden and own.expert is None)
         widths = max((sum(matrix.shape[1] for matrix in own) for own in fitting.values()), default=0)
-        return Cost(held=extent.number_bytes * hidden * widths, states=2, block_copies=1, forwards=1.5)
+        joined = 8.0 * hidden * sum(matrix.shape[1] for own in fitting.values() for matrix in own)
+        held = 2 * extent.number_bytes * hidden * widths  # sums are whole numbers of 8 bytes
+        return Cost(held=held, states=2, block_copies=1, forwards=1.5, joined=joined)
 
     def enter(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Any]:
         """Find the writers among the matrices of the block; the manifest lists them."""
@@ -53,6 +56,7 @@ class ResidualDrift(Collector):
         self.ends = bool(self._matrices)
         # A matrix that writes elsewhere may be multiplied later.
         self.whole = self.ends and (None in self._places or len(self._matrices) < len(self.place.matrices))
+        self._sums: dict[str, Products] = {}
         self._totals: dict[str, Tensor] = {}
         self._inputs: Inputs = {}
         self._seen: dict[str | None, Tensor] = {}
@@ -114,21 +118,25 @@ class ResidualDrift(Collector):
             x = x if matrix.columns is None else x[:, matrix.columns.to(x.device)]
             wide = torch.promote_types(stream.dtype, torch.float32)
             ahead = dense[writer.at].to(wide).flatten(0, -2) - stream.to(wide).flatten(0, -2)
-            if matrix.name not in self._totals:
-                self._totals[matrix.name] = torch.zeros(matrix.shape, device=self.place.device or x.device)
-            self._totals[matrix.name] = add_product(self._totals[matrix.name], ahead / writer.factor, x)
+            if matrix.name not in self._sums:
+                self._sums[matrix.name] = Products(*matrix.shape, self.place.device or x.device)
+            self._sums[matrix.name].add(ahead / writer.factor, x)
+
+    def join(self, processes: Processes) -> None:
+        """Join the sums. All processes have the same writers."""
+        processes.join(self._sums[matrix.name] for matrix in self._matrices)
 
     def finished(self) -> None:
         """Take the share that was asked for. Raises `CalibrationError` for sums that are not finite."""
-        for name, total in self._totals.items():
-            if not bool(total.isfinite().all()):
+        for name, products in self._sums.items():
+            if not products.finite:
                 error = CalibrationError(
                     f"{name}: the residual stream after it contains NaN or infinity on the calibration samples. Is "
                     "the model itself sound? Try --dtype float32, or --targets pruned."
                 )
                 self.exempt.nonfinite(name, error)
-            total.mul_(self.need.share)
-        self._inputs, self._seen = {}, {}  # Memory: of the last batch
+            self._totals[name] = products.take().mul_(self.need.share)
+        self._sums, self._inputs, self._seen = {}, {}, {}  # Memory: of the last batch
 
     def of(self, matrix: Matrix, device: torch.device) -> Evidence:
         """The drift of a writer."""

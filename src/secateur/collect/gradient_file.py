@@ -21,7 +21,7 @@ from secateur.files.redaction import redacted
 from secateur.files.writer import CheckpointWriter
 
 FORMAT = 2
-REVISION = 1  # of how gradients are taken; raise it when the same model and tokens lead to others
+REVISION = 2  # of how gradients are taken; raise it when the same model and tokens lead to others
 _KEY = "secateur_gradients"
 _DIGESTS = "secateur_digests"
 _PLACE = "0" * 64  # of a digest that is not known yet

@@ -41,6 +41,7 @@ from secateur.runs.journal import TAKING, AnotherRunError, Journal, Part, common
 from secateur.runs.options import shared, taking
 from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
 from secateur.runs.output import check_writable, resolved
+from secateur.runs.processes import ALONE, Processes, shared_run
 from secateur.runs.transaction import Transaction, flush_names
 
 # Of the provenance, what the process that began has written.
@@ -75,33 +76,42 @@ def _gradients(
 ) -> GradientFile:
     return_large()
     with ExitStack() as stack:
+        processes = stack.enter_context(shared_run())
         resume = settings.resume or size.first is not None
-        transaction = stack.enter_context(Transaction(target, settings.overwrite, file=True, resume=resume))
-        size.go_on(transaction.journal)
+        new = Transaction(target, settings.overwrite, file=True, resume=resume)
+        transaction = processes.on_first(lambda: stack.enter_context(new))
+        if transaction is not None:
+            size.go_on(transaction.journal)
+        size.first, size.now = processes.gather((size.first, size.now))[0]
         opened = open_model(**shared(settings, ModelSettings))
         stack.callback(opened.restore)
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
         windows = model_windows(opened, settings, progress=partial(settings.progress, "calibrate"))
         chosen = gradient_batch_size(opened.skeleton, windows.length, settings.granularity, size.now)
-        size.begin(min(chosen, windows.samples))
-        transaction.goes_on = size.goes_on
         facts = _facts(settings, opened, windows, kinds, names)
-        transaction.journal.begin("gradients", len(opened.skeleton.blocks), facts)
-        size.record(transaction.journal)
+        processes.agree(facts)
+        if transaction is not None:
+            size.begin(min(chosen, windows.samples) if processes.count == 1 else 1)
+            transaction.goes_on = size.goes_on
+            transaction.journal.begin("gradients", len(opened.skeleton.blocks), facts)
+            size.record(transaction.journal)
         collect(
             opened,
             windows,
-            transaction.folder,
+            new.folder,
             kinds,
             [matrix for matrix in opened.skeleton.matrices if matrix.name in names],
-            journal=transaction.journal,
+            journal=new.journal if transaction is not None else Journal(new.folder.with_name("no journal")),
             batch_size=size.now,
             exempt=Exempt(settings.on_nonfinite, settings.unseen),
             offload_states=settings.offload_states,
             progress=settings.progress,
+            processes=processes,
         )
-        transaction.commit()
+        if transaction is not None:
+            transaction.commit()
+        processes.gather(None)  # the file has its name when any process returns
     return GradientFile(target)
 
 
@@ -159,11 +169,12 @@ def collect(
     offload_states: str = "auto",
     progress: Progress = lambda stage, done, total: None,
     exempt: Exempt | None = None,
+    processes: Processes = ALONE,
 ) -> GradientFile:
     """The file `target` with gradient norms of these matrices of an opened model.
 
     `kinds` differ in their norms only. The `journal` gets each block whose sums are on the disk; those that it has from
-    an earlier process are not taken again.
+    an earlier process are not taken again. Several `processes` share the samples; the first one writes.
 
     Raises `CalibrationError` for a matrix whose gradient is zero throughout, `AnotherRunError` where the earlier
     process saw another model.
@@ -193,11 +204,12 @@ def collect(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     sizes = chunk_sizes(skeleton, windows.samples, windows.length, batch_size, scope, offload_states, first)
+    sizes = min(processes.gather(sizes), key=lambda own: own.samples)
     begun = TAKING in journal.found
+    at_once = min(sizes.samples * processes.count, windows.samples)
     if begun:
         provenance, at_once = _go_on(journal, provenance)
-    else:
-        at_once = sizes.samples
+    at_once = processes.gather(at_once)[0]
     # Exact: parts are cut by samples, so that they are the same for batches of any size.
     starts = range(0, windows.samples, at_once)
     parts = [windows.part(start, min(start + at_once, windows.samples)).batches(batch_size) for start in starts]
@@ -207,18 +219,20 @@ def collect(
     def open_file(path: Path, found: Mapping[str, str] | None) -> GradientWriter:
         return GradientWriter(path, shapes, norms, provenance, wide, found=found)
 
-    written = GradientParts(target, len(parts), of_block, open_file, journal, begun=begun)
+    written = GradientParts(target, len(parts), of_block, open_file, journal, begun=begun) if processes.first else None
     try:
-        if not begun:
+        if written is not None and not begun:
             flush_names(target.parent)
             record = {key: provenance[key] for key in _OF_THE_FIRST} | {"samples at once": at_once}
             journal.add(Part(TAKING, record=record))
         for number, part in enumerate(parts):
-            finished = written.finished(number, exempt)
+            finished = processes.gather(written.finished(number, exempt) if written is not None else set())[0]
             if len(finished) == len(of_block):
                 continue
 
             def take_block(block: Block, totals: Sums, number: int = number) -> None:
+                if written is None:  # the first process has the same sums
+                    return
                 own = of_block.get(block.index, [])
                 _, layout = tapped(block, own)
                 sums: dict[tuple[str, Norm], Tensor] = {}
@@ -240,12 +254,21 @@ def collect(
                 first,
                 finished,
                 _in_part(progress, number, len(parts)),
+                processes,
             )
-            (one.of_model if scope == "model" else one.of_blocks)(part, sizes.folder)
-        progress("write", 1, 1)
-        written.complete()
+            (one.of_model if scope == "model" else one.of_blocks)(processes.share(part).batches, sizes.folder)
+        if written is not None:
+            progress("write", 1, 1)
+            written.complete()
     finally:
-        written.abandon()
+        if written is not None:
+            written.abandon()
+    exempt.add(processes.gather(exempt.to_json())[0])
+    if not target.exists():
+        raise CheckpointError(
+            f"{target}: process {processes.rank} does not see what process 0 has written there. All processes need a "
+            "file system in common for the output."
+        )
     return GradientFile(target)
 
 
@@ -318,8 +341,8 @@ def gradient_batch_size(skeleton: Skeleton, length: int, granularity: Granularit
 
 
 def accumulator_bytes(matrices: Sequence[Matrix]) -> int:
-    """Of the float32 sums of gradients of a block, the largest one."""
-    return 4 * max(sum(math.prod(matrix.shape) for matrix in own) for own in by_block(matrices).values())
+    """Of the sums of gradients of a block, the largest one: whole numbers of 8 bytes."""
+    return 8 * max(sum(math.prod(matrix.shape) for matrix in own) for own in by_block(matrices).values())
 
 
 def graph_bytes(matrices: Sequence[Matrix], tokens: int, itemsize: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from secateur.collect.collector import Collector, Cost, Evidence, Extent
 from secateur.core.checks import first_nonfinite
-from secateur.core.statistics import Statistic, cost
+from secateur.core.exact import Joinable
+from secateur.core.gram import CrossGram
+from secateur.core.statistics import SquaredNorm, Statistic, cost
 from secateur.errors import CalibrationError, ModelStructureError, SecateurError
 from secateur.models.flow.memory import LARGE_BYTES
 from secateur.models.flow.tap import Key
 from secateur.models.shape.matrices import Matrix, numbered_experts
 from secateur.models.shape.skeleton import Skeleton
+from secateur.runs.processes import Processes
 
 if TYPE_CHECKING:
     from secateur.collect.survey import Survey
@@ -73,7 +77,8 @@ class InputSums(Collector):
         share = getattr(configuration, "num_experts_per_tok", None) or 1
         share /= numbered_experts(configuration) or 1
         sums: dict[int, int] = {}
-        products = 0.0
+        products = joined = 0.0
+        batches = math.ceil(extent.samples / extent.chosen_batch_size)
         for matrix, inputs in inputs_of(extent.matrices):
             for kind in self.kinds:
                 own = cost(kind, matrix.shape[1])
@@ -82,7 +87,10 @@ class InputSums(Collector):
                 holes = held if matrix.expert is not None and held < LARGE_BYTES else 0
                 sums[matrix.block] = sums.get(matrix.block, 0) + held + holes
                 products += inputs * extent.tokens * own.products * (1 if matrix.expert is None else share)
-        return Cost(held=max(sums.values(), default=0), products=products)
+                # Of a Gram matrix one triangle, of vectors the terms of all batches, 8 bytes for each number.
+                whole = 8 * own.numbers if kind is CrossGram else 4 * own.numbers
+                joined += inputs * (whole or 8 * batches * matrix.shape[1])
+        return Cost(held=max(sums.values(), default=0), products=products, joined=joined)
 
     def solving(self, in_features: int) -> int:
         """As the statistics say."""
@@ -91,6 +99,7 @@ class InputSums(Collector):
     def start(self) -> None:
         """Begin with empty sums."""
         self.sums = Sums(self.place.inputs.leader, {})
+        self._widths: dict[Key, int] = {}
         self._samples = 0
         self._batch = 0
         self._first: dict[Key, str] = {}  # where the inputs of a parameter are first not finite, in words
@@ -106,19 +115,29 @@ class InputSums(Collector):
     def _take(self, key: Key, number: int, x: Tensor) -> None:
         if key not in self.sums.by_leader:
             device = self.place.device or x.device
-            self.sums.by_leader[key] = {kind: kind.empty(x.shape[1], device) for kind in self._taken}
+            self._begin(key, x.shape[1], device)
         for statistic in self.sums.by_leader[key].values():
             self.add(statistic, key, number, x)
         # Fast: NaN and infinity stay in a sum, and a sum is smaller than what was added to it.
         if key not in self._first and not next(iter(self.sums.by_leader[key].values())).is_finite():
             self._first[key] = self._where(x)
 
+    def _begin(self, key: Key, width: int, device: torch.device) -> None:
+        self._widths[key] = width
+        self.sums.by_leader[key] = own = {kind: kind.empty(width, device) for kind in self._taken}
+        for statistic in own.values() if self.place.processes.count > 1 else ():
+            if isinstance(statistic, SquaredNorm):
+                statistic.keep_terms()
+
     def _where(self, x: Tensor) -> str:
         """Where inputs that spoil a sum come from, in words."""
         index, batches = first_nonfinite(x), self.place.stream.batches
         if index is None:
             return "all of them finite, but not the sum of their squares"
-        ids, before = batches[self._batch], sum(len(own) for own in batches[: self._batch])
+        share = self.place.share
+        assert share is not None
+        ids = batches[self._batch]
+        before = share.before + sum(len(batches[batch]) for batch in share.counted if batch < self._batch)
         value = f"first {float(x[index]):g}"
         if x.shape[0] == ids.numel():
             sample, token = divmod(index[0], ids.shape[1])
@@ -138,8 +157,41 @@ class InputSums(Collector):
             for statistic in statistics.values():
                 statistic.samples = self._samples
 
+    def join(self, processes: Processes) -> None:
+        """Agree on which inputs there are, which tokens reached only some of the processes, and join their sums."""
+        if processes.count == 1 or self.known:
+            return
+        device = self.place.device or self.place.stream.device
+        found = processes.gather((dict(self.sums.leader), dict(self._widths), self._first, self._samples))
+        for leader, widths, first, _ in found:
+            for key, leads in leader.items():
+                if self.place.inputs.leader.setdefault(key, leads) != leads:
+                    raise ModelStructureError(f"{key[0]}: shares its input with {leads[0]} for some samples only.")
+            for key, width in widths.items():
+                if key not in self.sums.by_leader:
+                    self._begin(key, width, device)
+            for key, where in first.items():
+                self._first.setdefault(key, where)
+        self._samples = sum(samples for *_, samples in found)
+        # Exact: in one order in all processes, whichever inputs each has seen first.
+        sums = [self.sums.by_leader[key] for key in sorted(self.sums.by_leader, key=str)]
+        every = [own[kind] for own in sums for kind in self._taken]
+        processes.join([own for own in every if isinstance(own, Joinable)])
+        for own in sums:
+            for kind in self._taken:
+                if not isinstance(own[kind], Joinable):
+                    own[kind], *rest = processes.gather(own[kind])
+                    for other in rest:
+                        own[kind].merge(other)
+                own[kind].samples = self._samples
+
     def finished(self) -> None:
         """Raise unless every matrix saw tokens, and only finite ones; exchange the sums with the survey."""
+        for own in self.sums.by_leader.values():
+            for statistic in own.values():
+                finish: Callable[[], None] | None = getattr(statistic, "finish", None)
+                if finish is not None:
+                    finish()
         index, matrices = self.place.block.index, self.place.matrices
         if self.survey is not None and self.known:
             self.sums = self.survey.block(index, self.kinds) if matrices else self.sums

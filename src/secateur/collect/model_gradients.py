@@ -72,6 +72,7 @@ class ModelGradients(Collector):
             computing=3 * logits * skeleton.hidden_size,
             moved=24 * logits + 16 * weights * extent.samples,
             hashings=1,
+            joined=8.0 * weights,
             before=(before,),
         )
 

@@ -1,5 +1,7 @@
 """Gradients of the norm of each block's own output, taken on inputs that come through the pruned blocks before it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.models.flow.backward import GradientTap, regional_gradient
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Skeleton
+from secateur.runs.processes import Processes
 
 
 class RegionalGradients(Collector):
@@ -26,7 +29,8 @@ class RegionalGradients(Collector):
         """Sums of gradients and the graph of a batch, and two forwards' work."""
         batch = accumulator_bytes(extent.matrices)
         batch += graph_bytes(extent.matrices, extent.batch_tokens, extent.skeleton.dtype.itemsize)
-        return Cost(batch=batch, forwards=2.0)
+        joined = 8.0 * sum(math.prod(matrix.shape) for matrix in extent.matrices)
+        return Cost(batch=batch, forwards=2.0, joined=joined)
 
     def start(self) -> None:
         """Begin with sums that are zero."""
@@ -38,11 +42,16 @@ class RegionalGradients(Collector):
         """What the block makes of a batch, while gradients are taken."""
         return regional_gradient(self.place.stream, self.place.block, batch, self._tap)
 
+    def join(self, processes: Processes) -> None:
+        """Join the sums. All processes have the same parameters."""
+        processes.join(self._tap.sums.values())
+
     def finished(self) -> None:
         """Raise for gradients that are zero throughout, or not finite."""
-        samples, tokens = self.place.samples, sum(ids.numel() for ids in self.place.stream.batches)
+        samples, tokens = self.place.samples, self.place.tokens
+        totals = self._tap.totals()
         for matrix in self.place.matrices:
-            whole = self._tap.totals[matrix.parameter, self.kind.norm]
+            whole = totals[matrix.parameter, self.kind.norm]
             total = matrix.of_parameter(whole, self.place.layout[matrix.parameter])
             check_gradient(matrix.name, total, samples, self.exempt)
             self._found[matrix.name] = GradientNorm(self.kind, total, tokens, samples)

@@ -1,13 +1,16 @@
 """What a method may know of a matrix's gradients: norms over calibration samples, entry by entry, un-normalised."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from secateur.core.choices import Granularity, Norm, Scope
+from secateur.core.exact import ExactSum
 from secateur.core.statistics import Sum
 from secateur.errors import CalibrationError
 
@@ -95,3 +98,83 @@ def add_gradient(total: Float[Tensor, "..."], norm: Norm, gradient: Float[Tensor
         total.addcmul_(gradient, gradient, value=scale**-2)
     else:
         total.add_(gradient.abs_(), alpha=1 / scale)
+
+
+PANEL = 1 << 20  # numbers of a gradient that are added at once
+
+Region = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Shape, stride and offset of the part of a parameter that is multiplied, such as an expert."""
+
+
+class GradientSums:
+    """The sums over samples of the norms of a parameter's gradients, to the same bits in whatever order samples come.
+
+    Every part of the parameter that is multiplied has sums of its own.
+    """
+
+    def __init__(self, parameter: Float[Tensor, "..."], norm: Norm) -> None:
+        self._norm = norm
+        self._dtype = torch.promote_types(parameter.dtype, torch.float32)
+        self._shape, self._stride, self._device = parameter.shape, parameter.stride(), parameter.device
+        self._sums: dict[Region, ExactSum] = {}
+        self._bad: dict[Region, tuple[int, ...]] = {}  # an entry of a gradient that is not finite
+
+    def add(self, region: Region, gradient: Float[Tensor, "..."], scale: float = 1.0, *, powered: bool = False) -> None:
+        """Add ``|gradient / scale|`` (l1) or ``(gradient / scale) ** 2`` (l2); the gradient is that of a region.
+
+        With `powered` absolute values or squares are given in its place, of gradients times `scale`.
+        """
+        squared = self._norm == "l2" and not powered
+        scale = scale**2 if self._norm == "l2" else scale
+        largest = float(torch.linalg.vector_norm(gradient, ord=math.inf))
+        own = self._sum(region)
+        factor = own.begin((largest**2 if squared else largest) / scale)
+        if not own.finite:
+            bad = (~gradient.isfinite()).nonzero()
+            self._bad.setdefault(region, tuple(bad[0].tolist()) if len(bad) else (0,) * gradient.dim())
+        if factor is None:
+            return
+        for number, rows in enumerate(torch.split(gradient, _rows(region))):
+            own.add(number, (rows.square() if squared else rows.abs()).mul_(factor / scale))
+
+    def _sum(self, region: Region) -> ExactSum:
+        def empty() -> list[Tensor]:
+            whole = torch.zeros(region[0], dtype=torch.int64, device=self._device)
+            return list(torch.split(whole, _rows(region)))
+
+        if region not in self._sums:
+            self._sums[region] = ExactSum(empty)
+        return self._sums[region]
+
+    def total(self) -> Float[Tensor, "..."]:
+        """The sums, laid out like the parameter, float32 (float64 for float64); nothing is left of them here."""
+        total = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=self._device).zero_()
+        for region in sorted(self._sums):
+            own, view = self._sums.pop(region), total.as_strided(*region)
+            for number, rows in enumerate(torch.split(view, _rows(region)) if own.finite else ()):
+                rows += own.take(number, self._dtype)
+            if not own.finite:
+                view[self._bad[region]] = math.nan
+        return total
+
+    def told(self) -> Any:
+        """As of every `Joinable`."""
+        return {region: (own.told(), self._bad.get(region)) for region, own in self._sums.items()}
+
+    def shared(self, told: Sequence[Any]) -> list[Tensor]:
+        """As of every `Joinable`."""
+        integers = []
+        for region in sorted({region for own in told for region in own}):
+            found = [own[region] for own in told if region in own]
+            integers += self._sum(region).shared([sums for sums, _ in found])
+            for _, bad in found:
+                if bad is not None:
+                    self._bad.setdefault(region, bad)
+        return integers
+
+    def join(self, told: Sequence[Any]) -> None:
+        """As of every `Joinable`."""
+
+
+def _rows(region: Region) -> int:
+    return max(1, PANEL * region[0][0] // math.prod(region[0]))

@@ -7,7 +7,7 @@ row of W' solves a least squares problem of its own, all with the same G and wit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -207,7 +207,8 @@ _LAST: WeakKeyDictionary[Gram, tuple[object, tuple[Float[Tensor, "in in"], float
 def factor_of_inputs(problem: Problem, damping: float) -> tuple[Float[Tensor, "in in"], float]:
     """The `inverse_factor` of a problem's inputs, made once for all matrices in a row that read the same ones."""
     statistic, gram = problem.statistic(Gram), working_gram(problem)
-    made_of = damping, gram.dtype, gram.device, statistic.total.data_ptr(), statistic.total._version
+    # Exact: a new total may lie where the last one did; a reference to the one tensor is no other's.
+    made_of = damping, gram.dtype, gram.device, ref(statistic.total), statistic.total._version
     found, factor = _LAST.get(statistic, (None, None))
     if factor is None or found != made_of:
         _LAST.clear()  # Memory: the one before is gone before this one is made

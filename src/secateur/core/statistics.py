@@ -3,6 +3,7 @@
 Sums (never running means) make batching, sharding and resuming exact: update in any split, merge in any order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -31,7 +32,9 @@ class Statistic(Protocol):
     """A sum over the tokens that a matrix reads. `tokens` and `samples` count what went in.
 
     A class may also have a class method ``cost(in_features) -> Cost``, without which estimates leave it out, and say
-    ``one_sample_at_a_time = True`` where every `update` has to be one calibration sample.
+    ``one_sample_at_a_time = True`` where every `update` has to be one calibration sample. A method ``finish()`` is
+    called when all tokens are in. Where several processes share a run, one that is `Joinable` is joined in that way,
+    others by their `merge`, in the order of the processes.
     """
 
     tokens: int
@@ -75,12 +78,16 @@ class Sum:
 
     def merge(self, other: Self) -> None:
         """Add what `other` has seen. Raises `ValueError` for another width."""
-        if other.total.shape != self.total.shape:
-            raise ValueError(f"a statistic of {len(other.total)} columns cannot be merged into {len(self.total)}.")
+        self._check_width(len(other.total), len(self.total))
         wide = torch.promote_types(self.total.dtype, other.total.dtype)
         self.total = self.total.to(wide).add_(other.total.to(self.total.device))
         self.tokens += other.tokens
         self.samples += other.samples
+
+    @staticmethod
+    def _check_width(other: int, own: int) -> None:
+        if other != own:
+            raise ValueError(f"a statistic of {other} columns cannot be merged into {own}.")
 
     def is_finite(self) -> bool:
         """Whether every sum is a finite number."""
@@ -97,6 +104,7 @@ class SquaredNorm(Sum):
     """
 
     total: Float[Tensor, " in"]
+    _terms: list[Tensor] | None = None  # of the total, in order, where they are kept
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
@@ -109,12 +117,36 @@ class SquaredNorm(Sum):
         whole = x.shape[0] - x.shape[0] % CHUNK
         # Exact: a CPU adds down a column in float32 one by one, and loses four digits over 65536 equal tokens.
         # Memory: the reduction casts as it reads, so that no float32 copy of x is made.
+        term = torch.linalg.vector_norm(x[whole:], dim=0, dtype=wide).double().square()
         if whole:
             chunks = torch.linalg.vector_norm(x[:whole].view(-1, CHUNK, x.shape[1]), dim=1, dtype=wide)
-            self.total += chunks.double().square().sum(dim=0).to(self.total.device)
-        self.total += torch.linalg.vector_norm(x[whole:], dim=0, dtype=wide).double().square().to(self.total.device)
+            term += chunks.double().square().sum(dim=0)
+        self.total += term.to(self.total.device)
         self.tokens += x.shape[0]
         self.samples += samples
+        if self._terms is not None:
+            self._terms.append(term.cpu())
+
+    def keep_terms(self) -> None:
+        """From now on keep what each update adds, for `join`: float64 sums depend on their order."""
+        self._terms = []
+
+    def told(self) -> tuple[int, list[Tensor]]:
+        """As of every `Joinable`: tokens, and the terms of the total."""
+        assert self._terms is not None
+        return self.tokens, self._terms
+
+    def shared(self, told: Sequence[tuple[int, list[Tensor]]]) -> list[Tensor]:
+        """As of every `Joinable`: nothing, all has been told."""
+        return []
+
+    def join(self, told: Sequence[tuple[int, list[Tensor]]]) -> None:
+        """As of every `Joinable`: add the terms of all processes in the order in which one process adds them."""
+        self.total.zero_()
+        for _, terms in told:
+            for term in terms:
+                self.total += term.to(self.total.device)
+        self.tokens, self._terms = sum(tokens for tokens, _ in told), None
 
     def select(self, columns: Int[Tensor, " selected"]) -> Self:
         """The sums of these columns."""

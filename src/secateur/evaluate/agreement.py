@@ -27,7 +27,9 @@ from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import open_model
 from secateur.runs.events import Progress, named
 from secateur.runs.forward import after_the_last_block
+from secateur.runs.journal import common_facts
 from secateur.runs.options import shared, taking
+from secateur.runs.processes import Processes, shared_run
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,13 @@ def agreement(settings: AgreementSettings) -> list[Agreement]:
     """
     machine, progress = shared(settings, DtypeSettings), settings.progress
     with ExitStack() as stack:
+        processes = stack.enter_context(shared_run())
         reference = open_model(settings.dense, **machine)
         stack.callback(reference.restore)
         cut = model_evaluation_windows(reference, settings.data, settings.tokenizer, **shared(settings, TextSettings))
-        batches = cut.batches(settings.batch_size or default_batch_size(cut.length, reference.skeleton.device))
+        whole = cut.batches(settings.batch_size or default_batch_size(cut.length, reference.skeleton.device))
+        processes.agree({**common_facts(reference), "dtype": str(reference.skeleton.dtype), "tokens": cut.digest})
+        batches = processes.share(whole).batches
         forward = partial(after_the_last_block, batches=batches, offload_states=settings.offload_states)
         expected = stack.enter_context(forward(reference.skeleton, progress=named(progress, "dense")))
         results = []
@@ -117,7 +122,7 @@ def agreement(settings: AgreementSettings) -> list[Agreement]:
                         "They cannot be compared."
                     )
                 with forward(opened.skeleton, progress=named(progress, name)) as stream:
-                    figures = _compare(expected, stream, named(progress, name))
+                    figures = _compare(expected, stream, named(progress, name), processes)
             finally:
                 opened.restore()
             results.append(
@@ -131,7 +136,7 @@ def agreement(settings: AgreementSettings) -> list[Agreement]:
         return results
 
 
-def _compare(dense: Stream, pruned: Stream, progress: Progress) -> dict[str, Any]:
+def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:
     """The figures of an `Agreement`, from the two models' last hidden states, a few tokens' logits at a time."""
     batches: list[Tensor] = []  # (divergence, first choices equal, pruned loss, dense loss) of each token
     for batch in range(len(dense.batches)):
@@ -147,6 +152,7 @@ def _compare(dense: Stream, pruned: Stream, progress: Progress) -> dict[str, Any
             parts.append(torch.stack([divergence, same, *losses]))
         batches.append(torch.cat(parts, dim=-1).cpu())
         progress("head", batch + 1, len(dense.batches))
+    batches = [own for part in processes.gather(batches) for own in part]
     kl, top1 = (torch.cat([batch[row].flatten() for batch in batches]).double() for row in range(2))
     window_kl, window_top1, own_nats, dense_nats = (
         torch.cat([batch[row].double().mean(dim=1) for batch in batches]) for row in range(4)

@@ -18,7 +18,9 @@ from secateur.evaluate.settings import PerplexitySettings, TextSettings
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import open_model
 from secateur.runs.forward import after_the_last_block
+from secateur.runs.journal import common_facts
 from secateur.runs.options import shared, taking
+from secateur.runs.processes import Processes, shared_run
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,18 @@ def perplexity(settings: PerplexitySettings) -> Perplexity:
     Source: the evaluation of SparseGPT, Wanda and GBLM-Pruner. Raises `CalibrationError` for a text that is too short
     or does not fit the model, and `NumericalError` when the model's outputs are not finite.
     """
+    with shared_run() as processes:
+        return _perplexity(settings, processes)
+
+
+def _perplexity(settings: PerplexitySettings, processes: Processes) -> Perplexity:
     started = time.perf_counter()
     opened = open_model(**shared(settings, ModelSettings))
     try:
         cut = model_evaluation_windows(opened, settings.data, settings.tokenizer, **shared(settings, TextSettings))
-        batches = cut.batches(settings.batch_size or default_batch_size(cut.length, opened.skeleton.device))
+        whole = cut.batches(settings.batch_size or default_batch_size(cut.length, opened.skeleton.device))
+        processes.agree({**common_facts(opened), "dtype": str(opened.skeleton.dtype), "tokens": cut.digest})
+        batches = processes.share(whole).batches
         forward = partial(after_the_last_block, offload_states=settings.offload_states, progress=settings.progress)
         means = []  # the cross-entropy of each window in nats, in float64
         with forward(opened.skeleton, batches) as stream:
@@ -109,7 +118,7 @@ def perplexity(settings: PerplexitySettings) -> Perplexity:
                 settings.progress("head", batch + 1, len(batches))
     finally:
         opened.restore()
-    losses = torch.cat(means)
+    losses = torch.cat([own for part in processes.gather(means) for own in part])
     check_finite(losses)
     return Perplexity(
         **described(cut, settings.data),

@@ -24,36 +24,49 @@ from secateur.core import scores
 from secateur.core.checks import check_weight, first_nonfinite, solved
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution, select
-from secateur.errors import NumericalError
+from secateur.errors import NumericalError, ProcessError, SecateurError
 from secateur.files.checkpoint import tensor_digest
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
-from secateur.pruning.preparation import Prepared
+from secateur.pruning.preparation import Prepared, solving_cost
 from secateur.record.far_blocks import mark_far_blocks
 from secateur.record.manifest import Manifest
 from secateur.runs.checkpoint import check_source
 from secateur.runs.conveyor import Conveyor, Finished
 from secateur.runs.events import Event
+from secateur.runs.processes import ALONE, Processes, Share
 
 
 class BlockLoop:
     """One pass over the blocks."""
 
     def __init__(
-        self, ready: Prepared, evidence: RunEvidence, manifest: Manifest, conveyor: Conveyor, states: Path
+        self,
+        ready: Prepared,
+        evidence: RunEvidence,
+        manifest: Manifest,
+        conveyor: Conveyor,
+        states: Path,
+        processes: Processes = ALONE,
     ) -> None:
-        """For a prepared run whose `evidence` may have been added to; `states` is a folder for hidden states."""
+        """For a prepared run whose `evidence` may have been added to; `states` is a folder for hidden states.
+
+        Several `processes` share the samples and the matrices of each block; the first one writes.
+        """
         self.ready, self.settings, self.evidence = ready, ready.settings, evidence
         self.skeleton, self.method, self.plan = ready.opened.skeleton, ready.method, ready.plan
         self.manifest, self.conveyor, self.states, self.clock = manifest, conveyor, states, conveyor.clock
         self.planned = by_block(ready.extent.matrices)
         self.last = max(self.planned)
+        self.processes = processes
         journal = None if conveyor.output is None else conveyor.output.journal
         parts = {} if journal is None else {block.index: journal.of_block(block) for block in self.skeleton.blocks}
-        self.finished = {index: part for index, part in parts.items() if part is not None}  # by an earlier process
+        # By an earlier process.
+        self.finished = processes.gather({index: part for index, part in parts.items() if part is not None})[0]
+        self.share: Share | None = None
         self.stream: Stream | None = None  # the calibration samples between two blocks of the pruned model
         self.twin: DenseTwin | None = None  # and, where targets need it, of the dense one
 
@@ -80,6 +93,9 @@ class BlockLoop:
             raise NumericalError(
                 f"No matrix could be pruned, all {len(self.plan)} would stay dense. The first: {reason}"
             )
+        # The thread that reads may be ahead of what finished blocks have added.
+        digests, read = self.manifest.source_tensors, [matrix.tensor for own in self.planned.values() for matrix in own]
+        self.manifest.source_tensors = {name: digests[name] for name in dict.fromkeys(read) if name in digests}
         mark_far_blocks(self.manifest.blocks)
 
     def _open_streams(self) -> None:
@@ -92,6 +108,8 @@ class BlockLoop:
             batches = [batches[0][:1], batches[0][1:], *batches[1:]]
         if self.evidence.known:  # how far each block's output moves is left to find out, on the first batch alone
             batches = batches[:1]
+        self.share = self.processes.share(batches, probe=self.settings.within == "site")
+        batches = list(self.share.batches)
         # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.
         dense = self.evidence.beside_dense
         tokens = sum(batch.numel() for batch in batches)
@@ -124,7 +142,7 @@ class BlockLoop:
             except NumericalError as error:
                 self.evidence.exempt.nonfinite(matrix.name, error)
         gradients = self.evidence.gradients
-        if self.conveyor.output is not None or gradients is not None:
+        if self.conveyor.output is not None or gradients is not None or self.processes.count > 1:
             for name in dict.fromkeys(matrix.tensor for matrix in matrices):
                 self.manifest.source_tensors[name] = tensor_digest(tensors[name])
         if gradients is not None:
@@ -136,16 +154,19 @@ class BlockLoop:
     def _read_finished(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The pruned tensors of a finished block, as they are on the disk; the source's must be what they were."""
         output, part = self.conveyor.output, self.finished[block.index]
-        assert output is not None
         changed = part.record["source_tensors"]
         for name in self.skeleton.block_tensors[block.index]:
             expected = changed.get(name) or part.tensors[name]
-            check_source(output.target, name, tensor_digest(tensors[name]), expected)
+            check_source(Path(str(self.settings.output)), name, tensor_digest(tensors[name]), expected)
+        if output is None:  # what the first process has read comes from there
+            return {name: torch.empty_like(tensors[name]) for name in changed}
         return output.read(changed)
 
     def _replay(self, block: Block, tensors: dict[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
         """Bring the manifest and the streams to where they were after a finished block."""
         record = self.finished[block.index].record
+        for name in sorted(pruned):
+            self.processes.send(pruned[name], 0)
         self.manifest.source_tensors |= record["source_tensors"]
         self.manifest.matrices |= record["matrices"]
         self.evidence.exempt.skipped |= record["skipped"]
@@ -219,7 +240,7 @@ class BlockLoop:
         single = self.settings.propagate == "dense" or not matrices
         with self.clock.timed("statistics forward"):
             facts = self.evidence.enter(block, matrices, stream)
-            place = Place(block, matrices, stream, self.twin, self.evidence.device)
+            place = self._place(block, matrices, stream)
             progress = partial(self.conveyor.tell, "statistics", block)
             collected = run_batches(place, self.evidence.at(place), keep_outputs=single, progress=progress)
         states, dense = collected.input, collected.output
@@ -265,7 +286,7 @@ class BlockLoop:
         ) as forwards:
             for site in found:
                 with self.clock.timed("statistics forward"):
-                    place = Place(block, site.matrices, stream, self.twin, self.evidence.device)
+                    place = self._place(block, site.matrices, stream)
                     collected = reach_site(place, self.evidence.at(place), site, forwards, progress=progress)
                 self._solve(block, site.matrices, tensors, collected, changed)
                 del collected  # Memory: Gram matrices are gone before the forwards go on
@@ -280,6 +301,9 @@ class BlockLoop:
         stream.release(block)
         names = [[matrix.name for matrix in site.matrices] for site in found]
         return {"output_change": change, "sites": names, **facts}
+
+    def _place(self, block: Block, matrices: Sequence[Matrix], stream: Stream) -> Place:
+        return Place(block, matrices, stream, self.twin, self.evidence.device, self.processes, self.share)
 
     def _change(self, block: Block, dense: Tensor, pruned: Tensor) -> float | None:
         """How far the output of the first batch moved; None where it is not finite and the run goes on all the same."""
@@ -296,7 +320,10 @@ class BlockLoop:
         if index is None:
             return
         assert self.stream is not None
-        sample = sum(len(ids) for ids in self.stream.batches[:batch]) + (index[0] if len(index) == 3 else 0)
+        assert self.share is not None
+        before = self.share.before if batch in self.share.counted else 0
+        within = [len(self.stream.batches[own]) for own in self.share.counted if own < batch]
+        sample = before + sum(within) + (index[0] if len(index) == 3 else 0)
         raise NumericalError(
             f"{block.path}: its pruned output is not finite, first {float(output[index]):g} in sample {sample}, token "
             f"{index[-2]}, dimension {index[-1]}. Is the dense model sound in this dtype? Check it with secateur eval, "
@@ -326,40 +353,84 @@ class BlockLoop:
         collected: Collected | None,
         changed: dict[str, Tensor],
     ) -> None:
-        """Solve the matrices one by one; their pruned tensors go into `changed`."""
-        for number, matrix in enumerate(matrices):
-            started = time.perf_counter()
-            self.conveyor.tell("solve", block, number, len(matrices), matrix.name)
-            exempt = self.evidence.exempt
-            if matrix.name in exempt.skipped:
-                continue
-            weight = matrix.view(tensors).to(self.skeleton.device)
-            evidence = {} if matrix.name in exempt.by_magnitude else self.evidence.of(matrix, collected, weight.device)
-            if matrix.name in exempt.skipped:  # as its evidence has shown
-                continue
-            unseen = matrix.name in exempt.by_magnitude
-            problem = Problem(matrix.name, weight, self.plan[matrix.name], {} if unseen else evidence)
-            try:
-                solution = solved(problem, magnitude(self.method) if unseen else self.method)
-            except NumericalError as error:
-                exempt.nonfinite(matrix.name, error)
-                continue
-            except torch.OutOfMemoryError as error:  # which smaller batches would not help
-                raise MemoryError(f"{matrix.name}: {str(error).partition('. ')[0]} while it was solved") from error
-            if matrix.tensor not in changed:
-                original = tensors[matrix.tensor]
-                pin = self.skeleton.device.type == "cuda"
-                changed[matrix.tensor] = torch.empty(original.shape, dtype=original.dtype, pin_memory=pin)
-                if matrix.index is not None:
-                    changed[matrix.tensor].copy_(original)
-            # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
-            matrix.view(changed).copy_(solution.weight.masked_fill(~solution.mask, 0))
-            self.manifest.matrices[matrix.name] = _record(matrix, problem, solution) | {
-                "tokens": 0 if unseen else problem.tokens,
-                "seconds": round(self.clock.add("solve", started), 6),
-            }
-            if unseen:
-                self.manifest.matrices[matrix.name]["method"] = "magnitude"
+        """Solve the matrices one by one; their pruned tensors go into `changed`.
+
+        Several processes share them, and each receives what the others have made.
+        """
+        exempt, names = self.evidence.exempt, {matrix.name for matrix in matrices}
+        taker = self.processes.deal({matrix.name: solving_cost(self.method, matrix) for matrix in matrices})
+        made: dict[str, dict[str, Any]] = {}
+        failure: Exception | None = None
+        try:
+            for number, matrix in enumerate(matrices):
+                self.conveyor.tell("solve", block, number, len(matrices), matrix.name)
+                if taker[matrix.name] == self.processes.rank:
+                    record = self._solve_one(matrix, tensors, collected, changed)
+                    made |= {} if record is None else {matrix.name: record}
+        except (SecateurError, MemoryError) as error:
+            if self.processes.count == 1:
+                raise
+            failure = error
+        digests = {matrix.tensor: self.manifest.source_tensors.get(matrix.tensor) for matrix in matrices}
+        found = self.processes.gather((made, exempt.to_json(names), digests), failure)
+        for rank, (records, exempted, read) in enumerate(found):
+            made |= records
+            exempt.add(exempted)
+            for name in (name for name in read if read[name] != digests[name]):
+                raise ProcessError(
+                    f"{name}: has the digest {str(digests[name])[:12]} in process {self.processes.rank}, and "
+                    f"{str(read[name])[:12]} in process {rank}: they read different models."
+                )
+        for matrix in matrices:
+            if matrix.name in made:
+                pruned = matrix.view(self._changed(matrix, tensors, changed))
+                self.processes.send(pruned, taker[matrix.name])
+                self.manifest.matrices[matrix.name] = made[matrix.name]
+
+    def _changed(self, matrix: Matrix, tensors: Mapping[str, Tensor], changed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`changed`, with room for a matrix; where its tensor holds others too, they are as they were."""
+        if matrix.tensor not in changed:
+            original = tensors[matrix.tensor]
+            pin = self.skeleton.device.type == "cuda"
+            changed[matrix.tensor] = torch.empty(original.shape, dtype=original.dtype, pin_memory=pin)
+            if matrix.index is not None:
+                changed[matrix.tensor].copy_(original)
+        return changed
+
+    def _solve_one(
+        self,
+        matrix: Matrix,
+        tensors: Mapping[str, Tensor],
+        collected: Collected | None,
+        changed: dict[str, Tensor],
+    ) -> dict[str, Any] | None:
+        """Solve a matrix into `changed`; its record, or None where it stays dense."""
+        started = time.perf_counter()
+        exempt = self.evidence.exempt
+        if matrix.name in exempt.skipped:
+            return None
+        weight = matrix.view(tensors).to(self.skeleton.device)
+        evidence = {} if matrix.name in exempt.by_magnitude else self.evidence.of(matrix, collected, weight.device)
+        if matrix.name in exempt.skipped:  # as its evidence has shown
+            return None
+        unseen = matrix.name in exempt.by_magnitude
+        problem = Problem(matrix.name, weight, self.plan[matrix.name], {} if unseen else evidence)
+        try:
+            solution = solved(problem, magnitude(self.method) if unseen else self.method)
+        except NumericalError as error:
+            exempt.nonfinite(matrix.name, error)
+            return None
+        except torch.OutOfMemoryError as error:  # which smaller batches would not help
+            raise MemoryError(f"{matrix.name}: {str(error).partition('. ')[0]} while it was solved") from error
+        # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
+        pruned = matrix.view(self._changed(matrix, tensors, changed))
+        pruned.copy_(solution.weight.masked_fill(~solution.mask, 0))
+        return {
+            **_record(matrix, problem, solution),
+            "tokens": 0 if unseen else problem.tokens,
+            "seconds": round(self.clock.add("solve", started), 6),
+            **({"method": "magnitude"} if unseen else {}),
+        }
 
 
 def magnitude(method: Method) -> Method:

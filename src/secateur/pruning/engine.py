@@ -15,6 +15,7 @@ from secateur.collect.gradient_pass import collect
 from secateur.collect.survey import computing, facts_of
 from secateur.core.fingerprint import recorded
 from secateur.core.needs import input_statistics
+from secateur.errors import PatternError
 from secateur.files.scratch import scratch_folder
 from secateur.models.flow.memory import return_large
 from secateur.pruning.block_loop import BlockLoop
@@ -30,6 +31,7 @@ from secateur.runs.events import Clock, Event, named
 from secateur.runs.journal import GRADIENTS, Journal, Part, common_facts
 from secateur.runs.options import taking
 from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
+from secateur.runs.processes import Processes, shared_run
 from secateur.runs.transaction import Transaction
 
 logger = logging.getLogger(__name__)
@@ -77,49 +79,61 @@ def prune(settings: PruneSettings) -> Manifest:
 
 def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
     started = time.perf_counter()
-    on_event = settings.on_event
-
-    def tell(stage: str, done: int, total: int) -> None:
-        on_event(Event(stage, done=done, total=total))
-
-    target = output_of(settings)
     return_large()
     with ExitStack() as stack:
-        transaction = None
-        if target is not None:
+        processes = stack.enter_context(shared_run())
+        on_event = settings.on_event
+
+        def tell(stage: str, done: int, total: int) -> None:
+            on_event(Event(stage, done=done, total=total))
+
+        def begin() -> Transaction | None:
+            target = output_of(settings)
+            if target is None:
+                return None
             resume = settings.resume or size.first is not None
             transaction = stack.enter_context(Transaction(target, settings.overwrite, resume=resume))
             size.go_on(transaction.journal)
-            settings = replace(settings, batch_size=size.now)
+            return transaction
+
+        transaction = processes.on_first(begin)
+        size.first, size.now = processes.gather((size.first, size.now))[0]
+        settings = replace(settings, batch_size=size.now)
         ready = stack.enter_context(prepared(settings, progress=partial(tell, "calibrate")))
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
-        if told := shortage(ready, memory_of(ready, trial=False)):
+        check_shared(ready, processes)
+        if (told := shortage(ready, memory_of(ready, trial=False))) and processes.first:
             logger.warning(told)
         pile_bytes = return_large(extent.product_bytes if extent.by_site else 0)
         if transaction is not None and settings.statistics is None:
-            size.begin(min(extent.chosen_batch_size, max(extent.samples, 1)))
+            # With several processes there is no going on with smaller batches: the others know nothing of it.
+            size.begin(min(extent.chosen_batch_size, max(extent.samples, 1)) if processes.count == 1 else 1)
             transaction.goes_on = size.goes_on
         manifest = _manifest(ready, size)
+        facts = _facts(ready, manifest, size)
+        processes.agree(facts)
         clock = Clock(synchronise=skeleton.device.type == "cuda", began=started)
         if transaction is not None and settings.resumable and settings.statistics is None:
-            transaction.journal.begin("prune", len(skeleton.blocks), _facts(ready, manifest, size))
+            transaction.journal.begin("prune", len(skeleton.blocks), facts)
             size.record(transaction.journal)
             clock.resume(transaction.journal.seconds)
         output = (
             None if transaction is None else checkpoint_output(transaction, opened, packed_bytes=ready.packed_bytes)
         )
         written = None if output is None else stack.enter_context(output)
-        beside = Path.cwd() if transaction is None else transaction.partial
+        beside = processes.gather(Path.cwd() if transaction is None else transaction.partial)[0]
         if any(own.looks_at_samples and not own.forwards for own in evidence.collectors):
             assert windows is not None
             assert method.gradient is not None
-            room = stack.enter_context(scratch_folder(beside)) if transaction is None else beside
+            alone = transaction is None and processes.first
+            room = processes.gather(stack.enter_context(scratch_folder(beside)) if alone else beside)[0]
             journal = Journal(room / "journal.jsonl") if transaction is None else transaction.journal
+            found = processes.gather(journal.found.get(GRADIENTS))[0]
             taken = room / "gradients.safetensors"
-            if GRADIENTS in journal.found:
-                evidence.exempt.add(journal.found[GRADIENTS].record)
+            if found is not None:
+                evidence.exempt.add(found.record)
             else:
                 with clock.timed("gradients"):
                     collect(
@@ -133,6 +147,7 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
                         offload_states=extent.offload,
                         exempt=evidence.exempt,
                         progress=named(tell, "gradients"),
+                        processes=processes,
                     )
                 journal.add(Part(GRADIENTS, record=evidence.exempt.to_json(), seconds=clock.so_far()))
                 other_file(taken).unlink(missing_ok=True)
@@ -142,7 +157,8 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
             assert windows is not None
             facts = facts_of(opened, windows, extent.matrices, extent.chosen_batch_size, evidence.device)
             shared.begin(method.inputs, facts)
-        BlockLoop(ready, evidence, manifest, Conveyor(skeleton, written, clock, on_event, pile_bytes), beside).run()
+        conveyor = Conveyor(skeleton, written, clock, on_event, pile_bytes)
+        BlockLoop(ready, evidence, manifest, conveyor, beside, processes).run()
         if shared is not None:
             shared.complete = True
         manifest.seconds = clock.so_far()
@@ -150,8 +166,21 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
         if written is not None:
             written.seal(manifest)
             written.publish(manifest, tell)
+        processes.gather(None)  # what the first one writes is there when any of them returns
     on_event(Event("done"))
     return manifest
+
+
+def check_shared(ready: Prepared, processes: Processes) -> None:
+    """Raise `PatternError` for what several processes cannot share."""
+    if processes.count == 1:
+        return
+    kinds = input_statistics(ready.evidence.needs)
+    ordered = [kind.__name__ for kind in kinds if getattr(kind, "one_sample_at_a_time", False)]
+    if ordered:
+        raise PatternError(f"{ordered[0]}: its sums depend on the order of the samples. Use one process.")
+    if ready.settings.statistics is not None:
+        raise PatternError("statistics: those that runs share are taken by one process.")
 
 
 def _manifest(ready: Prepared, size: BatchSize) -> Manifest:

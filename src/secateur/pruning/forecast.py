@@ -3,23 +3,25 @@
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import convert_file_size_to_int
 from rich.filesize import decimal
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, PatternError, ProcessError
 from secateur.models.flow.memory import available_bytes
-from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan
 from secateur.pruning.forecast_memory import Memory, memory_of, shortage, source_bytes
-from secateur.pruning.forecast_time import run_seconds
+from secateur.pruning.forecast_time import RunSeconds, run_seconds
 from secateur.pruning.named import resolved
-from secateur.pruning.preparation import Prepared, output_of, prepared
-from secateur.pruning.settings import PruneSettings
+from secateur.pruning.preparation import Prepared, output_of, prepared, solving_cost
+from secateur.pruning.settings import PlanSettings
 from secateur.runs.options import taking
+from secateur.runs.processes import Processes
 from secateur.runs.transaction import unfinished
 
 
@@ -43,6 +45,15 @@ class LeftOutRow:
     tensors: int
     weights: int
     example: str
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """A part of a run: its seconds in one process, and where several share it."""
+
+    part: str
+    alone: float
+    shared: float
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,9 @@ class Estimate:
     packed_bytes: int | None  # of all tensors of the output, where that will be packed
     seconds: float
     available_host_bytes: int
+    run: RunSeconds
+    exchanged_bytes: int  # that each process sends, where several share the run
+    parts: list[PartRow]
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -77,19 +91,29 @@ class Estimate:
         return {**asdict(self), "plan": self.plan.to_json()}
 
 
-@taking(PruneSettings)
-def estimate(settings: PruneSettings) -> Estimate:
+@taking(PlanSettings)
+def estimate(settings: PlanSettings) -> Estimate:
     """What `prune` with the same options would do and take, without its work (a GGUF file has to be read).
 
     Methods and patterns are given as for `prune`: "wanda+swaps", "2:4". Raises the errors that `prune` raises before
     its work starts. With ``calibration=None`` nothing is asked of the text, and `samples` (128) and `length` (2048) say
     how many tokens there will be.
+
+    With `processes` the time is that of so many, and `parts` says how it is made up, beside one process; each sends
+    `bandwidth` bytes a second to the others ("25GB"). A note says whether one fits into `device_memory` ("80GB").
     """
     began = time.perf_counter()
     settings = resolved(settings)
+    bandwidth = size_of(settings.bandwidth, "--bandwidth")
+    room = None if settings.device_memory is None else size_of(settings.device_memory, "--device-memory")
     target = None if settings.output is None else output_of(settings)
     with prepared(settings, dry=True) as ready:
-        return _estimate(ready, target, opening=time.perf_counter() - began)
+        found = _estimate(ready, target, opening=time.perf_counter() - began)
+        if settings.processes > 1:
+            found = shared_estimate(found, ready, settings.processes, bandwidth)
+    if room is not None:
+        found.notes.append(fits(found, room))
+    return found
 
 
 def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estimate:
@@ -112,6 +136,7 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
             left = None if ready.settings.overwrite else str(error)
         if left is not None:
             notes.append(left)
+    seconds = run_seconds(ready, math.prod(before.passes for before in memory.cost.before))
     left_out = [LeftOutRow(**row) for row in skeleton.left_out_by_reason()]
     all_weights = sum(math.prod(skeleton.source.shape(name)) for name in skeleton.source.names)
     for row in left_out:
@@ -141,7 +166,10 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
         device_bytes=memory.device,
         disk_bytes=disk,
         packed_bytes=ready.packed_bytes,
-        seconds=opening + run_seconds(ready, math.prod(before.passes for before in memory.cost.before)),
+        seconds=opening + seconds.total,
+        run=seconds,
+        exchanged_bytes=0,
+        parts=[],
         available_host_bytes=free,
         notes=notes,
     )
@@ -184,3 +212,63 @@ def _kinds(skeleton: Skeleton, plan: Plan) -> list[KindRow]:
         weights = sum(math.prod(matrix.shape) for matrix in own)
         rows.append(KindRow(kind, next(iter(patterns), None), len(own), len(patterns), own[-1].shape, weights))
     return rows
+
+
+def size_of(text: str, option: str) -> int:
+    """The bytes that a size such as 80GB says. Raises `PatternError` for what is none."""
+    try:
+        found = int(convert_file_size_to_int(text))
+    except ValueError:
+        found = 0
+    if found <= 0:
+        raise PatternError(f'{option}: got "{text}", expected a size such as 80GB, 512MB or 24GiB.')
+    return found
+
+
+def shared_estimate(alone: Estimate, ready: Prepared, processes: int, bandwidth: int) -> Estimate:
+    """The estimate of a run that so many processes share, each on a device of its own.
+
+    A process has whole batches, and the matrices of a block (of a site) are dealt out by cost. Joining sums takes twice
+    what they hold, less a share, as in a ring; a solved matrix is sent once. Reading is what each process does.
+    """
+    extent, planned = ready.extent, by_block(ready.extent.matrices)
+    batches = max(1, math.ceil(extent.samples / extent.chosen_batch_size))
+    if batches < processes and extent.samples:
+        raise ProcessError(f"--processes {processes}: there are {batches} batches of samples, and each needs one.")
+    samples = math.ceil(batches / processes) / batches
+    if extent.by_site and extent.samples:  # the first sample runs along in all of them
+        samples += 2 / extent.samples
+    dealer, most, whole = Processes(0, processes), 0.0, 0.0
+    for own in planned.values():
+        sites: dict[str, dict[str, float]] = {}
+        for matrix in own:
+            place = matrix.site if extent.by_site else ""
+            sites.setdefault(place, {})[matrix.name] = solving_cost(ready.method, matrix)
+        for costs in sites.values():
+            loads = [0.0] * processes
+            for name, rank in dealer.deal(costs).items():
+                loads[rank] += costs[name]
+            most, whole = most + max(loads), whole + sum(costs.values())
+    solved = sum(
+        math.prod(matrix.shape) * extent.skeleton.source.dtype(matrix.tensor).itemsize for matrix in extent.matrices
+    )
+    exchanged = int(2 * (processes - 1) / processes * ready.evidence.cost(extent).joined + solved)
+    run = alone.run.shared(samples, most / whole)
+    exchanging = exchanged / bandwidth
+    parts = [
+        PartRow("forwards", alone.run.forwards, run.forwards),
+        PartRow("products of statistics", alone.run.products, run.products),
+        PartRow("choosing and solving", alone.run.solving, run.solving),
+        PartRow("reading and converting", *(each.hashing_model + each.converting for each in (alone.run, run))),
+        PartRow("exchange", 0.0, exchanging),
+        PartRow("in all", alone.seconds, alone.seconds - alone.run.total + run.total + exchanging),
+    ]
+    return replace(alone, run=run, seconds=parts[-1].shared, exchanged_bytes=exchanged, parts=parts)
+
+
+def fits(found: Estimate, room: int) -> str:
+    """Whether a process fits into so much memory of a device, in a sentence."""
+    needed = found.device_bytes or found.host_bytes
+    verdict = "fits" if needed <= room else "does not fit"
+    less = "" if needed <= room else ": use fewer or shorter samples, --batch-size 1, or --statistics-device cpu"
+    return f"A process takes about {decimal(needed)}, which {verdict} into {decimal(room)}{less}."

@@ -1,6 +1,7 @@
 """How long a run will take: what it does, times the pace of this machine."""
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +16,33 @@ AROUND_SECONDS = 1.0  # manifest, model card, and the libraries that write them
 LENGTH = 512  # of windows where none is known
 
 
-def run_seconds(ready: Prepared, passes: int) -> float:
+@dataclass(frozen=True)
+class RunSeconds:
+    """About how long the parts of a run take. Reading and writing go on beside the others."""
+
+    forwards: float
+    products: float  # of statistics
+    solving: float
+    hashing_model: float  # where gradients are taken first
+    converting: float
+    hashing: float
+    disk: float
+
+    @property
+    def total(self) -> float:
+        """Of the whole run."""
+        # Reading, hashing and writing go on beside the rest, and take a part of the cores; a block is read before them.
+        busy = self.forwards + self.products + self.solving + self.hashing_model + self.converting
+        busy += self.hashing / max(1, torch.get_num_threads())
+        return max(busy, self.disk + self.hashing / 2) + AROUND_SECONDS
+
+    def shared(self, samples: float, matrices: float) -> "RunSeconds":
+        """Where a process has these shares of the samples, and of the work of solving."""
+        forwards, products = self.forwards * samples, self.products * samples
+        return replace(self, forwards=forwards, products=products, solving=self.solving * matrices)
+
+
+def run_seconds(ready: Prepared, passes: int) -> RunSeconds:
     """About how long a prepared run takes from here on.
 
     Two forwards where samples run through the blocks, or one site by site, and those that evidence takes; choosing and
@@ -38,17 +65,17 @@ def run_seconds(ready: Prepared, passes: int) -> float:
         passes_of_states = 1.0 + 1 / max(1, extent.samples) + 2.0 * any(matrix.routed for matrix in planned)
     passed = passes_of_states if ready.evidence.forwards else 0.0
     bytes_ = source_bytes(skeleton, skeleton.source.names)
-    computing = (passed + cost.forwards) * once + cost.computing * multiply + cost.moved * move
     weights = sum(math.prod(matrix.shape) for matrix in planned)
-    computing += choosing(skeleton, method, ready.plan[planned[0].name]) * weights + digest * cost.hashings * bytes_
     products = sum(method.products * math.prod(matrix.shape) * matrix.shape[1] for matrix in planned)
-    computing += (products + cost.products) * multiply_wide
-    # Reading, hashing and writing go on beside all this, and take a part of the cores; a block is read before them.
-    disk = bytes_ * (1 if skeleton.resident else 2) / DISK_BYTES_PER_SECOND
-    hashing = digest * 2 * bytes_
-    converting = move * 3 * bytes_ * passes
-    busy = computing + converting + hashing / max(1, torch.get_num_threads())
-    return max(busy, disk + hashing / 2) + AROUND_SECONDS
+    return RunSeconds(
+        forwards=(passed + cost.forwards) * once + cost.computing * multiply + cost.moved * move,
+        products=cost.products * multiply_wide,
+        solving=choosing(skeleton, method, ready.plan[planned[0].name]) * weights + products * multiply_wide,
+        hashing_model=digest * cost.hashings * bytes_,
+        converting=move * 3 * bytes_ * passes,
+        hashing=digest * 2 * bytes_,
+        disk=bytes_ * (1 if skeleton.resident else 2) / DISK_BYTES_PER_SECOND,
+    )
 
 
 def forward_seconds(skeleton: Skeleton, tokens: int) -> float:

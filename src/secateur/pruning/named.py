@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from secateur.core.choices import Group
 from secateur.core.own_code import blamed
@@ -22,6 +22,8 @@ from secateur.methods import METHODS, REFINEMENTS
 from secateur.plans.plan import Plan
 from secateur.pruning.settings import PruneSettings
 from secateur.runs.options import written
+
+S = TypeVar("S", bound=PruneSettings)
 
 _OWN = "; or MODULE:FUNCTION or FILE.py:FUNCTION for one of your own"
 _SHOWN = 12  # names that an error lists
@@ -62,7 +64,7 @@ def method_of(name: str, settings: Sequence[str] = (), **options: object) -> Met
     return chain(method, *(REFINEMENTS[part](**given[part]) for part in rest)) if rest else method
 
 
-def resolved(settings: PruneSettings) -> PruneSettings:
+def resolved(settings: S) -> S:
     """The settings with the method and the pattern themselves in the place of their names and options."""
     pattern = as_pattern(settings.pattern, settings.sparsity, settings.per)
     method = as_method(settings.method, settings.option, norm=settings.norm, alpha=settings.alpha)

@@ -270,3 +270,11 @@ def make_plan(skeleton: Skeleton, method: Method, settings: PruneSettings) -> Pl
         return Plan({name: with_group(own, method.per) for name, own in pattern.items()})
     make = by_glob if isinstance(pattern, Mapping) else uniform
     return make(shapes, pattern, only=settings.only, skip=settings.skip, per=method.per)
+
+
+def solving_cost(method: Method, matrix: Matrix) -> float:
+    """Of solving a matrix beside other ones, for dealing them out to processes."""
+    rows, width = matrix.shape
+    if method.needs & {Gram, CrossGram}:
+        return float(3 * width**3 + (method.products or 2) * rows * width**2)
+    return float(rows * width)

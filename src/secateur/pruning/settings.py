@@ -170,3 +170,19 @@ class PruneSettings(SharedSettings, CalibrationSettings, SelectionSettings, Meth
     statistics: Survey | None = None
     command: Sequence[str] | None = None
     on_event: OnEvent = lambda event: None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlanSettings(PruneSettings):
+    """What the dry run takes."""
+
+    processes: Annotated[
+        int,
+        Option(HOW, "What the run would take if so many processes shared it, each on a device like this one.", least=1),
+    ] = 1
+    bandwidth: Annotated[
+        str, Option(HOW, "What each process sends to the others in a second, for --processes: 25GB, 400GB, ...")
+    ] = "10GB"
+    device_memory: Annotated[
+        str | None, Option(HOW, "Say whether a process fits into so much memory: 24GB, 80GB, ...")
+    ] = None

@@ -76,7 +76,14 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
     if estimate.packed_bytes is not None:
         cost.add_row("packed tensors", decimal(estimate.packed_bytes))
     cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
-    return Group(planned, "", left, "", cost, *(Text(note, style="yellow") for note in estimate.notes))
+    shared: list[RenderableType] = []
+    if estimate.parts:
+        parts = _table("time of", "one process", "each of several")
+        for part in estimate.parts:
+            parts.add_row(part.part, seconds_text(part.alone), seconds_text(part.shared))
+        parts.add_row("sent by each", "", decimal(estimate.exchanged_bytes))
+        shared = ["", parts]
+    return Group(planned, "", left, "", cost, *shared, *(Text(note, style="yellow") for note in estimate.notes))
 
 
 def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:

@@ -133,7 +133,7 @@ class Journal:
         facts = json.loads(json.dumps(facts, default=str))
         self._begun = True
         if self.finished:
-            if changed := _difference({"run": self.run, **self.facts}, {"run": run, **facts}):
+            if changed := difference({"run": self.run, **self.facts}, {"run": run, **facts}):
                 raise AnotherRunError(
                     f"{self.file}: the unfinished run differs from this one: {changed}. Go on with the same command "
                     "and versions as before, or start anew with --overwrite."
@@ -195,19 +195,24 @@ class Journal:
                 os.close(descriptor)
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> str | None:
-    """In words, the first value in which two JSON objects differ, or None."""
+def difference(
+    before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "", told: str | None = None
+) -> str | None:
+    """In words, the first value in which two JSON objects differ, or None.
+
+    `told` is a phrase with places for the name and both values, where they are not those of an earlier and a later run.
+    """
     for key in [*before, *(key for key in now if key not in before)]:
         name, old, new = f"{inside}{key}", before.get(key), now.get(key)
         if old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            return _difference(old, new, f"{name} ")
+            return difference(old, new, f"{name} ", told)
         if isinstance(old, list) and isinstance(new, list):
-            for own, other, has in ((old, new, "no longer has"), (new, old, "now has")):
+            for own, other, has in ((old, new, "no longer has"), (new, old, "now has")) if told is None else ():
                 if only := [item for item in own if item not in other]:
                     return f"{name} {has} {_spoken(only[0])}"
-        return f"{name} was {_spoken(old)} and is {_spoken(new)}"
+        return (told or "{0} was {1} and is {2}").format(name, _spoken(old), _spoken(new))
     return None
 
 

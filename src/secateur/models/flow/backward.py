@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.core.choices import Granularity, Norm
-from secateur.core.gradients import add_gradient
+from secateur.core.gradients import GradientSums, Region
 from secateur.core.gram import float32_products, full_precision
 from secateur.errors import ModelStructureError, NumericalError
 from secateur.models.flow.stream import Call, HiddenStates, Stream
@@ -32,10 +32,7 @@ HALF_TARGET = 16.0  # what the largest gradient of a batch is scaled to where th
 
 
 class GradientTap(ProductTap):
-    """Adds up the norms of the gradients of parameters over samples, from the products that they take part in.
-
-    `totals` holds one tensor for each parameter and norm, laid out like the parameter, float32 (float64 for float64).
-    """
+    """Adds up the norms of the gradients of parameters over samples, from the products that they take part in."""
 
     def __init__(
         self,
@@ -44,18 +41,24 @@ class GradientTap(ProductTap):
         granularity: Granularity = "sample",
     ) -> None:
         super().__init__(parameters)
-        self._norms = sorted(norms, reverse=True)  # l1 overwrites the gradient with its absolute value, so it is last
+        self._norms = sorted(norms)
         self._granularity = granularity
-        self.totals: dict[tuple[str, Norm], Tensor] = {}
-        for name, (parameter, _) in parameters.items():
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            for norm in self._norms:
-                total = torch.empty_strided(parameter.shape, parameter.stride(), dtype=wide, device=parameter.device)
-                self.totals[name, norm] = total.zero_()
+        self.sums: dict[tuple[str, Norm], GradientSums] = {
+            (name, norm): GradientSums(parameter, norm)
+            for name, (parameter, _) in parameters.items()
+            for norm in self._norms
+        }
         self._samples, self._length, self._scale = 1, 1, 1.0
-        self._calls: dict[tuple[Any, ...], int] = {}
-        self._pending: dict[tuple[Any, ...], tuple[Product, list[Tensor]]] = {}
+        self._calls: dict[tuple[str, Region], int] = {}
+        self._pending: dict[tuple[str, Region], tuple[Product, list[Tensor]]] = {}
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    def totals(self) -> dict[tuple[str, Norm], Tensor]:
+        """The sums by parameter and norm, laid out like the parameter, float32 (float64 for float64).
+
+        Nothing is left of them here.
+        """
+        return {key: own.total() for key, own in self.sums.items()}
 
     def begin(self, samples: int, length: int, scale: float = 1.0) -> None:
         """Tell that the next forward and backward are over `samples` of `length` tokens, gradients times `scale`."""
@@ -74,7 +77,7 @@ class GradientTap(ProductTap):
         if not result.requires_grad:
             # Exact: a product that does not depend on the hidden states has a gradient all the same.
             result = result.detach().requires_grad_().clone()
-        key = _region(product)
+        key = product.name, _region(product)
         self._calls[key] = self._calls.get(key, 0) + 1
         x = product.x.detach()
         result.register_hook(partial(self._receive, product, x, x._version, factor))  # type: ignore[no-untyped-call]
@@ -98,7 +101,7 @@ class GradientTap(ProductTap):
         # Exact: bfloat16 and float16 numbers are TF32 numbers, and their products are added up in float32 either way.
         with float32_products(tf32=product.x.dtype.itemsize == 2):
             parts = self._by_sample(product, x, gradient)
-            key = _region(product)
+            key = product.name, _region(product)
             if self._calls[key] == 1:
                 for own_x, own_gradient in parts:
                     self._add(product, self._multiply(product, own_x, own_gradient, reuse=True))
@@ -145,24 +148,19 @@ class GradientTap(ProductTap):
         # Exact: the gradient of one token is an outer product, so that norms over tokens factor into one product.
         for norm in self._norms:
             own_x, own = (x.square(), gradient.square()) if norm == "l2" else (x.abs(), gradient.abs())
-            scale = self._scale**2 if norm == "l2" else self._scale
             part = self._multiply(product, own_x, own, reuse=True)
-            self._part(product, norm).add_(part, alpha=1 / scale)
+            self.sums[product.name, norm].add(_region(product), part, self._scale, powered=True)
 
     def _add(self, product: Product, gradient: Tensor) -> None:
         for norm in self._norms:
-            add_gradient(self._part(product, norm), norm, gradient, self._scale)
-
-    def _part(self, product: Product, norm: Norm) -> Tensor:
-        """The part of the total that belongs to the weight as it was multiplied."""
-        weight = product.weight
-        offset = int(weight.storage_offset() - product.parameter.storage_offset())
-        return self.totals[product.name, norm].as_strided(weight.shape, weight.stride(), offset)
+            self.sums[product.name, norm].add(_region(product), gradient, self._scale)
 
 
-def _region(product: Product) -> tuple[Any, ...]:
+def _region(product: Product) -> Region:
+    """The part of its parameter that is multiplied."""
     weight = product.weight
-    return product.name, weight.storage_offset(), tuple(weight.shape)
+    offset = int(weight.storage_offset() - product.parameter.storage_offset())
+    return tuple(weight.shape), weight.stride(), offset
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Freed memory: kept for the next block, and returned to the system before it piles up."""
 
 import ctypes
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,8 +17,12 @@ _UNKNOWN = (OSError, AttributeError, TypeError)  # raised where the C library do
 
 
 def available_bytes() -> int:
-    """The host's memory that is free now, or what is left of the limit of the container that this process runs in."""
-    return min([psutil.virtual_memory().available, *_left_of_limits()])
+    """The host's memory that is free now, or what is left of the limit of the container that this process runs in.
+
+    Of several processes that share a run on this machine each has an equal part.
+    """
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
+    return min([psutil.virtual_memory().available, *_left_of_limits()]) // sharing
 
 
 def _left_of_limits() -> list[int]:

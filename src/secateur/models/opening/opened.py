@@ -66,12 +66,21 @@ class OpenedModel:
 
 
 def choose_device(name: str, option: str = "--device") -> torch.device:
-    """The device that a name asks for; "auto" is the first GPU, else the CPU.
+    """The device that a name asks for; "auto" is a GPU, else the CPU.
+
+    Of several names, separated by commas, and of several GPUs, each process that shares a run takes the one of its
+    number on its machine.
 
     Raises `CheckpointError` that names the option where it cannot be used.
     """
+    number = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            return torch.device(name)
+    name = name.split(",")[number % (name.count(",") + 1)]
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{number % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()

@@ -1,0 +1,286 @@
+"""Runs that several processes share: the same bytes for any number of them, and one end for all."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_resume import RUNS, contents
+
+import secateur
+import tiny
+from command_line import process
+from process_groups import die_at, group
+from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError, ProcessError
+from secateur.runs.events import Event
+from secateur.runs.processes import ALONE, Processes
+
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "experts, block by block": ("qwen3_moe", {"method": "sparsegpt"}),
+    "experts and gradients": ("mixtral", {"method": "gblm"}),
+    "experts and residual targets": ("qwen3_moe", {"method": "alps", "within": "site", "targets": "residual"}),
+    "unseen experts": ("qwen3_moe", {"method": "wanda", "unseen": "magnitude", "samples": 5}),
+}
+CASES = {**RUNS, **EXPERTS}
+
+
+def ids(samples: int = 9) -> torch.Tensor:
+    return tiny.tokens(samples=samples, length=12)
+
+
+def prune(model: Path, output: Path, **options: Any) -> Any:
+    samples = options.pop("samples", 9)
+    options = {"batch_size": 1 if options.get("method") in ("gblm", "wanda_plus") else 2, **options}
+    return secateur.prune(model, output=output, calibration=ids(samples), **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_processes_makes_the_same_bytes(name: str, tmp_path: Path) -> None:
+    architecture, options = CASES[name]
+    model = tiny.save(architecture, tmp_path / "model")
+    prune(model, tmp_path / "1", **options)
+    expected = contents(tmp_path / "1")
+    for count in (2, 3, 4) if name in ("wanda", "gradients first", "sites", "residual targets", "experts") else (2,):
+        results = group(count, lambda rank, count=count: prune(model, tmp_path / str(count), **options).method)
+        assert results == [results[0]] * count, results
+        assert contents(tmp_path / str(count)) == expected
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_every_process_knows_the_whole_manifest(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    one, other = group(2, lambda rank: prune(model, tmp_path / "out", method="sparsegpt").matrices)
+    assert one == other
+    assert one == json.loads((tmp_path / "out" / "secateur.json").read_text())["matrices"]
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_gradients(scope: Any, tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+
+    def take(rank: int, output: Path) -> dict[str, torch.Tensor]:
+        file = secateur.gradients(
+            model, output=output, calibration=ids(), norms=["l1", "l2"], scope=scope, batch_size=2
+        )
+        kinds = [secateur.GradientKind(norm, "sample", scope) for norm in ("l1", "l2")]
+        return {f"{name} {kind}": file.read(name, kind).total for name in file.matrices for kind in kinds}
+
+    expected = take(0, tmp_path / "alone")
+    for count in (2, 3):
+        for found in group(count, lambda rank, count=count: take(rank, tmp_path / str(count))):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_evaluations(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    prune(model, tmp_path / "pruned")
+
+    def measure(rank: int) -> tuple[Any, Any]:
+        found = secateur.perplexity(model, data=ids(), batch_size=2)
+        (beside,) = secateur.agreement(model, [tmp_path / "pruned"], data=ids(), batch_size=2)
+        return found.window_nats, (beside.window_kl, beside.kl_99, beside.top1, beside.difference)
+
+    expected = measure(0)
+    for count in (2, 3):
+        assert group(count, measure) == [expected] * count
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("wanda", (2, 3)), ("wanda", (1, 2)), ("residual targets", (3, 1)), ("gradients first", (2, 3))],
+    ids=str,
+)
+def test_a_killed_process_ends_all_and_any_number_goes_on(name: str, counts: tuple[int, int], tmp_path: Path) -> None:
+    architecture, options = RUNS[name]
+    model = tiny.save(architecture, tmp_path / "model")
+    prune(model, tmp_path / "whole", **options)
+    last = counts[0] - 1
+    victim = die_at(lambda event: event.block == 1 and event.stage == "solve")
+
+    def run(rank: int) -> Any:
+        on_event = victim if rank == last else lambda event: None
+        return prune(model, tmp_path / "out", on_event=on_event, **options)
+
+    *others, killed = group(counts[0], run, forks=True)
+    assert killed == -signal.SIGKILL
+    for error in others:
+        assert isinstance(error, ProcessError)
+        assert f"process {last} of {counts[0]} ended or hung without a word" in str(error)
+    finished = [json.loads(line).get("name") for line in (tmp_path / "out.partial" / "journal.jsonl").open()]
+    assert "block 0" in finished
+
+    def go_on(rank: int) -> list[str]:
+        solved = []
+
+        def on_event(event: Event) -> None:
+            if event.stage == "solve" and event.matrix is not None:
+                solved.append(event.matrix)
+
+        prune(model, tmp_path / "out", resume=True, on_event=on_event, **options)
+        return solved
+
+    for solved in group(counts[1], go_on):
+        assert not any(matrix.startswith("model.layers.0.") for matrix in solved)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_error_of_one_is_an_error_of_all(tmp_path: Path) -> None:
+    """Here of a matrix that one of them solves: all raise what it raises."""
+    model = tiny.save("llama", tmp_path / "model")
+
+    def own(problem: Any) -> Any:
+        raise NumericalError(f"{problem.name}: cannot be solved")
+
+    method = secateur.Method("own", own, frozenset({secateur.SquaredNorm}))
+    found = group(2, lambda rank: prune(model, tmp_path / "out", method=method))
+    assert [type(error) for error in found] == [NumericalError] * 2
+    assert {str(error) for error in found} == {str(found[0])}
+    assert "cannot be solved" in str(found[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_the_middle_of_the_samples_is_told(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+
+    def cut(event: Event) -> None:
+        if event.stage == "statistics" and event.block == 2:
+            raise OSError("the disk is on fire")
+
+    def run(rank: int) -> Any:
+        return prune(model, tmp_path / "out", on_event=cut if rank == 1 else lambda event: None)
+
+    first, second = group(2, run)
+    assert isinstance(second, OSError)
+    assert isinstance(first, ProcessError)
+    assert str(first) == "process 1 of 2 ended the run: OSError: the disk is on fire"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "2:4"}, "plan model.layers.0.mlp.down_proj.weight .* in process 0 and .* in process 1"),
+        ({"method": "sparsegpt"}, "settings .* is .* in process 0 and .* in process 1"),
+        ({"samples": 8}, "tokens is .* in process 0 and .* in process 1"),
+        ({"model": "other"}, "model configuration .* in process 1"),
+    ],
+    ids=["pattern", "method", "tokens", "model"],
+)
+def test_processes_that_differ_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    models = [tiny.save("llama", tmp_path / name) for name in ("model", "other")]
+    config = json.loads((models[1] / "config.json").read_text())
+    (models[1] / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    model = models["model" in options]
+    options.pop("model", None)
+
+    def run(rank: int) -> Any:
+        return prune(model if rank else models[0], tmp_path / "out", **(options if rank else {}))
+
+    for error in group(2, run):
+        with pytest.raises(ProcessError, match=f"processes of this run differ: .*{message}"):
+            raise error
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_read_other_weights_are_refused(tmp_path: Path) -> None:
+    models = [tiny.save("llama", tmp_path / name) for name in ("model", "other")]
+    tensors = load_file(models[1] / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, models[1] / "model.safetensors", {"format": "pt"})
+    for error in group(2, lambda rank: prune(models[rank], tmp_path / "out")):
+        with pytest.raises(ProcessError, match=r"up_proj.weight: has the digest .* different models"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"method": "wanda_iterative", "option": {"weighting": "published"}, "batch_size": 1},
+            PatternError,
+            "depend on the order of the samples",
+        ),
+        ({"batch_size": 9}, ProcessError, "2 processes for 1 batches"),
+    ],
+    ids=["order", "batches"],
+)
+def test_what_processes_cannot_share(options: Any, error: Any, message: str, tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    for found in group(2, lambda rank: prune(model, tmp_path / "out", **options)):
+        with pytest.raises(error, match=message):
+            raise found
+
+
+def test_an_output_that_exists_is_refused_by_all(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    for found in group(2, lambda rank: prune(model, tmp_path / "out")):
+        assert isinstance(found, CheckpointError)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (1, 3, 4, 4, 4), (5, 1, 1, 1, 1, 1), (1,) * 7], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_shares_are_whole_batches_in_order(sizes: tuple[int, ...], count: int) -> None:
+    batches = list(torch.arange(sum(sizes)).unsqueeze(1).split(sizes))
+    for probe in (False, True):
+        shares = [Processes(rank, count).share(batches, probe=probe) for rank in range(count)]
+        counted = [share.batches[number] for share in shares for number in share.counted]
+        assert [id(batch) for batch in counted] == [id(batch) for batch in batches]
+        for share in shares:
+            assert share.before == int(share.batches[share.counted.start][0, 0])
+            assert (share.samples, share.tokens) == (sum(sizes), sum(sizes))
+            assert share.probe == (probe and share.before > 0)
+            assert share.batches[0] is batches[0] or not share.probe
+    if count > 1:
+        most = max(sum(len(share.batches[number]) for number in share.counted) for share in shares)
+        assert most <= sum(sizes) / count + max(sizes)
+
+
+def test_too_few_batches() -> None:
+    with pytest.raises(ProcessError, match=r"4 processes for 3 batches.* Use more samples"):
+        Processes(0, 4).share(list(torch.zeros(3, 1).split(1)))
+
+
+def test_work_is_dealt_out_by_cost() -> None:
+    costs = {"down": 48.0, "gate": 17.0, "up": 17.0, "o": 7.0, "q": 7.0, "k": 2.0, "v": 2.0}
+    taker = Processes(0, 2).deal(costs)
+    loads = [sum(cost for name, cost in costs.items() if taker[name] == rank) for rank in range(2)]
+    assert max(loads) <= 52
+    assert set(ALONE.deal(costs).values()) == {0}
+
+
+def test_the_command_starts_a_process_for_each_device(tmp_path: Path) -> None:
+    from command_line import CALIBRATION, save_model
+
+    model = save_model(tmp_path / "model")
+    common = ["prune", model, *CALIBRATION, "--method", "sparsegpt", "--batch-size", "1"]
+    alone = process(*common, "-o", tmp_path / "1")
+    assert alone.returncode == 0, alone.stderr
+    both = process(*common, "-o", tmp_path / "2", "--device", "cpu,cpu", "--log-dir", tmp_path / "logs")
+    assert both.returncode == 0, both.stderr
+    assert len(both.stdout.splitlines()) == len(alone.stdout.splitlines())
+    assert (tmp_path / "1" / "model.safetensors").read_bytes() == (tmp_path / "2" / "model.safetensors").read_bytes()
+    for rank in range(2):
+        log = (tmp_path / "logs" / f"process-{rank}.log").read_text()
+        assert f"process {rank} of 2: secateur prune" in log
+        assert "solve, block 3 of 3" in log
+
+
+def test_commands_of_one_process_are_refused_in_several(tmp_path: Path) -> None:
+    def start() -> None:
+        os.environ.update(WORLD_SIZE="2", RANK="0")
+
+    found = process("inspect", tmp_path, before=start)
+    assert found.returncode == 2
+    assert "secateur inspect runs in one process, and a launcher has started 2" in found.stderr
+
+
+def test_more_samples_are_asked_for(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    for error in group(3, lambda rank: secateur.perplexity(model, data=ids(2), batch_size=1)):
+        assert isinstance(error, ProcessError | CalibrationError)
