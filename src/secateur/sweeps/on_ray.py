@@ -3,8 +3,8 @@
 import importlib.util
 import logging
 import os
-import pickle
 import signal
+import socket
 import sys
 import threading
 from collections import Counter
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from secateur.sweeps.loop import SweepLoop
 
 RETRIES = 2  # of a cell whose worker is lost
+CONNECTING_SECONDS = 10
 ENDING_SECONDS = 20  # for workers that are told to end
 
 
@@ -46,6 +47,50 @@ def require_ray() -> None:
         raise SecateurError('--ray needs Ray, which is not installed. Run: pip install "secateur[ray]"')
 
 
+@contextmanager
+def connected(address: bool | str) -> Iterator[None]:
+    """With Ray: a cluster, or one of this process that ends with it. A connection that the process has is used.
+
+    Raises `SecateurError` where there is none.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"address": address}
+    if address is True:
+        # Memory: tokens alone go through the object store, for which Ray would otherwise take a third of the memory.
+        options = {"address": "local", "include_dashboard": False, "object_store_memory": 2**29}
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if isinstance(address, str):
+            _check_answers(address)
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except (ImportError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        where = "Ray cannot be started here" if address is True else f"--ray {address}: cannot connect"
+        raise SecateurError(
+            f"{where} ({_line(error)}). Expected --ray alone for the cores of this machine, or the address of a "
+            "cluster that is running: --ray auto on one of its machines, --ray HOST:6379, or --ray ray://HOST:10001."
+        ) from error
+    finally:
+        # Ray takes SIGTERM for itself; whoever has called us keeps it.
+        if main and before is not None:
+            signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise `OSError` where nobody listens at an address. Fast: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTING_SECONDS).close()
+
+
 def cells_on_ray(loop: "SweepLoop", tasks: list[Task]) -> Generator[Cell, None, None]:
     """The cells of these tasks, each when it is finished, in whatever order that happens.
 
@@ -57,13 +102,10 @@ def cells_on_ray(loop: "SweepLoop", tasks: list[Task]) -> Generator[Cell, None, 
 
     running: dict[Any, Task] = {}
     try:
-        with _connected(ray, loop.asked.ray):
-            try:
-                yield from _Cluster(ray, loop, len(tasks)).run(tasks, running)
-            finally:
-                _end(ray, list(running))
+        yield from _Cluster(ray, loop, len(tasks)).run(tasks, running)
     finally:
         if running:
+            _end(ray, list(running))
             loop.folder.clean()
 
 
@@ -178,6 +220,8 @@ class _Cluster:
 
 def _run(runner: bytes, cell: Cell, survey: bytes | None, place: Place) -> tuple[Cell, Survey | None]:
     """Run a cell in a worker; returns it, and the statistics that it has taken for others, or None."""
+    from ray import cloudpickle
+
     found = _versions()
     differing = [name for name, version in place.versions.items() if found[name] != version]
     if differing:
@@ -186,7 +230,7 @@ def _run(runner: bytes, cell: Cell, survey: bytes | None, place: Place) -> tuple
     with suppress(OSError):  # a cluster's machine may lack the folder; a path that starts there is then missed by name
         os.chdir(place.folder)
     sys.path.extend(entry for entry in place.path if entry not in sys.path)
-    own: CellRunner = pickle.loads(runner)  # nosec B301 # what this sweep has put there itself
+    own: CellRunner = cloudpickle.loads(runner)
     if not (own.folder.path / SWEEP_FILE).exists():
         raise CheckpointError(
             f"{own.folder.path}: is not there on {_host()}, where Ray runs a cell. All machines of a cluster need the "
@@ -194,7 +238,7 @@ def _run(runner: bytes, cell: Cell, survey: bytes | None, place: Place) -> tuple
         )
     (task,) = (task for task in grid(own.asked) if task.cell.folder == cell.folder)
     task = replace(task, cell=cell)
-    shared: Survey | None = None if survey is None else pickle.loads(survey)  # nosec B301 # the same
+    shared: Survey | None = None if survey is None else cloudpickle.loads(survey)
     taken = shared is not None and not shared.complete
     if shared is not None:
         own.statistics[own.batch_size_of(task)] = shared
@@ -213,43 +257,11 @@ def _check_source(loop: "SweepLoop", cell: Cell) -> None:
         raise
 
 
-@contextmanager
-def _connected(ray: Any, address: bool | str) -> Iterator[None]:
-    """Connected to a cluster, or to a Ray of this process that ends with it. A connection that is there is used."""
-    if ray.is_initialized():
-        yield
-        return
-    options: dict[str, Any] = {"address": address}
-    if address is True:
-        # Memory: tokens alone go through the object store, for which Ray would otherwise take a third of the memory.
-        options = {"address": "local", "include_dashboard": False, "object_store_memory": 2**29}
-    ours = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        try:
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-        finally:
-            # Ray takes SIGTERM for itself; whoever has called us keeps it.
-            if ours and before is not None:
-                signal.signal(signal.SIGTERM, before)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        where = "Ray cannot be started here" if address is True else f"--ray {address}: no Ray answers there"
-        raise SecateurError(
-            f"{where} ({_line(error)}). Expected --ray alone for this machine, or the address of a running cluster: "
-            "--ray auto on one of its machines, --ray HOST:6379, or --ray ray://HOST:10001."
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _end(ray: Any, references: list[Any]) -> None:
     """End tasks that run or wait, and wait until they have ended, since they write into the sweep's folder."""
     for reference in references:
         ray.cancel(reference, force=True)
-    if references:
-        ray.wait(references, num_returns=len(references), timeout=ENDING_SECONDS)
+    ray.wait(references, num_returns=len(references), timeout=ENDING_SECONDS)
 
 
 def _losses(ray: Any) -> tuple[type[Exception], ...]:

@@ -21,7 +21,7 @@ from secateur.runs.options import shared, taking
 from secateur.sweeps.folder import Sweep, SweepFolder
 from secateur.sweeps.grid import grid
 from secateur.sweeps.loop import SweepLoop
-from secateur.sweeps.on_ray import require_ray
+from secateur.sweeps.on_ray import connected, require_ray
 from secateur.sweeps.settings import SweepSettings
 
 
@@ -100,6 +100,8 @@ def sweep(settings: SweepSettings) -> Sweep:
         }
         if not settings.dry_run:
             stack.enter_context(folder.locked())
+            if settings.ray is not False:  # before anything long, so that a wrong address shows at once
+                stack.enter_context(connected(settings.ray))
         loop = SweepLoop(
             folder=folder,
             asked=settings,
