@@ -142,3 +142,10 @@ def test_a_file_cannot_ask_for_trust(call: Call, model: Path, config: Config) ->
     assert refused.code == 2
     assert '"trust_remote_code" is not taken from a file' in refused.err
     assert "--trust-remote-code there" in refused.err
+
+
+def test_a_file_cannot_name_a_cluster(call: Call, model: Path, config: Config, tmp_path: Path) -> None:
+    refused = call("sweep", model, "-o", tmp_path / "out", "--config", config("ray: ray://example.org:10001\n"))
+    assert refused.code == 2
+    assert '"ray" is not taken from a file: what a cluster answers can hold code' in refused.err
+    assert not (tmp_path / "out").exists()

@@ -53,6 +53,7 @@ OPTIONS = {
     | (PRUNING - {"--gradient"})
     | HOW
     | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--again", "--dry-run"}
+    | {"--ray", "--ray-cpus"}
     | {"--output", "--config", "--json"},
     "recover": RECOVERY
     | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},

@@ -22,8 +22,8 @@ import tiny
 from counted_forwards import counted
 from real_data import STORIES, STORIES_TEXT
 from secateur.errors import CheckpointError
+from secateur.sweeps.cells import SweepEvent
 from secateur.sweeps.folder import Cell, cell_name
-from secateur.sweeps.loop import SweepEvent
 from sweep_runs import HALF, METHODS, MORE, TWO_OF_FOUR, Run, contents
 
 

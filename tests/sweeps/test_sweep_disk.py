@@ -16,8 +16,8 @@ import secateur
 import tiny
 from secateur.core.statistics import SquaredNorm
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
+from secateur.sweeps.cells import SweepEvent
 from secateur.sweeps.folder import Cell
-from secateur.sweeps.loop import SweepEvent
 from sweep_runs import HALF, METHODS, MORE, Run, contents
 
 # What stays on disk

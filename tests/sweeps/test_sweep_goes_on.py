@@ -23,7 +23,7 @@ from command_line import ended, forked
 from counted_forwards import counted
 from secateur.core.statistics import SquaredNorm
 from secateur.errors import CheckpointError, PatternError
-from secateur.sweeps.loop import SweepEvent
+from secateur.sweeps.cells import SweepEvent
 from sweep_runs import HALF, MORE, Run, contents
 
 

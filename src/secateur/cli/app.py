@@ -130,6 +130,7 @@ def main() -> None:
         # Libraries read these when they are imported; torch imports tqdm.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

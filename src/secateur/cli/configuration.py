@@ -12,7 +12,10 @@ from secateur.errors import CheckpointError
 from secateur.runs.options import written
 
 # What a file that somebody passes on must not decide.
-COMMAND_LINE_ONLY = {"trust_remote_code": "whoever runs a checkpoint's own code has to say so on the command line"}
+COMMAND_LINE_ONLY = {
+    "trust_remote_code": "whoever runs a checkpoint's own code has to say so on the command line",
+    "ray": "what a cluster answers can hold code, so whoever connects to one has to say so on the command line",
+}
 NOTHING = (None, "", "null", "~")
 
 

@@ -15,7 +15,7 @@ from secateur.cli.streams import visible
 
 if TYPE_CHECKING:
     from secateur.runs.events import Event
-    from secateur.sweeps.loop import SweepEvent
+    from secateur.sweeps.cells import SweepEvent
 
 
 @contextmanager
@@ -193,6 +193,9 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
         if event.kind == "again":
             assert cell is not None
             return f"{cell.name}: pruned again for what it lacks, since its checkpoint was not kept"
+        if event.kind == "lost":
+            assert cell is not None
+            return f"{cell.name}: its worker was lost ({event.stage}); tried again"
         if event.kind != "cell" or cell is None:
             return None
         found = {data.rpartition("/")[2]: figures.get("perplexity") for data, figures in cell.figures.items()}

@@ -1,6 +1,7 @@
 """`sweep`."""
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from secateur.cli.app import Config, Json, command
@@ -12,6 +13,7 @@ from secateur.sweeps.settings import SweepSettings
 @command(
     "secateur sweep ./llama -o table --methods magnitude,wanda,sparsegpt --sparsity 0.5,0.6 --pattern 2:4",
     "secateur sweep ./llama -o table --methods wanda,wanda+least_squares --data wikitext2 --data c4 --dry-run",
+    "secateur sweep ./llama -o table --methods magnitude,wanda,sparsegpt --sparsity 0.5,0.6 --ray",
     "secateur sweep ./llama -o table --methods l1=gblm,l2=gblm --option l2.norm=l2 --keep best",
 )
 def sweep(settings: SweepSettings, config: Config = None, as_json: Json = False) -> None:
@@ -26,7 +28,8 @@ def sweep(settings: SweepSettings, config: Config = None, as_json: Json = False)
         from secateur.sweeps.run import sweep as run
 
         estimates: list[SweepEstimate] = []
-        with sweep_progress() as (on_event, print_above):
+        # Ray prints to stdout what it notices of its machines, and the result alone belongs there.
+        with redirect_stdout(sys.stderr), sweep_progress() as (on_event, print_above):
 
             def on_estimate(estimate: SweepEstimate) -> None:
                 estimates.append(estimate)

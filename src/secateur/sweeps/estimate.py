@@ -39,6 +39,7 @@ class CellEstimate:
     seconds: float
     prune: bool  # rather than only evaluate a checkpoint that is there
     refusal: str | None = None
+    host_bytes: int = 0  # at the peak of its pruning
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def estimate_sweep(
     shared: dict[tuple[Granularity, Scope], tuple[float, int]] = {}
     cells, statistics = [], 0
     for task in tasks:
-        error, label = refusals[task.cell.folder], task.cell.method
+        error, label, memory = refusals[task.cell.folder], task.cell.method, 0
         seconds = token_seconds * passes * sum(tokens[data] for data in loop.lacking(task.cell))
         if error is None and task.cell not in pruned:
             kind = shared_gradient(task.method, options["propagate"])
@@ -126,6 +127,7 @@ def estimate_sweep(
                 alone[label, reused] = estimate(method=method, pattern=task.pattern, **options)
             own = alone[label, reused]
             seconds += own.seconds
+            memory = own.host_bytes
             if kind is not None and kind not in shared:
                 both = estimate(method=task.method, pattern=task.pattern, **options)
                 shared[kind] = (max(0.0, both.seconds - own.seconds), both.disk_bytes - own.disk_bytes)
@@ -134,7 +136,7 @@ def estimate_sweep(
                 statistics = max(statistics, grams if Gram in task.method.needs else 1)
         elif error is not None:
             seconds = 0.0
-        cells.append(CellEstimate(task.cell, seconds, task.cell not in pruned, str(error) if error else None))
+        cells.append(CellEstimate(task.cell, seconds, task.cell not in pruned, str(error) if error else None, memory))
     checkpoint = max((own.disk_bytes for own in alone.values()), default=0)
     disk = (1 + kept[loop.settings["keep"]]) * checkpoint + sum(size for _, size in shared.values()) + statistics
     folder = loop.folder.path
@@ -145,6 +147,8 @@ def estimate_sweep(
         notes.append("This needs more disk than is free now: use --keep none, or another folder.")
     notes += dict.fromkeys(note for own in alone.values() for note in own.notes if "Gram" not in note)
     some = next(iter(alone.values()), None)
+    if loop.asked.ray is not False:
+        notes.append("On Ray, each further cell that runs at once takes as much memory, and the disk of a checkpoint.")
     return SweepEstimate(
         folder=folder,
         cells=cells,

@@ -177,9 +177,10 @@ class SweepFolder:
         if not file.exists():
             return None
         sweep = Sweep.read(file)
-        return dataclasses.replace(sweep, cells=[self._cell(cell) for cell in sweep.cells])
+        return dataclasses.replace(sweep, cells=[self.cell(cell) for cell in sweep.cells])
 
-    def _cell(self, cell: Cell) -> Cell:
+    def cell(self, cell: Cell) -> Cell:
+        """A cell as its own file has it. Raises `CheckpointError` for a damaged one."""
         # A process that was killed may have finished a cell, and not have told sweep.json.
         folder = self.path / cell.folder
         if folder.is_symlink() or folder.parent.is_symlink():
@@ -211,7 +212,7 @@ class SweepFolder:
                     f"{self.path}: another process is running this sweep. Wait for it, or choose another folder."
                 ) from None
         try:
-            self._clean()
+            self.clean()
             yield
         finally:
             if not (self.path / SWEEP_FILE).exists():
@@ -221,7 +222,8 @@ class SweepFolder:
                         folder.rmdir()
             lock.release()
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
+        """Remove what processes that were killed have left half-written."""
         cells = [] if (self.path / "cells").is_symlink() else self.path.glob("cells/*/")
         for folder in (self.path, *(cell for cell in cells if not cell.is_symlink())):
             for entry in list(folder.iterdir()):

@@ -21,6 +21,7 @@ from secateur.runs.options import shared, taking
 from secateur.sweeps.folder import Sweep, SweepFolder
 from secateur.sweeps.grid import grid
 from secateur.sweeps.loop import SweepLoop
+from secateur.sweeps.on_ray import connected, require_ray
 from secateur.sweeps.settings import SweepSettings
 
 
@@ -40,6 +41,9 @@ def sweep(settings: SweepSettings) -> Sweep:
     be added; other settings may not change. A method that changed, its code and everything that it refers to included,
     is refused once a cell is finished with it: name it in `again` to run its cells anew. A cell that fails is recorded
     with its error, and tried again the next time.
+    With `ray` the cells are tasks of Ray, which run side by side with `ray_cpus` cores each: True starts Ray on this
+    machine's cores, and an address ("auto", "HOST:6379", "ray://HOST:10001") connects to a cluster. The tables are the
+    same.
     With `dry_run` it ends after `on_estimate`, and nothing is written.
 
     Raises `CheckpointError` for a folder of something else or of other settings, `PatternError` for a method whose
@@ -51,6 +55,8 @@ def sweep(settings: SweepSettings) -> Sweep:
             f"{type(model).__name__}: a sweep prunes one model many times, and a module in memory is pruned in place. "
             "Save it with save_pretrained, and pass the folder."
         )
+    if settings.ray is not False:
+        require_ray()
     tasks = grid(settings)
     texts = [settings.data] if isinstance(settings.data, str) else list(dict.fromkeys(settings.data))
     if not texts:
@@ -94,6 +100,8 @@ def sweep(settings: SweepSettings) -> Sweep:
         }
         if not settings.dry_run:
             stack.enter_context(folder.locked())
+            if settings.ray is not False:  # before anything long, so that a wrong address shows at once
+                stack.enter_context(connected(settings.ray))
         loop = SweepLoop(
             folder=folder,
             asked=settings,

@@ -18,8 +18,8 @@ from secateur.runs.options import OPTIONS, Option, Settings
 
 if TYPE_CHECKING:
     from secateur.core.patterns import Pattern
+    from secateur.sweeps.cells import SweepEvent
     from secateur.sweeps.estimate import SweepEstimate
-    from secateur.sweeps.loop import SweepEvent
 
     Methods: TypeAlias = str | Sequence[MethodLike] | Mapping[str, MethodLike]
     Patterns: TypeAlias = Pattern | float | str | Sequence[Pattern | float | str]
@@ -98,6 +98,18 @@ class SweepSettings(SharedSettings, CalibrationSettings, SelectionSettings, Grid
     again: Annotated[
         Words, Option(HOW, "Run the cells of these methods again, whose code or options have changed.", words=True)
     ] = ()
+    ray: Annotated[
+        bool | str,
+        Option(
+            HOW,
+            "Run cells side by side, as tasks of Ray: on this machine's cores, or, with an address (auto, HOST:6379, "
+            "ray://HOST:10001), on a cluster.",
+        ),
+    ] = False
+    ray_cpus: Annotated[
+        int | None,
+        Option(HOW, "Cores of each cell on Ray [default: all, shared out among the cells].", least=1),
+    ] = None
     dry_run: Annotated[bool, Option(OPTIONS, "Show the cells and the estimate, and change nothing.")] = False
     command: Sequence[str] | None = None
     on_estimate: OnEstimate = lambda estimate: None
