@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -391,6 +391,20 @@ def by_turns(names: Iterable[str], turn: int, of: int = 3) -> Any:
     marks = [[] if number % of == turn else pytest.mark.slow for number in range(of)]
     own = [pytest.param(name, marks=marks[number % of]) for number, name in enumerate(names)]
     return pytest.mark.parametrize("name", own)
+
+
+def pairs_by_turns(names: str, first: Iterable[Any], second: Sequence[Any]) -> Any:
+    """A test of all pairs, where tuples are several arguments; each of the first has one that is not slow, by turns."""
+
+    def arguments(value: Any) -> tuple[Any, ...]:
+        return value if isinstance(value, tuple) else (value,)
+
+    own = [
+        pytest.param(*arguments(one), *arguments(other), marks=[] if number % len(second) == turn else pytest.mark.slow)
+        for number, one in enumerate(first)
+        for turn, other in enumerate(second)
+    ]
+    return pytest.mark.parametrize(names, own, ids=str)
 
 
 def tokens(samples: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:

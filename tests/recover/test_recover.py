@@ -64,6 +64,7 @@ def stories(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 REAL: dict[str, Any] = {
     "steps": 24,
+    "eval_every": 12,
     "batch_size": 8,
     "length": 128,
     "held_out": 16,
