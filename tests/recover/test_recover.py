@@ -65,7 +65,7 @@ def stories(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 REAL: dict[str, Any] = {
     "steps": 24,
     "eval_every": 12,
-    "batch_size": 8,
+    "batch_size": 4,
     "length": 128,
     "held_out": 16,
     "lr": 4e-3,
@@ -78,8 +78,8 @@ def trained(stories: Path, text: str) -> Callable[[str], tuple[Path, secateur.Re
 
     @cache
     def train(method: str) -> tuple[Path, secateur.Recovery]:
-        folder = stories.with_name(method)
-        return folder, secateur.fine_tune(stories, folder, data=text, method=method, **REAL)
+        folder, options = stories.with_name(method), REAL | ({"batch_size": 8} if method == "full" else {})
+        return folder, secateur.fine_tune(stories, folder, data=text, method=method, **options)
 
     return train
 
@@ -89,7 +89,7 @@ Trained = Callable[[str], tuple[Path, secateur.Recovery]]
 
 @pytest.mark.parametrize(("method", "share"), [("lora", 0.8), ("sparse-lora", 0.8), ("full", 0.5)])
 def test_a_few_dozen_steps_help(stories: Path, text: str, trained: Trained, method: str, share: float) -> None:
-    # Measured: 19.0 before; 12.6, 13.2 and 8.2 after.
+    # Measured: 19.3 before; 13.5, 13.9 and 8.4 after.
     folder, result = trained(method)
     assert 17 < result.before.perplexity < 21
     assert result.after.perplexity < share * result.before.perplexity
@@ -139,7 +139,7 @@ def test_merging_what_was_trained(stories: Path, trained: Trained, tmp_path: Pat
 
 def test_learning_from_the_dense_model(stories: Path, text: str, tmp_path: Path) -> None:
     # The loss is the divergence alone: text is read, and what comes next in it does not matter.
-    options = REAL | {"steps": 12, "held_out": 8, "eval_every": 12, "distill_weight": 1.0}
+    options = REAL | {"steps": 12, "batch_size": 8, "held_out": 8, "distill_weight": 1.0}
     heard = secateur.fine_tune(stories, tmp_path / "out", data=text, method="full", distill=STORIES, **options)
     assert heard.after.perplexity < 0.6 * heard.before.perplexity
     pair = secateur.agreement(STORIES, [stories, tmp_path / "out"], text, length=128, windows=4)
