@@ -22,11 +22,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from real_data import byte_pair_tokenizer
+from real_data import byte_pair_tokenizer, some_docs
 from secateur import cli
 
 FIRST = "model.layers.0.mlp.down_proj.weight"
-CALIBRATION = ["--calibration", "python-docs", "--sampling", "concat", "--samples", "4", "--length", "32"]
+CALIBRATION = ["--calibration", some_docs(), "--sampling", "concat", "--samples", "4", "--length", "32"]
 
 
 def save_model(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """A trained model and its text, which lie beside the repository on some machines, and a learnt tokenizer."""
 
 import functools
+import tempfile
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,6 +18,18 @@ def some_stories(folder: Path) -> str:
     """A file in the folder with the first tenth of the stories: enough where all of them would mostly be tokenised."""
     file = folder / "stories.txt"
     file.write_text(STORIES_TEXT.read_text(encoding="utf-8")[:200_000], encoding="utf-8")
+    return str(file)
+
+
+_TEXTS = tempfile.TemporaryDirectory(prefix="texts-")
+
+
+@functools.cache
+def some_docs() -> str:
+    """A file with the 20,000 characters of python-docs: enough for a few windows, and tokenised at once."""
+    file = Path(_TEXTS.name) / "docs.txt"
+    documents = load_corpus("python-docs", "calibration").documents
+    file.write_text("\n\n".join(documents[:: len(documents) // 10])[:20_000], encoding="utf-8")
     return str(file)
 
 

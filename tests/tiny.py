@@ -8,7 +8,9 @@ by the variant where there is more than one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -369,10 +371,40 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
     return model.eval()
 
 
+# What was written once in this process is copied from then on.
+_WRITTEN: dict[str, Path] = {}
+_KEPT = tempfile.TemporaryDirectory(prefix="tiny-models-")
+
+
 def save(name: str, folder: Path, **kwargs: Any) -> Path:
-    """Build the named model, write it to `folder` as safetensors; `kwargs` go to `save_pretrained`."""
-    build(name).save_pretrained(folder, **kwargs)
-    return folder
+    """The named model as `build` makes it, written to `folder` as safetensors; `kwargs` go to `save_pretrained`."""
+    key = repr((name, TABLE.get(name), sorted(kwargs.items())))
+    if key not in _WRITTEN:
+        first = Path(_KEPT.name, str(len(_WRITTEN)))
+        build(name).save_pretrained(first, **kwargs)
+        _WRITTEN[key] = first
+    return Path(shutil.copytree(_WRITTEN[key], folder, copy_function=shutil.copyfile, dirs_exist_ok=True))
+
+
+def by_turns(names: Iterable[str], turn: int, of: int = 3) -> Any:
+    """A test of every name, of which every third one, from the one numbered `turn` on, is not slow."""
+    marks = [[] if number % of == turn else pytest.mark.slow for number in range(of)]
+    own = [pytest.param(name, marks=marks[number % of]) for number, name in enumerate(names)]
+    return pytest.mark.parametrize("name", own)
+
+
+def pairs_by_turns(names: str, first: Iterable[Any], second: Sequence[Any]) -> Any:
+    """A test of all pairs, where tuples are several arguments; each of the first has one that is not slow, by turns."""
+
+    def arguments(value: Any) -> tuple[Any, ...]:
+        return value if isinstance(value, tuple) else (value,)
+
+    own = [
+        pytest.param(*arguments(one), *arguments(other), marks=[] if number % len(second) == turn else pytest.mark.slow)
+        for number, one in enumerate(first)
+        for turn, other in enumerate(second)
+    ]
+    return pytest.mark.parametrize(names, own, ids=str)
 
 
 def tokens(samples: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:

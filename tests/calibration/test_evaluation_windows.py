@@ -24,8 +24,17 @@ def test_evaluation_is_one_call_cut_without_overlap(tokenizer):
     assert evaluation_windows("python-docs", tokenizer, length=100, windows=10**6).digest == found.digest
 
 
-def test_evaluation_of_the_official_wikitext_test_file(stories_tokenizer):
-    file = shared("lm/wiki.test.raw")
+@pytest.fixture(params=[200_000, pytest.param(None, marks=pytest.mark.slow)], ids=["start", "whole"])
+def wikitext(request, tmp_path):
+    """The official test file of WikiText-2, or its start."""
+    file = tmp_path / "wiki.test.raw"
+    text = shared("lm/wiki.test.raw").read_text(encoding="utf-8")[: request.param]
+    file.write_text(text[: text.rindex("\n") + 1], encoding="utf-8")
+    return file
+
+
+def test_evaluation_of_the_official_wikitext_test_file(stories_tokenizer, wikitext):
+    file = wikitext
     rows = [("" if not line.strip() else line + "\n") for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
     ids = stories_tokenizer("\n\n".join(rows), verbose=False).input_ids
     found = evaluation_windows(f"wikitext2:{file}", stories_tokenizer, length=512)
@@ -35,8 +44,8 @@ def test_evaluation_of_the_official_wikitext_test_file(stories_tokenizer):
     assert plain.samples < found.samples
 
 
-def test_a_few_windows_of_a_long_text_need_only_its_start(stories_tokenizer, monkeypatch):
-    file = shared("lm/wiki.test.raw")
+def test_a_few_windows_of_a_long_text_need_only_its_start(stories_tokenizer, wikitext, monkeypatch):
+    file = wikitext
     whole = evaluation_windows(str(file), stories_tokenizer, length=128)
     monkeypatch.setattr(drawing, "FEWEST_CHARACTERS", 0)
     part = evaluation_windows(str(file), stories_tokenizer, length=128, windows=9)

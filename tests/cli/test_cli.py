@@ -19,8 +19,8 @@ from secateur.files.checkpoint import SINGLE_FILE
 
 @pytest.fixture(scope="module")
 def run_in_pipe(model: Path) -> subprocess.CompletedProcess[str]:
-    """A run with --json in a pipe, which made the folder `pruned` beside the model."""
-    return interpreter("prune", model, "-o", model.parent / "pruned", "--pattern", "2:4", *CALIBRATION, "--json")
+    """A run with --json and no terminal, which made the folder `pruned` beside the model."""
+    return process("prune", model, "-o", model.parent / "pruned", "--pattern", "2:4", *CALIBRATION, "--json")
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from command_line import Call, forked, process, save_model, terminal
+from real_data import some_docs
 from secateur.recover.training import last_checkpoint
 
-TEXT = ["--data", "python-docs", "--length", "32", "--held-out", "4"]
+TEXT = ["--data", some_docs(), "--length", "32", "--held-out", "4"]
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def make_tokenizer(*, adds: bool) -> PreTrainedTokenizerFast:
 
 
 def make_text() -> str:
-    return "\n\n".join(topics[name] for name in sorted(topics)[:30])
+    return "\n\n".join(topics[name] for name in sorted(topics)[:8])
 
 
 def reader_of_bos(ids: Tensor) -> LlamaForCausalLM:

@@ -73,7 +73,7 @@ def largest_error(folder: Path, file: GradientFile, expected: Mapping[str, Mappi
 # Streamed gradients are those of full autograd
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@tiny.by_turns(STREAMED, 2)  # the others are pruned in the default tests of test_every_architecture.py
 def test_every_architecture(name, ids, tmp_path):
     source = tiny.save(name, tmp_path / "source")
     with in_float64(name):

@@ -166,8 +166,7 @@ def test_padded_rows_prune_as_the_rows_without_padding(tmp_path: Path) -> None:
         assert digests[0]["digest"] == digests[1]["digest"]
 
 
-@pytest.mark.parametrize("propagate", ["pruned", "dense"])
-@pytest.mark.parametrize("name", NAMES)
+@tiny.pairs_by_turns("name, propagate", NAMES, ["pruned", "dense"])
 def test_statistics_are_those_of_the_tokens_alone(name: str, propagate: str, tmp_path: Path) -> None:
     """Each row by itself, added up: for experts too, which see the tokens of a batch as one."""
     source = tiny.save(name, tmp_path / "source")

@@ -29,6 +29,7 @@ from secateur.models.opening.whole import WholeModel
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 from test_tasks import arc, boolq, lines
 
+pytestmark = pytest.mark.usefixtures("some_tasks")
 PROMPTS = ["The [bold]cat[/bold] sat on", "def value():"]
 TEXT = ["--data", "python-docs", "--length", 32, "--windows", 4]
 

@@ -33,6 +33,7 @@ from secateur.models.opening import whole
 from secateur.models.opening.whole import WholeModel
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+pytestmark = pytest.mark.usefixtures("some_tasks")
 SHARED = pytest.mark.skipif(not (DATA / "eval").is_dir(), reason="no task data beside the checkout")
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "tree", "red", "blue", "class", "return", "import", "value"]
@@ -194,6 +195,15 @@ def test_the_numbers_of_the_seven_tasks(tmp_path: Path) -> None:
     found = tasks(STORIES, list(BY_HAND), limit=6, task_data=DATA / "eval")
     expected = evaluated(STORIES, tmp_path / "yaml", shared_files(), 6)["results"]
     check(found, {task: expected[f"own_{task}"] for task in BY_HAND}, 6)
+
+
+@pytest.mark.slow
+def test_the_index_of_these_tests_is_a_part_of_the_whole_one() -> None:
+    some, whole = harness.stock_manager().task_index, lm_eval.tasks.TaskManager(include_defaults=True).task_index
+    assert {name: (whole[name].yaml_path, whole[name].cfg) for name in some} == {
+        name: (entry.yaml_path, entry.cfg) for name, entry in some.items()
+    }
+    assert len(some) < len(whole) / 10
 
 
 @SHARED

@@ -204,8 +204,7 @@ def masks_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor != 0 for name, tensor in load_file(folder / "model.safetensors").items() if tensor.dim() == 2}
 
 
-@each_norm
-@each_pattern
+@tiny.pairs_by_turns("pattern, norm", PATTERNS.values(), NORMS)
 def test_gblm_lies_between_wanda_and_gradient(norm, pattern, llama, ids, file, tmp_path):
     """At powers of two both limits are exact: the smaller term is below the rounding of the larger one."""
 

@@ -109,7 +109,7 @@ def test_attention_in_both_directions_that_says_nothing_of_itself() -> None:
     )
 
 
-@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@tiny.by_turns(tiny.ARCHITECTURES, 1)
 def test_a_decoder_does_not_depend_on_what_comes_at_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measure is not just below its limit for decoders: there is no dependence, and a gradient is found."""
     monkeypatch.setattr("secateur.models.shape.causality.LEAK", 0.0)
@@ -368,7 +368,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
 def test_a_damaged_model_is_used_or_refused(seed: int, whole: Path, tmp_path: Path) -> None:
     chance = random.Random(seed)
     for number in range(30):

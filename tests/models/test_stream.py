@@ -110,7 +110,7 @@ def test_replay_is_the_forward(name, tmp_path):
     assert_as_before(skeleton, modules)
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@tiny.by_turns(STREAMED, 0)
 def test_a_block_may_run_twice(name, tmp_path):
     """The engine runs each block for its statistics, and again once it is pruned: its inputs must stay as they are."""
     skeleton = opened(name, tmp_path)

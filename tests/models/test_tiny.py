@@ -18,6 +18,8 @@ MIXTURES = [
 ]
 
 every_architecture = pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+# By turns an architecture has one of three in the tests that are not slow; test_stream.py loads and runs them all.
+turns = [tiny.by_turns(tiny.ARCHITECTURES, turn) for turn in range(3)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,7 +83,7 @@ def test_forward(name):
     assert (one - two).abs().mean() > 0.1
 
 
-@every_architecture
+@turns[0]
 def test_samples_do_not_mix(name):
     model, ids = tiny.build(name), tiny.tokens()
     with torch.no_grad():
@@ -110,7 +112,7 @@ def test_no_weight_is_left_constant(name):
             assert (parameter != 0).all(), key
 
 
-@every_architecture
+@turns[1]
 def test_three_blocks_that_all_matter(name):
     model = tiny.build(name)
     before = logits(model)
@@ -126,13 +128,14 @@ def test_three_blocks_that_all_matter(name):
     assert torch.equal(logits(model), before)
 
 
-@every_architecture
+@turns[2]
 def test_checkpoint(name, tmp_path):
     folder = tiny.save(name, tmp_path / name)
     assert list(folder.glob("*.safetensors"))
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert type(loaded) is type(tiny.build(name))
-    assert torch.equal(logits(loaded), logits(tiny.build(name)))
+    built = tiny.build(name)
+    assert type(loaded) is type(built)
+    assert torch.equal(logits(loaded), logits(built))
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -38,19 +38,23 @@ from secateur.record.verify import verify
 BY_WEIGHT_ALONE = ("mixer.dt_proj.weight", "mamba.dt_proj.weight")
 
 
-def each_with(kinds: Sequence[str]) -> Any:
-    """Every architecture with every kind of run; by turns one of them belongs to the tests that are not slow."""
+def each_with(kinds: Sequence[str], turn: int) -> Any:
+    """Every architecture with every kind of run; of a third, from the one numbered `turn` on, one kind is not slow."""
+
+    def marks(number: int, place: int) -> list[Any]:
+        return [] if number % 3 == turn and number // 3 % len(kinds) == place else [pytest.mark.slow]
+
     return pytest.mark.parametrize(
         ("name", "kind"),
         [
-            pytest.param(name, kind, marks=[] if number % len(kinds) == turn else pytest.mark.slow)
+            pytest.param(name, kind, marks=marks(number, place))
             for number, name in enumerate(STREAMED)
-            for turn, kind in enumerate(kinds)
+            for place, kind in enumerate(kinds)
         ],
     )
 
 
-@each_with(list(PATTERNS))
+@each_with(list(PATTERNS), turn=0)
 def test_prunes_every_architecture(name, kind, tmp_path):
     pattern = PATTERNS[kind]
     source, out = tiny.save(name, tmp_path / "source"), tmp_path / "out"
@@ -113,7 +117,7 @@ def test_prunes_every_architecture(name, kind, tmp_path):
         assert not torch.equal(pruned_model(ids, use_cache=False).logits, load(source)(ids, use_cache=False).logits)
 
 
-@each_with(["pruned", "dense"])
+@each_with(["pruned", "dense"], turn=1)
 def test_statistics_are_those_of_the_model_itself(name, kind, tmp_path):
     """Hooks on whole forwards of the model, with blocks before this one pruned or dense, see the same inputs."""
     source, out = tiny.save(name, tmp_path / "source"), tmp_path / "out"
@@ -169,11 +173,7 @@ def test_statistics_are_those_of_the_model_itself(name, kind, tmp_path):
     assert len(missed) < len(matrices)
 
 
-# Every third one is not slow: by twos they would all be pruned in the same pattern above.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if number % 3 == 0 else pytest.mark.slow) for number, name in enumerate(STREAMED)],
-)
+@tiny.by_turns(STREAMED, 2, of=6)
 def test_a_module_in_memory_is_pruned_as_its_folder(name, tmp_path):
     source = tiny.save(name, tmp_path / "source")
     settings: dict[str, Any] = {

@@ -219,8 +219,9 @@ def test_plan_refuses_what_prune_refuses(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "qwen3_next"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@tiny.pairs_by_turns(
+    "name, method", ["llama", "gpt2", "mixtral", "gemma2", "qwen3_next"], ["magnitude", "wanda", "sparsegpt"]
+)
 def test_plan_accepts_what_prune_accepts(name: str, method: str, tmp_path: Path) -> None:
     folder = tiny.save(name, tmp_path / "model")
     options = {"method": method_of(method), "calibration": tiny.tokens(16, 32)}

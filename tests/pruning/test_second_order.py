@@ -21,7 +21,7 @@ from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.methods import METHODS
 from secateur.pruning.engine import prune
 from secateur.pruning.named import method_of
-from second_order import CHAINS, HALF, TWO_OF_FOUR, assert_verified, calibration, every_order, load
+from second_order import CHAINS, HALF, ORDERS, TWO_OF_FOUR, assert_verified, calibration, load
 
 # From folder to folder
 
@@ -78,8 +78,7 @@ def test_every_method_from_folder_to_folder(name: str, pattern: Pattern, llama: 
         assert load(out)(calibration(), use_cache=False).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["sparsegpt", "alps", "admm", "wanda+least_squares"])
-@every_order
+@tiny.pairs_by_turns("name, within, targets", ["sparsegpt", "alps", "admm", "wanda+least_squares"], ORDERS)
 def test_orders_from_folder_to_folder(name: str, within: str, targets: str, llama: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "method": method_of(name),

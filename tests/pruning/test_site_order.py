@@ -19,7 +19,7 @@ from secateur.methods.sparsegpt import sparsegpt
 from secateur.methods.wanda import wanda
 from secateur.pruning.engine import prune
 from secateur.pruning.named import method_of
-from second_order import HALF, ORDERS, RESIDUAL, SAMPLES, calibration, every_order, every_pattern, inputs
+from second_order import HALF, ORDERS, PATTERNS, RESIDUAL, SAMPLES, calibration, every_order, inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 SITES = [ATTENTION, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
@@ -113,16 +113,16 @@ def difference(one: nn.Module, two: nn.Module) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "within", "targets"),
+@tiny.pairs_by_turns(
+    "name, within, targets, pattern",
     [
         ("wanda", "site", "pruned"),
         ("sparsegpt", "block", "pruned"),
         *[("sparsegpt", within, targets) for within, targets in [*ORDERS, RESIDUAL]],
-        *[("wanda+least_squares", within, targets) for within, targets in [*ORDERS, RESIDUAL]],
+        *[("wanda+least_squares", within, targets) for within, targets in [RESIDUAL, *ORDERS]],
     ],
+    PATTERNS,
 )
-@every_pattern
 def test_the_order_is_that_of_a_loop_by_hand(name: str, within: str, targets: str, pattern: Pattern) -> None:
     method, by_hand = BY_HAND[name]
     model, expected = (tiny.build("llama", dtype=torch.float64) for _ in range(2))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import secateur
 import tiny
-from command_line import save_model
+from command_line import ended, forked, save_model
 from secateur.errors import ModelStructureError, PatternError
 
 STEPS = 4
@@ -421,23 +422,48 @@ def test_trainers_of_trl(tmp_path: Path) -> None:
     assert {matrix.pattern for matrix in secateur.inspect(model.eval()).matrices} == {"2:4"}
 
 
-DATA_PARALLEL = """
-import pathlib, sys
-import torch
-import secateur
-from test_sparsity_callback import Watch, sparse, trainer
-model = sparse(secateur.NM(2, 4))
-watch = Watch(model)
-trainer(model, pathlib.Path(sys.argv[1]), secateur.SparsityCallback(), watch).train()
-found = torch.cat([value.detach().flatten() for value in model.parameters()])
-rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-pathlib.Path(sys.argv[1], f"{rank}-{size}").write_bytes(found.numpy().tobytes())
-assert {matrix.pattern for matrix in secateur.inspect(model.eval()).matrices} == {"2:4"}
-"""
+def train_with_others(folder: Path) -> None:
+    """What each of the processes of data-parallel training does, which leaves its weights in a file."""
+    model = sparse(secateur.NM(2, 4))
+    watch = Watch(model)
+    trainer(model, folder, secateur.SparsityCallback(), watch).train()
+    assert watch.steps == STEPS
+    found = torch.cat([value.detach().flatten() for value in model.parameters()])
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    (folder / f"{rank}-{size}").write_bytes(found.numpy().tobytes())
+    assert {matrix.pattern for matrix in secateur.inspect(model.eval()).matrices} == {"2:4"}
+
+
+def assert_both_have_the_same_weights(folder: Path) -> None:
+    first, second = (folder / f"{rank}-2" for rank in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_data_parallel_training(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(DATA_PARALLEL)
+    """In forks of this process, with the variables that torchrun sets."""
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        port = own.getsockname()[1]
+
+    def start(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        for state in (GradientState, AcceleratorState, PartialState):
+            state._reset_state()  # of trainings in this process, which had no others
+        train_with_others(tmp_path)
+        torch.distributed.destroy_process_group()
+
+    children = [forked(lambda rank=rank: start(rank)) for rank in (0, 1)]
+    assert [ended(child, patience=120) for child in children] == [0, 0]
+    assert_both_have_the_same_weights(tmp_path)
+
+
+@pytest.mark.slow
+def test_data_parallel_training_by_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import pathlib, sys\nfrom test_sparsity_callback import train_with_others\n"
+        "train_with_others(pathlib.Path(sys.argv[1]))\n"
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {
         **os.environ,
@@ -453,5 +479,4 @@ def test_data_parallel_training(tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    first, second = (tmp_path / f"{rank}-2" for rank in (0, 1))
-    assert first.read_bytes() == second.read_bytes()
+    assert_both_have_the_same_weights(tmp_path)

@@ -6,9 +6,9 @@ import base64
 import csv
 import json
 import re
+import shutil
 import zlib
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from command_line import (
     call,  # noqa: F401 - a fixture
     save_model,
 )
+from real_data import STORIES, some_stories
 from secateur.errors import CheckpointError, SecateurError
 from secateur.record.manifest import read_manifest
 from secateur.report import charts, masks, pictures
@@ -32,10 +33,25 @@ from secateur.report.checkpoint_page import build
 from secateur.report.evaluations import read_evaluations
 from secateur.report.sweep_page import build_sweep
 
-ROOT = Path(__file__).parents[2]
-DATA = next((up / "shared" / "data" for up in (ROOT, ROOT.parent) if (up / "shared" / "data").is_dir()), ROOT)
-STORIES, TEXT = DATA / "models" / "stories260K", DATA / "lm" / "tinystories_sample.txt"
 NAMES = ["llama", "gpt2", "mixtral", "gpt_oss"]  # plain; stored (in, out); experts; experts stored (in, out)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _charts_are_drawn_once(tmp_path_factory):
+    """The same prunings have the same charts, which take most of the time of a page: earlier files are copied."""
+    drawn, draw = {}, charts.Chart.draw
+
+    def once(chart, folder):
+        if repr(chart) not in drawn:
+            kept = tmp_path_factory.mktemp("chart")
+            drawn[repr(chart)] = kept, draw(chart, kept)
+        kept, result = drawn[repr(chart)]
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts.Chart, "draw", once)
+        yield
 
 
 def make(name, folder, method=None, **options):
@@ -531,15 +547,15 @@ def test_mistakes(tmp_path, call):  # noqa: F811
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """A sweep of stories260K with real figures, as `secateur sweep` writes it."""
-    if not (STORIES.is_dir() and TEXT.is_file()):
-        pytest.skip("shared/data/models/stories260K or lm/tinystories_sample.txt is not there")
-    folder = tmp_path_factory.mktemp("sweep")
+    if not STORIES.is_dir():
+        pytest.skip("shared/data/models/stories260K is not there")
+    folder, data = tmp_path_factory.mktemp("sweep"), some_stories(tmp_path_factory.mktemp("text"))
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    ids = secateur.evaluation_windows(str(TEXT), tokenizer, length=64, windows=10).input_ids
+    ids = secateur.evaluation_windows(data, tokenizer, length=64, windows=10).input_ids
     calibration, held_out = ids[:4], ids[4:]
-    settings = {"samples": 4, "seed": 0, "data": [str(TEXT)], "methods": {}, "digests": {}, "agreement": False}
+    settings = {"samples": 4, "seed": 0, "data": [data], "methods": {}, "digests": {}, "agreement": False}
     found = {"model": str(STORIES), "settings": settings, "cells": []}
-    found["dense"] = {str(TEXT): secateur.perplexity(STORIES, held_out).to_json()}
+    found["dense"] = {data: secateur.perplexity(STORIES, held_out).to_json()}
     for name, method in (("magnitude", secateur.magnitude()), ("wanda", secateur.wanda())):
         for text, pattern in (
             ("30%", secateur.Unstructured(0.3)), ("50%", secateur.Unstructured(0.5)), ("2:4", secateur.NM(2, 4)),
@@ -549,7 +565,7 @@ def sweep(tmp_path_factory):
             figure = secateur.perplexity(out, held_out).to_json()
             cell = {"method": name, "pattern": text, "sparsity": pattern.sparsity, "seconds": 1.5}
             cell["folder"] = f"cells/{out.name}"
-            found["cells"].append(cell | {"status": "done", "figures": {str(TEXT): figure}})
+            found["cells"].append(cell | {"status": "done", "figures": {data: figure}})
     failed = {"method": "wanda", "pattern": "70%", "sparsity": 0.7, "folder": "cells/wanda-70"}
     found["cells"].append(failed | {"status": "failed", "figures": {}})
     (folder / "sweep.json").write_text(json.dumps(found))
@@ -559,7 +575,8 @@ def sweep(tmp_path_factory):
 def test_a_sweep(sweep):
     page = build_sweep(sweep)
     content = json.loads((sweep / "sweep.json").read_text())
-    figures = {(c["method"], c["pattern"]): c["figures"].get(str(TEXT)) for c in content["cells"]}
+    ((text, dense),) = content["dense"].items()
+    figures = {(c["method"], c["pattern"]): c["figures"].get(text) for c in content["cells"]}
 
     def shown(method, pattern):
         figure = figures.get((method, pattern))
@@ -575,7 +592,7 @@ def test_a_sweep(sweep):
     words = tree(page).xpath("string(//header)")
     assert "6 of 7 prunings" in words
     assert "1 runs are not done: wanda 70% (failed)" in words
-    assert f"{content['dense'][str(TEXT)]['perplexity']:.3f}" in words
+    assert f"{dense['perplexity']:.3f}" in words
     assert (page.parent / "perplexity-1.svg").exists()
     assert len(cells(page, "every-run")) == 7
 
