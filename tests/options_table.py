@@ -9,8 +9,8 @@ HEAD = """# Options of prune
 
 `secateur prune` and `secateur plan` take these on the command line, as keys of the file that `--config` names, and as
 keyword arguments of `secateur.prune` and `secateur.estimate` (with underscores: `batch_size`). Written from the code by
-`python tests/options_table.py > docs/options.md`. `plan` has `--processes`, `--bandwidth` and `--device-memory` besides: see
-[many processes](distributed.md).
+`python tests/options_table.py > docs/options.md`. `plan` has `--processes`, `--bandwidth` and `--device-memory` too:
+see [many processes](distributed.md).
 
 | option | default | what it does |
 |---|---|---|

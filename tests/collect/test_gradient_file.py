@@ -199,8 +199,8 @@ def test_every_tensor_counts(llama, ids, file, tmp_path, name):
 
 
 def test_gradients_that_were_taken_in_another_way(llama, ids, file, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.collect.gradient_file.REVISION", 2)
-    told = rf"{file.path}: its gradients were taken in another way \(revision 1, expected 2\)\. Remove the file, and"
+    monkeypatch.setattr("secateur.collect.gradient_file.REVISION", 3)
+    told = rf"{file.path}: its gradients were taken in another way \(revision 2, expected 3\)\. Remove the file, and"
     with pytest.raises(CheckpointError, match=told):
         prune(llama, method=gblm(), calibration=ids, gradient=file.path, output=tmp_path / "out")
 

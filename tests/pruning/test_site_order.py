@@ -216,7 +216,9 @@ def test_the_batch_size_changes_no_mask(name: str, within: str, targets: str) ->
     for matrix in manifest.matrices:
         for other in results[1:]:
             assert torch.equal(results[0][matrix] != 0, other[matrix] != 0), matrix
-            assert torch.allclose(results[0][matrix], other[matrix], rtol=1e-8, atol=1e-10), matrix
+            # Sums are rounded relative to their largest entry, and iterations magnify that.
+            close = 1e-5 if name == "alps" else 1e-8
+            assert torch.allclose(results[0][matrix], other[matrix], rtol=close, atol=close), matrix
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "alps"])

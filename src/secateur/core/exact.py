@@ -1,7 +1,8 @@
 """Sums of float tensors that are the same to the last bit in whatever order they are made, and by how many processes.
 
-What is added is rounded to a grid that depends on it alone: `PRECISION` bits below a bound of its absolute values. From
-then on everything is arithmetic of integers, which is exact. The sum is rounded once more when it is asked for.
+What is added is rounded to a grid that depends on it alone: `PRECISION` bits below a bound of its absolute values, for
+float64 `DOUBLE_PRECISION`. From then on everything is arithmetic of integers, which is exact. The sum is rounded once
+more when it is asked for.
 
 Exact: two sums of the same values are equal because each is the exact sum of the same rounded values. They are held as
 one integer on the finest of all grids where 63 bits are enough, and as several of 32 bits each where they are not.
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor
 
 PRECISION = 46  # bits of the largest values that are added at once
+DOUBLE_PRECISION = 53  # and where they are float64
 _CAPACITY = 62 - PRECISION  # bits that are left for sums of many, and of larger ones
 _SPARE = 6  # bits by which the grid of a fresh sum is finer than that of its first values
-_FINEST, _COARSEST = 120, PRECISION - 128  # grids whose powers of two, and values up to their bound, are float32
+_FINEST = 120  # grid, whose power of two is a float32 number
+_LARGEST = 2.0**128  # bound of values, above all float32 numbers
 _DIGIT = 32  # bits of each integer, where one is not enough
 
 Grids = Counter[int]
-"""How many times values of each grid were added; a grid is the exponent of a power of two whose reciprocal it has."""
+"""What was added on each grid, in values of `PRECISION` bits; a grid is n where numbers are multiples of 2 ** -n."""
 
 
 @runtime_checkable
@@ -95,22 +98,22 @@ class ExactSum:
 
     @property
     def added(self) -> Grids:
-        """How many times values of each grid were added."""
+        """What was added on each grid."""
         return _all(own.added for own in self._sums)
 
-    def begin(self, bound: float) -> float | None:
-        """The factor by which values of at most `bound` have to be multiplied before they are added to parts.
+    def begin(self, bound: float, dtype: torch.dtype = torch.float32) -> float | None:
+        """The factor by which values of at most `bound`, of this dtype, are multiplied before they are added to parts.
 
         None where there is nothing to add: they are zero, or one of them is not finite, which is remembered.
         """
         assert not self._final
-        grid = min(_FINEST, PRECISION - math.frexp(bound)[1]) if math.isfinite(bound) else -math.inf
-        if grid < _COARSEST:
+        precision = DOUBLE_PRECISION if dtype == torch.float64 else PRECISION
+        if not bound < _LARGEST:
             self.finite = False
         if bound == 0 or not self.finite:
             return None
-        assert isinstance(grid, int)
-        self._now = self._room(Counter({grid: 1}))
+        grid = min(_FINEST, precision - math.frexp(bound)[1])
+        self._now = self._room(Counter({grid: 1 << (precision - PRECISION)}))
         self._factor = 1 << (self._now.grid - grid)
         return 2.0**grid
 

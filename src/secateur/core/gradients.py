@@ -128,7 +128,7 @@ class GradientSums:
         scale = scale**2 if self._norm == "l2" else scale
         largest = float(torch.linalg.vector_norm(gradient, ord=math.inf))
         own = self._sum(region)
-        factor = own.begin((largest**2 if squared else largest) / scale)
+        factor = own.begin((largest**2 if squared else largest) / scale, gradient.dtype)
         if not own.finite:
             bad = (~gradient.isfinite()).nonzero()
             self._bad.setdefault(region, tuple(bad[0].tolist()) if len(bad) else (0,) * gradient.dim())

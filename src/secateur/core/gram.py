@@ -85,7 +85,7 @@ class Products:
         longest = _longest(left)
         # Exact: no entry of the product is larger (Cauchy and Schwarz).
         bound = longest * (longest if self._upper else _longest(right))
-        factor = self._sum.begin(bound)
+        factor = self._sum.begin(bound, wide)
         with full_precision():
             for number, (start, stop, first) in enumerate(self._panels if factor is not None else ()):
                 rows, columns = left[:, start:stop].t(), right[:, first:]
@@ -95,7 +95,7 @@ class Products:
     def add_total(self, total: Float[Tensor, "rows columns"]) -> None:
         """Add a sum that was taken before."""
         self._dtype = torch.promote_types(self._dtype, total.dtype)
-        factor = self._sum.begin(float(total.abs().amax())) if total.numel() else None
+        factor = self._sum.begin(float(total.abs().amax()), total.dtype) if total.numel() else None
         for number, (start, stop, first) in enumerate(self._panels if factor is not None else ()):
             self._sum.add(number, total[start:stop, first:] * (factor or 0))
 
@@ -108,9 +108,9 @@ class Products:
         """The sum; nothing can be added from then on."""
         total = torch.empty(self.shape, dtype=self._dtype, device=self._device)
         for number, (start, stop, first) in enumerate(self._panels):
-            total[start:stop, first:] = self._sum.take(number, self._dtype)
+            total[start:stop, first:].copy_(self._sum.take(number, self._dtype))
             if self._upper:
-                total[stop:, start:stop] = total[start:stop, stop:].t()
+                total[stop:, start:stop].copy_(total[start:stop, stop:].t())
         return total
 
     def told(self) -> Any:
