@@ -24,6 +24,7 @@ _NAMES = {
         "ModelStructureError",
         "NumericalError",
         "PatternError",
+        "ProcessError",
         "SecateurError",
     ),
     "evaluate.agreement": ("Agreement", "agreement"),

@@ -32,6 +32,7 @@ from secateur.errors import (
     ModelStructureError as ModelStructureError,
     NumericalError as NumericalError,
     PatternError as PatternError,
+    ProcessError as ProcessError,
     SecateurError as SecateurError,
 )
 from secateur.evaluate.agreement import Agreement as Agreement, agreement as agreement

@@ -22,6 +22,7 @@ TREE = {
     "MethodError": RuntimeError,
     "NumericalError": ArithmeticError,
     "CheckpointError": OSError,
+    "ProcessError": RuntimeError,
 }
 
 

@@ -110,7 +110,10 @@ def test_the_signature_and_the_words_are_those_of_the_function() -> None:
     assert {parameter.kind for parameter in others} == {inspect.Parameter.KEYWORD_ONLY}
     assert {"pattern", "sparsity", "calibration", "tokenizer", "on_event", "statistics"} <= set(parameters)
     assert parameters["within"].default == "block"
-    assert inspect.signature(secateur.estimate).parameters == parameters
+    estimated = dict(inspect.signature(secateur.estimate).parameters)
+    for name in ("processes", "bandwidth", "device_memory"):
+        del estimated[name]
+    assert estimated == parameters
     with pytest.raises(TypeError, match="sparsty"):
         secateur.prune("model", sparsty=0.5)  # type: ignore[call-arg]
 

@@ -271,11 +271,11 @@ def test_what_blocks_take_beside_tuning_comes_off_the_time():
 
 def test_with_minutes_the_learning_rate_falls_with_the_clock(llama, tmp_path, monkeypatch):
     """By the count of steps it would still be rising when the time is over."""
-    rates: dict[int, list[float]] = {}
+    rates: dict[torch.optim.Adam, list[float]] = {}  # an address could be that of an earlier one
     step = torch.optim.Adam.step
 
     def spy(optimizer: torch.optim.Adam, *arguments: Any) -> Any:
-        rates.setdefault(id(optimizer), []).append(optimizer.param_groups[0]["lr"])
+        rates.setdefault(optimizer, []).append(optimizer.param_groups[0]["lr"])
         return step(optimizer, *arguments)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import secateur
 import tiny
-from command_line import ended, forked, save_model
+from command_line import save_model
 from secateur.errors import ModelStructureError, PatternError
 
 STEPS = 4
@@ -440,26 +439,6 @@ def assert_both_have_the_same_weights(folder: Path) -> None:
 
 
 def test_data_parallel_training(tmp_path: Path) -> None:
-    """In forks of this process, with the variables that torchrun sets."""
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        port = own.getsockname()[1]
-
-    def start(rank: int) -> None:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        for state in (GradientState, AcceleratorState, PartialState):
-            state._reset_state()  # of trainings in this process, which had no others
-        train_with_others(tmp_path)
-        torch.distributed.destroy_process_group()
-
-    children = [forked(lambda rank=rank: start(rank)) for rank in (0, 1)]
-    assert [ended(child, patience=120) for child in children] == [0, 0]
-    assert_both_have_the_same_weights(tmp_path)
-
-
-@pytest.mark.slow
-def test_data_parallel_training_by_torchrun(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
         "import pathlib, sys\nfrom test_sparsity_callback import train_with_others\n"
         "train_with_others(pathlib.Path(sys.argv[1]))\n"

@@ -25,6 +25,7 @@ _SPARE = 6  # bits by which the grid of a fresh sum is finer than that of its fi
 _FINEST = 120  # grid, whose power of two is a float32 number
 _LARGEST = 2.0**128  # bound of values, above all float32 numbers
 _DIGIT = 32  # bits of each integer, where one is not enough
+_CACHED = 1 << 15  # numbers that are converted at once
 
 Grids = Counter[int]
 """What was added on each grid, in values of `PRECISION` bits; a grid is n where numbers are multiples of 2 ** -n."""
@@ -120,8 +121,11 @@ class ExactSum:
     def add(self, part: int, values: Tensor) -> None:
         """Add values times that factor to a part; they are overwritten."""
         into = self._now.parts[part]
-        # Exact: a conversion alone cuts off, and many sums of squares would come out too small.
-        into.add_(values.round_().to(into.device).to(torch.int64), alpha=self._factor)
+        # Fast: a few rows at a time stay in the caches of a CPU.
+        rows = max(1, _CACHED * len(values) // values.numel()) if values.device.type == "cpu" else len(values)
+        for some, own in zip(torch.split(values, rows), torch.split(into, rows), strict=True):
+            # Exact: a conversion alone cuts off, and many sums of squares would come out too small.
+            own.add_(some.round_().to(into.device).to(torch.int64), alpha=self._factor)
 
     def merge(self, other: "ExactSum") -> None:
         """Add what another sum in such parts holds, which stays as it is."""
@@ -159,7 +163,7 @@ class ExactSum:
         self._finish(self.added)
         digits = [own.parts[part] for own in self._sums]
         for own in self._sums:
-            own.parts[part] = own.parts[part].new_empty(0)  # Memory: the sums and what is made of them need no more
+            own.parts[part] = torch.empty(0)  # Memory: the sums and what is made of them need no more
         if not self.finite:
             return torch.full(digits[0].shape, math.nan, dtype=dtype, device=digits[0].device)
         *low, high = _carried(digits)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.core.exact import ExactSum
-from secateur.core.statistics import Cost, SquaredNorm, Sum
+from secateur.core.statistics import Cost, SquaredNorm, Sum, column_squares
 
 NARROW, WIDE = 128, 256  # rows of a sum of products that are multiplied at once, up to 1,024 columns and beyond
 
@@ -86,11 +86,16 @@ class Products:
         # Exact: no entry of the product is larger (Cauchy and Schwarz).
         bound = longest * (longest if self._upper else _longest(right))
         factor = self._sum.begin(bound, wide)
+        if factor is None:
+            return
+        # Memory: one buffer for all panels.
+        largest = max((stop - start) * (right.shape[1] - first) for start, stop, first in self._panels)
+        buffer = torch.empty(largest, dtype=wide, device=left.device)
         with full_precision():
-            for number, (start, stop, first) in enumerate(self._panels if factor is not None else ()):
+            for number, (start, stop, first) in enumerate(self._panels):
                 rows, columns = left[:, start:stop].t(), right[:, first:]
-                panel = torch.empty(stop - start, columns.shape[1], dtype=wide, device=left.device)
-                self._sum.add(number, torch.addmm(panel, rows, columns, beta=0, alpha=factor or 0, out=panel))
+                panel = buffer[: (stop - start) * columns.shape[1]].view(stop - start, -1)
+                self._sum.add(number, torch.addmm(panel, rows, columns, beta=0, alpha=factor, out=panel))
 
     def add_total(self, total: Float[Tensor, "rows columns"]) -> None:
         """Add a sum that was taken before."""
@@ -108,9 +113,11 @@ class Products:
         """The sum; nothing can be added from then on."""
         total = torch.empty(self.shape, dtype=self._dtype, device=self._device)
         for number, (start, stop, first) in enumerate(self._panels):
-            total[start:stop, first:].copy_(self._sum.take(number, self._dtype))
+            rows = total.narrow(0, start, stop - start)
+            rows.narrow(1, first, self.shape[1] - first).copy_(self._sum.take(number, self._dtype))
             if self._upper:
-                total[stop:, start:stop].copy_(total[start:stop, stop:].t())
+                rest = self.shape[1] - stop
+                total.narrow(0, stop, rest).narrow(1, start, stop - start).copy_(rows.narrow(1, stop, rest).t())
         return total
 
     def told(self) -> Any:
@@ -129,7 +136,7 @@ class Products:
 
 def _longest(x: Float[Tensor, "tokens columns"]) -> float:
     """The largest Euclidean norm of a column."""
-    return float(torch.linalg.vector_norm(x, dim=0).amax()) if x.numel() else 0.0
+    return float(column_squares(x).amax().sqrt()) if x.numel() else 0.0
 
 
 class _SecondMoments(Sum):

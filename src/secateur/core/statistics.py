@@ -94,6 +94,25 @@ class Sum:
         return bool(self.total.isfinite().all())
 
 
+def column_squares(x: Float[Tensor, "tokens in"]) -> Float[Tensor, " in"]:
+    """The sum over tokens of the square of each column, float64; `CHUNK` tokens at a time are added in float32."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # Exact: down a whole column float32 loses four digits over 65536 equal tokens.
+    if x.device.type == "cpu":
+        # Fast: a product with ones takes a fifth of the time of a norm down the columns.
+        total = torch.zeros(x.shape[1], dtype=torch.float64)
+        for some in torch.split(x, CHUNK):
+            total += torch.mv(some.to(wide).square().t(), torch.ones(len(some), dtype=wide))
+        return total
+    # Memory: the reduction casts as it reads, so that no float32 copy of x is made.
+    whole = x.shape[0] - x.shape[0] % CHUNK
+    total = torch.linalg.vector_norm(x[whole:], dim=0, dtype=wide).double().square()
+    if whole:
+        chunks = torch.linalg.vector_norm(x[:whole].view(-1, CHUNK, x.shape[1]), dim=1, dtype=wide)
+        total += chunks.double().square().sum(dim=0)
+    return total
+
+
 class SquaredNorm(Sum):
     """Sum over tokens of the square of each input coordinate: ``total_j = sum_t x_tj ** 2``.
 
@@ -113,14 +132,7 @@ class SquaredNorm(Sum):
 
     def update(self, x: Float[Tensor, "tokens in"], samples: int = 0) -> None:
         """Add the squares of `x`, any float dtype and device; half precision is squared in float32."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        whole = x.shape[0] - x.shape[0] % CHUNK
-        # Exact: a CPU adds down a column in float32 one by one, and loses four digits over 65536 equal tokens.
-        # Memory: the reduction casts as it reads, so that no float32 copy of x is made.
-        term = torch.linalg.vector_norm(x[whole:], dim=0, dtype=wide).double().square()
-        if whole:
-            chunks = torch.linalg.vector_norm(x[:whole].view(-1, CHUNK, x.shape[1]), dim=1, dtype=wide)
-            term += chunks.double().square().sum(dim=0)
+        term = column_squares(x)
         self.total += term.to(self.total.device)
         self.tokens += x.shape[0]
         self.samples += samples
