@@ -160,6 +160,26 @@ def test_an_error_in_the_middle_of_the_samples_is_told(tmp_path: Path) -> None:
     assert str(first) == "process 1 of 2 ended the run: OSError: the disk is on fire"
 
 
+def test_an_interruption_of_one_is_one_of_all(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+
+    def interrupt(event: Event) -> None:
+        if event.stage == "statistics" and event.block == 2:
+            raise KeyboardInterrupt
+
+    def run(rank: int) -> str:
+        try:
+            prune(model, tmp_path / "out", on_event=interrupt if rank == 1 else lambda event: None)
+        except KeyboardInterrupt as end:
+            return f"interrupted: {end}"
+        return "finished"
+
+    first, second = group(2, run)
+    assert first.startswith("interrupted: ")
+    assert "2 of 3 blocks of an unfinished run are kept there" in first
+    assert second == "interrupted: "
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

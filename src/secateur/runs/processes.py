@@ -187,7 +187,10 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            raise ProcessError(self._reason(str(error))) from error
+            reason = self._reason(str(error))
+            if ": KeyboardInterrupt" in reason:  # a terminal's Ctrl-C has reached another one first
+                raise KeyboardInterrupt from error
+            raise ProcessError(reason) from error
 
     def _reason(self, symptom: str) -> str:
         """Why an exchange has failed: what another process has said before it ended, or who has said nothing."""
