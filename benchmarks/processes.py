@@ -4,7 +4,8 @@
 
 Every process has one thread, so that n of them use n cores. A run is a method and, after slashes, how it goes over the
 blocks, as in `prune_cost.py`. Seconds are from the manifest: `in all` with reading the text and opening the model,
-which every process does, but without starting Python, and `blocks` from the first block on. Outputs are compared by the digests of their tensors. Memory is the largest that one process had resident, looked at every 0.1 s.
+which every process does, but without starting Python, and `blocks` from the first block on. Outputs are compared by the
+digests of their tensors. Memory is the largest that one process had resident, looked at every 0.1 s.
 """
 
 import argparse

@@ -96,6 +96,7 @@ class Sum:
 
 def column_squares(x: Float[Tensor, "tokens in"]) -> Float[Tensor, " in"]:
     """The sum over tokens of the square of each column, float64; `CHUNK` tokens at a time are added in float32."""
+    total: Tensor
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     # Exact: down a whole column float32 loses four digits over 65536 equal tokens.
     if x.device.type == "cpu":
