@@ -438,6 +438,7 @@ def assert_both_have_the_same_weights(folder: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow  # two interpreters; forks crash in torch's DDP
 def test_data_parallel_training(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
         "import pathlib, sys\nfrom test_sparsity_callback import train_with_others\n"
