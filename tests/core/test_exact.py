@@ -197,7 +197,7 @@ def test_gradients_of_several_processes_are_those_of_one(norm: Any, count: int) 
     def summed(own: Sequence[Any]) -> GradientSums:
         sums = GradientSums(parameter, norm)
         for region, gradient in own:
-            sums.add(region, gradient, 2.0)
+            sums.add(region, gradient.abs() if norm == "l1" else gradient.square(), 2.0)
         return sums
 
     whole = summed(added).total()

@@ -9,7 +9,7 @@ The work is that of four forwards: two of them, one for the gradients of states 
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,7 +41,7 @@ class GradientTap(ProductTap):
         granularity: Granularity = "sample",
     ) -> None:
         super().__init__(parameters)
-        self._norms = sorted(norms)
+        self._norms = sorted(norms, reverse=True)  # l1 overwrites the gradient with its absolute value, so it is last
         self._granularity = granularity
         self.sums: dict[tuple[str, Norm], GradientSums] = {
             (name, norm): GradientSums(parameter, norm)
@@ -68,8 +68,7 @@ class GradientTap(ProductTap):
     def end(self) -> None:
         """Add what is left after a backward: weights that multiplied several times."""
         for product, parts in self._pending.values():
-            for part in parts:
-                self._add(product, part)
+            self._add(product, parts)
         self._pending.clear()
 
     def after(self, product: Product, result: Tensor, factor: float) -> Tensor:
@@ -103,8 +102,7 @@ class GradientTap(ProductTap):
             parts = self._by_sample(product, x, gradient)
             key = product.name, _region(product)
             if self._calls[key] == 1:
-                for own_x, own_gradient in parts:
-                    self._add(product, self._multiply(product, own_x, own_gradient, reuse=True))
+                self._add(product, (self._multiply(product, *part, reuse=True) for part in parts))
                 return
             # Exact: the absolute value is that of the sum over all products with the weight.
             made = [self._multiply(product, own_x, own_gradient, reuse=False) for own_x, own_gradient in parts]
@@ -149,11 +147,22 @@ class GradientTap(ProductTap):
         for norm in self._norms:
             own_x, own = (x.square(), gradient.square()) if norm == "l2" else (x.abs(), gradient.abs())
             part = self._multiply(product, own_x, own, reuse=True)
-            self.sums[product.name, norm].add(_region(product), part, self._scale, powered=True)
+            self.sums[product.name, norm].add(_region(product), part, self._scale)
 
-    def _add(self, product: Product, gradient: Tensor) -> None:
-        for norm in self._norms:
-            self.sums[product.name, norm].add(_region(product), gradient, self._scale)
+    def _add(self, product: Product, gradients: Iterable[Tensor]) -> None:
+        """Add the gradients of the samples of a batch."""
+        totals: dict[Norm, Tensor] = {}
+        for gradient in gradients:
+            for norm in self._norms:
+                if norm not in totals:
+                    totals[norm] = gradient.square() if norm == "l2" else gradient.abs()
+                elif norm == "l2":
+                    totals[norm].addcmul_(gradient, gradient)
+                else:
+                    totals[norm].add_(gradient.abs_())
+        for norm, total in totals.items():
+            # Exact: a batch is never divided between processes. Fast: its samples are added up before.
+            self.sums[product.name, norm].add(_region(product), total, self._scale)
 
 
 def _region(product: Product) -> Region:
