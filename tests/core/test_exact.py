@@ -48,8 +48,6 @@ def joined(parts: Sequence[Joinable]) -> None:
         total = torch.stack(list(tensors)).sum(0)
         for tensor in tensors:
             tensor.copy_(total)
-    for part in parts:
-        part.join(told)
 
 
 def rounded(values: Tensor) -> list[Fraction]:

@@ -35,8 +35,8 @@ Grids = Counter[int]
 class Joinable(Protocol):
     """A sum of which every process has a part.
 
-    Joining takes three steps: each process tells something small, which all receive in the order of the processes; the
-    tensors that `shared` then returns are added up across the processes, in place; `join` takes notice of that.
+    Joining takes two steps: each process tells something small, which all receive in the order of the processes; the
+    tensors that `shared` then returns are added up across the processes, in place.
     """
 
     def told(self) -> Any:
@@ -44,11 +44,7 @@ class Joinable(Protocol):
         ...
 
     def shared(self, told: Sequence[Any]) -> list[Tensor]:
-        """Integers to be added up across processes: as many, and of the same shapes, in each of them."""
-        ...
-
-    def join(self, told: Sequence[Any]) -> None:
-        """Be the sum of all parts."""
+        """Be the sum of all parts, but for these integers: as many, and of the same shapes, in each process."""
         ...
 
 
@@ -154,9 +150,6 @@ class ExactSum:
         self.finite = all(finite for _, finite in told)
         self._finish(_all(Counter(added) for added, _ in told))
         return [part for own in self._sums for part in own.parts] if self.finite else []
-
-    def join(self, told: Sequence[tuple[dict[int, int], bool]]) -> None:
-        """Nothing is left to do."""
 
     def take(self, part: int, dtype: torch.dtype) -> Tensor:
         """The sum in a part, rounded, or NaN where something was not finite. The part is gone then."""

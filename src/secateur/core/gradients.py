@@ -155,9 +155,6 @@ class GradientSums:
                     self._bad.setdefault(region, bad)
         return integers
 
-    def join(self, told: Sequence[Any]) -> None:
-        """As of every `Joinable`."""
-
     def _rows(self, region: Region) -> int:
         """Rows of a region that are added at once: on a CPU what its caches hold."""
         numbers = 1 << (15 if self._device.type == "cpu" else 22)

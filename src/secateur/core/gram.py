@@ -130,9 +130,6 @@ class Products:
             self._dtype = torch.promote_types(self._dtype, dtype)
         return self._sum.shared([own for _, own in told])
 
-    def join(self, told: Sequence[Any]) -> None:
-        """As of every `Joinable`."""
-
 
 def _longest(x: Float[Tensor, "tokens columns"]) -> float:
     """The largest Euclidean norm of a column."""
@@ -202,11 +199,8 @@ class _SecondMoments(Sum):
 
     def shared(self, told: Sequence[Any]) -> list[Tensor]:
         """As of every `Joinable`."""
-        return self._open().shared([own for _, own in told])
-
-    def join(self, told: Sequence[Any]) -> None:
-        """As of every `Joinable`."""
         self.tokens = sum(tokens for tokens, _ in told)
+        return self._open().shared([own for _, own in told])
 
     def is_finite(self) -> bool:
         """Whether every sum is a finite number."""

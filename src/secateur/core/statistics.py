@@ -141,7 +141,7 @@ class SquaredNorm(Sum):
             self._terms.append(term.cpu())
 
     def keep_terms(self) -> None:
-        """From now on keep what each update adds, for `join`: float64 sums depend on their order."""
+        """From now on keep what each update adds, for `shared`: float64 sums depend on their order."""
         self._terms = []
 
     def told(self) -> tuple[int, list[Tensor]]:
@@ -150,16 +150,13 @@ class SquaredNorm(Sum):
         return self.tokens, self._terms
 
     def shared(self, told: Sequence[tuple[int, list[Tensor]]]) -> list[Tensor]:
-        """As of every `Joinable`: nothing, all has been told."""
-        return []
-
-    def join(self, told: Sequence[tuple[int, list[Tensor]]]) -> None:
-        """As of every `Joinable`: add the terms of all processes in the order in which one process adds them."""
+        """As of every `Joinable`: the terms of all processes are added in the order in which one process adds them."""
         self.total.zero_()
         for _, terms in told:
             for term in terms:
                 self.total += term.to(self.total.device)
         self.tokens, self._terms = sum(tokens for tokens, _ in told), None
+        return []
 
     def select(self, columns: Int[Tensor, " selected"]) -> Self:
         """The sums of these columns."""

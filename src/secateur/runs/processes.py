@@ -142,26 +142,15 @@ class Processes:
             return
         sums = list(sums)
         told = list(zip(*self.gather([own.told() for own in sums]), strict=True))
-        self._add([part for own, parts in zip(sums, told, strict=True) for part in own.shared(parts)])
-        for own, parts in zip(sums, told, strict=True):
-            own.join(parts)
-
-    def _add(self, tensors: Sequence[Tensor]) -> None:
-        """Add tensors of one dtype up across processes, in place."""
-        bucket: list[Tensor] = []
-        for tensor in [*tensors, None]:
-            size = sum(own.nbytes for own in bucket)
-            if bucket and (tensor is None or size + tensor.nbytes > _BUCKET_BYTES or tensor.device != bucket[0].device):
-                flat = bucket[0].view(-1) if len(bucket) == 1 and bucket[0].is_contiguous() else None
-                flat = torch.cat([own.flatten() for own in bucket]) if flat is None else flat
-                with self._exchange():
-                    dist.all_reduce(flat)
-                if len(bucket) > 1 or not bucket[0].is_contiguous():
-                    for own, part in zip(bucket, torch.split(flat, [own.numel() for own in bucket]), strict=True):
-                        own.copy_(part.view(own.shape))
-                bucket = []
-            if tensor is not None:
-                bucket.append(tensor)
+        shared = [part for own, parts in zip(sums, told, strict=True) for part in own.shared(parts)]
+        for bucket in _buckets(shared):
+            # Fast: many small ones, such as those of experts, go together.
+            flat = bucket[0] if len(bucket) == 1 else torch.cat([own.flatten() for own in bucket])
+            with self._exchange():
+                dist.all_reduce(flat)
+            if len(bucket) > 1:
+                for own, part in zip(bucket, torch.split(flat, [own.numel() for own in bucket]), strict=True):
+                    own.copy_(part.view(own.shape))
 
     def send(self, tensor: Tensor, sender: int) -> None:
         """Give a tensor of the sender's to all, who receive it in place."""
@@ -225,6 +214,20 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, as many at a time as `_BUCKET_BYTES` hold, on one device; a larger one by itself."""
+    bucket: list[Tensor] = []
+    room = _BUCKET_BYTES
+    for tensor in tensors:
+        if bucket and (tensor.nbytes > room or tensor.device != bucket[0].device):
+            yield bucket
+            bucket, room = [], _BUCKET_BYTES
+        bucket.append(tensor)
+        room -= tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 @contextmanager
