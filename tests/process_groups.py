@@ -1,14 +1,16 @@
 """Groups of processes that share a run, as forks of this one: what torchrun does, without starting interpreters."""
 
+import faulthandler
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed import TCPStore
@@ -23,20 +25,29 @@ def group(count: int, action: Callable[[int], Any], *, forks: bool = False, pati
     """
     if count == 1 and not forks:
         return [action(0)]
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    told, tell = os.pipe()
     with tempfile.TemporaryDirectory() as folder:
-        children = [_start(count, rank, store.port, action, Path(folder) / str(rank)) for rank in range(count)]
+        children = []
+        for rank in range(count):
+            children.append(os.fork())
+            if not children[-1]:
+                # What hangs says where.
+                faulthandler.dump_traceback_later(0.8 * patience, file=sys.__stderr__)
+                _end(count, rank, int.from_bytes(os.read(told, 4)), action, Path(folder) / str(rank))
+        # A lock that a thread of the store holds at a fork would never be given back there: the store comes last.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        os.write(tell, store.port.to_bytes(4) * count)
         codes = [ended(child, patience) for child in children]
+        os.close(told)
+        os.close(tell)
         return [
             pickle.loads((Path(folder) / str(rank)).read_bytes()) if code == 0 else code
             for rank, code in enumerate(codes)
         ]
 
 
-def _start(count: int, rank: int, port: int, action: Callable[[int], Any], file: Path) -> int:
-    child = os.fork()
-    if child:
-        return child
+def _end(count: int, rank: int, port: int, action: Callable[[int], Any], file: Path) -> NoReturn:
+    """Be process `rank` until the action is over."""
     code = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
