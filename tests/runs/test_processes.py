@@ -16,6 +16,7 @@ import tiny
 from command_line import process
 from process_groups import die_at, group
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError, ProcessError
+from secateur.launched import launched
 from secateur.runs.events import Event
 from secateur.runs.processes import ALONE, Processes
 
@@ -224,7 +225,7 @@ def test_processes_that_read_other_weights_are_refused(tmp_path: Path) -> None:
             PatternError,
             "depend on the order of the samples",
         ),
-        ({"batch_size": 9}, ProcessError, "2 processes for 1 batches"),
+        ({"batch_size": 9}, ProcessError, "2 processes cannot share 1 batch of"),
     ],
     ids=["order", "batches"],
 )
@@ -262,7 +263,7 @@ def test_shares_are_whole_batches_in_order(sizes: tuple[int, ...], count: int) -
 
 
 def test_too_few_batches() -> None:
-    with pytest.raises(ProcessError, match=r"4 processes for 3 batches.* Use more samples"):
+    with pytest.raises(ProcessError, match=r"4 processes cannot share 3 batches.* Use more samples"):
         Processes(0, 4).share(list(torch.zeros(3, 1).split(1)))
 
 
@@ -293,11 +294,64 @@ def test_the_command_starts_a_process_for_each_device(tmp_path: Path) -> None:
 
 def test_commands_of_one_process_are_refused_in_several(tmp_path: Path) -> None:
     def start() -> None:
-        os.environ.update(WORLD_SIZE="2", RANK="0")
+        os.environ.update(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
 
     found = process("inspect", tmp_path, before=start)
     assert found.returncode == 2
     assert "secateur inspect runs in one process, and a launcher has started 2" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK and MASTER_ADDR and MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "first", "MASTER_ADDR": "host", "MASTER_PORT": "1"}, "beside RANK=first"),
+    ],
+    ids=["incomplete", "no number"],
+)
+def test_what_a_launcher_should_have_set(variables: dict[str, str], message: str, monkeypatch: Any) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ProcessError, match=message):
+        launched()
+
+
+def test_several_devices_need_a_process_each(tmp_path: Path) -> None:
+    """The commands start them; a function, or another command, would take the first device and say nothing."""
+    model = tiny.save("llama", tmp_path / "model")
+    with pytest.raises(CheckpointError, match='--device "cpu,cpu" names 2 devices, and one process runs here'):
+        prune(model, tmp_path / "out", device="cpu,cpu")
+    for error in group(2, lambda rank: prune(model, tmp_path / "out", device="cpu,cpu,cpu")):
+        with pytest.raises(CheckpointError, match="names 3 devices, and 2 processes run here"):
+            raise error
+
+
+def test_a_plan_counts_the_processes_that_a_command_would_start(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    save_file({"input_ids": ids()}, tmp_path / "ids.safetensors")
+    common = ["plan", model, "-c", tmp_path / "ids.safetensors", "--batch-size", "1", "--json"]
+    one, two = (process(*common, "--device", device) for device in ("cpu", "cpu,cpu"))
+    assert json.loads(one.stdout)["parts"] == []
+    assert json.loads(two.stdout)["parts"]
+
+
+def test_states_of_a_process_that_does_not_see_the_others_disk(tmp_path: Path, monkeypatch: Any) -> None:
+    """Its files lie where its own machine keeps temporary ones, and nothing is made at the other one's path."""
+    model = tiny.save("llama", tmp_path / "model")
+    prune(model, tmp_path / "alone", method="sparsegpt")
+    own_disk = tmp_path / "own disk"
+
+    def run(rank: int) -> str:
+        monkeypatch.setattr("secateur.models.flow.stream.available_bytes", lambda: 0)
+        if rank:  # as on another machine
+            is_dir = Path.is_dir
+            monkeypatch.setattr(Path, "is_dir", lambda path: path.name != "out.partial" and is_dir(path))
+            monkeypatch.setattr("tempfile.tempdir", str(own_disk))
+        return prune(model, tmp_path / "out", method="sparsegpt").method
+
+    assert group(2, run) == ["sparsegpt", "sparsegpt"]
+    assert own_disk.is_dir()
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
 def test_more_samples_are_asked_for(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_json, print_tables, quiet_libraries, stage_progress, write_csv
-from secateur.cli.processes import LogDir, alone, logged, rank, started_for
+from secateur.cli.processes import LogDir, alone, logged, started_for
 from secateur.cli.streams import visible
 from secateur.collect.settings import DtypeSettings, ModelSettings
 from secateur.errors import CheckpointError
@@ -19,6 +19,7 @@ from secateur.evaluate.settings import (
     PerplexitySettings,
     TaskSettings,
 )
+from secateur.launched import launched
 from secateur.runs.options import shared
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     rows = [row for text in agreements for row in text]
     for row, name in zip(rows, pruned * len(agreements), strict=True):
         _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
-    if settings.csv is not None and rank() == 0:
+    if settings.csv is not None and launched().rank == 0:
         on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
         write_csv(Path(settings.csv), [*on_texts, *map(_task_row, answers)])
     if as_json:
@@ -194,7 +195,7 @@ def _keep(
     """Store the evaluation of a text. Where it cannot be stored, a line on standard error says so."""
     from secateur.evaluate.results import model_digest
 
-    if rank() > 0:
+    if launched().rank > 0:
         return
     bos = result.provenance.get("bos", {}).get("used")
     key = {**how, "data": result.data, "length": result.length, "digest": result.digest, "bos": bos}

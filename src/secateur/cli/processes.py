@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from secateur.collect.settings import HOW
 from secateur.errors import ProcessError, SecateurError
+from secateur.launched import devices_named, launched
 from secateur.runs.options import Option
 
 if TYPE_CHECKING:
@@ -17,24 +19,14 @@ if TYPE_CHECKING:
 
 LogDir = Annotated[
     str | None,
-    Option("How to run", "Folder for a log of each process that shares the run: process-0.log, process-1.log, ..."),
+    Option(HOW, "Folder for a log of each process that shares the run: process-0.log, process-1.log, ..."),
 ]
-
-
-def rank() -> int:
-    """The number of this process among those that share a run, 0 where it is alone."""
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
-
-
-def count() -> int:
-    """How many processes share a run, as a launcher such as torchrun tells."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def silent() -> Iterator[None]:
     """Within it, what a process prints that is not the first goes nowhere."""
-    if rank() == 0:
+    if launched().rank == 0:
         yield
         return
     null = os.open(os.devnull, os.O_RDWR)
@@ -46,10 +38,19 @@ def silent() -> Iterator[None]:
 
 def alone(command: str) -> None:
     """Raise `ProcessError` in several processes, for a command that one process runs."""
-    if count() > 1:
+    if launched().count > 1:
         raise ProcessError(
-            f"secateur {command} runs in one process, and a launcher has started {count()}. Start it alone."
+            f"secateur {command} runs in one process, and a launcher has started {launched().count}. Start it alone."
         )
+
+
+def devices_of(name: str) -> list[str]:
+    """The devices on which a command starts processes; one, on which it runs itself, where there are not several."""
+    if name == "auto":
+        import torch
+
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or [name]
+    return devices_named(name)
 
 
 def started_for(device: str) -> bool:
@@ -57,14 +58,10 @@ def started_for(device: str) -> bool:
 
     Exits with their code where that is not 0.
     """
-    if count() > 1:
+    if launched().count > 1:
         return False
-    devices = device.split(",")
-    if device == "auto":
-        import torch
-
-        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    if len(devices) < 2:
+    devices = devices_of(device)
+    if len(devices) == 1:
         return False
     from secateur.runs.launch import launch
 
@@ -98,13 +95,13 @@ class Log:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._stream = (folder / f"process-{rank()}.log").open("a", encoding="utf-8")
+            self._stream = (folder / f"process-{launched().rank}.log").open("a", encoding="utf-8")
         except OSError as error:
             raise SecateurError(f"--log-dir {folder}: cannot be written ({error.strerror}).") from None
         self._handler = logging.StreamHandler(self._stream)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("secateur").addHandler(self._handler)
-        self.write(f"process {rank()} of {count()}: secateur {' '.join(sys.argv[1:])}")
+        self.write(f"process {launched().rank} of {launched().count}: secateur {' '.join(sys.argv[1:])}")
 
     def write(self, text: str) -> None:
         """A line with the time."""

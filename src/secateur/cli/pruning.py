@@ -14,7 +14,7 @@ from secateur.cli.display import (
     stage_progress,
     status,
 )
-from secateur.cli.processes import LogDir, logged, started_for
+from secateur.cli.processes import LogDir, devices_of, logged, started_for
 from secateur.collect.settings import GradientSettings
 from secateur.pruning.settings import PlanSettings, PruneSettings
 
@@ -37,6 +37,8 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
         from secateur.pruning.forecast import estimate
         from secateur.report.terminal import estimate_tables
 
+        if len(devices := devices_of(settings.device)) > 1:
+            settings = replace(settings, device=devices[0], processes=max(settings.processes, len(devices)))
         started = time.time() - psutil.Process().create_time()  # Python and its libraries, also for `prune`
         result = estimate(**vars(settings))
         result = replace(result, seconds=result.seconds + started)

@@ -51,7 +51,7 @@ BOS = (
 class DeviceSettings(Settings):
     """What models run on."""
 
-    device: Annotated[str, Option(HOW, "auto, cpu, cuda, cuda:1, ...")] = "auto"
+    device: Annotated[str, Option(HOW, "auto, cpu, cuda, cuda:1, ...; cuda:0,cuda:1 is a process on each.")] = "auto"
     trust_remote_code: Trust = False
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import convert_file_size_to_int
 from rich.filesize import decimal
 
-from secateur.errors import CheckpointError, PatternError, ProcessError
+from secateur.errors import CheckpointError, PatternError
 from secateur.models.flow.memory import available_bytes
 from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton
@@ -21,7 +21,7 @@ from secateur.pruning.named import resolved
 from secateur.pruning.preparation import Prepared, output_of, prepared, solving_cost
 from secateur.pruning.settings import PlanSettings
 from secateur.runs.options import taking
-from secateur.runs.processes import Processes
+from secateur.runs.processes import Processes, too_few
 from secateur.runs.transaction import unfinished
 
 
@@ -234,7 +234,7 @@ def shared_estimate(alone: Estimate, ready: Prepared, processes: int, bandwidth:
     extent, planned = ready.extent, by_block(ready.extent.matrices)
     batches = max(1, math.ceil(extent.samples / extent.chosen_batch_size))
     if batches < processes and extent.samples:
-        raise ProcessError(f"--processes {processes}: there are {batches} batches of samples, and each needs one.")
+        raise too_few(batches, extent.chosen_batch_size, processes)
     samples = math.ceil(batches / processes) / batches
     if extent.by_site and extent.samples:  # the first sample runs along in all of them
         samples += 2 / extent.samples

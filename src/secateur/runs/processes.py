@@ -9,7 +9,6 @@ import datetime
 import functools
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from secateur.core.exact import Joinable
 from secateur.errors import ProcessError, SecateurError
+from secateur.launched import launched
 from secateur.runs.journal import difference
 
 if TYPE_CHECKING:
@@ -76,10 +76,7 @@ class Processes:
         """
         samples, tokens = sum(map(len, batches)), sum(batch.numel() for batch in batches)
         if len(batches) < self.count:
-            raise ProcessError(
-                f"{self.count} processes for {len(batches)} batches of samples: each needs one at least. Use more "
-                f"samples, a smaller --batch-size (now {len(batches[0])}), or fewer processes."
-            )
+            raise too_few(len(batches), len(batches[0]), self.count)
         ends = list(itertools.accumulate(map(len, batches)))
         # The batch after which each process ends: the one that brings it closest to its part of all samples.
         cuts = [0]
@@ -216,6 +213,14 @@ class Processes:
 ALONE = Processes()
 
 
+def too_few(batches: int, batch_size: int, processes: int) -> ProcessError:
+    """Why so many processes cannot share so many batches of samples."""
+    return ProcessError(
+        f"{processes} processes cannot share {batches} {'batch' if batches == 1 else 'batches'} of samples: each needs "
+        f"one. Use more samples, a smaller --batch-size (now {batch_size}), or fewer processes."
+    )
+
+
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in order, as many at a time as `_BUCKET_BYTES` hold, on one device; a larger one by itself."""
     bucket: list[Tensor] = []
@@ -239,11 +244,6 @@ def _quiet() -> Iterator[None]:
         logger.debug("the store of the processes is gone", exc_info=True)
 
 
-def started_alike() -> bool:
-    """Whether a launcher has started this process together with others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
-
-
 _RUNS = itertools.count()  # of this process, as many as of the others
 
 
@@ -262,7 +262,7 @@ def shared_run() -> Iterator[Processes]:
 
     A process group that somebody has made already is used and stays.
     """
-    if not started_alike() or not dist.is_available():
+    if launched().count == 1 or not dist.is_available():
         yield ALONE
         return
     store, rank, count = _launched()

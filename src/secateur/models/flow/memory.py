@@ -1,11 +1,12 @@
 """Freed memory: kept for the next block, and returned to the system before it piles up."""
 
 import ctypes
-import os
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+from secateur.launched import launched
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
 LARGE_BYTES = 4 << 20
@@ -21,8 +22,7 @@ def available_bytes() -> int:
 
     Of several processes that share a run on this machine each has an equal part.
     """
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
-    return min([psutil.virtual_memory().available, *_left_of_limits()]) // sharing
+    return min([psutil.virtual_memory().available, *_left_of_limits()]) // launched().local_count
 
 
 def _left_of_limits() -> list[int]:

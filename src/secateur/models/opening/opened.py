@@ -19,6 +19,7 @@ from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.files.checkpoint import CARD_FILE, Checkpoint, file_digest
 from secateur.files.folders import companions, copy_files, locate
 from secateur.files.reading import read_json, read_text
+from secateur.launched import devices_named, launched
 from secateur.models.opening.configuration import PACKING_ENTRIES, reason
 from secateur.models.opening.wrapped import plain_module
 from secateur.models.shape.causality import check_declared
@@ -71,14 +72,23 @@ def choose_device(name: str, option: str = "--device") -> torch.device:
     Of several names, separated by commas, and of several GPUs, each process that shares a run takes the one of its
     number on its machine.
 
-    Raises `CheckpointError` that names the option where it cannot be used.
+    Raises `CheckpointError` that names the option where it cannot be used, or names another number of devices than
+    there are processes on this machine.
     """
-    number = int(os.environ.get("LOCAL_RANK", "0"))
+    place = launched()
+    number = place.local_rank
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu":
             return torch.device(name)
-    name = name.split(",")[number % (name.count(",") + 1)]
+    names = devices_named(name)
+    if len(names) not in (1, place.local_count):
+        running = "one process runs" if place.local_count == 1 else f"{place.local_count} processes run"
+        raise CheckpointError(
+            f'{option} "{name}" names {len(names)} devices, and {running} here. Name one device; prune, gradients, '
+            "eval and compare on the command line start a process for each of several."
+        )
+    name = names[number % len(names)]
     if name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{number % torch.cuda.device_count()}"
     try:
