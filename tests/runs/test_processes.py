@@ -15,10 +15,12 @@ import secateur
 import tiny
 from command_line import process
 from process_groups import die_at, group
+from pruned_blocks import pruned_model
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError, ProcessError
 from secateur.launched import launched
 from secateur.runs.events import Event
 from secateur.runs.processes import ALONE, Processes
+from tuned_blocks import OPTIONS, samples
 
 EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts, block by block": ("qwen3_moe", {"method": "sparsegpt"}),
@@ -50,6 +52,66 @@ def test_any_number_of_processes_makes_the_same_bytes(name: str, tmp_path: Path)
         assert results == [results[0]] * count, results
         assert contents(tmp_path / str(count)) == expected
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"targets": "pruned", "batch_size": 1, "only": ["*.mlp.*"]}),
+        ("mixtral", {"batch_size": 1}),
+        ("gpt2", {"batch_size": 1, "minutes": 1000}),
+    ],
+    ids=["one batch in a step", "targets of the same inputs", "experts", "minutes"],
+)
+def test_recovery_block_by_block(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
+    pruned = pruned_model(architecture, tmp_path)
+    options = {**OPTIONS, "batch_size": 4, **options, "calibration": samples()}
+
+    def recover(rank: int, output: Path) -> list[Any]:
+        manifest = secateur.reconstruct(pruned, output=output, **options)
+        assert manifest.recovery is not None
+        return [{**block, "seconds": 0} for block in manifest.recovery["blocks"]]
+
+    expected = recover(0, tmp_path / "1")
+    assert any(block["after"] < block["before"] for block in expected)
+    for count in (2, 3) if architecture == "mixtral" else (2,):
+        found = group(count, lambda rank, count=count: recover(rank, tmp_path / str(count)))
+        if "minutes" not in options:  # with them the learning rate falls with the clock
+            assert found == [expected] * count
+            assert contents(tmp_path / str(count)) == contents(tmp_path / "1")
+        assert found == [found[0]] * count
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (1, 3)], ids=str)
+def test_recovery_goes_on_with_any_number(counts: tuple[int, int], tmp_path: Path) -> None:
+    pruned = pruned_model("llama", tmp_path)
+    options = {**OPTIONS, "batch_size": 1, "calibration": samples()}
+    secateur.reconstruct(pruned, output=tmp_path / "whole", **options)
+    victim = die_at(lambda event: event.block == 1 and event.stage == "tune")
+
+    def run(rank: int) -> None:
+        last = rank == counts[0] - 1
+        secateur.reconstruct(
+            pruned, output=tmp_path / "out", on_event=victim if last else lambda event: None, **options
+        )
+
+    *others, killed = group(counts[0], run, forks=True)
+    assert killed == -signal.SIGKILL
+    assert all("ended or hung without a word" in str(error) for error in others)
+
+    def go_on(rank: int) -> set[int]:
+        tuned: set[int] = set()
+
+        def on_event(event: Event) -> None:
+            if event.stage == "tune" and event.block is not None:
+                tuned.add(event.block)
+
+        secateur.reconstruct(pruned, output=tmp_path / "out", resume=True, on_event=on_event, **options)
+        return tuned
+
+    assert all(0 not in tuned and tuned for tuned in group(counts[1], go_on))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_every_process_knows_the_whole_manifest(tmp_path: Path) -> None:

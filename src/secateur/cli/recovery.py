@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_result, progress, quiet_libraries, recovery_progress, stage_progress
+from secateur.cli.processes import LogDir, logged, started_for
 from secateur.errors import CalibrationError, PatternError
 from secateur.recover.settings import MergeSettings, RecoverSettings
 from secateur.runs.options import OPTIONS, Option, options
@@ -26,16 +27,21 @@ TAKEN |= {"batch_size": "step", "lr": "learning_rate", "patience": "patience", "
     "secateur recover ./pruned -o ./recovered --method full --data my.jsonl --steps 2000 --distill ./dense",
     "secateur recover ./pruned -o ./recovered --method block --samples 128 --length 1024",
     "secateur recover ./pruned -o ./adapter --minutes 60 --resume",
+    "torchrun --nproc-per-node 4 -m secateur recover ./pruned -o ./recovered --method block",
+    processes=True,
 )
-def recover(settings: RecoverSettings, config: Config = None, as_json: Json = False) -> None:
+def recover(settings: RecoverSettings, config: Config = None, as_json: Json = False, log_dir: LogDir = None) -> None:
     """Train a pruned model, with zeros that stay zero: an adapter beside it, or the kept weights themselves.
 
     The loss and the perplexity on held-out windows are shown while it runs; the best checkpoint is the result. Training
     is that of transformers' Trainer. An interrupted run goes on with --resume.
     """
     if settings.method == "block":
-        _tune_blocks(settings, as_json)
+        if not started_for(settings.device):
+            _tune_blocks(settings, as_json, log_dir)
         return
+    if log_dir is not None:
+        raise PatternError("--log-dir: is for --method block, which several processes can share.")
     try:
         with quiet_libraries(), recovery_progress() as (show, say):
             from secateur.recover.fine_tuning import fine_tune
@@ -55,7 +61,7 @@ def recover(settings: RecoverSettings, config: Config = None, as_json: Json = Fa
     print_result(result, recovery_tables, as_json)
 
 
-def _tune_blocks(settings: RecoverSettings, as_json: bool) -> None:
+def _tune_blocks(settings: RecoverSettings, as_json: bool, log_dir: str | None) -> None:
     """Block by block, without a Trainer."""
     values: dict[str, Any] = {}
     for field in options(RecoverSettings):
@@ -79,7 +85,7 @@ def _tune_blocks(settings: RecoverSettings, as_json: bool) -> None:
         nonlocal latest
         latest = f", held-out loss {record['before']:.4f} to {record['after']:.4f}"
 
-    with quiet_libraries(), progress(done="tuned", note=lambda: latest) as on_event:
+    with quiet_libraries(), logged(log_dir) as log, progress(done="tuned", note=lambda: latest) as on_event:
         from secateur.recover.block import forwards, reconstruct
         from secateur.report.recovery import block_tables
 
@@ -87,7 +93,11 @@ def _tune_blocks(settings: RecoverSettings, as_json: bool) -> None:
         within = f", within {values['minutes']:g} minutes" if "minutes" in values else ""
         print(f"at most {most:.1f} forwards of {samples} samples through the blocks{within}", file=sys.stderr)
         manifest = reconstruct(
-            **values, calibration=settings.data, command=settings.command, on_event=on_event, on_block=on_block
+            **values,
+            calibration=settings.data,
+            command=settings.command,
+            on_event=log.beside(on_event),
+            on_block=on_block,
         )
     print_result(manifest, partial(block_tables, output=str(settings.output)), as_json)
 

@@ -1,7 +1,6 @@
 """`prune`: from a model to a pruned checkpoint and its manifest."""
 
 import logging
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -159,9 +158,7 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
             facts = facts_of(opened, windows, extent.matrices, extent.chosen_batch_size, evidence.device)
             shared.begin(method.inputs, facts)
         conveyor = Conveyor(skeleton, written, clock, on_event, pile_bytes)
-        # What only this process needs lies on its own machine, which may not see the first one's disk.
-        room_for_states = beside if beside.is_dir() else Path(tempfile.gettempdir())
-        BlockLoop(ready, evidence, manifest, conveyor, room_for_states, processes).run()
+        BlockLoop(ready, evidence, manifest, conveyor, processes.room(beside), processes).run()
         if shared is not None:
             shared.complete = True
         manifest.seconds = clock.so_far()

@@ -5,6 +5,7 @@ one, write it, and run the samples through it as it was written to make the next
 and the last one written while this one is tuned; no more are held, whatever the model's size.
 """
 
+import logging
 import math
 import os
 import time
@@ -33,7 +34,7 @@ from secateur.record.manifest import Manifest, mask_digest, read_manifest
 from secateur.record.versions import run_facts
 from secateur.recover.block_tuning import Split, Targets, tune
 from secateur.recover.dense_source import DenseSource
-from secateur.recover.settings import BlockSettings, require_one_process
+from secateur.recover.settings import BlockSettings
 from secateur.recover.written import check_unchanged
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor, Finished
@@ -41,7 +42,10 @@ from secateur.runs.events import Clock, Event
 from secateur.runs.journal import common_facts
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
+from secateur.runs.processes import Processes, shared_run
 from secateur.runs.transaction import Transaction
+
+logger = logging.getLogger(__name__)
 
 
 @taking(BlockSettings)
@@ -61,19 +65,22 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     that cannot be made better on the held-out samples stays as it is. What a run that was ended leaves, the same call
     with `resume` goes on with, to the same bytes (but for `minutes`, which make a result depend on the clock). The
     manifest is that of the pruning with a
-    section `recovery`. `on_block` gets the record of each block when it is done.
+    section `recovery`. `on_block` gets the record of each block when it is done. Processes that torchrun has started
+    share the samples, and every number of them writes the same bytes.
 
-    Raises `CalibrationError`, `PatternError`, `ModelStructureError`, `NumericalError` or `CheckpointError`, each of
-    which says what to do.
+    Raises `CalibrationError`, `PatternError`, `ModelStructureError`, `NumericalError`, `CheckpointError` or
+    `ProcessError`, each of which says what to do.
     """
     started = time.perf_counter()
-    require_one_process()
     folder, on_event = locate(os.fspath(settings.pruned)), settings.on_event
     base = read_manifest(folder)
     target = check_output(settings.output, folder, settings.overwrite)
     assert target is not None
     with ExitStack() as stack:
-        transaction = stack.enter_context(Transaction(target, settings.overwrite, resume=settings.resume))
+        processes = stack.enter_context(shared_run())
+        transaction = processes.on_first(
+            lambda: stack.enter_context(Transaction(target, settings.overwrite, resume=settings.resume))
+        )
         how: dict[str, Any] = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
         opened = open_model(folder, dtype=settings.dtype, **how)
         if opened.skeleton.dtype == torch.float16:  # in which gradients underflow
@@ -134,30 +141,44 @@ def reconstruct(settings: BlockSettings) -> Manifest:
             "earlier": base.recovery,
         }
         manifest.recovery = recovery
-        journal = transaction.journal
         facts = {"base": base.digest, "tokens": windows.digest, "settings": recovery["settings"]}
         facts |= common_facts(opened)
         facts |= {"only": list(settings.only), "skip": list(settings.skip)}
-        journal.begin("recover --method block", len(skeleton.blocks), facts)
-        clock.resume(journal.seconds)
-        written = stack.enter_context(checkpoint_output(transaction, opened))
+        processes.agree(facts)
+        if len(split.steps[0]) < processes.count and processes.first:
+            logger.warning(
+                "A step has %d %s, so that %d of %d processes work on it at a time. More samples in a step (recover "
+                "--batch-size) keep more of them busy, and change the result.",
+                len(split.steps[0]),
+                "batch" if len(split.steps[0]) == 1 else "batches",
+                len(split.steps[0]),
+                processes.count,
+            )
+        written = None
+        if transaction is not None:
+            transaction.journal.begin("recover --method block", len(skeleton.blocks), facts)
+            clock.resume(transaction.journal.seconds)
+            written = stack.enter_context(checkpoint_output(transaction, opened))
         BlockPass(
             settings,
             conveyor=Conveyor(skeleton, written, clock, on_event),
             original=original,
             matrices=matrices,
-            split=split,
+            split=split.share(processes),
             started=started - clock.earlier,
-            states=transaction.partial,
+            states=processes.room(Path.cwd() if transaction is None else transaction.partial),
             manifest=manifest,
+            processes=processes,
         ).run()
         share = split.trained / windows.samples
         recovery["forwards"] = sum(forwards(block["epochs"], share) for block in recovery["blocks"]) / len(
             recovery["blocks"]
         )
         recovery["seconds"] = clock.so_far()
-        written.seal(manifest)
-        written.publish(manifest)
+        if written is not None:
+            written.seal(manifest)
+            written.publish(manifest)
+        processes.gather(None)  # what the first one writes is there when any of them returns
     on_event(Event("done"))
     return manifest
 
@@ -183,18 +204,22 @@ class BlockPass:
     started: float  # by `time.perf_counter`
     states: Path  # where hidden states may go
     manifest: Manifest
+    processes: Processes
     first_tuned: tuple[int, float] | None = None  # its index, and when
     tuning_seconds: float = 0.0  # of all blocks, their shares of --minutes at most
 
     def __post_init__(self) -> None:
         self.skeleton, self.clock, self.last = self.conveyor.skeleton, self.conveyor.clock, max(self.matrices)
-        assert self.conveyor.output is not None
-        self._journal = self.conveyor.output.journal
+        journal = None if self.conveyor.output is None else self.conveyor.output.journal
+        parts = {} if journal is None else {block.index: journal.of_block(block) for block in self.skeleton.blocks}
+        # By an earlier process.
+        self.finished = self.processes.gather({index: part for index, part in parts.items() if part is not None})[0]
 
     @torch.no_grad()
     def run(self) -> None:
         """Record the samples' calls, for dense targets those of the dense blocks too; then tune block by block."""
-        skeleton, batches, dense = self.skeleton, self.split.batches, self.settings.targets == "dense"
+        skeleton, dense = self.skeleton, self.settings.targets == "dense"
+        batches = list(self.split.batches.values())
         each = sum(batch.numel() for batch in batches) * skeleton.hidden_size * skeleton.dtype.itemsize
         self.folder = states_folder(self.settings.offload_states, (2 + dense) * each, self.states)
         made: list[Stream] = []
@@ -221,7 +246,10 @@ class BlockPass:
         """The checkpoint tensors of the finished block; the streams have moved on to the next."""
         tensors, original, tuned = found.tensors, found.original, found.tuned
         own = {name: tensors[name] for name in self.skeleton.block_tensors[block.index]}
-        part = None if tuned is None else self._journal.of_block(block)
+        part = self.finished.get(block.index)
+        for name in sorted(tuned or ()):
+            assert tuned is not None
+            self.processes.send(tuned[name], 0)
         if block.index > self.last:
             return None if part is not None else Finished(own, {})
         record: dict[str, Any] = {} if part is None else part.record
@@ -279,11 +307,12 @@ class BlockPass:
         stream = self.dense or self.pruned
         with self.clock.timed("dense forward"), loaded(self.skeleton, block, original):
             running = time.perf_counter()
-            for batch in range(len(stream.batches)):
-                targets.add(stream.run(block, batch, aside=self.dense is None))
+            for batch, number in enumerate(self.split.batches):
+                targets.add(number, stream.run(block, batch, aside=self.dense is None))
                 self.conveyor.tell("dense", block, batch + 1, len(stream.batches))
             targets.seconds = time.perf_counter() - running
-        if not math.isfinite(sum(targets.squares)):
+        targets.join(self.processes)
+        if not math.isfinite(math.fsum(targets.squares.values())):
             raise NumericalError(
                 f"{block.path}: the dense model's own outputs are not finite. Is it sound? Try --dtype float32."
             )
@@ -315,7 +344,8 @@ class BlockPass:
         self, block: Block, matrices: Sequence[Matrix], tensors: dict[str, Tensor], targets: Targets
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors that tuning changed, and its record."""
-        seconds = self._seconds(block, targets.seconds)
+        # By the clock of one.
+        (seconds, *_) = self.processes.gather(self.processes.on_first(lambda: self._seconds(block, targets.seconds)))
         began = time.perf_counter()
         changed, facts = tune(
             block,
@@ -327,6 +357,7 @@ class BlockPass:
             self.settings,
             seconds,
             progress=lambda done, total: self.conveyor.tell("tune", block, done, total),
+            processes=self.processes,
         )
         self.tuning_seconds += min(time.perf_counter() - began, seconds or 0.0)
         first, when = self.first_tuned or (block.index, began)
@@ -343,7 +374,7 @@ class BlockPass:
             "first tuned": [first, when - self.started],
             "tuning seconds": self.tuning_seconds,
         }
-        return changed, record
+        return changed, self.processes.gather(record)[0]
 
     def _read(self, block: Block) -> "Found":
         """In the background: the block's tensors, pruned and dense (up to the last tuned block), both checked."""
@@ -354,9 +385,12 @@ class BlockPass:
             check_weight(matrix.name, matrix.view(tensors))
         wanted = list(tensors) if block.index <= self.last else []
         original = self.original.read(wanted, pin=self.skeleton.device.type == "cuda") if wanted else {}
-        output, part = self.conveyor.output, self._journal.of_block(block)
-        tuned = None if part is None or output is None else output.read(part.record.get("trained", ()))
-        return Found(tensors, original, tuned)
+        if (part := self.finished.get(block.index)) is None:
+            return Found(tensors, original, None)
+        changed, output = part.record.get("trained", ()), self.conveyor.output
+        if output is None:  # what the first process has read comes from there
+            return Found(tensors, original, {name: torch.empty_like(tensors[name]) for name in changed})
+        return Found(tensors, original, output.read(changed))
 
 
 @dataclass(frozen=True)

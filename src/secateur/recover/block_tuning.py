@@ -4,12 +4,16 @@ The loss of a token is the squared distance of the output from its target over t
 what the next block sees, whose norm divides each token by its length. Its gradient goes no further than the block. Adam
 works on float32 copies of the weights, whatever dtype the block computes in. Weights that are zero have no gradient and
 no moments, and stay exactly zero.
+
+Several processes share the batches of every step. Each takes the gradient of its own; all add up all of them in the
+order of the batches, as one process does, and make the same step.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from secateur.models.shape.matrices import Matrix, tapped
 from secateur.models.shape.structure import Block
 from secateur.recover.masks import keep_from_zero
 from secateur.recover.settings import BlockSettings
+from secateur.runs.processes import ALONE, Processes, too_few
 
 BETAS = (0.9, 0.95)  # of Adam: a few hundred steps are too few for an average over a thousand
 WARM_UP = 0.05  # of all steps
@@ -32,7 +37,7 @@ LEAST_LENGTH = 1e-6  # of a token's target, squared, relative to the mean
 class Split:
     """Which samples are trained on, in steps of whole batches; the rest, which come last, is held out."""
 
-    batches: Sequence[Tensor]  # of token ids, in all
+    batches: Mapping[int, Tensor]  # of token ids: those of this process, by their numbers among all
     steps: Sequence[range]  # of batches, each of which makes one step of Adam
     held_out: range  # of batches
     trained: int  # samples
@@ -60,24 +65,43 @@ class Split:
             own = windows.part(first, last).batches(size)
             ranges.append(range(len(batches), len(batches) + len(own)))
             batches += own
-        return cls(batches, ranges[:-1], ranges[-1], trained, step, size)
+        return cls(dict(enumerate(batches)), ranges[:-1], ranges[-1], trained, step, size)
+
+    def share(self, processes: Processes) -> "Split":
+        """What is left to one of several processes, each of which has a batch of any as many that follow one another.
+
+        Raises `ProcessError` where there are fewer batches than processes.
+        """
+        if len(self.batches) < processes.count:
+            raise too_few(len(self.batches), self.batch_size, processes.count)
+        own = {number: batch for number, batch in self.batches.items() if number % processes.count == processes.rank}
+        return replace(self, batches=own)
 
 
 @dataclass
 class Targets:
-    """The outputs that the block should have for each batch, with its number of tokens and the sum of their squares."""
+    """The outputs that the block should have for each batch of this process.
+
+    Of every batch, by its number, `tokens` has how many there are, and `squares` the sum of their squares.
+    """
 
     states: HiddenStates
-    tokens: list[int] = field(default_factory=list)
-    squares: list[float] = field(default_factory=list)
+    tokens: dict[int, int] = field(default_factory=dict)
+    squares: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0  # that the forward took
 
-    def add(self, states: Tensor) -> None:
-        """Keep the targets of the next batch."""
-        self.states.put(len(self.tokens), states)
-        self.tokens.append(states[..., 0].numel())
+    def add(self, number: int, states: Tensor) -> None:
+        """Keep the targets of the next batch, which has this number among all."""
+        self.states.put(len(self.squares), states)
+        self.tokens[number] = states[..., 0].numel()
         wide = torch.promote_types(states.dtype, torch.float32)
-        self.squares.append(float(states.to(wide).square().sum(dtype=torch.float64)))
+        self.squares[number] = float(states.to(wide).square().sum(dtype=torch.float64))
+
+    def join(self, processes: Processes) -> None:
+        """Learn the numbers of the batches of all processes."""
+        for tokens, squares in processes.gather((self.tokens, self.squares)):
+            self.tokens |= tokens
+            self.squares |= squares
 
 
 def tune(
@@ -90,13 +114,14 @@ def tune(
     settings: BlockSettings,
     seconds: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a loaded block that tuning changes, and its record; block, inputs and `tensors` stay as they are.
 
     `tensors` are the block's checkpoint tensors. In the record `before` and `after` are the loss on held-out samples,
     `epochs` is how many were run, the last one perhaps in part, and `best_epoch` the one whose weights were kept (0:
     the weights as they were). `nudged` counts kept weights that would have been rounded to zero; `diverged` is the
-    epoch whose loss was not finite, after which no more were run.
+    epoch whose loss was not finite, after which no more were run. All `processes` that share the batches get the same.
 
     After each epoch the weights are judged on the held-out samples as they would be written, rounded; the best ones
     are the result, those at the start included. With `seconds`, tuning ends when they are over at the latest, and the
@@ -111,7 +136,7 @@ def tune(
     for name, (parameter, transposed) in tapped(block, matrices)[0].items():
         own = [matrix for matrix in matrices if matrix.parameter == name]
         copies.append(_Copy(name[len(block.path) + 1 :], parameter, own, tensors, transposed))
-    loss = _Loss(block, stream, targets, split.held_out)
+    loss = _Loss(block, stream, targets, split, processes)
     best = [copy.rounded() for copy in copies]
     before = after = loss.held_out(copies, best)
     if not math.isfinite(before):
@@ -128,9 +153,10 @@ def tune(
 
     def spent(steps: int) -> float:
         """How much of the budget is spent, in steps."""
-        elapsed = time.perf_counter() - began
-        share = 0.0 if seconds is None else elapsed / seconds if elapsed < seconds else 1.0
-        return max(steps, share * total)
+        if seconds is None:
+            return steps
+        elapsed = processes.gather(time.perf_counter() - began)[0]
+        return max(steps, (elapsed / seconds if elapsed < seconds else 1.0) * total)
 
     def rate(step: int) -> float:
         """The factor of the learning rate after so many steps."""
@@ -153,7 +179,7 @@ def tune(
             if spent(step) >= total:
                 break
         epoch += 1
-        if not math.isfinite(float(torch.stack(sums).sum())):
+        if not all(processes.gather(math.isfinite(float(torch.stack(sums).sum())))):
             diverged = epoch
             break
         states = [copy.rounded() for copy in copies]
@@ -234,29 +260,69 @@ class _Copy:
 class _Loss:
     """The loss of a block: the mean over tokens of |output - target|² / |target|²."""
 
-    def __init__(self, block: Block, stream: Stream, targets: Targets, held_out: range) -> None:
-        self._block, self._stream, self._targets, self._held_out = block, stream, targets, held_out
+    def __init__(
+        self, block: Block, stream: Stream, targets: Targets, split: Split, processes: Processes = ALONE
+    ) -> None:
+        self._block, self._stream, self._targets, self._split = block, stream, targets, split
+        self._processes = processes
+        self._own = {number: position for position, number in enumerate(split.batches)}
         # A token whose target is next to nothing does not outweigh all others.
-        self._least = LEAST_LENGTH * sum(targets.squares) / sum(targets.tokens)
+        self._least = LEAST_LENGTH * math.fsum(targets.squares.values()) / sum(targets.tokens.values())
 
     def held_out(self, copies: Sequence[_Copy], states: Sequence[tuple[Tensor, int]]) -> float:
         """The loss on the held-out samples with rounded weights."""
         with torch.no_grad():
             weights = {copy.name: state.to(copy.dtype) for copy, (state, _) in zip(copies, states, strict=True)}
-            return float(torch.stack([self._of(weights, batch, self._held_out) for batch in self._held_out]).sum())
+            among = self._split.held_out
+            own = [self._of(weights, number, among) for number in among if number in self._own]
+        # Exact: the same sum in any order.
+        return math.fsum(chain(*self._processes.gather(torch.stack(own).tolist() if own else [])))
 
     def backward(self, copies: Sequence[_Copy], step: range) -> Tensor:
-        """The loss of a step, whose gradient is added to the copies; one batch in memory at a time."""
+        """The loss of this process's part of a step; the gradient of all of it is added to the copies.
+
+        One batch of each process is in memory at a time.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self._stream.device)
-        for batch in step:
-            with torch.enable_grad():
-                loss = self._of({copy.name: copy.master.to(copy.dtype) for copy in copies}, batch, step)
-                if loss.requires_grad:  # not where the only tuned experts saw no token of the batch
-                    loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+        at_once = self._processes.count
+        for first in range(step.start, step.stop, at_once):
+            part = range(first, min(first + at_once, step.stop))
+            before = [copy.master.grad for copy in copies]
+            if at_once > 1:
+                for copy in copies:
+                    copy.master.grad = None
+            for number in part:
+                if number not in self._own:
+                    continue
+                with torch.enable_grad():
+                    loss = self._of({copy.name: copy.master.to(copy.dtype) for copy in copies}, number, step)
+                    if loss.requires_grad:  # not where the only tuned experts saw no token of the batch
+                        loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            if at_once > 1:
+                self._add_up(copies, before, part)
         return total
 
-    def _of(self, weights: dict[str, Tensor], batch: int, among: range) -> Tensor:
+    def _add_up(self, copies: Sequence[_Copy], before: Sequence[Tensor | None], part: range) -> None:
+        """Give each copy the gradient that it had and those of these batches, of which each process has one at most.
+
+        Exact: they are added one by one, as autograd adds them in a process that has all of them. A batch that has no
+        gradient, of experts that saw none of its tokens, adds none.
+        """
+        rank, count = self._processes.rank, self._processes.count
+        there = self._processes.gather([copy.master.grad is not None for copy in copies])
+        for position, (copy, total) in enumerate(zip(copies, before, strict=True)):
+            own = copy.master.grad
+            for sender in (number % count for number in part):
+                if not there[sender][position]:
+                    continue
+                gradient = own if sender == rank else torch.empty_like(copy.master, requires_grad=False)
+                assert gradient is not None
+                self._processes.send(gradient, sender)
+                total = gradient.clone() if total is None else total.add_(gradient)
+            copy.master.grad = total
+
+    def _of(self, weights: dict[str, Tensor], number: int, among: range) -> Tensor:
         """A batch's share of the loss of several batches."""
 
         def module(*args: Any, **kwargs: Any) -> Any:
@@ -264,10 +330,11 @@ class _Loss:
             return torch.func.functional_call(self._block.module, weights, args, kwargs)
 
         block = Block(self._block.index, self._block.path, module)  # type: ignore[arg-type]  # it is only called
-        output = self._stream.run(block, batch, aside=True)
-        target = self._targets.states.get(batch, self._stream.device)
+        own = self._own[number]
+        output = self._stream.run(block, own, aside=True)
+        target = self._targets.states.get(own, self._stream.device)
         wide = torch.promote_types(output.dtype, torch.float32)
         output, target = output.to(wide), target.to(wide)
         lengths = target.square().sum(dim=-1).clamp(min=self._least)
-        tokens = sum(self._targets.tokens[number] for number in among)
+        tokens = sum(self._targets.tokens[other] for other in among)
         return ((output - target).square().sum(dim=-1) / lengths).sum() / tokens

@@ -14,7 +14,8 @@ from secateur.collect.settings import (
     File,
     SelectionSettings,
 )
-from secateur.errors import CalibrationError, PatternError
+from secateur.errors import CalibrationError, PatternError, ProcessError
+from secateur.launched import launched
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 
 if TYPE_CHECKING:
@@ -310,11 +311,9 @@ class MergeSettings(DeviceSettings):
 
 
 def require_one_process() -> None:
-    """Raise `PatternError` when torchrun has started several processes."""
-    import torch  # not for --help
-
-    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
-        raise PatternError(
-            "recover runs in one process, and torchrun started several. For several GPUs use a Trainer of your own, "
-            "with callbacks=[secateur.SparsityCallback()]."
+    """Raise `ProcessError` when a launcher such as torchrun has started several processes."""
+    if (count := launched().count) > 1:
+        raise ProcessError(
+            f"recover trains in one process, and a launcher has started {count}. For several GPUs use --method block, "
+            "or a Trainer of your own with callbacks=[secateur.SparsityCallback()]."
         )

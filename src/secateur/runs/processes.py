@@ -9,10 +9,12 @@ import datetime
 import functools
 import itertools
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -158,6 +160,11 @@ class Processes:
             dist.broadcast(whole.view(-1).view(torch.uint8), sender)
         if whole is not tensor and self.rank != sender:
             tensor.copy_(whole)
+
+    def room(self, folder: Path) -> Path:
+        """The first process's folder; on a machine that does not see it, the one for temporary files."""
+        first = self.gather(folder)[0]
+        return first if first.is_dir() else Path(tempfile.gettempdir())
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise `ProcessError` in every process where one has other facts than the first."""

@@ -85,8 +85,8 @@ def choose_device(name: str, option: str = "--device") -> torch.device:
     if len(names) not in (1, place.local_count):
         running = "one process runs" if place.local_count == 1 else f"{place.local_count} processes run"
         raise CheckpointError(
-            f'{option} "{name}" names {len(names)} devices, and {running} here. Name one device; prune, gradients, '
-            "eval and compare on the command line start a process for each of several."
+            f'{option} "{name}" names {len(names)} devices, and {running} here. Name one device; the commands '
+            "prune, gradients, eval, compare and recover --method block start a process for each of several."
         )
     name = names[number % len(names)]
     if name == "cuda" and torch.cuda.is_available():
