@@ -25,9 +25,31 @@ def test_a_triangle_is_inverted_by_halves(size: int) -> None:
     factor = (
         torch.tril(normal(size, size, 1).double(), -1) / size**0.5 + torch.diag(torch.linspace(1, 2, size)).double()
     )
-    inverse = linalg.invert_triangle(factor)
+    inverse = factor.clone()
+    linalg.invert_triangle(inverse)
     torch.testing.assert_close(inverse @ factor, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-10)
     assert not bool(inverse.triu(1).any())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 5), (40, 41)], ids=str)
+def test_a_matrix_turned_around_in_place(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "_TURNED", 7)
+    matrix = normal(*shape, 1)
+    turned = matrix.clone()
+    linalg.turn_around(turned)
+    assert torch.equal(turned, matrix.flip(0, 1))
+
+
+def test_a_factor_with_more_damping_is_that_of_the_matrix_as_it_was() -> None:
+    """The first attempt fails, and leaves nothing of itself in the next one."""
+    half = correlated(300, 60).double()
+    total = half.t() @ half
+    total[5, 30] = total[30, 5] = 1.05 * (total[5, 5] * total[30, 30]).sqrt()
+    with pytest.raises(torch.linalg.LinAlgError):
+        reference_solvers.inverse_cholesky(total, 0.01)
+    factor, used = linalg.inverse_factor("w", total, 0.01)
+    assert used > 0.01
+    torch.testing.assert_close(factor, reference_solvers.inverse_cholesky(total, used), rtol=1e-9, atol=1e-12)
 
 
 def test_the_inverse_factor_is_the_published_one() -> None:

@@ -19,6 +19,7 @@ from secateur.errors import NumericalError
 
 T = TypeVar("T")
 
+_TURNED = 1 << 20  # numbers that change places at once
 STRIPE = 512  # columns of the Gram matrix that are multiplied at once where its symmetry halves the work
 CHUNK_BYTES = 2**28  # of the small systems that are solved at once
 
@@ -165,20 +166,40 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], _damping: float = 0.0) -> Floa
     return factor if not bool(info.any()) and bool(pivots.isfinite().all()) else None
 
 
+def cholesky_in_place(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | None:
+    """As `cholesky`, of the transpose of a contiguous matrix and in its memory, whose numbers are lost in any case."""
+    # Memory: LAPACK goes by columns; of any other matrix torch makes a copy that does.
+    factor = matrix.mT
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    return factor if not bool(info) and bool(factor.diagonal().isfinite().all()) else None
+
+
 @full_precision()
-def invert_triangle(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """The inverse of a lower triangular matrix, by halves: two thirds of the work of solving for the identity."""
+def invert_triangle(factor: Float[Tensor, "n n"]) -> None:
+    """Invert a lower triangular matrix in place, by halves: two thirds of the work of solving for the identity."""
     size = len(factor)
     if size <= STRIPE:
         identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
-        small: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-        return small
+        factor.copy_(torch.linalg.solve_triangular(factor, identity, upper=False))
+        return
     half = size // 2
-    result = torch.zeros_like(factor)
-    result[:half, :half] = invert_triangle(factor[:half, :half])
-    result[half:, half:] = invert_triangle(factor[half:, half:])
-    torch.mm(result[half:, half:], factor[half:, :half] @ result[:half, :half], out=result[half:, :half]).neg_()
-    return result
+    first, corner, last = factor[:half, :half], factor[half:, :half], factor[half:, half:]
+    invert_triangle(first)
+    invert_triangle(last)
+    torch.mm(last, corner @ first, out=corner).neg_()
+
+
+def turn_around(matrix: Float[Tensor, "rows columns"]) -> None:
+    """Reverse both axes of a contiguous matrix, in place."""
+    numbers = matrix.view(-1)
+    total = len(numbers)
+    for start in range(0, total // 2, _TURNED):
+        stop = min(start + _TURNED, total // 2)
+        front, back = numbers[start:stop], numbers[total - stop : total - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
 
 
 @full_precision()
@@ -189,15 +210,24 @@ def inverse_factor(name: str, gram: Float[Tensor, "in in"], damping: float) -> t
 
     Exact: with both axes reversed a lower Cholesky factor becomes an upper one R with ``R Rᵀ = G``, and ``U = R⁻¹``.
     One factorisation less than by way of the inverse of G, and no inverse whose own rounding must be factored.
+    Memory: one matrix and a quarter, beside G: everything is done in the matrix that is returned.
     """
-    reverse = gram.flip(0, 1)
+    reverse = gram.flip(0, 1).contiguous()
     diagonal = reverse.diagonal()
     live = diagonal > 0
     # Paper: the published code counts a dead input as 1, whatever the unit of the others is.
     diagonal[~live] = diagonal[live].mean() if bool(live.any()) else 1.0
-    factor, used = climb(name, reverse, damping, cholesky)
-    del reverse, diagonal
-    return invert_triangle(factor).flip(0, 1), used
+
+    def attempt(matrix: Tensor, _damping: float) -> Tensor | None:
+        factor = cholesky_in_place(matrix)
+        if factor is None:
+            matrix.copy_(gram.flip(0, 1))
+        return factor
+
+    factor, used = climb(name, reverse, damping, attempt)
+    invert_triangle(factor)
+    turn_around(reverse)
+    return factor, used
 
 
 # Of the inputs whose factor was last asked for: what it was made of, the factor and its damping.
@@ -267,16 +297,15 @@ def normalise(problem: Problem) -> Normalised:
 
 def shifted_inverse(name: str, gram: Float[Tensor, "in in"], shift: float) -> Float[Tensor, "in in"]:
     """``(gram + shift I)⁻¹`` of a matrix that has a Cholesky factor. Raises `NumericalError` where it has none."""
-    matrix = gram.clone()
+    matrix = gram.mT.clone(memory_format=torch.contiguous_format)
     matrix.diagonal().add_(shift)
-    factor = cholesky(matrix)
-    del matrix
+    factor = cholesky_in_place(matrix)
     if factor is None:
         raise NumericalError(
             f"{name}: the damped Gram matrix of its inputs has no Cholesky factor with {shift:g} on its diagonal. "
             "Compute in float64 with --dtype float64, or use more damping."
         )
-    return torch.cholesky_inverse(factor)
+    return torch.cholesky_inverse(factor, out=factor)
 
 
 @full_precision()
