@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import secateur
 import smollm2
 from secateur.core.gram import Gram
 
+# Random models as wide as real ones: hidden and intermediate size, heads, dtype. "70b-3": three blocks of LLaMA-3-70B.
+WIDTHS = {"1b": (2048, 8192, 32, torch.float32), "70b": (8192, 28672, 64, torch.bfloat16)}
 COMPUTING = ("gradients", "record calls", "statistics forward", "solve", "propagation forward")
 SECOND_ORDER = ("sparsegpt", "alps", "admm", "least_squares")
 
@@ -50,15 +52,25 @@ def plain_forward(model: torch.nn.Module, ids: torch.Tensor, batch_size: int) ->
 def model_folder(name: str, scratch: Path) -> Path:
     """The checkpoint that is pruned, with a tokenizer."""
     small = smollm2.checkpoint(scratch / "smollm2")
-    if name != "1b":
+    width, _, blocks = name.partition("-")
+    if width not in WIDTHS:
         return small if name == "smollm2" else Path(name)
-    folder = scratch / "one-billion"
+    folder = scratch / name
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         tokenizer = AutoTokenizer.from_pretrained(small)
-        shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
-        config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, tie_word_embeddings=True, **shape)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        hidden, middle, heads, dtype = WIDTHS[width]
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=middle,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+            num_hidden_layers=int(blocks or 4),
+            tie_word_embeddings=True,
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.save_pretrained(folder, max_shard_size="2GB")
         tokenizer.save_pretrained(folder)
     return folder
 
@@ -79,7 +91,7 @@ def solving_floor(manifest: Any, tokens: int, batch: int) -> tuple[float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, 1b, or a checkpoint")
+    parser.add_argument("--model", default="smollm2", help="smollm2, 1b, 70b-3, or a checkpoint")
     parser.add_argument("--runs", default="wanda,wanda/site")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
