@@ -59,9 +59,9 @@ def planned(options: list[str], count: int) -> dict[str, Any]:
 
 
 def peak_of(process: psutil.Process) -> int:
-    """The most that a process has had resident so far."""
+    """The most that a process has had resident so far; 0 for one that is over."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
 def pruned(options: list[str], output: Path, count: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def pruned(options: list[str], output: Path, count: int) -> dict[str, Any]:
     peak = 0
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None:
-            with suppress(psutil.Error, OSError, StopIteration):
+            with suppress(psutil.Error, OSError):
                 own = psutil.Process(running.pid)
                 peak = max(peak, *(peak_of(each) for each in [own, *own.children(recursive=True)]))
             time.sleep(0.1)

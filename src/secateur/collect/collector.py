@@ -206,6 +206,9 @@ class Collector:
     def finished(self) -> None:
         """Take notice of the end of all batches. Raises for evidence that cannot be used."""
 
+    def keep(self, matrices: Sequence[Matrix]) -> None:
+        """Expect no question but of these matrices from now on."""
+
     def of(self, matrix: Matrix, device: torch.device) -> Evidence:
         """What is known of a matrix; what has to be read first is read to `device`."""
         return {}

@@ -45,6 +45,11 @@ class Sums:
             return dict(found)
         return {kind: statistic.select(matrix.columns) for kind, statistic in found.items()}
 
+    def read_by(self, matrices: Sequence[Matrix]) -> Sums:
+        """The statistics of the inputs of these matrices alone."""
+        leaders = {self.leader.get((matrix.parameter, matrix.expert)) for matrix in matrices}
+        return Sums(self.leader, {key: found for key, found in self.by_leader.items() if key in leaders})
+
     def only(self, kinds: frozenset[type[Statistic]]) -> Sums:
         """The statistics of these kinds alone."""
         kept = {key: {k: own for k, own in found.items() if k in kinds} for key, found in self.by_leader.items()}
@@ -202,6 +207,10 @@ class InputSums(Collector):
             self.survey.put(index, matrices, self.sums)
             # Exact: a method must not see what it did not ask for; the diagonal of a Gram matrix is no SquaredNorm.
             self.sums = self.sums.only(self.kinds)
+
+    def keep(self, matrices: Sequence[Matrix]) -> None:
+        """Let go of the sums that only other matrices read."""
+        self.sums = self.sums.read_by(matrices)
 
     def of(self, matrix: Matrix, device: torch.device) -> Evidence:
         """The statistics of a matrix's inputs."""

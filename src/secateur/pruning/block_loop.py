@@ -364,6 +364,11 @@ class BlockLoop:
         try:
             for number, matrix in enumerate(matrices):
                 self.conveyor.tell("solve", block, number, len(matrices), matrix.name)
+                # Memory: a Gram matrix is gone when the last matrix that reads it is solved, and at once in a process
+                # that solves none of those.
+                left = [own for own in matrices[number:] if taker[own.name] == self.processes.rank]
+                for collector in collected.collectors if collected is not None else ():
+                    collector.keep(left)
                 if taker[matrix.name] == self.processes.rank:
                     record = self._solve_one(matrix, tensors, collected, changed)
                     made |= {} if record is None else {matrix.name: record}
