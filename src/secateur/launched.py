@@ -8,12 +8,12 @@ from secateur.errors import ProcessError
 
 @dataclass(frozen=True)
 class Launched:
-    """A process: number `rank` of `count`, and number `local_rank` of the `local_count` on its machine."""
+    """A process: number `rank` of `count`, and number `local_rank` of the `local_count` on its machine, where known."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    local_count: int = 1
+    local_count: int | None = 1
 
 
 def devices_named(name: str) -> list[str]:
@@ -42,4 +42,5 @@ def launched() -> Launched:
             f"WORLD_SIZE={count} {wrong} in the environment: a launcher sets all of them, to whole numbers. Start the "
             "processes with torchrun, or unset WORLD_SIZE for a run in one process."
         )
-    return Launched(*map(int, told))
+    rank, _, local_rank, local_count = map(int, told)
+    return Launched(rank, int(count), local_rank, local_count if "LOCAL_WORLD_SIZE" in os.environ else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,31 @@ def test_better_solvers_hurt_less(pattern: Pattern) -> None:
     assert joint < 0.92 * published
     assert sequential < 0.96 * joint
     assert sequential > 4  # the dense model's
+
+
+def test_a_gram_matrix_is_gone_when_its_last_matrix_is_solved(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    made: dict[str, weakref.ref[Gram]] = {}
+    alive: dict[str, set[str]] = {}
+
+    def solve(problem: Any) -> Any:
+        block = problem.name.split(".self_attn.")[0].split(".mlp.")[0] + "."
+        made[problem.name] = weakref.ref(problem.statistic(Gram))
+        alive[problem.name] = {
+            other.split(".")[-2] for other, gram in made.items() if other.startswith(block) and gram() is not None
+        }
+        return method_of("sparsegpt").solve(problem)
+
+    prune(
+        model,
+        method=secateur.Method("own", solve, frozenset({Gram})),
+        calibration=calibration(),
+        output=tmp_path / "out",
+    )
+    # In the order of the checkpoint: k, o, q, v, and down, gate, up.
+    for name, grams in alive.items():
+        if name.endswith("q_proj.weight"):
+            assert grams == {"k_proj", "q_proj"}
+        if name.endswith("gate_proj.weight"):
+            assert grams == {"gate_proj"}
+    assert len(alive) == 7 * len({name.split(".")[2] for name in alive})

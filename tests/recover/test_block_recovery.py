@@ -477,6 +477,9 @@ def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:
     assert re.search(r"^block +held-out loss +tuned +epochs +seconds$", result.out, re.M)
     assert "on 8 samples, judged on 2" in result.out
     assert call("verify", tmp_path / "ours", "--source", pruned).code == 0
+    steps = ("--batch-size", "2", "--accumulation", "2")  # two batches of two samples
+    cut = call("recover", pruned, "-o", tmp_path / "cut", "--method", "block", *text, *steps, "--json").json
+    assert (cut["recovery"]["settings"]["batch_size"], cut["recovery"]["settings"]["step"]) == (2, 4)
     reconstruct(
         pruned,
         calibration="python-docs",
@@ -495,7 +498,10 @@ def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "block", "--rank", "8"], "--rank: has no meaning for --method block, which takes --batch-size,"),
+        (
+            ["--method", "block", "--rank", "8"],
+            "--rank: has no meaning for --method block, which takes --accumulation, --batch-size,",
+        ),
         (["--method", "block", "--steps", "3"], "--steps: has no meaning for --method block"),
         (["--method", "full", "--dense", "x"], "--dense: has no meaning for --method full; block would use it."),
         (["--method", "blok"], '--method: got "blok", expected lora, sparse-lora, full or block.'),

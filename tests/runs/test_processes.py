@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ import tiny
 from command_line import process
 from process_groups import die_at, group
 from pruned_blocks import pruned_model
+from secateur.collect.survey import computing
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError, ProcessError
-from secateur.launched import launched
+from secateur.launched import Launched, launched
+from secateur.models.opening.opened import choose_device
 from secateur.runs.events import Event
 from secateur.runs.processes import ALONE, Processes
 from tuned_blocks import OPTIONS, samples
@@ -376,6 +379,29 @@ def test_what_a_launcher_should_have_set(variables: dict[str, str], message: str
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessError, match=message):
         launched()
+
+
+def test_a_launcher_that_says_nothing_of_the_machine(monkeypatch: Any) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == Launched(1, 2, 0, None)
+    assert choose_device("cpu,cpu").type == "cpu"
+
+
+def test_an_environment_that_a_command_cannot_use(tmp_path: Path) -> None:
+    def start() -> None:
+        os.environ.update(WORLD_SIZE="2")
+
+    assert process("--version", before=start).returncode == 0
+    found = process("inspect", tmp_path, before=start)
+    assert (found.returncode, found.stderr.count("Error: WORLD_SIZE=2 without RANK")) == (2, 1)
+
+
+def test_which_of_several_equal_gpus_it_is_makes_no_difference() -> None:
+    """Each process has one of its own, and what they compute with is compared."""
+    places = [SimpleNamespace(device=torch.device("cuda", number), dtype=torch.float32) for number in range(2)]
+    first, second = (computing(place, 1, place.device) for place in places)  # type: ignore[arg-type]
+    assert first == second
 
 
 def test_several_devices_need_a_process_each(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +26,10 @@ LogDir = Annotated[
 @contextmanager
 def silent() -> Iterator[None]:
     """Within it, what a process prints that is not the first goes nowhere."""
-    if launched().rank == 0:
+    first = True
+    with suppress(ProcessError):  # which the command will tell of
+        first = launched().rank == 0
+    if first:
         yield
         return
     null = os.open(os.devnull, os.O_RDWR)

@@ -38,7 +38,8 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
         from secateur.report.terminal import estimate_tables
 
         if len(devices := devices_of(settings.device)) > 1:
-            settings = replace(settings, device=devices[0], processes=max(settings.processes, len(devices)))
+            count = settings.processes if settings.processes > 1 else len(devices)
+            settings = replace(settings, device=devices[0], processes=count)
         started = time.time() - psutil.Process().create_time()  # Python and its libraries, also for `prune`
         result = estimate(**vars(settings))
         result = replace(result, seconds=result.seconds + started)

@@ -68,8 +68,11 @@ def _tune_blocks(settings: RecoverSettings, as_json: bool, log_dir: str | None) 
         value = getattr(settings, field.name)
         if value == field.default or field.name in ("method", "data"):
             continue
+        if field.name == "accumulation":
+            values |= {"batch_size": settings.batch_size, "step": settings.batch_size * settings.accumulation}
+            continue
         if field.name not in SHARED | TAKEN:
-            known = ", ".join(f"--{other.replace('_', '-')}" for other in sorted(TAKEN))
+            known = ", ".join(f"--{other.replace('_', '-')}" for other in sorted({*TAKEN, "accumulation"}))
             raise PatternError(f"{field.flag}: has no meaning for --method block, which takes {known}.")
         values[(SHARED | TAKEN)[field.name]] = value
     samples, epochs = settings.samples or 128, settings.epochs or 10

@@ -173,16 +173,18 @@ def facts_of(
         "tokens": windows.digest,
         "matrices": [matrix.name for matrix in matrices],
         **computing(opened.skeleton, batch_size, statistics_device),
+        "on": str(opened.skeleton.device),
     }
 
 
 def computing(skeleton: Skeleton, batch_size: int, statistics_device: torch.device | None) -> dict[str, Any]:
     """What sums of statistics depend on besides model and tokens, to the last bit."""
     return {
-        "device": str(skeleton.device),
+        # Which of several equal GPUs it is makes no difference.
+        "device": skeleton.device.type,
         "dtype": str(skeleton.dtype).removeprefix("torch."),
         "batch_size": batch_size,
-        "statistics_device": None if statistics_device is None else str(statistics_device),
+        "statistics_device": None if statistics_device is None else statistics_device.type,
     }
 
 

@@ -210,7 +210,7 @@ def inverse_factor(name: str, gram: Float[Tensor, "in in"], damping: float) -> t
 
     Exact: with both axes reversed a lower Cholesky factor becomes an upper one R with ``R Rᵀ = G``, and ``U = R⁻¹``.
     One factorisation less than by way of the inverse of G, and no inverse whose own rounding must be factored.
-    Memory: one matrix and a quarter, beside G: everything is done in the matrix that is returned.
+    Memory: beside G one matrix and a quarter (two if more damping is tried): all is done in the one that is returned.
     """
     reverse = gram.flip(0, 1).contiguous()
     diagonal = reverse.diagonal()

@@ -234,7 +234,7 @@ def shared_estimate(alone: Estimate, ready: Prepared, processes: int, bandwidth:
     extent, planned = ready.extent, by_block(ready.extent.matrices)
     batches = max(1, math.ceil(extent.samples / extent.chosen_batch_size))
     if batches < processes and extent.samples:
-        raise too_few(batches, extent.chosen_batch_size, processes)
+        raise too_few(batches, processes, f"more samples, a smaller --batch-size (now {extent.chosen_batch_size})")
     samples = math.ceil(batches / processes) / batches
     if extent.by_site and extent.samples:  # the first sample runs along in all of them
         samples += 2 / extent.samples

@@ -64,23 +64,27 @@ def reconstruct(settings: BlockSettings) -> Manifest:
     Every zero stays zero, and no other weight becomes one. Tensors that were not tuned are byte-identical. A block
     that cannot be made better on the held-out samples stays as it is. What a run that was ended leaves, the same call
     with `resume` goes on with, to the same bytes (but for `minutes`, which make a result depend on the clock). The
-    manifest is that of the pruning with a
-    section `recovery`. `on_block` gets the record of each block when it is done. Processes that torchrun has started
-    share the samples, and every number of them writes the same bytes.
+    manifest is that of the pruning with a section `recovery`. `on_block` gets the record of each block when it is done.
+    Processes that torchrun has started share the samples, and every number of them writes the same bytes; each of them
+    calls `on_block`.
 
     Raises `CalibrationError`, `PatternError`, `ModelStructureError`, `NumericalError`, `CheckpointError` or
     `ProcessError`, each of which says what to do.
     """
     started = time.perf_counter()
     folder, on_event = locate(os.fspath(settings.pruned)), settings.on_event
-    base = read_manifest(folder)
-    target = check_output(settings.output, folder, settings.overwrite)
-    assert target is not None
     with ExitStack() as stack:
         processes = stack.enter_context(shared_run())
-        transaction = processes.on_first(
-            lambda: stack.enter_context(Transaction(target, settings.overwrite, resume=settings.resume))
-        )
+        base = read_manifest(folder)
+        original = DenseSource(folder, base, settings.dense)
+
+        def begin() -> Transaction:
+            check_output(settings.output, original.path, settings.overwrite)
+            target = check_output(settings.output, folder, settings.overwrite)
+            assert target is not None
+            return stack.enter_context(Transaction(target, settings.overwrite, resume=settings.resume))
+
+        transaction = processes.on_first(begin)
         how: dict[str, Any] = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
         opened = open_model(folder, dtype=settings.dtype, **how)
         if opened.skeleton.dtype == torch.float16:  # in which gradients underflow
@@ -90,8 +94,6 @@ def reconstruct(settings: BlockSettings) -> Manifest:
                 )
             opened = open_model(folder, dtype="float32", **how)
         skeleton = opened.skeleton
-        original = DenseSource(folder, base, settings.dense)
-        check_output(settings.output, original.path, settings.overwrite)
         original.check(skeleton)
         shapes = {matrix.name: matrix.shape for matrix in skeleton.matrices}
         plan = Plan.from_json(base.plan)
@@ -127,7 +129,7 @@ def reconstruct(settings: BlockSettings) -> Manifest:
                 "samples_trained": split.trained,
                 "samples_held_out": windows.samples - split.trained,
                 "batch_size": split.batch_size,
-                "device": str(skeleton.device),
+                "device": skeleton.device.type,
                 "dtype": dtype,
                 "matrices": sum(map(len, matrices.values())),
             },
@@ -145,13 +147,14 @@ def reconstruct(settings: BlockSettings) -> Manifest:
         facts |= common_facts(opened)
         facts |= {"only": list(settings.only), "skip": list(settings.skip)}
         processes.agree(facts)
-        if len(split.steps[0]) < processes.count and processes.first:
+        own = split.share(processes)
+        if (batches := len(split.steps[0])) < processes.count and processes.first:
             logger.warning(
-                "A step has %d %s, so that %d of %d processes work on it at a time. More samples in a step (recover "
-                "--batch-size) keep more of them busy, and change the result.",
-                len(split.steps[0]),
-                "batch" if len(split.steps[0]) == 1 else "batches",
-                len(split.steps[0]),
+                "A step has %d %s, so that %d of %d processes work on it at a time. Steps of several batches "
+                "(--accumulation) keep more of them busy.",
+                batches,
+                "batch" if batches == 1 else "batches",
+                batches,
                 processes.count,
             )
         written = None
@@ -164,7 +167,7 @@ def reconstruct(settings: BlockSettings) -> Manifest:
             conveyor=Conveyor(skeleton, written, clock, on_event),
             original=original,
             matrices=matrices,
-            split=split.share(processes),
+            split=own,
             started=started - clock.earlier,
             states=processes.room(Path.cwd() if transaction is None else transaction.partial),
             manifest=manifest,

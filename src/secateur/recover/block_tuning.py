@@ -73,7 +73,7 @@ class Split:
         Raises `ProcessError` where there are fewer batches than processes.
         """
         if len(self.batches) < processes.count:
-            raise too_few(len(self.batches), self.batch_size, processes.count)
+            raise too_few(len(self.batches), processes.count, "more samples")
         own = {number: batch for number, batch in self.batches.items() if number % processes.count == processes.rank}
         return replace(self, batches=own)
 

@@ -78,7 +78,7 @@ class Processes:
         """
         samples, tokens = sum(map(len, batches)), sum(batch.numel() for batch in batches)
         if len(batches) < self.count:
-            raise too_few(len(batches), len(batches[0]), self.count)
+            raise too_few(len(batches), self.count, f"more samples, a smaller --batch-size (now {len(batches[0])})")
         ends = list(itertools.accumulate(map(len, batches)))
         # The batch after which each process ends: the one that brings it closest to its part of all samples.
         cuts = [0]
@@ -220,11 +220,11 @@ class Processes:
 ALONE = Processes()
 
 
-def too_few(batches: int, batch_size: int, processes: int) -> ProcessError:
-    """Why so many processes cannot share so many batches of samples."""
+def too_few(batches: int, processes: int, remedy: str) -> ProcessError:
+    """Why so many processes cannot share so many batches of samples, and what to use instead of fewer processes."""
     return ProcessError(
         f"{processes} processes cannot share {batches} {'batch' if batches == 1 else 'batches'} of samples: each needs "
-        f"one. Use more samples, a smaller --batch-size (now {batch_size}), or fewer processes."
+        f"one. Use {remedy}, or fewer processes."
     )
 
 

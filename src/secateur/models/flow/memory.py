@@ -22,7 +22,7 @@ def available_bytes() -> int:
 
     Of several processes that share a run on this machine each has an equal part.
     """
-    return min([psutil.virtual_memory().available, *_left_of_limits()]) // launched().local_count
+    return min([psutil.virtual_memory().available, *_left_of_limits()]) // (launched().local_count or 1)
 
 
 def _left_of_limits() -> list[int]:

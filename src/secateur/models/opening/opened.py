@@ -82,7 +82,7 @@ def choose_device(name: str, option: str = "--device") -> torch.device:
         if name == "cpu":
             return torch.device(name)
     names = devices_named(name)
-    if len(names) not in (1, place.local_count):
+    if len(names) > 1 and place.local_count not in (None, len(names)):
         running = "one process runs" if place.local_count == 1 else f"{place.local_count} processes run"
         raise CheckpointError(
             f'{option} "{name}" names {len(names)} devices, and {running} here. Name one device; the commands '
@@ -93,6 +93,8 @@ def choose_device(name: str, option: str = "--device") -> torch.device:
         name = f"cuda:{number % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and place.count > 1:
+            torch.cuda.set_device(device)  # or libraries would take memory of the first GPU in every process
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
