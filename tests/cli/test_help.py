@@ -59,6 +59,7 @@ OPTIONS = {
     | {"--ray", "--ray-cpus"}
     | {"--output", "--config", "--json"},
     "recover": RECOVERY
+    | {"--log-dir"}
     | {"--output", "--overwrite", "--config", "--json", "--device", "--dtype", "--trust-remote-code"},
     "merge": {"--base", "--output", "--mask", "--data", "--length", "--windows", "--no-eval", "--batch-size"}
     | {"--device", "--dtype", "--trust-remote-code", "--overwrite", "--config", "--json"},
