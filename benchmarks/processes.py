@@ -26,6 +26,8 @@ import psutil
 
 from prune_cost import model_folder
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 
 def arguments_of(run: str, model: Path, arguments: argparse.Namespace) -> list[str]:
     """What `plan` and `prune` are both given."""
@@ -79,9 +81,6 @@ def pruned(options: list[str], output: Path, count: int) -> dict[str, Any]:
         sys.exit(f"{' '.join(command)}: ended with {running.returncode}")
     manifest = json.loads((output / "secateur.json").read_text())
     return {"seconds": manifest["seconds"], "tensors": manifest["tensors"], "peak": peak}
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def blocks(seconds: dict[str, float]) -> float:

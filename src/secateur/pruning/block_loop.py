@@ -62,10 +62,7 @@ class BlockLoop:
         self.planned = by_block(ready.extent.matrices)
         self.last = max(self.planned)
         self.processes = processes
-        journal = None if conveyor.output is None else conveyor.output.journal
-        parts = {} if journal is None else {block.index: journal.of_block(block) for block in self.skeleton.blocks}
-        # By an earlier process.
-        self.finished = processes.gather({index: part for index, part in parts.items() if part is not None})[0]
+        self.finished = processes.gather(conveyor.finished())[0]
         self.share: Share | None = None
         self.stream: Stream | None = None  # the calibration samples between two blocks of the pruned model
         self.twin: DenseTwin | None = None  # and, where targets need it, of the dense one

@@ -213,10 +213,7 @@ class BlockPass:
 
     def __post_init__(self) -> None:
         self.skeleton, self.clock, self.last = self.conveyor.skeleton, self.conveyor.clock, max(self.matrices)
-        journal = None if self.conveyor.output is None else self.conveyor.output.journal
-        parts = {} if journal is None else {block.index: journal.of_block(block) for block in self.skeleton.blocks}
-        # By an earlier process.
-        self.finished = self.processes.gather({index: part for index, part in parts.items() if part is not None})[0]
+        self.finished = self.processes.gather(self.conveyor.finished())[0]
 
     @torch.no_grad()
     def run(self) -> None:

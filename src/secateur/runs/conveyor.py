@@ -42,6 +42,11 @@ class Conveyor:
     on_event: OnEvent = lambda event: None
     pile_bytes: int = 0  # of memory that finished blocks have freed; 0 returns it to the system after each
 
+    def finished(self) -> dict[int, Part]:
+        """The blocks that an earlier process has finished, by their index; none where nothing is written here."""
+        parts = {} if self.output is None else {b.index: self.output.journal.of_block(b) for b in self.skeleton.blocks}
+        return {index: part for index, part in parts.items() if part is not None}
+
     def carry(
         self,
         work: Callable[[Block, Read], Finished | None],
