@@ -139,7 +139,7 @@ def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iter
             elapsed = time.perf_counter() - started
             if event.stage == "calibrate" and not event.total:
                 print("drawing calibration samples", file=sys.stderr)
-            elif event.stage.startswith("gradients") and event.done == event.total:
+            elif event.stage.startswith(("gradients", "allocation")) and event.done == event.total:
                 print(f"{event.stage}, {elapsed:.1f} s", file=sys.stderr)
             elif event.stage == "write":
                 print(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s{note()}", file=sys.stderr)
@@ -153,7 +153,7 @@ def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iter
                 update("calibration", event.done, event.total or None)
             elif event.stage == "record":
                 update("recording calls", event.done, event.total)
-            elif event.stage.startswith("gradients"):
+            elif event.stage.startswith(("gradients", "allocation")):
                 update(event.stage, event.done, event.total)
             elif event.blocks:
                 detail = event.matrix or f"{event.stage} {event.done}/{event.total}" if event.total else event.stage

@@ -1,4 +1,4 @@
-"""`plan`, `prune` and `gradients`."""
+"""`plan`, `prune`, `allocate` and `gradients`."""
 
 import time
 from dataclasses import replace
@@ -16,7 +16,7 @@ from secateur.cli.display import (
 )
 from secateur.cli.processes import LogDir, devices_of, logged, started_for
 from secateur.collect.settings import GradientSettings
-from secateur.pruning.settings import PlanSettings, PruneSettings
+from secateur.pruning.settings import AllocateSettings, PlanSettings, PruneSettings
 
 
 @command(
@@ -69,6 +69,26 @@ def prune(settings: PruneSettings, config: Config = None, as_json: Json = False,
 
         manifest = run(**vars(settings) | {"on_event": log.beside(on_event)})
     print_result(manifest, partial(manifest_tables, output=str(settings.output)), as_json)
+
+
+@command(
+    "secateur allocate ./llama -o plan.json --allocation sensitivity --sparsity 0.6",
+    "secateur allocate ./llama -o plan.json --allocation owl --allocation-option width=0.1 --pattern 4:8",
+    "secateur prune ./llama -o pruned --plan plan.json",
+    required=("allocation",),
+)
+def allocate(settings: AllocateSettings, config: Config = None, as_json: Json = False) -> None:
+    """Divide the zeros of a pattern among the matrices of a model, and write the plan for `prune --plan`.
+
+    As many weights are removed as with the same sparsity everywhere. One of eight calibration windows is held out:
+    where the plan is not better than the uniform one there, the file holds the uniform one. Nothing is pruned.
+    """
+    with quiet_libraries(), stage_progress(lines=True) as show:
+        from secateur.pruning.allocating import allocate as run
+        from secateur.report.terminal import allocation_tables
+
+        made = run(**vars(settings) | {"progress": show})
+    print_result(made, partial(allocation_tables, output=str(settings.output)), as_json)
 
 
 @command(

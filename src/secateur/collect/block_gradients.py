@@ -3,47 +3,48 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.choices import Granularity, Norm
 from secateur.models.flow.backward import (
-    GradientTap,
+    Labels,
     SavedInputs,
     StateGradients,
     backward,
     forward_saving_inputs,
     head_gradients,
+    next_tokens,
     regional_gradient,
 )
 from secateur.models.flow.stream import Stream
+from secateur.models.flow.tap import BackwardTap
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Progress
 from secateur.runs.processes import ALONE, Processes
 
-Parameters = Callable[[Block], Mapping[str, tuple[nn.Parameter, bool]]]
-Take = Callable[[Block, Mapping[tuple[str, Norm], Tensor]], None]
-"""Is given a block and its gradients by parameter and norm, laid out like the parameter."""
+TapT = TypeVar("TapT", bound=BackwardTap)
+Parameters = Mapping[str, tuple[nn.Parameter, bool]]
 
 
 @dataclass(frozen=True)
-class GradientPass:
-    """Passes over a model that call `take` with each block from `first` on and its sums, by parameter and norm.
+class GradientPass(Generic[TapT]):
+    """Passes over a model that call `take` with each block from `first` on and the tap that has its sums.
 
     Blocks whose numbers are `finished` only pass states and gradients on. `parameters(block)` are those of interest of
-    a loaded block. Batches are those of `Stream`, the part of this process; the sums are those of all `processes`.
-    `folder` is where hidden states go, if not into memory. Raises
-    `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
+    a loaded block, which `tap` taps; `labels` are the tokens whose loss is taken. Batches are those of `Stream`, the
+    part of this process; the sums are those of all `processes`. `folder` is where hidden states go, if not into memory.
+    Raises `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
     """
 
     skeleton: Skeleton
-    parameters: Parameters
-    take: Take
-    norms: Collection[Norm]
-    granularity: Granularity = "sample"
+    parameters: Callable[[Block], Parameters]
+    take: Callable[[Block, TapT], None]
+    tap: Callable[[Parameters], TapT]
+    labels: Labels = next_tokens
     first: int = 0
     finished: Collection[int] = ()
     progress: Progress = lambda stage, done, total: None
@@ -74,7 +75,7 @@ class GradientPass:
             assert outgoing is not None
             with loaded(skeleton, block, tensors):
                 wanted = {} if block.index in self.finished else self.parameters(block)
-                tap = GradientTap(wanted, self.norms, self.granularity)
+                tap = self.tap(wanted)
                 own = saved.pop(block.index)
                 try:
                     for batch in range(len(stream.batches)):
@@ -84,12 +85,12 @@ class GradientPass:
                 stream.release(block)
                 if block.index not in self.finished:
                     self.processes.join(tap.sums.values())
-                    self.take(block, tap.totals())
+                    self.take(block, tap)
             self.progress("backward", len(blocks) - block.index, len(blocks) - self.first)
 
         try:
             conveyor.carry(forwards, read=skeleton.read)
-            outgoing = head_gradients(stream, folder, self.progress)
+            outgoing = head_gradients(stream, folder, self.progress, self.labels)
             skeleton.unload_outside()
             stream.states.close()
             conveyor.carry(backwards, read=skeleton.read, blocks=blocks[self.first :][::-1])
@@ -116,13 +117,13 @@ class GradientPass:
         def both(block: Block, tensors: dict[str, Tensor]) -> None:
             with loaded(skeleton, block, tensors):
                 taken = block.index >= self.first and block.index not in self.finished
-                tap = GradientTap(self.parameters(block), self.norms, self.granularity) if taken else None
+                tap = self.tap(self.parameters(block)) if taken else None
                 for batch in range(len(stream.batches)):
                     stream.states.put(batch, regional_gradient(stream, block, batch, tap))
                 stream.release(block)
                 if tap is not None:
                     self.processes.join(tap.sums.values())
-                    self.take(block, tap.totals())
+                    self.take(block, tap)
             self.progress("forward and backward", block.index + 1, len(skeleton.blocks))
 
         try:

@@ -28,6 +28,7 @@ from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, CheckpointError, NumericalError
 from secateur.files.checkpoint import tensor_digest
+from secateur.models.flow.backward import GradientTap, next_tokens
 from secateur.models.flow.memory import available_bytes, return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
@@ -230,7 +231,8 @@ def collect(
             if len(finished) == len(of_block):
                 continue
 
-            def take_block(block: Block, totals: Sums, number: int = number) -> None:
+            def take_block(block: Block, tap: GradientTap, number: int = number) -> None:
+                totals: Sums = tap.totals()
                 if written is None:  # the first process has the same sums
                     return
                 own = of_block.get(block.index, [])
@@ -249,8 +251,8 @@ def collect(
                 skeleton,
                 lambda block: tapped(block, of_block.get(block.index, []))[0],
                 take_block,
-                norms,
-                granularity,
+                partial(GradientTap, norms=norms, granularity=granularity),
+                next_tokens,
                 first,
                 finished,
                 _in_part(progress, number, len(parts)),

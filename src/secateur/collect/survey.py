@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur.calibration.windows import Windows
+from secateur.calibration.windows import Progress, Windows
 from secateur.collect.collector import Place, run_batches
 from secateur.collect.input_sums import InputSums, Sums
 from secateur.core.needs import Need, input_statistics
@@ -31,6 +31,8 @@ from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
 from secateur.runs.conveyor import Conveyor
+
+Take = Callable[[Block, Sequence[Matrix], Mapping[str, Tensor], Sums], None]
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,47 @@ def computing(skeleton: Skeleton, batch_size: int, statistics_device: torch.devi
     }
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class DensePass:
+    """One forward through the blocks of the dense model, up to the last of `matrices`, with the memory of one block.
+
+    Statistics of inputs are kept on `device`, or where inputs are; hidden states lie in `states_folder`, or in memory.
+    """
+
+    opened: OpenedModel
+    matrices: Sequence[Matrix]
+    collector: InputSums
+    device: torch.device | None = None
+    states_folder: Path | None = None
+
+    def batch_size(self, windows: Windows, asked: int | None) -> int:
+        """Samples at once."""
+        skeleton = self.opened.skeleton
+        size = self.collector.batch_size(skeleton, windows.length, asked)
+        return size or default_batch_size(windows.length, skeleton.device)
+
+    @torch.no_grad()
+    def run(self, batches: Sequence[Tensor], take: Take, progress: Progress = lambda done, total: None) -> None:
+        """Call `take` with each block, its matrices, their checkpoint tensors and the statistics of their inputs."""
+        skeleton, of_block = self.opened.skeleton, by_block(self.matrices)
+        last = max(of_block)
+        skeleton.load_outside(head=False)
+        stream = Stream(skeleton, batches, states_folder=self.states_folder)
+        skeleton.unload_outside()
+
+        def visit(block: Block, tensors: dict[str, Tensor]) -> None:
+            own = of_block.get(block.index, [])
+            with loaded(skeleton, block, tensors):
+                here = self.collector.at(Place(block, own, stream, device=self.device))
+                run_batches(here.place, [here], keep_outputs=block.index < last)
+                take(block, own, tensors, here.sums)
+                stream.release(block)
+            progress(block.index + 1, last + 1)
+
+        with closing(stream):
+            Conveyor(skeleton).carry(visit, read=skeleton.read, blocks=skeleton.blocks[: last + 1])
+
+
 def survey(
     opened: OpenedModel,
     windows: Windows,
@@ -199,36 +241,19 @@ def survey(
     batch_size: int | None = None,
     statistics_device: torch.device | None = None,
     states_folder: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Survey:
     """The survey of an opened model on these windows, with the statistics of inputs among `needs`.
 
     It takes one forward through all blocks up to the last of `matrices` (default: all prunable ones), and the memory of
     one block. `folder` and `states_folder` are where statistics and hidden states go, if not into memory.
     """
-    kinds, skeleton = input_statistics(needs), opened.skeleton
-    collector = InputSums(kinds)
-    size = collector.batch_size(skeleton, windows.length, batch_size)
-    size = size or default_batch_size(windows.length, skeleton.device)
-    chosen = skeleton.matrices if matrices is None else matrices
+    kinds = input_statistics(needs)
+    chosen = opened.skeleton.matrices if matrices is None else matrices
+    one = DensePass(opened, chosen, InputSums(kinds), statistics_device, states_folder)
+    size = one.batch_size(windows, batch_size)
     result = Survey(folder, kinds)
     result.begin(kinds, facts_of(opened, windows, chosen, size, statistics_device))
-    of_block = by_block(chosen)
-    last = max(of_block)
-    skeleton.load_outside(head=False)
-    stream = Stream(skeleton, windows.batches(size), states_folder=states_folder)
-    skeleton.unload_outside()
-
-    def take(block: Block, tensors: dict[str, Tensor]) -> None:
-        own = of_block.get(block.index, [])
-        with loaded(skeleton, block, tensors):
-            here = collector.at(Place(block, own, stream, device=statistics_device))
-            run_batches(here.place, [here], keep_outputs=block.index < last)
-            result.put(block.index, own, here.sums)
-            stream.release(block)
-        progress(block.index + 1, last + 1)
-
-    with closing(stream):
-        Conveyor(skeleton).carry(take, read=skeleton.read, blocks=skeleton.blocks[: last + 1])
+    one.run(windows.batches(size), lambda block, own, tensors, sums: result.put(block.index, own, sums), progress)
     result.complete = True
     return result

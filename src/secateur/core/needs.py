@@ -1,7 +1,7 @@
 """What a method may ask to know of a matrix: hashable values, collected under themselves.
 
 A class that keeps the contract of a `Statistic` asks for sums over the matrix's inputs, a `GradientKind` for a
-`GradientNorm`, a `Drift` for a tensor of the weight's shape.
+`GradientNorm`, a `Drift` for a tensor of the weight's shape. Allocations may also ask for `OutputGradients`.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.core.gradients import GradientKind
-from secateur.core.statistics import Statistic
+from secateur.core.statistics import SquaredNorm, Statistic
 from secateur.errors import MethodError
 
 Need = Any
@@ -26,9 +26,16 @@ class Drift:
     share: float
 
 
+class OutputGradients(SquaredNorm):
+    """Sum over tokens of the squared gradient of the loss with respect to each output of a matrix, float64.
+
+    The loss is the sum of the cross-entropies of the next tokens, which are drawn from the model's own distribution.
+    """
+
+
 def input_statistics(needs: Iterable[Need]) -> frozenset[type[Statistic]]:
     """The needs that are statistics of a matrix's inputs."""
-    return frozenset(need for need in needs if isinstance(need, type))
+    return frozenset(need for need in needs if isinstance(need, type) and need is not OutputGradients)
 
 
 def gradient_kind(needs: Iterable[Need]) -> GradientKind | None:

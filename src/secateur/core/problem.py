@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,9 +20,12 @@ from secateur.core.patterns import Pattern, with_group
 from secateur.core.statistics import SquaredNorm, Statistic
 from secateur.errors import MethodError, NumericalError, PatternError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 S = TypeVar("S", bound=Statistic)
 Parameters = ParamSpec("Parameters")
-Made = TypeVar("Made", "Method", "Refinement")
+Made = TypeVar("Made", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ def above_zero(method: str, **options: float) -> None:
 
 
 def with_options(factory: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
-    """The factory of a method or refinement, whose results remember the arguments that they were made with."""
+    """The factory of a method, refinement or allocation, which remembers its arguments in what it makes."""
 
     @functools.wraps(factory)
     def make(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Made:

@@ -110,11 +110,8 @@ def _perplexity(settings: PerplexitySettings, processes: Processes) -> Perplexit
         forward = partial(after_the_last_block, offload_states=settings.offload_states, progress=settings.progress)
         means = []  # the cross-entropy of each window in nats, in float64
         with forward(opened.skeleton, batches) as stream:
-            for batch, ids in enumerate(batches):
-                total = torch.zeros(len(ids), dtype=torch.float64, device=stream.device)
-                for part in stream.losses(batch):
-                    total += part.double().sum(dim=1)
-                means.append((total / (ids.shape[1] - 1)).cpu())
+            for batch in range(len(batches)):
+                means.append(stream.window_losses(batch))
                 settings.progress("head", batch + 1, len(batches))
     finally:
         opened.restore()

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,6 +19,7 @@ from secateur.core.needs import input_statistics
 from secateur.errors import PatternError
 from secateur.files.scratch import scratch_folder
 from secateur.models.flow.memory import return_large
+from secateur.plans.allocated import Allocated
 from secateur.pruning.block_loop import BlockLoop
 from secateur.pruning.forecast_memory import memory_of, shortage
 from secateur.pruning.named import resolved
@@ -28,8 +30,8 @@ from secateur.record.versions import run_facts
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor
 from secateur.runs.events import Clock, Event, named
-from secateur.runs.journal import GRADIENTS, Journal, Part, common_facts
-from secateur.runs.options import taking
+from secateur.runs.journal import ALLOCATED, GRADIENTS, Journal, Part, common_facts
+from secateur.runs.options import taking, written
 from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
 from secateur.runs.processes import Processes, shared_run
 from secateur.runs.transaction import Transaction
@@ -97,9 +99,17 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
             return transaction
 
         transaction = processes.on_first(begin)
+        kept = None if transaction is None else transaction.journal.found.get(ALLOCATED)
+        earlier = processes.gather(None if kept is None else kept.record)[0]
         size.first, size.now = processes.gather((size.first, size.now))[0]
         settings = replace(settings, batch_size=size.now)
-        ready = stack.enter_context(prepared(settings, progress=partial(tell, "calibrate")))
+        if settings.allocation != "uniform" and earlier is None and processes.count > 1:
+            raise PatternError(
+                f"--allocation {settings.allocation}: is made by one process. Make the plan first, with secateur "
+                "allocate, and give it to all: --plan plan.json."
+            )
+        known = None if earlier is None else Allocated.from_json(earlier)
+        ready = stack.enter_context(prepared(settings, allocated=known, progress=tell))
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
@@ -118,6 +128,8 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
         if transaction is not None and settings.resumable and settings.statistics is None:
             transaction.journal.begin("prune", len(skeleton.blocks), facts)
             size.record(transaction.journal)
+            if ready.allocated is not None and ALLOCATED not in transaction.journal.found:
+                transaction.journal.add(Part(ALLOCATED, record=ready.allocated.to_json()))
             clock.resume(transaction.journal.seconds)
         output = (
             None if transaction is None else checkpoint_output(transaction, opened, packed_bytes=ready.packed_bytes)
@@ -199,6 +211,7 @@ def _manifest(ready: Prepared, size: BatchSize) -> Manifest:
             "correction": chosen_correction(settings),
             "on_nonfinite": settings.on_nonfinite,
             "unseen": settings.unseen,
+            "allocation": None if ready.allocated is None else dict(ready.allocated.record),
             "options": dict(method.options),
             "fingerprint": recorded(method),
             "gradient": None if method.gradient is None else asdict(method.gradient),
@@ -212,7 +225,7 @@ def _manifest(ready: Prepared, size: BatchSize) -> Manifest:
 
 def _facts(ready: Prepared, manifest: Manifest, size: BatchSize) -> dict[str, Any]:
     """What the bytes of the output depend on, besides the weights themselves, which are compared one by one."""
-    gradients = ready.evidence.gradients
+    gradients, asked = ready.evidence.gradients, ready.settings
     # What a run has come down to is a part of its journal, not of what was asked.
     settings = {**manifest.settings, "batch_size": size.asked or "auto"}
     settings.pop("batch_size_at_first", None)
@@ -220,6 +233,8 @@ def _facts(ready: Prepared, manifest: Manifest, size: BatchSize) -> dict[str, An
         **common_facts(ready.opened),
         "settings": settings,
         "tokens": None if ready.windows is None else ready.windows.digest,
+        "allocation": [asked.allocation, asked.unit, *written(asked.allocation_option)],
+        "pattern": None if isinstance(asked.pattern, Mapping) else str(asked.pattern),
         "file of gradients": None if gradients is None else gradients.digest,
         "packed": ready.settings.packed,
         "plan": manifest.plan,

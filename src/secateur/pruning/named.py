@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from secateur.core.choices import Group
 from secateur.core.own_code import blamed
@@ -19,6 +19,9 @@ from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern, wit
 from secateur.core.problem import Method, Refinement, chain
 from secateur.errors import PatternError
 from secateur.methods import METHODS, REFINEMENTS
+from secateur.plans import ALLOCATIONS
+from secateur.plans.allocated import Allocated, read_plan
+from secateur.plans.allocation import Allocation
 from secateur.plans.plan import Plan
 from secateur.pruning.settings import PruneSettings
 from secateur.runs.options import written
@@ -66,9 +69,40 @@ def method_of(name: str, settings: Sequence[str] = (), **options: object) -> Met
 
 def resolved(settings: S) -> S:
     """The settings with the method and the pattern themselves in the place of their names and options."""
-    pattern = as_pattern(settings.pattern, settings.sparsity, settings.per)
+    pattern, plan = settings.pattern, settings.plan
+    if plan is None:
+        pattern = as_pattern(pattern, settings.sparsity, settings.per)
+    elif not (isinstance(plan, Allocated) and pattern is plan.plan):
+        plan = _given_plan(settings)
+        pattern = plan.plan
     method = as_method(settings.method, settings.option, norm=settings.norm, alpha=settings.alpha)
-    return replace(settings, method=method, norm=None, alpha=None, option=(), pattern=pattern, sparsity=None, per=None)
+    made = replace(settings, method=method, norm=None, alpha=None, option=())
+    return replace(made, pattern=pattern, plan=plan, sparsity=None, per=None)
+
+
+def _given_plan(settings: PruneSettings) -> Allocated:
+    """The plan of `plan`, which nothing else may contradict."""
+    given: dict[str, Any] = {"allocation": None if settings.allocation == "uniform" else settings.allocation}
+    given |= {name: getattr(settings, name) for name in ("sparsity", "pattern", "per")}
+    given |= {name: " ".join(getattr(settings, name)) or None for name in ("only", "skip")}
+    for option, value in given.items():
+        if value is not None:
+            raise PatternError(
+                f"--{option} {value}: --plan says already which matrix loses how many weights. Drop one."
+            )
+    plan: Any = settings.plan
+    if isinstance(plan, Plan):
+        return Allocated(plan, {})
+    return plan if isinstance(plan, Allocated) else read_plan(plan)
+
+
+def allocation_of(name: str, settings: Sequence[str] | Mapping[str, object] = ()) -> Allocation:
+    """The allocation that a name stands for, with options such as "width=0.1". Raises `PatternError`."""
+    name = name.replace("-", "_")
+    _check_known(name, ALLOCATIONS, "allocation")
+    factories: dict[str, Any] = {name: ALLOCATIONS[name]}
+    given = [_setting(setting, name, factories, "--allocation-option") for setting in written(settings)]
+    return cast(Allocation, factories[name](**{option: value for _, option, value in given}))
 
 
 def as_method(value: object, settings: Sequence[str] | Mapping[str, object] = (), **options: object) -> Method:
@@ -132,18 +166,18 @@ def _pattern(value: object) -> Any:
     )
 
 
-def _setting(text: str, method: str, factories: Mapping[str, Any]) -> tuple[str, str, object]:
+def _setting(text: str, method: str, factories: Mapping[str, Any], flag: str = "--option") -> tuple[str, str, object]:
     """(method or refinement, option, value) of "option=value" or "refinement.option=value"."""
     key, equals, value = text.partition("=")
     part, dot, option = key.replace("-", "_").rpartition(".")
     part = part if dot else method
     if not (equals and option):
-        raise PatternError(f'--option {text}: expected NAME=VALUE, such as "damping=0.02".')
+        raise PatternError(f'{flag} {text}: expected NAME=VALUE, such as "damping=0.02".')
     if part not in factories:
-        raise PatternError(f"--option {text}: {part} is no part of {'+'.join(factories)}.")
+        raise PatternError(f"{flag} {text}: {part} is no part of {'+'.join(factories)}.")
     if isinstance(factories[part], Method):
         raise PatternError(
-            f"--option {text}: {part} is a Method already, with its options. Name a function that takes some and "
+            f"{flag} {text}: {part} is a Method already, with its options. Name a function that takes some and "
             "returns a Method."
         )
     known = inspect.signature(factories[part]).parameters
@@ -152,7 +186,7 @@ def _setting(text: str, method: str, factories: Mapping[str, Any]) -> tuple[str,
         others = [other for other in refinements if option in inspect.signature(factories[other]).parameters]
         hint = f" Did you mean {others[0]}.{option}?" if others else ""
         names = f"it has {', '.join(known)}" if known else "it has none"
-        raise PatternError(f"--option {text}: {part} has no option {option}; {names}.{hint}")
+        raise PatternError(f"{flag} {text}: {part} has no option {option}; {names}.{hint}")
     default = known[option].default
     kind: Any = type(default) if default is not known[option].empty else type(None)
     if ":" in part and kind in (int, type(None)):
@@ -160,7 +194,7 @@ def _setting(text: str, method: str, factories: Mapping[str, Any]) -> tuple[str,
     try:
         return part, option, _TRUTH[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError, TypeError):
-        raise PatternError(f'--option {text}: got "{value}", expected {_KINDS.get(kind, kind.__name__)}.') from None
+        raise PatternError(f'{flag} {text}: got "{value}", expected {_KINDS.get(kind, kind.__name__)}.') from None
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}

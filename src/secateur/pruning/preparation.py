@@ -4,14 +4,15 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.calibration.windows import Progress, Windows
+from secateur.calibration.windows import Windows
 from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.exempt import Exempt
@@ -28,11 +29,15 @@ from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
 from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
+from secateur.plans.allocated import Allocated
 from secateur.plans.plan import Plan
 from secateur.plans.uniform import by_glob, uniform
+from secateur.pruning.allocating import allocated as make_allocation
+from secateur.pruning.allocating import check_divisible
 from secateur.pruning.named import resolved
 from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
+from secateur.runs.events import Progress, named
 from secateur.runs.options import shared
 from secateur.runs.output import check_output
 from secateur.runs.packing import expected_bytes
@@ -58,6 +63,7 @@ class Prepared:
     extent: Extent
     unchecked: Sequence[str]
     packed_bytes: int | None  # of all tensors of the output, where that will be packed
+    allocated: Allocated | None  # how the plan came about, where it is not uniform
 
 
 def output_of(settings: PruneSettings) -> Path | None:
@@ -74,19 +80,22 @@ def prepared(
     settings: PruneSettings,
     *,
     dry: bool = False,
-    progress: Progress = lambda done, total: None,
+    allocated: Allocated | None = None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Iterator[Prepared]:
     """The run that settings ask for; a module in memory is put back at the end as it was.
 
     A `dry` run reads no weights but the few that a check asks for, and draws its windows only where that is quick;
-    without `calibration` it takes their size from `samples` and `length`. Raises everything that `prune` raises before
-    its work starts.
+    without `calibration` it takes their size from `samples` and `length`, and no allocation is made. A plan that was
+    `allocated` before is not made again. Raises everything that `prune` raises before its work starts.
     """
     settings = resolved(settings)
+    allocated = settings.plan if isinstance(settings.plan, Allocated) else allocated
     method = settings.method
     assert isinstance(method, Method)
     correction = chosen_correction(settings)
     check_choices(method, settings)
+    check_divisible(settings, settings.pattern)
     survey = settings.statistics
     if survey is not None and settings.propagate != "dense":
         raise PatternError('statistics can be shared with propagate="dense" only: pruned blocks change the inputs.')
@@ -112,12 +121,23 @@ def prepared(
         if survey is not None and given is None and method.gradient is not None and method.gradient.scope == "block":
             raise PatternError(f"{method.name}: runs that share statistics need its gradients as a file.")
         seen = Foreseen(None, 0, 0, ())
-        if evidence.looks_at_samples and dry:
+        to_allocate = settings.allocation != "uniform" and allocated is None
+        if (evidence.looks_at_samples or to_allocate) and dry:
             seen = foreseen_windows(opened, settings)
-        elif evidence.looks_at_samples:
-            progress(0, 0)
-            windows = model_windows(opened, settings, progress=progress)
+        elif evidence.looks_at_samples or to_allocate:
+            progress("calibrate", 0, 0)
+            windows = model_windows(opened, settings, progress=partial(progress, "calibrate"))
             seen = Foreseen(windows, windows.samples, windows.length, ())
+        if to_allocate and dry:
+            told = f"The allocation {settings.allocation} is not made here: the figures are those of a uniform plan."
+            seen = replace(seen, unchecked=[*seen.unchecked, told])
+        elif to_allocate:
+            assert seen.windows is not None
+            allocated = make_allocation(opened, seen.windows, settings, plan, progress=named(progress, "allocation"))
+        if allocated is not None:
+            plan = allocated.plan
+        if not evidence.looks_at_samples:
+            seen = Foreseen(None, 0, 0, seen.unchecked)
         if given is not None and seen.windows is not None:
             given.check_tokens(seen.windows.digest, seen.samples, seen.length)
         yield Prepared(
@@ -138,6 +158,7 @@ def prepared(
             ),
             unchecked=seen.unchecked,
             packed_bytes=packed_bytes(skeleton, planned, plan) if settings.packed else None,
+            allocated=allocated,
         )
     finally:
         opened.restore()

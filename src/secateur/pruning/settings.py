@@ -35,23 +35,28 @@ MethodName = Literal[  # a test keeps this equal to secateur.methods.METHODS
     "admm",
     "alps",
 ]
+AllocationName = Literal["uniform", "owl", "dlp", "alpha", "sensitivity"]  # uniform, or of secateur.plans.ALLOCATIONS
+Unit = Literal["block", "matrix", "kind"]  # equal to secateur.plans.allocation.Unit
 RefinementName = Literal["least_squares", "obs_update", "swaps"]  # equal to secateur.methods.REFINEMENTS
 
 if TYPE_CHECKING:
     from secateur.collect.survey import Survey
     from secateur.core.patterns import Pattern
     from secateur.core.problem import Method
+    from secateur.plans.allocated import Allocated
     from secateur.plans.plan import Plan
-    from secateur.runs.events import OnEvent
+    from secateur.runs.events import OnEvent, Progress
 
     MethodLike: TypeAlias = Method | str | Callable[[], Method]
     MethodOptions = Sequence[str] | Mapping[str, object]
     PatternLike = Pattern | Plan | Mapping[str, Pattern | float | str] | float | str | None
+    PlanLike = Plan | Allocated | File | None
 else:
     MethodLike = MethodName | str
     MethodOptions = tuple[str, ...]
     PatternLike = Any
-    Survey = OnEvent = Any
+    PlanLike = str | None
+    Survey = OnEvent = Progress = Any
 
 Propagate = Literal["pruned", "dense"]
 Within = Literal["block", "site"]
@@ -59,7 +64,54 @@ Targets = Literal["pruned", "dense", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MethodSettings(Settings):
+class PatternSettings(Settings):
+    """Where zeros may lie."""
+
+    sparsity: Annotated[
+        float | None, Option(WHAT, "Fraction of weights to remove, at least 0 and below 1 [default: 0.5].", "-s")
+    ] = None
+    pattern: Annotated[
+        PatternLike,
+        Option(
+            WHAT,
+            "N:M, such as 2:4: keep at most 2 of every 4 weights; or a sparsity, such as 50%. A file of --config may "
+            "name one for each glob.",
+            "-p",
+        ),
+    ] = None
+    per: Annotated[
+        Group | None,
+        Option(
+            WHAT,
+            "Compare weights within each row, the whole matrix, or by the row search of Wanda's variant "
+            "[default: the method's].",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AllocationSettings(Settings):
+    """How the zeros of one pattern are divided among the matrices."""
+
+    allocation: Annotated[
+        AllocationName,
+        Option(
+            WHAT,
+            "Give every matrix the same sparsity (uniform), or divide as many zeros by outliers among scores (owl), by "
+            "their median (dlp), by spectra (alpha), or by what the loss feels (sensitivity).",
+        ),
+    ] = "uniform"
+    unit: Annotated[
+        Unit | None,
+        Option(WHAT, "What has one sparsity: a block, a matrix, or a kind of matrices [default: the allocation's]."),
+    ] = None
+    allocation_option: Annotated[
+        MethodOptions, Option(WHAT, "NAME=VALUE for the allocation, such as width=0.1; repeat it.")
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MethodSettings(PatternSettings):
     """How to prune, and where zeros may lie."""
 
     method: Annotated[
@@ -85,30 +137,20 @@ class MethodSettings(Settings):
             WHAT, "NAME=VALUE for the method, REFINEMENT.NAME=VALUE for a refinement, such as damping=0.02; repeat it."
         ),
     ] = ()
-    sparsity: Annotated[
-        float | None, Option(WHAT, "Fraction of weights to remove, at least 0 and below 1 [default: 0.5].", "-s")
-    ] = None
-    pattern: Annotated[
-        PatternLike,
-        Option(
-            WHAT,
-            "N:M, such as 2:4: keep at most 2 of every 4 weights; or a sparsity, such as 50%. A file of --config may "
-            "name one for each glob.",
-            "-p",
-        ),
-    ] = None
-    per: Annotated[
-        Group | None,
-        Option(
-            WHAT,
-            "Compare weights within each row, the whole matrix, or by the row search of Wanda's variant "
-            "[default: the method's].",
-        ),
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StatisticsSettings(Settings):
+    """Where statistics are kept."""
+
+    statistics_device: Annotated[
+        str | None,
+        Option(HOW, "Keep statistics elsewhere: cpu, for wide models on a small GPU [default: with the inputs]."),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PropagationSettings(Settings):
+class PropagationSettings(StatisticsSettings):
     """What a block sees of the blocks that were pruned before it, and what updated weights are fitted to."""
 
     propagate: Annotated[
@@ -138,10 +180,6 @@ class PropagationSettings(Settings):
         float | None,
         Option(CALIBRATION, "Share of what the residual stream lacks that --targets residual adds [default: 0.5]."),
     ] = None
-    statistics_device: Annotated[
-        str | None,
-        Option(HOW, "Keep statistics elsewhere: cpu, for wide models on a small GPU [default: with the inputs]."),
-    ] = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,7 +188,7 @@ class SharedSettings(ExemptSettings, BatchSettings, ModelSettings, PropagationSe
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PruneSettings(SharedSettings, CalibrationSettings, SelectionSettings, MethodSettings):
+class PruneSettings(SharedSettings, CalibrationSettings, SelectionSettings, AllocationSettings, MethodSettings):
     """What `prune` takes, and its dry run."""
 
     gradient: Annotated[
@@ -159,6 +197,9 @@ class PruneSettings(SharedSettings, CalibrationSettings, SelectionSettings, Meth
             CALIBRATION,
             "A file that secateur gradients wrote for this model and these samples [default: take them first].",
         ),
+    ] = None
+    plan: Annotated[
+        PlanLike, Option(WHAT, "A file of secateur allocate: it says which matrix loses how many weights.")
     ] = None
     output: Annotated[File | None, Option(OPTIONS, "Folder for the pruned checkpoint.", "-o")] = None
     packed: Annotated[
@@ -186,3 +227,21 @@ class PlanSettings(PruneSettings):
     device_memory: Annotated[
         str | None, Option(HOW, "Say whether a process fits into so much memory: 24GB, 80GB, ...")
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AllocateSettings(
+    StatisticsSettings,
+    ExemptSettings,
+    BatchSettings,
+    ModelSettings,
+    CalibrationSettings,
+    SelectionSettings,
+    AllocationSettings,
+    PatternSettings,
+):
+    """What `allocate` takes."""
+
+    output: Annotated[File, Option(OPTIONS, "File for the plan.", "-o")] = "plan.json"
+    overwrite: Annotated[bool, Option(OPTIONS, "Replace an existing file.")] = False
+    progress: Progress = lambda stage, done, total: None

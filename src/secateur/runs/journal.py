@@ -25,6 +25,7 @@ from secateur.record.versions import run_facts
 FORMAT = 1
 OUTSIDE = "outside"  # the part with the tensors outside the blocks
 TAKING = "taking gradients"  # begun
+ALLOCATED = "allocated"  # the plan that a run has made first
 GRADIENTS = "gradients"  # the part with those that a run takes first
 SMALLER = "smaller batches"  # what a run has come down to that ran out of memory
 SEALED = "sealed"  # what the complete output is, written before it gets its name

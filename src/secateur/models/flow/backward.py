@@ -25,13 +25,13 @@ from secateur.core.gradients import GradientSums, Region
 from secateur.core.gram import float32_products, full_precision
 from secateur.errors import ModelStructureError, NumericalError
 from secateur.models.flow.stream import Call, HiddenStates, Stream
-from secateur.models.flow.tap import Product, ProductTap
+from secateur.models.flow.tap import BackwardTap, Product
 from secateur.models.shape.structure import Block
 
 HALF_TARGET = 16.0  # what the largest gradient of a batch is scaled to where the computing dtype is float16
 
 
-class GradientTap(ProductTap):
+class GradientTap(BackwardTap):
     """Adds up the norms of the gradients of parameters over samples, from the products that they take part in."""
 
     def __init__(
@@ -204,7 +204,32 @@ def forward_saving_inputs(stream: Stream, block: Block, folder: Path | None) -> 
     return SavedInputs(before, shared)
 
 
-def head_gradients(stream: Stream, folder: Path | None, progress: Callable[[str, int, int], None]) -> StateGradients:
+Labels = Callable[[int, Tensor, Tensor], Tensor]
+"""The tokens that are to be predicted, of the number of a batch, the text's own next tokens, and all logits."""
+
+
+def next_tokens(batch: int, targets: Tensor, logits: Tensor) -> Tensor:
+    """The text's own."""
+    return targets
+
+
+def drawn_tokens(seed: int) -> Labels:
+    """Tokens that are drawn from the model's own distribution, with a generator for each batch."""
+    generators: dict[int, torch.Generator] = {}
+
+    def draw(batch: int, targets: Tensor, logits: Tensor) -> Tensor:
+        if batch not in generators:
+            generators[batch] = torch.Generator(logits.device).manual_seed((seed << 32) + batch)
+        generator = generators[batch]
+        chances = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+        return torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view_as(targets)
+
+    return draw
+
+
+def head_gradients(
+    stream: Stream, folder: Path | None, progress: Callable[[str, int, int], None], labels: Labels = next_tokens
+) -> StateGradients:
     """The gradient of the loss with respect to the last hidden states, through the model's own head."""
     outgoing = StateGradients(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"))
     for batch, ids in enumerate(stream.batches):
@@ -215,7 +240,8 @@ def head_gradients(stream: Stream, folder: Path | None, progress: Callable[[str,
         for leaf, targets, logits in stream.head(batch):
             # Exact: samples are added up, not averaged, so that each one's gradient is that of its own mean loss.
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-            loss = nn.functional.cross_entropy(wide, targets.flatten(), reduction="sum")
+            aim = labels(batch, targets, logits)
+            loss = nn.functional.cross_entropy(wide, aim.flatten(), reduction="sum")
             (loss * (scale / predictions)).backward()  # type: ignore[no-untyped-call]
             parts.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
         _put(outgoing, batch, torch.cat(parts, dim=-2), scale, "the head", stream.skeleton.dtype)
@@ -243,7 +269,7 @@ def _put(outgoing: StateGradients, batch: int, gradient: Tensor, scale: float, w
 
 @torch.enable_grad()
 def backward(
-    stream: Stream, block: Block, batch: int, saved: SavedInputs, outgoing: StateGradients, tap: GradientTap
+    stream: Stream, block: Block, batch: int, saved: SavedInputs, outgoing: StateGradients, tap: BackwardTap
 ) -> None:
     """Take one batch back through a loaded block: from the gradient of its outputs to that of its inputs."""
     ids = stream.batches[batch]
@@ -283,7 +309,7 @@ def backward(
 
 
 @torch.enable_grad()
-def regional_gradient(stream: Stream, block: Block, batch: int, tap: GradientTap | None) -> Tensor:
+def regional_gradient(stream: Stream, block: Block, batch: int, tap: BackwardTap | None) -> Tensor:
     """The output of a loaded block for a batch, while `tap` takes gradients of its Euclidean norm for each sample.
 
     Nothing flows back into the block before: that is what makes the gradient regional. Without a tap it is a forward.

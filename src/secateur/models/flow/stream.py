@@ -321,6 +321,14 @@ class Stream:
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
             yield loss.view(targets.shape)
 
+    def window_losses(self, batch: int) -> Tensor:
+        """The mean cross-entropy of each window of a batch, in nats: float64, on the CPU."""
+        ids = self.batches[batch]
+        total = torch.zeros(len(ids), dtype=torch.float64, device=self.device)
+        for part in self.losses(batch):
+            total += part.double().sum(dim=1)
+        return (total / (ids.shape[1] - 1)).cpu()
+
     @torch.enable_grad()
     def head(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(hidden states, next tokens, logits) of a batch, a few at a time; the logits' graph leads to these states."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from secateur.core.exact import Joinable
 from secateur.errors import ModelStructureError
 
 MULTIPLICATIONS = {"linear", "addmm", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm"}
@@ -126,6 +127,18 @@ def _check_inputs(product: Product) -> None:
             f"{weight.stride(contracted)}), expected in_features {width} (stride {stride}). The module stores it "
             f"{'(in, out)' if not product.transposed else '(out, in)'}; skip it with --skip."
         )
+
+
+class BackwardTap(ProductTap):
+    """A tap that is active in a forward to learn something in the backward after it: `sums`."""
+
+    sums: Mapping[Any, Joinable]
+
+    def begin(self, samples: int, length: int, scale: float = 1.0) -> None:
+        """Tell that the next forward and backward are over `samples` of `length` tokens, gradients times `scale`."""
+
+    def end(self) -> None:
+        """Add what is left after a backward."""
 
 
 @contextmanager

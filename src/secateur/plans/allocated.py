@@ -1,0 +1,50 @@
+"""A plan that an allocation made, with how it came about, and its file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import PatternError
+from secateur.files.reading import read_json
+from secateur.plans.plan import Plan
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """A plan, and how it came about: what the manifest and the file of a plan say of it.
+
+    `record` holds the name, unit and options of the allocation, the bounds and the extremes of its sparsities, and what
+    the held-out windows said: "uniform" and "plan" in nats per token, the "difference" with its standard "error", and
+    whether the plan is "used". One that does not beat the uniform one is not: then `plan` is uniform.
+    """
+
+    plan: Plan
+    record: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the file of a plan holds."""
+        return {"format": FORMAT, "allocation": dict(self.record), "plan": self.plan.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Allocated":
+        """What `to_json` wrote. Raises `PatternError`."""
+        return cls(Plan.from_json(value["plan"]), value["allocation"])
+
+
+def read_plan(file: str | PathLike[str]) -> Allocated:
+    """The plan in a file of `allocate`, or in one that holds nothing but a plan. Raises `PatternError`."""
+    value = read_json(Path(file).expanduser())
+    if not isinstance(value, Mapping):
+        raise PatternError(f"{file}: holds a {type(value).__name__}, expected the plan that secateur allocate writes.")
+    if "plan" not in value:
+        value = {"format": FORMAT, "allocation": {}, "plan": value}
+    if value.get("format") != FORMAT or not isinstance(value["plan"], Mapping):
+        raise PatternError(f"{file}: has the format {value.get('format')!r}, expected {FORMAT}: write it anew.")
+    try:
+        return Allocated.from_json(value)
+    except PatternError as error:
+        raise PatternError(f"{file}: {error}") from None
