@@ -83,8 +83,8 @@ def unhealthy() -> dict[str, Tensor]:
 
 
 @tiny.pairs_by_turns(
-    "kind, name, dtype, damping",
-    product(unhealthy(), [*SOLVERS, *(f"wanda+{name}" for name in REFINEMENTS), "wanda+exact"]),
+    "name, kind, dtype, damping",
+    product([*SOLVERS, *(f"wanda+{name}" for name in REFINEMENTS), "wanda+exact"], unhealthy()),
     list(product([torch.float32, torch.float64, torch.bfloat16], [None, 0.0])),
 )
 def test_unhealthy_grams_are_damped_until_they_can_be_solved(
