@@ -6,8 +6,6 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-import torch
-import transformers
 
 # What they assert is explained as in the tests themselves.
 pytest.register_assert_rewrite(
@@ -15,7 +13,13 @@ pytest.register_assert_rewrite(
 )
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_collection(session: pytest.Session) -> None:
+    """Where others run the tests this process collects none, and they would wait for what it imports."""
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return
+    import torch
+    import transformers
+
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -38,5 +42,7 @@ def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`device="auto"` means the CPU on every machine: results are compared bit by bit."""
+    import torch
+
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from command_line import CALIBRATION, FIRST, Call, interpreter, process, terminal
 from secateur import cli
-from secateur.errors import NumericalError, PatternError
+from secateur.errors import CheckpointError, NumericalError
 from secateur.files.checkpoint import SINGLE_FILE
 
 
@@ -252,14 +252,14 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, damaged: Pat
 
 
 def test_debug_in_a_process(tmp_path: Path) -> None:
-    arguments = ("prune", tmp_path, "-o", tmp_path / "out", "-m", "nope")
+    arguments = ("plan", tmp_path, "--config", tmp_path / "nope.yaml")
     result = interpreter(*arguments, "--debug")
     assert result.returncode == 1
     assert result.stderr.startswith("Traceback (most recent call last):")
-    assert f"{PatternError.__name__}: unknown method" in result.stderr.splitlines()[-1]
+    assert f"{CheckpointError.__name__}: {tmp_path}/nope.yaml: no such file." in result.stderr.splitlines()[-1]
     result = process(*arguments)
     assert result.returncode == 2
-    assert re.fullmatch(r'Error: unknown method "nope"\..*\n', result.stderr)
+    assert result.stderr == f"Error: {tmp_path}/nope.yaml: no such file.\n"
 
 
 def test_an_interruption(call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

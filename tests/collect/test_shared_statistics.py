@@ -21,7 +21,13 @@ KINDS = frozenset({Gram, SquaredNorm})
 
 
 # Fused and single experts, keys and values that later blocks read, and blocks that are not attention.
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen2_moe", "gemma3n_text", "mamba"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mixtral", "gemma3n_text", "mamba"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2", "qwen2_moe")),
+    ],
+)
 def test_bit_equal_to_separate_runs_without_their_forwards(name: str, tmp_path: Path) -> None:
     source = tiny.save(name, tmp_path / "source")
     methods = {"wanda": secateur.wanda(), "sparsegpt": secateur.sparsegpt(), "alps": secateur.alps(iterations=3)}

@@ -59,7 +59,8 @@ def run(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
 COMMANDS_OF_ONE_INTERPRETER = """
 import atexit, json, os, sys, traceback
 os.environ.update(TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-import accelerate, secateur.pruning.engine, secateur.report.inspect
+import accelerate, matplotlib.pyplot, PIL.Image, secateur.pruning.engine, secateur.pruning.forecast
+import secateur.evaluate.agreement, secateur.evaluate.generations, secateur.report.checkpoint_page
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlamaForCausalLM
 from secateur.cli import main
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import reference
+import tiny
 from secateur.core import scores
 from secateur.core.gradients import GradientKind, GradientNorm
 from secateur.core.gram import Gram
@@ -42,6 +44,7 @@ UPDATING = {name for name, make in METHODS.items() if Gram in make().needs}  # t
 every_method = pytest.mark.parametrize("name", METHODS)
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+PAIRS = list(product(METHODS, PATTERNS))
 
 
 def pinned(message: str) -> str:
@@ -137,9 +140,7 @@ def test_a_method_is_made_without_arguments_under_its_own_name(name: str) -> Non
     assert METHODS[name].__doc__
 
 
-@every_method
-@every_pattern
-@every_dtype
+@tiny.pairs_by_turns("name, pattern, dtype", PAIRS, DTYPES)
 def test_contract(name: str, pattern: Pattern, dtype: torch.dtype) -> None:
     method = METHODS[name]()
     weight = normal(ROWS, COLUMNS, 0)
@@ -162,9 +163,7 @@ def sums(statistic: Any) -> str:
     )
 
 
-@every_method
-@every_pattern
-@every_dtype
+@tiny.pairs_by_turns("name, pattern, dtype", PAIRS, DTYPES)
 def test_solve_is_pure_and_deterministic(name: str, pattern: Pattern, dtype: torch.dtype) -> None:
     method = METHODS[name]()
     given = problem(method, pattern, dtype)
@@ -259,9 +258,7 @@ def test_a_matrix_of_ties(name: str, pattern: Pattern) -> None:
         assert torch.equal(solution.mask, reference.search_rows(score, group.sparsity))
 
 
-@every_method
-@every_pattern
-@pytest.mark.parametrize("nothing", ["weight", "inputs", "both"])
+@tiny.pairs_by_turns("name, pattern, nothing", PAIRS, ["weight", "inputs", "both"])
 def test_all_zeros_are_no_error(name: str, pattern: Pattern, nothing: str) -> None:
     method = METHODS[name]()
     weight = torch.zeros(ROWS, COLUMNS) if nothing != "inputs" else None

@@ -243,23 +243,21 @@ def check(
     return reference
 
 
-@pytest.mark.parametrize(
-    ("pattern", "published"),
+@tiny.pairs_by_turns(
+    "pattern, published, batch",
     [
         (Unstructured(0.5), {"ratio": 0.5}),
         (Unstructured(0.6), {"ratio": 0.6}),
         (NM(2, 4), {"n": 2, "m": 4}),
         (NM(4, 8), {"n": 4, "m": 8}),
     ],
-    ids=["0.5", "0.6", "2:4", "4:8"],
+    [1, 4],
 )
-@pytest.mark.parametrize("batch", [1, 4])
 def test_wanda(material, pattern, published, batch, tmp_path):
     check(material, tmp_path / "out", wanda(), pattern, published, batch)
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.6])
-@pytest.mark.parametrize("batch", [1, 4])
+@tiny.pairs_by_turns("sparsity, batch", [0.5, 0.6], [1, 4])
 def test_wanda_variant(material, sparsity, batch, tmp_path):
     published = {"ratio": sparsity, "variant": True}
     reference = check(material, tmp_path / "out", wanda_variant(), Unstructured(sparsity), published, batch)
@@ -387,12 +385,11 @@ def published_gblm(
         inputs = [output if isinstance(output, Tensor) else output[0] for output in outputs]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "published"),
+@tiny.pairs_by_turns(
+    "pattern, published, norm",
     [(Unstructured(0.5), {"ratio": 0.5}), (NM(2, 4), {"n": 2, "m": 4}), (NM(4, 8), {"n": 4, "m": 8})],
-    ids=["0.5", "2:4", "4:8"],
+    ["l1", "l2"],
 )
-@pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_gblm(material, found_gradients, pattern, norm, published, tmp_path):
     folder, windows = material
     skip = undividable(folder, pattern)

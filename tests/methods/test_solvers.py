@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import reference
 import reference_solvers
+import tiny
 from layer_problems import correlated, every_pattern, gram_of, normal, problem, start_from, statistics
 from secateur.core import linalg, scores
 from secateur.core.gram import CrossGram, Gram
@@ -80,10 +82,11 @@ def unhealthy() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", unhealthy())
-@pytest.mark.parametrize("name", [*SOLVERS, *(f"wanda+{name}" for name in REFINEMENTS), "wanda+exact"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("damping", [None, 0.0], ids=["default", "no damping"])
+@tiny.pairs_by_turns(
+    "name, kind, dtype, damping",
+    product([*SOLVERS, *(f"wanda+{name}" for name in REFINEMENTS), "wanda+exact"], unhealthy()),
+    list(product([torch.float32, torch.float64, torch.bfloat16], [None, 0.0])),
+)
 def test_unhealthy_grams_are_damped_until_they_can_be_solved(
     kind: str, name: str, dtype: torch.dtype, damping: float | None
 ) -> None:

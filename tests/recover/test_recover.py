@@ -312,9 +312,9 @@ def test_the_adapter_folder(tmp_path: Path) -> None:
     ("method", "name"),
     [
         ("lora", "gpt2"),
-        ("lora", "mixtral"),
         ("sparse-lora", "opt"),
         ("sparse-lora", "mixtral"),
+        pytest.param("lora", "mixtral", marks=pytest.mark.slow),
         pytest.param("lora", "opt", marks=pytest.mark.slow),
         pytest.param("sparse-lora", "gpt2", marks=pytest.mark.slow),
     ],

@@ -143,9 +143,8 @@ def bitsandbytes() -> Any:
     return importlib.import_module("bitsandbytes")
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 autocast"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_zeros_stay_zero_in_every_step(tmp_path: Path, name: str, half: bool) -> None:
+@tiny.pairs_by_turns("name, precision", OPTIMIZERS, ["float32", "bfloat16 autocast"])
+def test_zeros_stay_zero_in_every_step(tmp_path: Path, name: str, precision: str) -> None:
     # With accumulation, clipping and weight decay throughout.
     if "8bit" in name and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
@@ -156,7 +155,7 @@ def test_zeros_stay_zero_in_every_step(tmp_path: Path, name: str, half: bool) ->
     choice = OPTIMIZERS[name]
     options = choice if isinstance(choice, dict) else {"optimizer": choice(model)}
     callback = secateur.SparsityCallback()
-    trainer(model, tmp_path, callback, watch, bf16=half, **options).train()
+    trainer(model, tmp_path, callback, watch, bf16="bfloat16" in precision, **options).train()
     assert watch.steps == STEPS
     assert callback.zeros == 11520
     assert (watch.moments > 0) == (name not in ("adafactor", "adamw 8bit"))  # theirs are factors, or whole numbers

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from command_line import call, model  # noqa: F401 - pytest finds them by name
+from made_once import made_once
 from secateur.runtime import library
 from secateur.runtime.library import PathName
 
@@ -31,8 +32,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library for this processor. SECATEUR_KERNEL_LIBRARY names one that was built with sanitizers."""
     if SANITIZED:
         return Path(SANITIZED)
-    folder = tmp_path_factory.mktemp("kernel")
-    if build_script().build(folder) is None:
+    folder = made_once(tmp_path_factory, "kernel", build_script().build)
+    if not (folder / build_script().LIBRARY).exists():
         pytest.skip("there is no C compiler")
     return folder / build_script().LIBRARY
 
@@ -40,12 +41,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def compiled_emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with the instructions of AVX-512 and AMX replaced by C."""
-    folder = tmp_path_factory.mktemp("emulated")
     script = build_script()
-    paths = script.build(folder, script.SANITIZERS if SANITIZED else (), emulated=EMULATED)
-    if paths is None or "avx512" not in paths:
+
+    def build(folder: Path) -> None:
+        paths = script.build(folder, script.SANITIZERS if SANITIZED else (), emulated=EMULATED)
+        if paths is not None and "avx512" not in paths:
+            (folder / script.LIBRARY).unlink()
+
+    folder = made_once(tmp_path_factory, "emulated", build)
+    if not (folder / script.LIBRARY).exists():
         pytest.skip("there is no C compiler for x86")
-    return folder / build_script().LIBRARY
+    return folder / script.LIBRARY
 
 
 @pytest.fixture(autouse=True)

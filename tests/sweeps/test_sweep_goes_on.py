@@ -60,7 +60,7 @@ def test_a_grid_may_grow(run: Run, tmp_path: Path) -> None:
     assert re.fullmatch(r"\| wanda \| \**\d+\.\d\d\** \|  \|", row)  # 60 % was never asked for
 
 
-@pytest.mark.parametrize("keep", ["none", "all"])
+@pytest.mark.parametrize("keep", ["none", pytest.param("all", marks=pytest.mark.slow)])
 def test_data_may_be_added(keep: str, run: Run, tmp_path: Path, place: Path) -> None:
     one, two = str(place / "one.safetensors"), str(place / "two.safetensors")
     first = run(keep=keep)

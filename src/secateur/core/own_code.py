@@ -22,6 +22,7 @@ def installed() -> list[Path]:
     return [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 
 
+@functools.cache
 def is_own(file: str) -> bool:
     """Whether a file, by its name in compiled code, is neither ours nor of an installed library."""
     if file.startswith("<frozen"):
