@@ -61,8 +61,10 @@ from secateur.methods.sparsegpt import sparsegpt as sparsegpt
 from secateur.methods.swaps import swaps as swaps
 from secateur.methods.wanda import wanda as wanda, wanda_variant as wanda_variant
 from secateur.methods.wanda_plus import wanda_plus as wanda_plus
+from secateur.plans.allocated import Allocated as Allocated
 from secateur.plans.plan import Plan as Plan
 from secateur.plans.uniform import uniform as uniform
+from secateur.pruning.allocating import allocate as allocate
 from secateur.pruning.engine import prune as prune
 from secateur.pruning.forecast import Estimate as Estimate, estimate as estimate
 from secateur.record.manifest import Manifest as Manifest

@@ -75,7 +75,10 @@ BOMB = "only:\n- &a [x]\n" + "".join(
     ("text", "message"),
     [
         ("sparsty: 0.5\n", 'unknown key "sparsty". Did you mean "sparsity"?'),
-        ("flavour: vanilla\n", 'unknown key "flavour". Known keys: alpha, batch_size, bos, calibration,'),
+        (
+            "flavour: vanilla\n",
+            'unknown key "flavour". Known keys: allocation, allocation_option, alpha, batch_size, bos, calibration,',
+        ),
         ("s: 0.5\n", 'unknown key "s". Known keys: '),
         ("config: other.yaml\n", 'unknown key "config".'),
         ("sparsity: [0.5\n", "run.yaml: not YAML: "),

@@ -15,6 +15,7 @@ from secateur import cli
 WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", "--per", "--only", "--skip"}
 TEXT = {"--bos", "--calibration", "--samples", "--length", "--seed", "--sampling"}
 PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--correction", "--statistics-device"}
+WHERE = {"--allocation", "--allocation-option", "--unit"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
 TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
 RECOVERY = {"--method", "--preset", "--targets", "--rank", "--alpha", "--dropout", "--only", "--skip", "--distill"}
@@ -34,17 +35,24 @@ RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing
 RECOVERY |= {"--bos"}
 OPTIONS = {
     "plan": WHAT
+    | WHERE
     | TEXT
     | PRUNING
     | HOW
-    | {"--processes", "--bandwidth", "--device-memory"}
+    | {"--processes", "--bandwidth", "--device-memory", "--plan"}
     | {"--on-nonfinite", "--unseen", "--resume", "--packed", "--output", "--overwrite", "--config", "--json"},
     "prune": WHAT
+    | WHERE
     | TEXT
     | PRUNING
     | HOW
-    | {"--log-dir"}
+    | {"--log-dir", "--plan"}
     | {"--on-nonfinite", "--unseen", "--resume", "--packed", "--output", "--overwrite", "--config", "--json"},
+    "allocate": WHERE
+    | (WHAT - {"--method", "--norm", "--alpha", "--option"})
+    | TEXT
+    | HOW
+    | {"--statistics-device", "--on-nonfinite", "--unseen", "--output", "--overwrite", "--config", "--json"},
     "gradients": TEXT
     | HOW
     | {"--log-dir"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pruned_checkpoints import bits
 from secateur.collect.block_gradients import GradientPass
 from secateur.errors import CalibrationError
 from secateur.methods.wanda import wanda
+from secateur.models.flow.backward import GradientTap, next_tokens
 from secateur.models.opening.opened import open_model
 from secateur.models.shape.matrices import tapped
 from secateur.pruning.engine import prune
@@ -96,11 +98,11 @@ def test_parameters_never_have_a_gradient(ids, tmp_path):
     skeleton.load_outside()
     seen = []
 
-    def look(block, totals) -> None:
+    def look(block, tap) -> None:
         for parameter in skeleton.model.parameters():
             assert parameter.grad is None
             assert not parameter.requires_grad
-        for total in totals.values():
+        for total in tap.totals.values():
             assert total.grad_fn is None
             assert not total.requires_grad
         seen.append(block)
@@ -108,7 +110,7 @@ def test_parameters_never_have_a_gradient(ids, tmp_path):
     def parameters(block):
         return tapped(block, [m for m in skeleton.matrices if m.block == block.index])[0]
 
-    taking = GradientPass(skeleton, parameters, look, NORMS)
+    taking = GradientPass(skeleton, parameters, look, partial(GradientTap, norms=NORMS), next_tokens)
     taking.of_model(ids.split(1))
     taking.of_blocks(ids.split(1))
     assert len(seen) == 2 * tiny.BLOCKS

@@ -50,6 +50,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
     "secateur prune HuggingFaceTB/SmolLM2-135M -o smollm2-50 --method wanda --sparsity 0.5",
     "secateur prune ./llama -o ./llama-2of4 --pattern 2:4 --calibration my.jsonl --samples 64 --length 1024",
     "secateur prune ./llama -o ./llama-packed --pattern 2:4 --packed",
+    "secateur prune ./llama -o ./llama-60 --allocation sensitivity --sparsity 0.6",
     "secateur prune model.gguf -o pruned --calibration python-docs --sampling concat --length 512",
     "secateur prune ./llama -o pruned --method my_methods:my_score",
     "torchrun --nproc-per-node 4 -m secateur prune ./llama -o pruned",
@@ -74,7 +75,6 @@ def prune(settings: PruneSettings, config: Config = None, as_json: Json = False,
 @command(
     "secateur allocate ./llama -o plan.json --allocation sensitivity --sparsity 0.6",
     "secateur allocate ./llama -o plan.json --allocation owl --allocation-option width=0.1 --pattern 4:8",
-    "secateur prune ./llama -o pruned --plan plan.json",
     required=("allocation",),
 )
 def allocate(settings: AllocateSettings, config: Config = None, as_json: Json = False) -> None:

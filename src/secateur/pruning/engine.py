@@ -109,7 +109,8 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
                 "allocate, and give it to all: --plan plan.json."
             )
         known = None if earlier is None else Allocated.from_json(earlier)
-        ready = stack.enter_context(prepared(settings, allocated=known, progress=tell))
+        clock = Clock(began=started)
+        ready = stack.enter_context(prepared(settings, allocated=known, clock=clock, progress=tell))
         opened, windows, evidence, method = ready.opened, ready.windows, ready.evidence, ready.method
         extent = ready.extent
         skeleton = opened.skeleton
@@ -124,13 +125,14 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
         manifest = _manifest(ready, size)
         facts = _facts(ready, manifest, size)
         processes.agree(facts)
-        clock = Clock(synchronise=skeleton.device.type == "cuda", began=started)
+        clock.synchronise = skeleton.device.type == "cuda"
         if transaction is not None and settings.resumable and settings.statistics is None:
             transaction.journal.begin("prune", len(skeleton.blocks), facts)
             size.record(transaction.journal)
-            if ready.allocated is not None and ALLOCATED not in transaction.journal.found:
-                transaction.journal.add(Part(ALLOCATED, record=ready.allocated.to_json()))
-            clock.resume(transaction.journal.seconds)
+            if transaction.journal.seconds:
+                clock.resume(transaction.journal.seconds)
+            if ready.allocated is not None and settings.plan is None and earlier is None:
+                transaction.journal.add(Part(ALLOCATED, record=ready.allocated.to_json(), seconds=clock.so_far()))
         output = (
             None if transaction is None else checkpoint_output(transaction, opened, packed_bytes=ready.packed_bytes)
         )
@@ -233,11 +235,12 @@ def _facts(ready: Prepared, manifest: Manifest, size: BatchSize) -> dict[str, An
         **common_facts(ready.opened),
         "settings": settings,
         "tokens": None if ready.windows is None else ready.windows.digest,
-        "allocation": [asked.allocation, asked.unit, *written(asked.allocation_option)],
-        "pattern": None if isinstance(asked.pattern, Mapping) else str(asked.pattern),
         "file of gradients": None if gradients is None else gradients.digest,
         "packed": ready.settings.packed,
         "plan": manifest.plan,
+        # Of an allocation, whose plan a resumed run does not make again.
+        "allocation": [asked.allocation, asked.unit, *written(asked.allocation_option)],
+        "pattern": None if isinstance(asked.pattern, Mapping) else str(asked.pattern),
     }
 
 

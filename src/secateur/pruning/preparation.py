@@ -37,7 +37,7 @@ from secateur.pruning.allocating import check_divisible
 from secateur.pruning.named import resolved
 from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
-from secateur.runs.events import Progress, named
+from secateur.runs.events import Clock, Progress, named
 from secateur.runs.options import shared
 from secateur.runs.output import check_output
 from secateur.runs.packing import expected_bytes
@@ -81,6 +81,7 @@ def prepared(
     *,
     dry: bool = False,
     allocated: Allocated | None = None,
+    clock: Clock | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Iterator[Prepared]:
     """The run that settings ask for; a module in memory is put back at the end as it was.
@@ -133,7 +134,9 @@ def prepared(
             seen = replace(seen, unchecked=[*seen.unchecked, told])
         elif to_allocate:
             assert seen.windows is not None
-            allocated = make_allocation(opened, seen.windows, settings, plan, progress=named(progress, "allocation"))
+            with (clock or Clock()).timed("allocation"):
+                stages = named(progress, "allocation")
+                allocated = make_allocation(opened, seen.windows, settings, plan, progress=stages)
         if allocated is not None:
             plan = allocated.plan
         if not evidence.looks_at_samples:

@@ -37,13 +37,12 @@ class CheckpointOutput:
                 self.folder.mkdir(exist_ok=True)
                 with self._room.open("wb") as room:  # a disk too full for both is found out before the work
                     reserve(room.fileno(), packed_bytes)
+        found = {name: digest for part in self.journal.found.values() for name, digest in part.tensors.items()}
         for folder in {transaction.folder, self.folder}:  # what an earlier process left and this one makes again
             for entry in folder.iterdir():
-                if folder != self.folder or entry.suffix != ".safetensors":
+                if not (found and folder == self.folder and entry.suffix == ".safetensors"):
                     delete(entry)
-        found = {name: digest for part in self.journal.found.values() for name, digest in part.tensors.items()}
-        layout = opened.skeleton.source.layout()
-        self._writer = CheckpointWriter(self.folder, layout, found=found if self.journal.finished else None)
+        self._writer = CheckpointWriter(self.folder, opened.skeleton.source.layout(), found=found or None)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write finished tensors."""

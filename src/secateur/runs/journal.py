@@ -182,7 +182,8 @@ class Journal:
         blocks = sum(name.startswith("block ") for name in finished)
         if blocks or GRADIENTS in finished:
             return f"{blocks} of {self.parts} blocks" if blocks else f"the {GRADIENTS}"
-        return f"the gradients of {len({name.partition(',')[0] for name in finished})} of {self.parts} blocks"
+        taken = {name.partition(",")[0] for name in finished if name != ALLOCATED}
+        return f"the gradients of {len(taken)} of {self.parts} blocks" if taken else "the plan"
 
     def _append(self, value: Mapping[str, Any]) -> None:
         line = memoryview((json.dumps({**value, "digest": digest_of(value)}) + "\n").encode())
