@@ -81,7 +81,7 @@ OPTIONS = {
     "eval": HOW | TASKS | {"--log-dir", "--bos", "--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"})
     | TASKS
-    | {"--log-dir"}
+    | {"--log-dir", "--max-nats", "--min-agreement"}
     | {"--bos", "--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
     "report": {"--evaluation", "--open"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
