@@ -56,7 +56,7 @@ OPTIONS = {
     | (PRUNING - {"--gradient"})
     | HOW
     | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--again", "--dry-run"}
-    | {"--ray", "--ray-cpus"}
+    | {"--ray", "--ray-cpus", "--seeds", "--latex"}
     | {"--output", "--config", "--json"},
     "recover": RECOVERY
     | {"--log-dir"}

@@ -236,7 +236,8 @@ def sweep_table_groups(sweep: Sweep) -> RenderableType:
             table.add_row(name, *(Text(entry.text, "bold" if entry.best else "") for entry in entries))
         # A title of the table itself would be folded to the table's width.
         parts += [Text(own.title, style="bold"), table, Text()]
-    return Group(*parts, Text(f"Written to {sweep.folder}: sweep.json, table.md, table.csv and the cells."))
+    tex = ", table.tex" if (sweep.folder / "table.tex").exists() else ""
+    return Group(*parts, Text(f"Written to {sweep.folder}: sweep.json, table.md, table.csv{tex} and the cells."))
 
 
 def gradient_table(file: GradientFile) -> RenderableType:
