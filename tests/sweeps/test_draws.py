@@ -153,6 +153,7 @@ def test_a_draw_is_that_of_a_sweep_with_its_seed(drawn: Callable[..., Sweep], tm
     assert not again
 
 
+@pytest.mark.slow
 def test_on_ray_the_table_is_the_same(drawn: Callable[..., Sweep], tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray==2.60.0")
     options: dict[str, Any] = {"methods": {"sparsegpt": METHODS["sparsegpt"]}, "seeds": [0, 1], "propagate": "dense"}
