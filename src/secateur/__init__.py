@@ -32,6 +32,7 @@ _NAMES = {
     "evaluate.results": ("Results", "model_digest"),
     "evaluate.task_results": ("TaskComparison", "TaskResult", "TaskResults", "task_differences"),
     "evaluate.tasks": ("tasks",),
+    "evaluate.verdict": ("Verdict", "verdict"),
     "methods.admm": ("admm",),
     "methods.alps": ("alps",),
     "methods.gblm": ("gblm", "gblm_inverse", "gradient"),

@@ -45,6 +45,7 @@ from secateur.evaluate.task_results import (
     task_differences as task_differences,
 )
 from secateur.evaluate.tasks import tasks as tasks
+from secateur.evaluate.verdict import Verdict as Verdict, verdict as verdict
 from secateur.methods.admm import admm as admm
 from secateur.methods.alps import alps as alps
 from secateur.methods.gblm import gblm as gblm, gblm_inverse as gblm_inverse, gradient as gradient

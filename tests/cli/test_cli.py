@@ -97,7 +97,8 @@ def test_tables_in_a_pipe(call: Call, model: Path, pruned: Path, tmp_path: Path)
     run = call("prune", model, "-o", out, "--method", "magnitude", "--sparsity", "0.25")
     assert run.code == 0
     assert "sparsity 0.2500 (asked 0.2500)" in run.out
-    assert run.out.rstrip().endswith(f"secateur verify {out}")
+    assert f"secateur verify {out}\n" in run.out
+    assert run.out.rstrip().endswith(f"What it cost: secateur compare {model} {out}")
     assert [line.split(",")[0] for line in run.err.splitlines()] == [f"block {n} of 3 pruned" for n in (1, 2, 3)]
     evaluation = call("eval", pruned, "--data", "python-docs", "--length", 32, "--windows", 6)
     assert re.search(r"^python-docs +6 x 32 +186 +\d\.\d{4} ± 0\.\d{4} +\d+\.\d{3} ± ", evaluation.out, re.MULTILINE)

@@ -64,7 +64,7 @@ OPTIONS = {
     | (PRUNING - {"--gradient"})
     | HOW
     | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--again", "--dry-run"}
-    | {"--ray", "--ray-cpus"}
+    | {"--ray", "--ray-cpus", "--seeds", "--latex"}
     | {"--output", "--config", "--json"},
     "recover": RECOVERY
     | {"--log-dir"}
@@ -89,7 +89,7 @@ OPTIONS = {
     "eval": HOW | TASKS | {"--log-dir", "--bos", "--data", "--length", "--windows", "--config", "--json"},
     "compare": (HOW - {"--revision"})
     | TASKS
-    | {"--log-dir"}
+    | {"--log-dir", "--max-nats", "--min-agreement"}
     | {"--bos", "--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
     "report": {"--evaluation", "--open"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},

@@ -102,7 +102,7 @@ def test_parameters_never_have_a_gradient(ids, tmp_path):
         for parameter in skeleton.model.parameters():
             assert parameter.grad is None
             assert not parameter.requires_grad
-        for total in tap.totals.values():
+        for total in tap.totals().values():
             assert total.grad_fn is None
             assert not total.requires_grad
         seen.append(block)

@@ -108,6 +108,12 @@ def test_compare_everything(
             assert difference["value"] == pytest.approx(change)
             net = difference["wrong_to_right"] - difference["right_to_wrong"]
             assert change == pytest.approx(net / row["documents"])
+    for own in value["verdicts"]:
+        rows = [row["differences"]["acc"] for row in value["tasks"] if row["model"] == own["model"]]
+        flipped = sum(row["right_to_wrong"] + row["wrong_to_right"] for row in rows)
+        worst = 100 * min(row["value"] for row in rows)
+        assert f"{flipped} of 18 answers flipped" in own["sentence"]
+        assert f" {worst:+.1f} ± " in own["sentence"]
     assert [entry["prompt"] for entry in value["generations"]] == PROMPTS
     for entry in value["generations"]:
         assert [output["model"] for output in entry["outputs"]] == [str(model), *map(str, pruned)]

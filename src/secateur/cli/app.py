@@ -124,7 +124,8 @@ def _signals() -> Iterator[Callable[[], signal.Signals]]:
 def main() -> None:
     """Run the command line.
 
-    Exits with 2 for the user's mistake, 1 for a failure, 130 for an interruption, 143 for SIGTERM, 129 for SIGHUP.
+    Exits with 2 for the user's mistake, 1 for a failure, 130 for an interruption, 143 for SIGTERM, 129 for SIGHUP, and
+    with what else commands pass to `sys.exit`; docs/reliability.md has them all.
     """
     with guarded_streams(), silent():
         # Libraries read these when they are imported; torch imports tqdm.

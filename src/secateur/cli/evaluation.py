@@ -18,6 +18,7 @@ from secateur.evaluate.settings import (
     EvalSettings,
     PerplexitySettings,
     TaskSettings,
+    VerdictSettings,
 )
 from secateur.launched import launched
 from secateur.runs.options import shared
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from secateur.evaluate.results import Kind, Results
     from secateur.evaluate.task_results import TaskComparison, TaskResults
     from secateur.runs.events import Progress
+
+MISSED = 3  # the exit code where a model misses a threshold
 
 
 @command(
@@ -80,6 +83,7 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
 @command(
     "secateur compare ./llama ./pruned --data wikitext2",
     "secateur compare ./llama ./wanda ./gblm --data wikitext2 --data c4 --windows 40 --csv table.csv",
+    "secateur compare ./llama ./wanda --max-nats 0.05 --min-agreement 0.9",
     "secateur compare ./llama ./wanda --tasks boolq,hellaswag --limit 500 --prompts prompts.txt",
     processes=True,
 )
@@ -87,14 +91,15 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     """Compare pruned models with the dense one: on the same tokens, the same tasks, the same prompts.
 
     Differences are paired, window by window or document by document. The models run one after the other: texts in the
-    memory of one block, tasks and prompts with one whole model in memory.
+    memory of one block, tasks and prompts with one whole model in memory. Ends with a sentence for each pruned model:
+    whether it can take the dense one's place. Exits with 3 where one misses --max-nats or --min-agreement.
     """
     if settings.names or settings.prompts is not None:
         alone("compare with --tasks or --prompts")
     elif started_for(settings.device):
         return
     dense, pruned = settings.dense, list(settings.pruned)
-    answers: list[TaskComparison] = []
+    answers: list[list[TaskComparison]] = []
     written: list[list[Generation]] = []
     if settings.names or settings.prompts is not None:
         with quiet_libraries():
@@ -112,38 +117,55 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
                         answered.append(_answers(settings, progress, model=whole))
                     if texts:
                         written.append(generations(whole, texts, new_tokens=settings.new_tokens, progress=progress))
-            answers = [row for own in answered[1:] for row in task_differences(answered[0], own)]
+            answers = [task_differences(answered[0], own) for own in answered[1:]]
     agreements: list[list[Agreement]] = []
-    if settings.data or not (settings.names or settings.prompts is not None):
+    if settings.texts:
         with quiet_libraries(), logged(log_dir) as log, stage_progress() as show:
             from secateur.evaluate.agreement import agreement
 
             own = shared(settings, AgreementSettings) | {"progress": log.stages_beside(show)}
-            agreements = [agreement(**own | {"data": text}) for text in settings.data or ["wikitext2"]]
+            agreements = [agreement(**own | {"data": text}) for text in settings.texts]
     rows = [row for text in agreements for row in text]
+    task_rows = [row for own in answers for row in own]
     for row, name in zip(rows, pruned * len(agreements), strict=True):
         _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
     if settings.csv is not None and launched().rank == 0:
         on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
-        write_csv(Path(settings.csv), [*on_texts, *map(_task_row, answers)])
+        write_csv(Path(settings.csv), [*on_texts, *map(_task_row, task_rows)])
+    from secateur.evaluate.verdict import verdict
+
+    verdicts = [
+        verdict(
+            agreements[0][place].model if agreements else name,
+            [text[place].change for text in agreements],
+            answers[place] if answers else [],
+            **shared(settings, VerdictSettings),
+        )
+        for place, name in enumerate(pruned)
+    ]
     if as_json:
         print_json(
             {
                 "dense": dense,
                 "results": [row.to_json() for row in rows],
-                "tasks": [row.to_json() for row in answers],
+                "tasks": [row.to_json() for row in task_rows],
                 "generations": [_prompt(outputs) for outputs in zip(*written, strict=True)],
+                "verdicts": [own.to_json() for own in verdicts],
             }
         )
     else:
-        from secateur.report.terminal import comparison_table, generations_table, task_comparison_table
+        from secateur.report.terminal import comparison_table, generations_table, task_comparison_table, verdict_lines
 
         if agreements:
             print_tables(comparison_table(agreements))
         if answers:
-            print_tables(task_comparison_table(answers))
+            print_tables(task_comparison_table(task_rows))
         if written:
             print_tables(generations_table(list(zip(*written, strict=True))))
+        if agreements or answers:
+            print_tables(verdict_lines(verdicts))
+    if any(own.given and not own.passed for own in verdicts):
+        sys.exit(MISSED)
 
 
 def _task_row(row: "TaskComparison") -> dict[str, Any]:

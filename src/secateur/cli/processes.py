@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ class Log:
         self._handler = logging.StreamHandler(self._stream)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("secateur").addHandler(self._handler)
-        self.write(f"process {launched().rank} of {launched().count}: secateur {' '.join(sys.argv[1:])}")
+        self.write(f"process {launched().rank} of {launched().count}: {shlex.join(['secateur', *sys.argv[1:]])}")
 
     def write(self, text: str) -> None:
         """A line with the time."""

@@ -14,6 +14,7 @@ from secateur.sweeps.settings import SweepSettings
     "secateur sweep ./llama -o table --methods magnitude,wanda,sparsegpt --sparsity 0.5,0.6 --pattern 2:4",
     "secateur sweep ./llama -o table --methods wanda,wanda+least_squares --data wikitext2 --data c4 --dry-run",
     "secateur sweep ./llama -o table --methods magnitude,wanda,sparsegpt --sparsity 0.5,0.6 --ray",
+    "secateur sweep ./llama -o table --methods wanda,gblm --seeds 0,1,2 --latex",
     "secateur sweep ./llama -o table --methods l1=gblm,l2=gblm --option l2.norm=l2 --keep best",
 )
 def sweep(settings: SweepSettings, config: Config = None, as_json: Json = False) -> None:
@@ -41,11 +42,11 @@ def sweep(settings: SweepSettings, config: Config = None, as_json: Json = False)
         print_result(estimates[0], sweep_estimate_tables, as_json)
         return
     print_result(result, sweep_table_groups, as_json)
-    asked = {(task.cell.method, task.cell.pattern) for task in grid(settings)}
+    asked = {task.cell.folder for task in grid(settings)}
     if result.failed:
         print_error(f"{len(result.failed)} of {len(result.cells)} cells failed:")
         for cell in result.failed:
-            earlier = "" if (cell.method, cell.pattern) in asked else " (earlier, and not asked for this time)"
+            earlier = "" if cell.folder in asked else " (earlier, and not asked for this time)"
             print_error(f"  {cell.name}{earlier}: {cell.error}")
     if len(result.failed) < len(result.cells):
         _report(Path(settings.output))

@@ -23,6 +23,7 @@ from secateur.evaluate.perplexity import (
     without_nan,
 )
 from secateur.evaluate.settings import AgreementSettings, TextSettings
+from secateur.evaluate.verdict import Change, Verdict, verdict
 from secateur.models.flow.stream import Stream, default_batch_size
 from secateur.models.opening.opened import open_model
 from secateur.runs.events import Progress, named
@@ -80,6 +81,15 @@ class Agreement:
     def difference_error(self) -> float:
         """The standard error of `difference`, from the differences of windows; NaN for one window."""
         return paired_difference(self.window_nats, self.window_nats_dense)[1]
+
+    @property
+    def change(self) -> Change:
+        """What a verdict is made of."""
+        return Change(self.data, self.difference, self.difference_error, self.top1, self.top1_error)
+
+    def verdict(self, *, max_nats: float | None = None, min_agreement: float | None = None) -> Verdict:
+        """Whether the pruned model can take the dense one's place, judged on this text."""
+        return verdict(self.model, [self.change], max_nats=max_nats, min_agreement=min_agreement)
 
     def to_json(self) -> dict[str, Any]:
         """All fields, both perplexities and their difference; errors are None for a single window."""

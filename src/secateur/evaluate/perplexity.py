@@ -75,6 +75,11 @@ def standard_error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
+def plus_minus(error: float, form: str) -> str:
+    """An error after its figure, nothing where it is NaN: that of a single window."""
+    return "" if math.isnan(error) else f" ± {error:{form}}"
+
+
 def paired_difference(window_nats: Sequence[float], window_nats_dense: Sequence[float]) -> tuple[float, float]:
     """(mean, its standard error) of the differences between two models' losses on the same windows, in nats."""
     own, dense = (torch.tensor(nats, dtype=torch.float64) for nats in (window_nats, window_nats_dense))

@@ -56,6 +56,7 @@ class _AgreementResult(_OnText):
     kl_error: float | None
     kl_99: float
     top1: float
+    top1_error: NotRequired[float | None]
 
 
 class _MetricValue(TypedDict):

@@ -1,5 +1,6 @@
 """What `eval` and `compare` take."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -20,6 +21,7 @@ else:
     Progress = Any
 
 TASKS = "Tasks"
+VERDICT = "Verdict"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,6 +79,38 @@ class TaskSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class VerdictSettings(Settings):
+    """What a pruned model has to keep for its verdict; one that is missed ends `compare` with 3."""
+
+    max_nats: Annotated[
+        float | None,
+        Option(
+            VERDICT,
+            "Exit with 3 where a pruned model loses more: its mean loss minus the dense model's in nats per token, "
+            "such as 0.05 for a perplexity that is 5 % higher.",
+        ),
+    ] = None
+    min_agreement: Annotated[
+        float | None,
+        Option(
+            VERDICT,
+            "Exit with 3 where fewer tokens than this share have the same first choice as in the dense model, such as "
+            "0.9.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_nats is not None and not 0 <= self.max_nats < math.inf:
+            raise CalibrationError(f"--max-nats: got {self.max_nats:g}, expected a number of nats, at least 0.")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            hint = f" Did you mean {self.min_agreement / 100:g}?" if 1 < self.min_agreement <= 100 else ""
+            raise CalibrationError(
+                f"--min-agreement: got {self.min_agreement:g}, expected a share of tokens from 0 to 1.{hint}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EvalSettings(BatchSettings, ModelSettings, TextSettings, TaskSettings):
     """What `eval` takes."""
 
@@ -92,7 +126,7 @@ class EvalSettings(BatchSettings, ModelSettings, TextSettings, TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CompareSettings(BatchSettings, DtypeSettings, TextSettings, TaskSettings):
+class CompareSettings(BatchSettings, DtypeSettings, TextSettings, TaskSettings, VerdictSettings):
     """What `compare` takes."""
 
     dense: Annotated[str, Option(ARGUMENTS, "The dense model: folder, hub id, or GGUF file.")]
@@ -114,3 +148,17 @@ class CompareSettings(BatchSettings, DtypeSettings, TextSettings, TaskSettings):
     ] = None
     new_tokens: Annotated[int, Option(OPTIONS, "Tokens to go on for, greedily.", least=1)] = 64
     csv: Annotated[str | None, Option(OPTIONS, "Also write a row for each model and text or task to this file.")] = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts to compare on."""
+        return self.data or (() if self.names or self.prompts is not None else ("wikitext2",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_nats", "min_agreement"):
+            if getattr(self, name) is not None and not self.texts:
+                raise CalibrationError(
+                    f"--{name.replace('_', '-')}: is measured on a text, and --tasks or --prompts alone compare on "
+                    "none. Add --data wikitext2, or another text."
+                )

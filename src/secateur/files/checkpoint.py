@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import math
 import os
+import shlex
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -320,8 +321,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return files
     if (folder / PACKED_FILE).exists():
         raise CheckpointError(
-            f"{folder}: a packed checkpoint, and a plain one is needed here. Unpack it first: secateur unpack {folder} "
-            "-o FOLDER"
+            f"{folder}: a packed checkpoint, and a plain one is needed here. Unpack it first: secateur unpack "
+            f"{shlex.quote(str(folder))} -o FOLDER"
         )
     if any(folder.glob("*.bin")):
         raise CheckpointError(
@@ -350,7 +351,7 @@ def _of_an_adapter(folder: Path, *, beside_weights: bool) -> str:
         )
     return (
         f"{folder}: an adapter{named}, not a model. Give its base, or merge the two into one checkpoint first: "
-        f"secateur merge {folder} --base BASE --output FOLDER"
+        f"secateur merge {shlex.quote(str(folder))} --base BASE --output FOLDER"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -278,6 +279,6 @@ def _readme(record: Mapping[str, Any]) -> str:
         f"# Adapter for a pruned model\n\nTrained with `secateur recover --method {record['method']}` for "
         f"{record['steps']} steps on {text}. Perplexity on {held['samples']} held-out windows of {held['length']} "
         f"tokens: {before:.3f} before, {after:.3f} after.\n\n{use}\n"
-        f"```\nsecateur merge ADAPTER --base {record['base']['path']} -o MERGED --mask keep\n```\n\n"
+        f"```\nsecateur merge ADAPTER --base {shlex.quote(str(record['base']['path']))} -o MERGED --mask keep\n```\n\n"
         f"`{ADAPTER_RECORD}` says how it was made.\n"
     )

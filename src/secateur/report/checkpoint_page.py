@@ -14,7 +14,7 @@ from secateur.record.manifest import Manifest, cautions, read_manifest
 from secateur.report import checkpoint_tables
 from secateur.report.charts import Drawn, check_installed
 from secateur.report.checkpoint_charts import depth_charts
-from secateur.report.evaluations import Evaluation, data_name, tables
+from secateur.report.evaluations import Evaluation, data_name, tables, verdict_of
 from secateur.report.masks import Group, MaskReport, groups, read_masks
 from secateur.report.page import FOLDER, PAGE, render, report_folder
 from secateur.report.tables import share
@@ -92,6 +92,7 @@ def _content(
         "lead": f"{zeros:,} of {planned:,} planned weights in {len(matrices):,} matrices are zero: "
         f"{share(zeros / planned)} of them, and {share(zeros / weights, 1)} of all {weights:,} weights of the model."
         + (" Kept weights were trained afterwards." if manifest.recovery is not None else ""),
+        "verdict": None if (found := verdict_of(folder.name, evaluations)) is None else found.sentence,
         "key_facts": [
             *_perplexity_fact(evaluations),
             ("Pattern", "; ".join(patterns(manifest.matrices.values()))),

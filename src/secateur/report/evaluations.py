@@ -1,11 +1,13 @@
 """What evaluations found, as tables. An evaluation is a mapping with `kind`, `key` and `result`, all plain JSON."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import RESULTS, Kind, Record
+from secateur.evaluate.verdict import Change, Verdict, verdict
 from secateur.files.reading import checked, read_json
 from secateur.report.tables import Cell, Table, count, number, percent, text
 
@@ -18,7 +20,7 @@ def read_evaluations(file: Path, pruned: Path) -> list[dict[str, Any]]:
     Results of other models are passed over. Raises `CheckpointError` for another kind of file, and where all results
     are of other models.
     """
-    advice = f"Make a new one: secateur eval {pruned} --json > {file}"
+    advice = f"Make a new one: {shlex.join(['secateur', 'eval', str(pruned), '--json'])} > {shlex.quote(str(file))}"
     content = read_json(file.expanduser(), advice=advice)
     try:
         found = list(_results(content))
@@ -46,6 +48,12 @@ def kept_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
             name = (record.kind, *(result.get(field) for field in what))
             latest[name] = {"kind": record.kind, "key": dict(record.key), "result": result}
     return [item for name, item in latest.items() if ("agreement", *name[1:]) not in latest or name[0] == "agreement"]
+
+
+def verdict_of(pruned: str, evaluations: Sequence[Evaluation]) -> Verdict | None:
+    """The verdict on a checkpoint from its comparisons with the dense model on texts; None where there are none."""
+    changes = [Change.from_json(item["result"]) for item in evaluations if item["kind"] == "agreement"]
+    return verdict(pruned, changes) if changes else None
 
 
 def with_dense(evaluations: Sequence[Evaluation], dense: Sequence[Record]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Every planned matrix of a pruned checkpoint, measured in its files: picture, structure, distribution of values."""
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -69,7 +70,7 @@ def read_masks(
     if not manifest.matrices:
         raise CheckpointError(
             f"{folder}: no pruned matrix is left to report on: training filled the zeros of all of them. "
-            f"See what there is with: secateur inspect {folder}"
+            f"See what there is with: secateur inspect {shlex.quote(str(folder))}"
         )
     checkpoint = open_files(folder)
     pictured = chosen(manifest)

@@ -1,13 +1,14 @@
 """Recoveries and merges as tables for the terminal, which the command line prints."""
 
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.text import Text
 
-from secateur.evaluate.perplexity import Perplexity
-from secateur.report.terminal import _table, plus_minus, seconds_text
+from secateur.evaluate.perplexity import Perplexity, plus_minus
+from secateur.report.terminal import _table, seconds_text
 
 if TYPE_CHECKING:
     from secateur.record.manifest import Manifest
@@ -51,12 +52,13 @@ def recovery_tables(recovery: "Recovery") -> RenderableType:
     lines = [
         f"{record['trainable']:,} of {record['parameters']:,} weights trained ({record['share']:.2%}); {passed}{kept}."
     ]
+    quoted = shlex.quote(str(recovery.output))
     if record["method"] == "full":
-        lines.append(f"Written to {recovery.output}; check it with: secateur verify {recovery.output}")
+        lines.append(f"Written to {recovery.output}; check it with: secateur verify {quoted}")
     else:
         lines.append(
-            f"Written to {recovery.output}; merge it with: secateur merge {recovery.output} --base "
-            f"{record['base']['path']} -o MERGED"
+            f"Written to {recovery.output}; merge it with: secateur merge {quoted} --base "
+            f"{shlex.quote(str(record['base']['path']))} -o MERGED"
         )
     return Group(table, *(Text(line) for line in lines), *(Text(note, style="yellow") for note in recovery.notes))
 
@@ -79,7 +81,7 @@ def block_tables(manifest: "Manifest", output: str) -> RenderableType:
         f"{settings['samples_held_out']}; {record['forwards']:.1f} forwards of all samples, "
         f"{seconds_text(record['seconds']['total'])}.",
         f"Sparsity of planned weights: {manifest.totals['sparsity']:.4f}, as before.",
-        f"Written to {output}; check it with: secateur verify {output}",
+        f"Written to {output}; check it with: secateur verify {shlex.quote(output)}",
     ]
     blocks = record["blocks"]
     notes = [
@@ -116,7 +118,7 @@ def merge_tables(merge: "Merge") -> RenderableType:
         lines.append(
             f"{merge.nudged} kept weights were too small for the dtype and became its smallest number, not zero."
         )
-    lines.append(f"Written to {merge.output}; check it with: secateur verify {merge.output}")
+    lines.append(f"Written to {merge.output}; check it with: secateur verify {shlex.quote(str(merge.output))}")
     return Group(table, *(Text(line) for line in lines), *(Text(note, style="yellow") for note in merge.notes))
 
 

@@ -8,9 +8,10 @@ from secateur.report.charts import Chart, Drawn, Series, check_installed
 from secateur.report.checkpoint_tables import pairs
 from secateur.report.evaluations import data_name
 from secateur.report.page import FOLDER, PAGE, render, report_folder
-from secateur.report.tables import Table, number, percent, text
+from secateur.report.tables import Cell, Table, count, number, percent, text
 from secateur.report.terminal import seconds_text
 from secateur.runs.events import Progress
+from secateur.sweeps.draws import Figure, figure_text
 from secateur.sweeps.folder import SWEEP_FILE, Sweep
 
 
@@ -36,6 +37,11 @@ def _done(sweep: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [cell for cell in sweep["cells"] if cell["status"] == "done"]
 
 
+def _drawn(sweep: Mapping[str, Any]) -> bool:
+    """Whether cells were run for several draws of calibration samples."""
+    return any(mean["cells"] > 1 for mean in sweep["means"])
+
+
 def _texts(sweep: Mapping[str, Any]) -> list[str]:
     """The names of the texts, in order."""
     names = [*sweep["dense"], *(data for cell in _done(sweep) for data in cell["figures"])]
@@ -44,19 +50,23 @@ def _texts(sweep: Mapping[str, Any]) -> list[str]:
 
 def _chart(sweep: Mapping[str, Any], data: str, place: int) -> Chart | None:
     """Perplexity over sparsity of the unstructured patterns, or None with fewer than two sparsities."""
-    cells = [cell for cell in _done(sweep) if data in cell["figures"] and ":" not in cell["pattern"]]
     # A perplexity that is not finite is recorded as null, and has no place on a chart.
-    cells = [cell for cell in cells if cell["figures"][data]["perplexity"] is not None]
+    points = [
+        mean
+        for mean in sweep["means"]
+        if mean["data"] == data and ":" not in mean["pattern"] and mean["perplexity"]["mean"] is not None
+    ]
+    bar = "deviation" if _drawn(sweep) else "error"
     series = []
-    for method in dict.fromkeys(cell["method"] for cell in cells):
-        own = sorted((cell for cell in cells if cell["method"] == method), key=lambda cell: cell["sparsity"])
-        figures = [cell["figures"][data] for cell in own]
+    for method in dict.fromkeys(mean["method"] for mean in points):
+        own = sorted((mean for mean in points if mean["method"] == method), key=lambda mean: mean["sparsity"])
+        figures = [mean["perplexity"] for mean in own]
         series.append(
             Series(
                 method,
-                [100 * cell["sparsity"] for cell in own],
-                [figure["perplexity"] for figure in figures],
-                [figure.get("perplexity_error") for figure in figures],
+                [100 * mean["sparsity"] for mean in own],
+                [figure["mean"] for figure in figures],
+                [figure[bar] for figure in figures],
             )
         )
     if len({x for one in series for x in one.x}) < 2:
@@ -97,6 +107,7 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
         )
     seconds = sum(cell["seconds"] for cell in done)
     unfinished = [cell for cell in sweep["cells"] if cell["status"] != "done"]
+    seeds = {cell["folder"]: f", seed {cell['seed']}" if _drawn(sweep) else "" for cell in unfinished}
     model = Path(sweep["model"]).name or sweep["model"]
     return {
         "kind": "Sweep of prunings",
@@ -114,7 +125,9 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
         ],
         "warnings": [
             f"{len(unfinished)} runs are not done: "
-            + ", ".join(f"{cell['method']} {cell['pattern']} ({cell['status']})" for cell in unfinished)
+            + ", ".join(
+                f"{cell['method']} {cell['pattern']}{seeds[cell['folder']]} ({cell['status']})" for cell in unfinished
+            )
             + ". Their places in the tables are empty."
         ]
         if unfinished
@@ -125,6 +138,9 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
             ("settings", "Settings"),
         ],
         "texts": texts,
+        "bars": "standard deviation over draws of the calibration samples"
+        if _drawn(sweep)
+        else "standard error over windows",
         "runs": _runs(sweep, list(charts)),
         "settings": pairs("settings-table", "Common to all runs", sweep["settings"]),
     }
@@ -148,27 +164,40 @@ def _grid(
     sweep: Mapping[str, Any], data: str, name: str, methods: Sequence[str], kinds: Sequence[str], place: int
 ) -> Table:
     """Methods down, patterns across."""
-    held = {(cell["method"], cell["pattern"]): cell["figures"].get(data) for cell in _done(sweep)}
+    held = {
+        (mean["method"], mean["pattern"]): Figure(**mean["perplexity"])
+        for mean in sweep["means"]
+        if mean["data"] == data
+    }
+    drawn = _drawn(sweep)
     rows = []
     for method in methods:
-        figures = [held.get((method, kind)) or {} for kind in kinds]
-        cells = [number(figure.get("perplexity"), ".3f", figure.get("perplexity_error")) for figure in figures]
+        figures = [held.get((method, kind), Figure()) for kind in kinds]
+        cells = [
+            Cell(figure_text(figure, 3), figure.mean) if drawn else number(figure.mean, ".3f", figure.error)
+            for figure in figures
+        ]
         rows.append([text(method), *cells])
-    caption = f"Perplexity on {name}, with its standard error over windows"
+    caption = f"Perplexity on {name}, " + (
+        "mean ± standard deviation over draws of the calibration samples, in brackets the standard error over windows"
+        if drawn
+        else "with its standard error over windows"
+    )
     return Table(f"grid-{place + 1}", caption, ["method", *kinds], rows, sortable=True)
 
 
 def _runs(sweep: Mapping[str, Any], texts: Sequence[str]) -> Table:
     """A row for each run, with its paired difference from the dense model where the sweep has it."""
-    rows = []
+    drawn, rows = _drawn(sweep), []
     for cell in sweep["cells"]:
         row = [text(cell["method"]), text(cell["pattern"]), percent(cell["sparsity"])]
+        row += [count(cell["seed"])] if drawn else []
         for data in texts:
             figure = cell["figures"].get(data, {})
             row.append(number(figure.get("perplexity"), ".3f"))
             row.append(number(figure.get("difference"), "+.4f", figure.get("difference_error")))
         rows.append([*row, number(cell["seconds"], ".1f"), text(cell["status"])])
-    columns = ["method", "pattern", "sparsity"]
+    columns = ["method", "pattern", "sparsity", *(["seed"] if drawn else [])]
     for data in texts:
         columns += [f"perplexity, {data_name({'data': data})}", "nats − dense"]
     columns += ["seconds", "status"]

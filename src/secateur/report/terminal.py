@@ -1,6 +1,6 @@
 """Results as tables for the terminal, which the command line prints."""
 
-import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +15,9 @@ from secateur.collect.gradient_file import GradientFile
 from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
-from secateur.evaluate.perplexity import Perplexity
+from secateur.evaluate.perplexity import Perplexity, plus_minus
 from secateur.evaluate.task_results import Difference, Metric, TaskComparison, TaskResult, TaskResults
+from secateur.evaluate.verdict import Verdict
 from secateur.models.shape.matrices import matrix_kind
 from secateur.plans.allocated import Allocated
 from secateur.pruning.forecast import Estimate
@@ -118,7 +119,8 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         lines.append(f"Not copied from the source: {', '.join(left[:8])}{more}.")
     if output is not None:
-        lines.append(f"Written to {output}; check it with: secateur verify {output}")
+        lines.append(f"Written to {output}; check it with: secateur verify {shlex.quote(output)}")
+        lines.append(f"What it cost: {shlex.join(_measuring(manifest, output))}")
     warnings = [Text(caution, style="yellow") for caution in cautions(manifest)]
     return Group(table, *(Text(line) for line in lines), *warnings)
 
@@ -144,6 +146,16 @@ def allocation_line(record: Mapping[str, Any]) -> str:
         f"beside a uniform plan on {judged['windows']} held-out windows, both pruned by Wanda."
     )
     return line if record["used"] else f"{line} The plan is not better there, so the uniform one is used."
+
+
+def _measuring(manifest: Manifest, output: str) -> list[str]:
+    """The command that compares a pruned checkpoint with its source, on windows that the source is known to take."""
+    command = ["secateur", "compare", str(manifest.source.get("path")), output]
+    calibration = manifest.calibration or {}
+    if any(source.get("corpus") == "python-docs" for source in calibration.get("sources", [])):
+        command += ["--data", "python-docs"]  # which is there without a network
+    length = calibration.get("length")
+    return command if length is None else [*command, "--length", str(length)]
 
 
 def perplexity_table(result: Perplexity) -> RenderableType:
@@ -250,7 +262,8 @@ def sweep_table_groups(sweep: Sweep) -> RenderableType:
             table.add_row(name, *(Text(entry.text, "bold" if entry.best else "") for entry in entries))
         # A title of the table itself would be folded to the table's width.
         parts += [Text(own.title, style="bold"), table, Text()]
-    return Group(*parts, Text(f"Written to {sweep.folder}: sweep.json, table.md, table.csv and the cells."))
+    tex = ", table.tex" if (sweep.folder / "table.tex").exists() else ""
+    return Group(*parts, Text(f"Written to {sweep.folder}: sweep.json, table.md, table.csv{tex} and the cells."))
 
 
 def gradient_table(file: GradientFile) -> RenderableType:
@@ -303,9 +316,10 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
     return Group(*tables[:-1])
 
 
-def plus_minus(error: float, form: str) -> str:
-    """An error after its figure, nothing where it is NaN: that of a single window."""
-    return "" if math.isnan(error) else f" ± {error:{form}}"
+def verdict_lines(verdicts: Sequence[Verdict]) -> RenderableType:
+    """A sentence for each pruned model: green where it may replace the dense one, red where not."""
+    styles = {True: "bold green", False: "bold red", None: "bold"}
+    return Group(*(Text(verdict.sentence, styles[verdict.passed]) for verdict in verdicts))
 
 
 def tasks_table(results: TaskResults) -> RenderableType:

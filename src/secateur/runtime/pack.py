@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -88,7 +89,7 @@ def pack(settings: PackSettings) -> Packing:
     if not plan.packed:
         raise CheckpointError(
             f"{folder}: no tensor in it would become smaller: none has enough zeros. Is it the pruned checkpoint? "
-            f"See what there is with: secateur inspect {folder}"
+            f"See what there is with: secateur inspect {shlex.quote(str(folder))}"
         )
     before = {name: source.tensors[name].bytes for name in plan.packed}
     after = {

@@ -63,10 +63,10 @@ class CellRunner:
     settings: dict[str, Any]  # as they are recorded
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
     texts: dict[str, Windows] = field(default_factory=dict)  # by data set
-    calibration: Windows | None = None
+    calibrations: dict[int, Windows] = field(default_factory=dict)  # by seed
     batch_sizes: dict[str, int] = field(default_factory=dict)  # by label
-    gradients: dict[tuple[Granularity, Scope], Path | SecateurError] = field(default_factory=dict)
-    statistics: dict[int | None, Survey] = field(default_factory=dict)  # by batch size
+    gradients: dict[tuple[int, Granularity, Scope], Path | SecateurError] = field(default_factory=dict)  # by seed, ...
+    statistics: dict[tuple[int, int | None], Survey] = field(default_factory=dict)  # by seed and batch size
     source_tensors: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -79,13 +79,21 @@ class CellRunner:
         wanted = {"perplexity"} | ({"agreement"} if self.settings["agreement"] else set())
         return [data for data in self.settings["data"] if wanted - cell.figures.get(data, {}).keys()]
 
+    def seed_of(self, task: Task) -> int:
+        """The draw of calibration samples that a task is pruned with; the sweep's own where its cell has none."""
+        return self.settings["seed"] if task.cell.seed is None else task.cell.seed
+
     def batch_size_of(self, task: Task) -> int | None:
         """The batch size that a task is pruned with."""
         return self.batch_sizes.get(task.cell.method, self.asked.batch_size)
 
     def survey_of(self, task: Task) -> Survey | None:
         """The statistics that a task shares with others: taken already, or to be taken by the first of them."""
-        return self.statistics.get(self.batch_size_of(task)) if task.method.inputs else None
+        return self.statistics.get(self.sharing(task)) if task.method.inputs else None
+
+    def sharing(self, task: Task) -> tuple[int, int | None]:
+        """What tasks have in common that share statistics: draw and batch size."""
+        return self.seed_of(task), self.batch_size_of(task)
 
     def check_source(self, cell: Cell, tensors: Mapping[str, str]) -> None:
         """Raise `ChangedModelError` where a cell was made of other weights than the cells before it."""
@@ -128,13 +136,14 @@ class CellRunner:
 
     def _prune(self, task: Task) -> None:
         kind = shared_gradient(task.method, self.asked.propagate)
-        gradient = self.gradients[kind] if kind is not None else None
+        seed = self.seed_of(task)
+        gradient = self.gradients[seed, *kind] if kind is not None else None
         if isinstance(gradient, SecateurError):
             raise gradient
         manifest = prune(
             method=task.method,
             pattern=task.pattern,
-            calibration=self.calibration if self.calibration is not None else (),
+            calibration=self.calibrations.get(seed, ()),
             gradient=gradient,
             statistics=self.survey_of(task),
             output=self.folder.checkpoint(task.cell),

@@ -113,14 +113,16 @@ def estimate_sweep(
     kept = {"none": 0, "best": len({task.cell.pattern for task in loop.tasks}), "all": len(tasks) - 1}
     token_seconds = forward_seconds(opened.skeleton, 10**6) / 10**6 if tasks or dense_tokens else 0.0
     alone: dict[tuple[str, bool], Estimate] = {}  # by label, and whether the statistics are there already
-    shared: dict[tuple[Granularity, Scope], tuple[float, int]] = {}
-    cells, statistics = [], 0
+    shared: dict[tuple[int, Granularity, Scope], tuple[float, int]] = {}
+    of_kind: dict[tuple[Granularity, Scope], tuple[float, int]] = {}  # whatever the draw
+    cells, statistics = [], dict[int, int]()  # bytes, by draw
     for task in tasks:
         error, label, memory = refusals[task.cell.folder], task.cell.method, 0
         seconds = token_seconds * passes * sum(tokens[data] for data in loop.lacking(task.cell))
         if error is None and task.cell not in pruned:
             kind = shared_gradient(task.method, options["propagate"])
-            reused = options["propagate"] == "dense" and statistics > 0
+            seed = loop.seed_of(task)
+            reused = options["propagate"] == "dense" and seed in statistics
             if (label, reused) not in alone:
                 method = replace(task.method, needs=task.method.inputs) if kind is not None else task.method
                 method = replace(method, needs=method.needs - method.inputs) if reused else method
@@ -128,17 +130,20 @@ def estimate_sweep(
             own = alone[label, reused]
             seconds += own.seconds
             memory = own.host_bytes
-            if kind is not None and kind not in shared:
+            if kind is not None and kind not in of_kind:
                 both = estimate(method=task.method, pattern=task.pattern, **options)
-                shared[kind] = (max(0.0, both.seconds - own.seconds), both.disk_bytes - own.disk_bytes)
+                of_kind[kind] = (max(0.0, both.seconds - own.seconds), both.disk_bytes - own.disk_bytes)
+            if kind is not None:
+                shared[seed, *kind] = of_kind[kind]
             if options["propagate"] == "dense" and task.method.inputs:
                 grams = sum(4 * matrix.shape[1] ** 2 for matrix in opened.skeleton.matrices)
-                statistics = max(statistics, grams if Gram in task.method.needs else 1)
+                statistics[seed] = max(statistics.get(seed, 1), grams if Gram in task.method.needs else 1)
         elif error is not None:
             seconds = 0.0
         cells.append(CellEstimate(task.cell, seconds, task.cell not in pruned, str(error) if error else None, memory))
     checkpoint = max((own.disk_bytes for own in alone.values()), default=0)
-    disk = (1 + kept[loop.settings["keep"]]) * checkpoint + sum(size for _, size in shared.values()) + statistics
+    together = sum(size for _, size in shared.values()) + sum(statistics.values())
+    disk = (1 + kept[loop.settings["keep"]]) * checkpoint + together
     folder = loop.folder.path
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free

@@ -22,13 +22,15 @@ from secateur.files.scratch import delete
 from secateur.files.writer import writing
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.output import check_apart, check_writable
+from secateur.sweeps.draws import Mean, means
 
 SWEEP_FILE = "sweep.json"
 CELL_FILE = "cell.json"
 CHECKPOINT = "checkpoint"
 LOCK_FILE = "sweep.lock"
 _FOLDER = re.compile(r"cells/(?!\.{1,2}$)[^/\\\0]+")  # of a cell, as it stands in files
-_UNFINISHED = re.compile(r"gradients-\w+-\w+\.safetensors\.partial$")  # which the next run goes on with
+_DRAW = re.compile(r"~seed\d+$")
+_UNFINISHED = re.compile(r"gradients-\w+-\w+(~seed\d+)?\.safetensors\.partial$")  # which the next run goes on with
 _LEFTOVER = re.compile(r"\.(partial|old)$|\.(partial|states|gradients|old)-\d+")
 
 Figures = Mapping[str, Mapping[str, Any]]
@@ -41,7 +43,8 @@ class Cell:
 
     `figures` has an entry for each data set: the output of `Perplexity.to_json`, `difference` and `difference_error`,
     the paired difference to the dense model in nats; where agreement was asked for, also that, under `agreement`.
-    `seconds` are those of pruning and evaluating. `folder` is relative to that of the sweep.
+    `seconds` are those of pruning and evaluating. `folder` is relative to that of the sweep. `seed` is that of the draw
+    of its calibration samples; None where the method needs none, and in the files of earlier versions.
     """
 
     method: str
@@ -52,16 +55,27 @@ class Cell:
     seconds: float = 0.0
     figures: Figures = field(default_factory=dict)
     error: str | None = None
+    seed: int | None = None
 
     @property
     def name(self) -> str:
-        """Method and pattern: "wanda 50%"."""
-        return f"{self.method} {self.pattern}"
+        """Method and pattern, and a draw that is not the first: "wanda 50%", "wanda 50%, seed 1"."""
+        return f"{self.method} {self.pattern}" + (f", seed {self.seed}" if _DRAW.search(self.folder) else "")
 
     @classmethod
-    def of(cls, label: str, pattern: Pattern) -> "Cell":
-        """The cell of a method's label and a pattern, not run yet."""
-        return cls(label, pattern_text(pattern), pattern.sparsity, f"cells/{cell_name(label, pattern)}")
+    def of(cls, label: str, pattern: Pattern, seed: int | None = None, first: int | None = None) -> "Cell":
+        """The cell of a method's label, a pattern and a draw, not run yet; `first` is the sweep's own seed."""
+        folder = f"cells/{cell_name(label, pattern)}{draw_suffix(seed, first)}"
+        return cls(label, pattern_text(pattern), pattern.sparsity, folder, seed=seed)
+
+    def fresh(self) -> "Cell":
+        """The same cell, not run yet."""
+        return Cell(self.method, self.pattern, self.sparsity, self.folder, seed=self.seed)
+
+
+def draw_suffix(seed: int | None, first: int | None) -> str:
+    """What is added to a name for a draw; nothing for the sweep's own seed, whose cells had no other name before."""
+    return "" if seed is None or seed == first else f"~seed{seed}"
 
 
 class _Found(TypedDict):
@@ -114,15 +128,20 @@ class Sweep:
         return [cell for cell in self.cells if cell.status == "failed"]
 
     @property
+    def means(self) -> list[Mean]:
+        """Every method in every pattern on every text, over the draws of calibration samples."""
+        return means(self.cells, self.dense, self.data)
+
+    @property
     def data(self) -> list[str]:
         """The data sets, the first of which decides which cell is best."""
         return list(self.settings["data"])
 
     def to_json(self) -> dict[str, Any]:
-        """What `sweep.json` holds: model, dense, settings, cells."""
+        """What `sweep.json` holds: model, dense, settings, cells, and their means over draws."""
         value: dict[str, Any] = plain(dataclasses.asdict(self))
         del value["folder"]
-        return value
+        return value | {"means": [plain(dataclasses.asdict(mean)) for mean in self.means]}
 
     @classmethod
     def read(cls, file: Path) -> "Sweep":

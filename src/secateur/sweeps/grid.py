@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from secateur.core.choices import Group
 from secateur.core.patterns import Pattern
 from secateur.core.problem import Method
-from secateur.errors import PatternError
+from secateur.errors import CalibrationError, PatternError
 from secateur.pruning.named import as_method, as_pattern, method_of
 from secateur.pruning.settings import MethodOptions
 from secateur.runs.options import listed, written
@@ -15,12 +15,14 @@ from secateur.sweeps.settings import Methods, Patterns, Sparsities, SweepSetting
 
 
 def grid(settings: SweepSettings) -> list[Task]:
-    """The cells to run: every method in every pattern."""
+    """The cells to run: every method in every pattern, once for each draw of what it learns from."""
     tasks: dict[str, Task] = {}
+    seeds = seeds_of(settings)
     patterns = patterns_of(settings.sparsity, settings.patterns, settings.per)
     for label, method in methods_of(settings.methods, settings.option):
-        for pattern in patterns:
-            task = Task(Cell.of(label, pattern), method, pattern)
+        own: Sequence[int | None] = seeds if method.needs else [None]
+        for pattern, seed in ((pattern, seed) for pattern in patterns for seed in own):
+            task = Task(Cell.of(label, pattern, seed, settings.seed), method, pattern)
             if tasks.setdefault(task.cell.folder, task) is not task:
                 raise PatternError(
                     f"{task.cell.name} is in the grid twice. Give methods of the same name, with different options, "
@@ -29,6 +31,20 @@ def grid(settings: SweepSettings) -> list[Task]:
     if not tasks:
         raise PatternError("the grid is empty: it needs at least one method and one pattern.")
     return list(tasks.values())
+
+
+def seeds_of(settings: SweepSettings) -> list[int]:
+    """The draws of calibration samples. Raises `CalibrationError` for what is no seed."""
+    found = []
+    for text in listed(settings.seeds):
+        try:
+            seed = int(text)
+        except ValueError:
+            seed = -1
+        if seed < 0:
+            raise CalibrationError(f'--seeds: got "{text}", expected whole numbers from 0, such as 0,1,2.')
+        found.append(seed)
+    return list(dict.fromkeys(found)) or [settings.seed]
 
 
 def methods_of(methods: Methods, option: MethodOptions = ()) -> list[tuple[str, Method]]:

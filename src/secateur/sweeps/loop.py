@@ -31,9 +31,9 @@ from secateur.runs.journal import AnotherRunError
 from secateur.runs.options import shared
 from secateur.sweeps.cells import CellRunner, SweepEvent
 from secateur.sweeps.estimate import CellEstimate, SweepEstimate, Task, estimate_sweep, shared_gradient
-from secateur.sweeps.folder import Cell, Sweep, check_settings
+from secateur.sweeps.folder import Cell, Sweep, check_settings, draw_suffix
 from secateur.sweeps.on_ray import cells_on_ray
-from secateur.sweeps.table import markdown, table_csv
+from secateur.sweeps.table import latex, markdown, table_csv
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,7 @@ class SweepLoop(CellRunner):
     drawing: CalibrationSettings  # how calibration windows are drawn
     outdated: set[str] = field(default_factory=set)  # folders of cells with a checkpoint of another method
     cells: dict[str, Cell] = field(default_factory=dict)  # by folder; also those that were not asked for this time
+    left_out: list[Cell] = field(default_factory=list)  # cells of methods that are asked for no more, without figures
     estimates: dict[str, CellEstimate] = field(default_factory=dict)  # by cell folder
     unfinished: set[str] = field(default_factory=set)  # folders of cells that this run has still to finish
     position: tuple[int, int] = (0, 0)  # cells finished, cells in all
@@ -71,11 +72,21 @@ class SweepLoop(CellRunner):
             for cell in known.cells:
                 if cell.method in changed:
                     self.outdated.add(cell.folder)
-                    self.cells[cell.folder] = Cell(cell.method, cell.pattern, cell.sparsity, cell.folder)
+                    self.cells[cell.folder] = cell.fresh()
+            self._leave_out({task.cell.method for task in self.tasks})
         for task in self.tasks:
-            self.cells.setdefault(task.cell.folder, task.cell)
+            held = self.cells.setdefault(task.cell.folder, task.cell)
+            self.cells[held.folder] = replace(held, seed=task.cell.seed)
         self.tasks = [replace(task, cell=self.cells[task.cell.folder]) for task in self.tasks]
         self.source_tensors = self.folder.source_tensors(list(self.cells.values()))
+
+    def _leave_out(self, methods: set[str]) -> None:
+        """Of methods that are asked for no more, only what is finished stays in the tables."""
+        for cell in [cell for cell in self.cells.values() if cell.method not in methods and cell.status != "done"]:
+            if cell.figures:
+                self.cells[cell.folder] = replace(cell, status="done", error=None)
+            else:
+                self.left_out.append(self.cells.pop(cell.folder))
 
     @property
     def pending(self) -> list[Task]:
@@ -111,17 +122,19 @@ class SweepLoop(CellRunner):
             self.texts[data] = windows
 
     def draw_calibration(self, opened: OpenedModel) -> None:
-        """Draw the calibration tokens, if a cell that has not been pruned yet needs any."""
-        if not any(task.method.needs for task in self._to_prune()):
+        """Draw the calibration tokens, each time that a cell which has not been pruned yet needs."""
+        for seed in dict.fromkeys(self.seed_of(task) for task in self._to_prune() if task.method.needs):
+            windows = model_windows(
+                opened,
+                replace(self.drawing, seed=seed),
+                known=self.settings["bos_choices"].get("calibration"),
+                progress=partial(self._stage, None, "calibration"),
+            )
+            self._note("calibration" + (f", seed {seed}" if self._suffix(seed) else ""), windows, "calibration")
+            self.calibrations[seed] = windows
+        if not self.calibrations:
             return
-        self.calibration = model_windows(
-            opened,
-            self.drawing,
-            known=self.settings["bos_choices"].get("calibration"),
-            progress=partial(self._stage, None, "calibration"),
-        )
-        self._note("calibration", self.calibration)
-        skeleton, length = opened.skeleton, self.calibration.length
+        skeleton, length = opened.skeleton, next(iter(self.calibrations.values())).length
         for task in (task for task in self.tasks if task.method.needs):
             # That with which `prune` would run the method by itself, so that sharing changes no bit; what it would
             # refuse, it will refuse.
@@ -129,9 +142,13 @@ class SweepLoop(CellRunner):
                 own = self.asked.batch_size or RunEvidence(task.method.needs).batch_size(skeleton, length, None)
                 self.batch_sizes[task.cell.method] = own or default_batch_size(length, skeleton.device)
 
-    def _note(self, what: str, windows: Windows) -> None:
+    def _suffix(self, seed: int) -> str:
+        return draw_suffix(seed, self.settings["seed"])
+
+    def _note(self, what: str, windows: Windows, text: str | None = None) -> None:
+        """Record the tokens, and the choice about BOS that all draws of a `text` share."""
         if "bos" in windows.provenance:
-            self.settings["bos_choices"][what] = windows.provenance["bos"]
+            self.settings["bos_choices"].setdefault(text or what, windows.provenance["bos"])
         held = self.settings["digests"].setdefault(what, windows.digest)
         if windows.digest != held:
             raise CheckpointError(
@@ -151,6 +168,8 @@ class SweepLoop(CellRunner):
 
     def run(self) -> None:
         """Evaluate the dense model, run every pending cell, and write the tables."""
+        for cell in self.left_out:
+            self.folder.drop_checkpoint(cell)
         for folder in self.outdated:
             self.folder.drop_checkpoint(self.cells[folder])
             self.folder.write_cell(self.cells[folder])
@@ -192,6 +211,8 @@ class SweepLoop(CellRunner):
         self.folder.write_sweep(self.sweep)
         self.folder.write("table.md", markdown(self.sweep))
         self.folder.write("table.csv", table_csv(self.sweep))
+        if self.asked.latex:
+            self.folder.write("table.tex", latex(self.sweep))
 
     def close(self) -> None:
         """Remove the statistics that the cells shared."""
@@ -203,23 +224,23 @@ class SweepLoop(CellRunner):
 
     def _take_gradients(self) -> None:
         """One pass over the dense model for each kind of gradients that cells share; cells record its failure."""
-        norms: dict[tuple[Granularity, Scope], set[Norm]] = {}
+        norms: dict[tuple[int, Granularity, Scope], set[Norm]] = {}
         for task in self._to_prune():
             kind = shared_gradient(task.method, self.asked.propagate)
             if kind is not None and task.method.gradient is not None:
-                norms.setdefault(kind, set()).add(task.method.gradient.norm)
-        for kind, wanted in norms.items():
+                norms.setdefault((self.seed_of(task), *kind), set()).add(task.method.gradient.norm)
+        for key, wanted in norms.items():
             try:
-                self.gradients[kind] = self._gradient_file(*kind, wanted)
+                self.gradients[key] = self._gradient_file(*key, wanted)
             except SecateurError as error:
-                self.gradients[kind] = error
+                self.gradients[key] = error
 
-    def _gradient_file(self, granularity: Granularity, scope: Scope, norms: set[Norm]) -> Path:
-        assert self.calibration is not None
-        path = self.folder.path / f"gradients-{granularity}-{scope}.safetensors"
+    def _gradient_file(self, seed: int, granularity: Granularity, scope: Scope, norms: set[Norm]) -> Path:
+        calibration = self.calibrations[seed]
+        path = self.folder.path / f"gradients-{granularity}-{scope}{self._suffix(seed)}.safetensors"
         if path.exists():
             file = GradientFile(path)
-            file.check_tokens(self.calibration.digest, self.calibration.samples, self.calibration.length)
+            file.check_tokens(calibration.digest, calibration.samples, calibration.length)
             held = set(file.provenance["norms"])
             if norms <= held:
                 return path
@@ -231,7 +252,7 @@ class SweepLoop(CellRunner):
             norms=sorted(norms),
             granularity=granularity,
             scope=scope,
-            calibration=self.calibration,
+            calibration=calibration,
             overwrite=True,
             progress=partial(self._stage, None, prefix="gradients: "),
         )
@@ -245,14 +266,14 @@ class SweepLoop(CellRunner):
         """With the dense model's inputs, share one pass among all cells that run with the same batch size."""
         if self.asked.propagate != "dense":
             return
-        groups: dict[int | None, list[frozenset[type[Statistic]]]] = {}
+        groups: dict[tuple[int, int | None], list[frozenset[type[Statistic]]]] = {}
         for task in self._to_prune():
             if task.method.inputs:
-                groups.setdefault(self.batch_sizes.get(task.cell.method), []).append(task.method.inputs)
-        for size, needs in groups.items():
+                groups.setdefault(self.sharing(task), []).append(task.method.inputs)
+        for (seed, size), needs in groups.items():
             if len(needs) > 1:
-                folder = self.folder.path / f"statistics-{size}.partial"
-                self.statistics[size] = Survey(folder, frozenset().union(*needs))
+                folder = self.folder.path / f"statistics-{size}{self._suffix(seed)}.partial"
+                self.statistics[seed, size] = Survey(folder, frozenset().union(*needs))
 
     def _drop_unneeded(self) -> None:
         """Remove every checkpoint that is neither kept nor waiting for its evaluation."""

@@ -178,7 +178,7 @@ class _Cluster:
                     raise _reason(error) from None
                 else:
                     if survey is not None:
-                        self.loop.statistics[self.loop.batch_size_of(task)] = survey
+                        self.loop.statistics[self.loop.sharing(task)] = survey
                     _check_source(self.loop, cell)
                 yield cell
 
@@ -241,7 +241,7 @@ def _run(runner: bytes, cell: Cell, survey: bytes | None, place: Place) -> tuple
     shared: Survey | None = None if survey is None else cloudpickle.loads(survey)
     taken = shared is not None and not shared.complete
     if shared is not None:
-        own.statistics[own.batch_size_of(task)] = shared
+        own.statistics[own.sharing(task)] = shared
     with threads(place.cores):
         done = own.run_cell(task)
     return done, shared if taken and shared is not None and shared.complete else None
@@ -253,7 +253,7 @@ def _check_source(loop: "SweepLoop", cell: Cell) -> None:
         loop.check_source(cell, loop.folder.source_tensors([cell]))
     except ChangedModelError:
         (loop.folder.path / cell.folder / FILE_NAME).unlink(missing_ok=True)
-        loop.folder.write_cell(Cell(cell.method, cell.pattern, cell.sparsity, cell.folder))
+        loop.folder.write_cell(cell.fresh())
         raise
 
 

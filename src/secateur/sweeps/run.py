@@ -19,7 +19,7 @@ from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.pruning.preparation import chosen_correction
 from secateur.runs.options import shared, taking
 from secateur.sweeps.folder import Sweep, SweepFolder
-from secateur.sweeps.grid import grid
+from secateur.sweeps.grid import grid, seeds_of
 from secateur.sweeps.loop import SweepLoop
 from secateur.sweeps.on_ray import connected, require_ray
 from secateur.sweeps.settings import SweepSettings
@@ -34,8 +34,10 @@ def sweep(settings: SweepSettings) -> Sweep:
     are evaluated on each data set of `data` in `windows` windows of `eval_length` tokens; with `agreement`, cells are
     also compared with the dense model's predictions. `keep` says which pruned checkpoints stay: "none", "best" (for
     each pattern the one with the lowest perplexity on the first data set) or "all".
-    The other options are those of `prune`. With ``bos="auto"`` the dense model decides once for each text and for the
-    calibration, and the sweep goes on with that.
+    With several `seeds` each cell whose method learns from calibration samples is run once for each draw of them, and
+    the tables have means, with the standard deviation between draws beside the standard error over windows. `latex`
+    also writes them as LaTeX. The other options are those of `prune`. With ``bos="auto"`` the dense model decides once
+    for each text and for the calibration, and the sweep goes on with that.
 
     A sweep that is started again in its folder does not run finished cells again. Methods, patterns and data sets may
     be added; other settings may not change. A method that changed, its code and everything that it refers to included,
@@ -72,6 +74,7 @@ def sweep(settings: SweepSettings) -> Sweep:
         calibration: Any = settings.calibration
         if isinstance(calibration, Tensor | Windows):
             calibration = calibration_windows(calibration, None, samples=settings.samples, length=settings.length)
+        _check_draws(calibration, settings)
         recorded = {
             "model": str(opened.origin.get("path")),
             "revision": settings.revision,
@@ -123,6 +126,18 @@ def sweep(settings: SweepSettings) -> Sweep:
             stack.callback(loop.close)
             loop.run()
         return loop.sweep
+
+
+def _check_draws(calibration: str | Sequence[str] | Windows, settings: SweepSettings) -> None:
+    """Raise `CalibrationError` for several draws of tokens that are taken as they are."""
+    specs = [calibration] if isinstance(calibration, str) else calibration
+    if len(seeds_of(settings)) > 1 and (
+        isinstance(specs, Windows) or (len(specs) > 0 and all(is_token_file(os.fspath(spec)) for spec in specs))
+    ):
+        raise CalibrationError(
+            f"--seeds: got {len(seeds_of(settings))} draws of token ids, which are taken as they are: all would be the "
+            "same. Calibrate on a text, or leave --seeds out."
+        )
 
 
 def _described(method: Method) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from secateur.collect.settings import (
+    CALIBRATION,
     HOW,
     WHAT,
     CalibrationSettings,
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 
     Methods: TypeAlias = str | Sequence[MethodLike] | Mapping[str, MethodLike]
     Patterns: TypeAlias = Pattern | float | str | Sequence[Pattern | float | str]
+    Seeds: TypeAlias = int | str | Sequence[int | str]
     Sparsities: TypeAlias = float | str | Sequence[float | str]
     Words: TypeAlias = str | Sequence[str]
     OnEstimate: TypeAlias = Callable[[SweepEstimate], None]
     OnSweepEvent: TypeAlias = Callable[[SweepEvent], None]
 else:
-    Methods = Patterns = Sparsities = Words = tuple[str, ...]
+    Methods = Patterns = Seeds = Sparsities = Words = tuple[str, ...]
     OnEstimate = OnSweepEvent = Any
 
 EVALUATION = "Evaluation"
@@ -84,6 +86,14 @@ class SweepSettings(SharedSettings, CalibrationSettings, SelectionSettings, Grid
             error=CheckpointError,
         ),
     ] = "none"
+    seeds: Annotated[
+        Seeds,
+        Option(
+            CALIBRATION,
+            "Run each cell once for each of these draws of the calibration samples, such as 0,1,2; tables then have "
+            "means and standard deviations over draws [default: --seed alone].",
+        ),
+    ] = ()
     data: Annotated[Words, Option(EVALUATION, "As for eval; repeat it for several texts.", "-d")] = ("wikitext2",)
     eval_length: Annotated[
         int | None, Option(EVALUATION, "Tokens in each window of the evaluation [default: 2048].", least=2)
@@ -110,6 +120,7 @@ class SweepSettings(SharedSettings, CalibrationSettings, SelectionSettings, Grid
         int | None,
         Option(HOW, "Cores of each cell on Ray [default: all, shared out among the cells].", least=1),
     ] = None
+    latex: Annotated[bool, Option(OPTIONS, "Also write the tables as LaTeX, table.tex.")] = False
     dry_run: Annotated[bool, Option(OPTIONS, "Show the cells and the estimate, and change nothing.")] = False
     command: Sequence[str] | None = None
     on_estimate: OnEstimate = lambda estimate: None
