@@ -7,7 +7,8 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from secateur.evaluate.perplexity import Perplexity
-from secateur.report.terminal import _table, plus_minus, seconds_text
+from secateur.report.terminal import _table, plus_minus
+from secateur.runs.events import seconds_text
 
 if TYPE_CHECKING:
     from secateur.record.manifest import Manifest
