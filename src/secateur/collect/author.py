@@ -20,7 +20,7 @@ from secateur.calibration.windows import Progress, Windows, check_fits
 from secateur.collect.kept_texts import KeptTexts
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.models.opening.opened import OpenedModel
-from secateur.models.opening.whole import WholeModel, free_bytes
+from secateur.models.opening.whole import WholeModel, free_bytes, positions_of
 from secateur.runs.events import seconds_text
 from secateur.runs.stopping import safe_point
 
@@ -242,9 +242,12 @@ class _Session:
         falls = self._falls and not beginning.asks
         drawing = [random.Random(f"{asked.seed} text {number}") for number in numbers]
         ends: frozenset[int] = frozenset() if asked.whole else beginning.ends
-        most = length - max(map(len, prompts))
-        written = self._continue(prompts, max(1, most), drawing, ends, falls=falls)
-        return [[*prompt, *ids] for prompt, ids in zip(prompts, written, strict=True)]
+        lengths = [len(prompt) for prompt in prompts]
+        most = length - min(lengths)
+        if (positions := positions_of(self.module)) is not None:  # which the longest prompt would come to first
+            most = min(most, positions + 1 - max(lengths))
+        written = self._continue(prompts, most, drawing, ends, falls=falls)
+        return [[*prompt, *ids][:length] for prompt, ids in zip(prompts, written, strict=True)]
 
     def _continue(
         self,
@@ -350,9 +353,8 @@ def _whole(opened: OpenedModel) -> Iterator[Any]:
         getattr(skeleton.source, "folder"),  # noqa: B009 - not every source has one
         device=str(skeleton.device),
         dtype=str(skeleton.dtype).removeprefix("torch."),
-        trust_remote_code=not type(skeleton.model).__module__.startswith(
-            "transformers."
-        ),  # asked for when it was opened
+        # Code that the model brings along was asked for when it was opened.
+        trust_remote_code=not type(skeleton.model).__module__.startswith("transformers."),
     ) as whole:
         yield whole.module
 

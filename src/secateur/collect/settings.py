@@ -100,9 +100,9 @@ class CalibrationSettings(Settings):
         Option(
             CALIBRATION,
             "c4, wikitext2, python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a .txt, .jsonl[:FIELD], .json[:FIELD], "
-            ".parquet[:FIELD] file, or .safetensors with input_ids (and attention_mask); self: text that the model writes "
-            "itself, self:PROMPTS: its answers to the lines of a .txt or a .jsonl[:FIELD]. Repeat with weights to mix: "
-            "0.7*c4.",
+            ".parquet[:FIELD] file, or .safetensors with input_ids (and attention_mask); self: text that the model "
+            "writes itself, self:PROMPTS: its answers to the lines of a .txt or .jsonl[:FIELD]. Repeat with weights to "
+            "mix: 0.7*c4.",
             "-c",
         ),
     ] = "c4"
