@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from rich.filesize import decimal
@@ -19,8 +19,9 @@ from secateur.calibration.own_text import OwnText, Written, is_chat
 from secateur.calibration.windows import Progress, Windows, check_fits
 from secateur.collect.kept_texts import KeptTexts
 from secateur.errors import CalibrationError, CheckpointError
+from secateur.files.reading import read_json
 from secateur.models.opening.opened import OpenedModel
-from secateur.models.opening.whole import WholeModel, free_bytes, positions_of
+from secateur.models.opening.whole import WholeModel, free_bytes
 from secateur.runs.events import seconds_text
 from secateur.runs.stopping import safe_point
 
@@ -90,7 +91,10 @@ class Author:
                 _log.warning("%s: the text that this model wrote on %s is used again.", asked.spec, found.created[:10])
                 return found.written
             with _whole(self._opened) as module:
-                written = _Session(module, self._tokenizer, asked, beginning, self.at_once, self._progress).write()
+                positions = self._opened.skeleton.positions
+                written = _Session(
+                    module, self._tokenizer, asked, beginning, self.at_once, positions, self._progress
+                ).write()
             try:
                 self._kept.add(key, written)
             except CheckpointError as error:
@@ -164,6 +168,7 @@ class _Session:
     asked: OwnText
     beginning: Beginning
     at_once: int
+    positions: int | None
     progress: Progress
     texts: list[list[int]] = field(default_factory=list)
     steps: int = 0
@@ -244,8 +249,8 @@ class _Session:
         ends: frozenset[int] = frozenset() if asked.whole else beginning.ends
         lengths = [len(prompt) for prompt in prompts]
         most = length - min(lengths)
-        if (positions := positions_of(self.module)) is not None:  # which the longest prompt would come to first
-            most = min(most, positions + 1 - max(lengths))
+        if self.positions is not None:  # which the longest prompt would come to first
+            most = min(most, self.positions + 1 - max(lengths))
         written = self._continue(prompts, most, drawing, ends, falls=falls)
         return [[*prompt, *ids][:length] for prompt, ids in zip(prompts, written, strict=True)]
 
@@ -359,14 +364,19 @@ def _whole(opened: OpenedModel) -> Iterator[Any]:
         yield whole.module
 
 
+class _Generation(TypedDict):
+    """What is read of generation_config.json."""
+
+    eos_token_id: NotRequired[int | list[int] | None]
+
+
 def _ends(opened: OpenedModel, tokenizer: Any) -> list[int]:
     """The tokens that end a text, of the tokenizer and of the model's generation_config.json."""
     configured = getattr(getattr(opened.skeleton.model, "generation_config", None), "eos_token_id", None)
     folder = getattr(opened.skeleton.source, "folder", None)
     if folder is not None and (folder / "generation_config.json").exists():
-        from transformers import GenerationConfig
-
-        configured = GenerationConfig.from_pretrained(folder).eos_token_id
+        generation: _Generation = read_json(folder / "generation_config.json", _Generation)
+        configured = generation.get("eos_token_id")
     listed = configured if isinstance(configured, list) else [configured]
     found = {token for token in (*listed, getattr(tokenizer, "eos_token_id", None)) if token is not None}
     return sorted(token for token in found if 0 <= token < len(tokenizer))

@@ -92,7 +92,7 @@ class KeptTexts:
             try:
                 self._file(key).parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(self._file(key).with_suffix(".lock")))
-            except OSError:  # where nothing can be kept, each writes its own
+            except (OSError, NotImplementedError):  # where nothing can be kept, each writes its own
                 pass
             yield
 
