@@ -18,8 +18,9 @@ from torch import Tensor
 from secateur.calibration.own_text import OwnText, Written, is_chat
 from secateur.calibration.windows import Progress, Windows, check_fits
 from secateur.collect.kept_texts import KeptTexts
-from secateur.errors import CalibrationError, CheckpointError
+from secateur.errors import CalibrationError, CheckpointError, SecateurError
 from secateur.files.reading import read_json
+from secateur.models.opening.configuration import reason
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.opening.whole import WholeModel, free_bytes
 from secateur.runs.events import seconds_text
@@ -217,11 +218,12 @@ class _Session:
 
     def _rows(self) -> int:
         """How many texts are written at once: as many as half of the free memory has room for, up to the usual."""
-        config = self.module.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", 1)
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        layers = getattr(config, "num_hidden_layers", 1)
-        token = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+        config = vars(self.module.config.get_text_config())
+        width, layers = (config.get(name) or 1 for name in ("hidden_size", "num_hidden_layers"))
+        heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+        if isinstance(heads, int) and isinstance(shared, int):
+            width = width * shared // heads
+        token = 2 * layers * width
         token *= next(self.module.parameters()).dtype.itemsize
         fitting = free_bytes(self.module.device) // 2 // (token * self.asked.length)
         if fitting < 1:
@@ -281,6 +283,13 @@ class _Session:
             output = self.module.generate(
                 input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([draw])
             )
+        except (SecateurError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever transformers, or code beside the weights raises
+            raise CheckpointError(
+                f"{self.asked.spec}: {type(self.module).__name__} cannot write text in transformers: {reason(error)}. "
+                "Calibrate on text: --calibration my.jsonl."
+            ) from None
         finally:
             self.module.generation_config = usual
         found = []
