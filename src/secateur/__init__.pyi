@@ -37,7 +37,7 @@ from secateur.errors import (
 )
 from secateur.evaluate.agreement import Agreement as Agreement, agreement as agreement
 from secateur.evaluate.perplexity import Perplexity as Perplexity, perplexity as perplexity
-from secateur.evaluate.results import Results as Results, model_digest as model_digest
+from secateur.evaluate.results import Results as Results
 from secateur.evaluate.task_results import (
     TaskComparison as TaskComparison,
     TaskResult as TaskResult,
@@ -46,6 +46,7 @@ from secateur.evaluate.task_results import (
 )
 from secateur.evaluate.tasks import tasks as tasks
 from secateur.evaluate.verdict import Verdict as Verdict, verdict as verdict
+from secateur.files.digest import model_digest as model_digest
 from secateur.methods.admm import admm as admm
 from secateur.methods.alps import alps as alps
 from secateur.methods.gblm import gblm as gblm, gblm_inverse as gblm_inverse, gradient as gradient

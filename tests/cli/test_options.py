@@ -24,7 +24,8 @@ def test_the_help_shows_the_values_of_every_choice(command: str, call: Call, mon
     shown = call(command, "--help").out
     for name, option in options(command).items():
         if option.show and (values := option.get_choices()):
-            line = next(line for line in shown.splitlines() if f" {name} " in line)
+            lines = [line for line in shown.splitlines() if not line.startswith("Usage")]
+            line = next(line for line in lines if f" {name} " in line)
             assert f"[choices: {', '.join(values)}]" in line
 
 

@@ -23,7 +23,8 @@ from command_line import (
 )
 from secateur.errors import CalibrationError
 from secateur.evaluate.generations import generations, read_prompts, shared_start
-from secateur.evaluate.results import Results, model_digest
+from secateur.evaluate.results import Results
+from secateur.files.digest import model_digest
 from secateur.models.opening.whole import WholeModel
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import secateur
 from command_line import forked, save_model
 from secateur.errors import CheckpointError
-from secateur.evaluate.results import Results, model_digest
+from secateur.evaluate.results import Results
+from secateur.files.digest import model_digest
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from secateur.collect.gradient_pass import gradients
 from secateur.core.patterns import Unstructured
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import perplexity
-from secateur.evaluate.results import model_digest
 from secateur.files.checkpoint import SINGLE_FILE, Checkpoint
+from secateur.files.digest import model_digest
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
 from secateur.models.opening.opened import open_model, open_source

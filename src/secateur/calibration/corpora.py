@@ -23,6 +23,7 @@ from secateur.calibration.documents import (
     text_file,
 )
 from secateur.calibration.hub import HUB_FILES, Role, cached, hub_dataset, hub_file, hub_parts, hub_trouble
+from secateur.calibration.own_text import is_own_text
 from secateur.errors import CalibrationError
 
 C4_EVALUATION_DOCUMENTS = 1100
@@ -31,7 +32,7 @@ PYTHON_DOCS_HELD_OUT_STEP = 10
 ACCEPTED_FORMS = (
     "c4[:FILE], wikitext2[:FILE], python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a file FILE.txt, FILE.raw, "
     "FILE.jsonl[:FIELD], FILE.json[:FIELD], FILE.jsonl.gz[:FIELD], FILE.parquet[:FIELD] or FILE.safetensors "
-    "(token ids), "
+    "(token ids), self[:PROMPTS] (text of the model's own), "
     "each also as WEIGHT*SPEC in a mixture"
 )
 _WEIGHTED = re.compile(r"\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+))\s*\*\s*(?P<spec>.+)")
@@ -88,6 +89,11 @@ def _read(spec: str, role: Role) -> Corpus:
         return rows_file(spec, match["path"], match["field"] or DEFAULT_FIELD)
     if is_token_file(spec):
         raise CalibrationError(f"{spec}: holds token ids, expected text. Pass it to calibration_windows as it is.")
+    if is_own_text(spec):
+        raise CalibrationError(
+            f"{spec}: is text that a model writes itself, and only calibration text can be that. Name a corpus or a "
+            "file."
+        )
     nearest = get_close_matches(name.lower(), [*_NAMED, "hf"], n=2)
     hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
     raise CalibrationError(f"unknown corpus {spec!r}.{hint} Accepted: {ACCEPTED_FORMS}.")

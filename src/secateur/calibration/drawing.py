@@ -12,6 +12,7 @@ import torch
 from secateur.calibration.corpora import is_token_file, load_corpus, weighted
 from secateur.calibration.documents import Corpus
 from secateur.calibration.hub import Role
+from secateur.calibration.own_text import OwnText, Write, is_own_text, own_text, own_windows
 from secateur.calibration.text import Text, check_bos
 from secateur.calibration.windows import (
     Progress,
@@ -46,6 +47,7 @@ def calibration_windows(
     seed: int = 0,
     sampling: Sampling | None = None,
     bos: Bos = "papers",
+    write: Write | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Windows:
     """Return calibration windows of shape (samples, length), by default 128 of 2048 tokens from text.
@@ -60,7 +62,7 @@ def calibration_windows(
     wikitext2, "document" for everything else. Both draw the windows that the published loops draw after
     `random.seed(seed)`. In a mixture the source at position k draws with `seed + k`, and the windows are shuffled
     with `seed`. `bos` is that of `evaluation_windows`: "papers" leaves BOS where a window happens to begin with its
-    document. `progress` is called with (windows done, windows in all).
+    document. `write` has a model write the texts of `self`. `progress` is called with (windows done, windows in all).
 
     Errors: CalibrationError, also when no document is long enough after about 1000 draws for each window.
     Reference: Wanda and SparseGPT, semantics of `get_c4` (document) and `get_wikitext2` (concat) in their loaders.
@@ -77,7 +79,11 @@ def calibration_windows(
         def report(windows: int, done: int = done) -> None:
             progress(done + windows, total)
 
-        part = _sampled(spec, text, count, length or DEFAULT_LENGTH, seed + position, sampling, report)
+        size = length or DEFAULT_LENGTH
+        if is_own_text(spec):
+            part = _written(own_text(spec, tokenizer, count, size, seed + position, sampling), text, write)
+        else:
+            part = _sampled(spec, text, count, size, seed + position, sampling, report)
         parts.append(replace(part, provenance={"weight": float(weight), **part.provenance}))
     return _mixed(parts, seed, text)
 
@@ -89,6 +95,18 @@ def text_corpora(source: Any, tokenizer: Any, samples: int | None, length: int |
     """
     _, shares = _asked(source, tokenizer, samples, length, sampling)
     return [spec for spec, _, _ in shares if not is_token_file(spec)]
+
+
+def own_texts(
+    source: Any, tokenizer: Any, samples: int | None, length: int | None, seed: int, sampling: Any
+) -> list[OwnText]:
+    """Return what `calibration_windows` would ask the model to write. Errors: those of `text_corpora`."""
+    _, shares = _asked(source, tokenizer, samples, length, sampling)
+    return [
+        own_text(spec, tokenizer, count, length or DEFAULT_LENGTH, seed + position, sampling)
+        for position, (spec, _, count) in enumerate(shares)
+        if is_own_text(spec)
+    ]
 
 
 def _asked(
@@ -200,6 +218,20 @@ def _sampled(
     ids, facts = sample(corpus, text, samples, text.room(length), seed, report)
     shape = {"samples": samples, "length": length}
     return Windows(text.begun(ids), {**corpus.provenance, **shape, "seed": seed, "sampling": sampling, **facts})
+
+
+def _written(asked: OwnText, text: Text, write: Write | None) -> Windows:
+    """Return the windows of text that the model writes itself."""
+    if write is None:
+        raise CalibrationError(
+            f"{asked.spec}: is text that the model writes itself, and no model is known here. Give it as the "
+            "calibration of prune, gradients, sweep or reconstruct."
+        )
+    written = write(asked)
+    shape = {"samples": asked.samples, "length": asked.length}
+    sampling = "document" if asked.whole else "concat"
+    facts = {**asked.provenance, **shape, "seed": asked.seed, "sampling": sampling, **written.facts}
+    return Windows(own_windows(asked, written, text), facts)
 
 
 def _mixed(parts: Sequence[Windows], seed: int, text: Text) -> Windows:

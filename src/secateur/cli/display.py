@@ -184,7 +184,7 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
 
     On a terminal events move a bar over the cells, with the stage of the current one; in a pipe each cell is a line.
     """
-    from secateur.report.terminal import seconds_text
+    from secateur.runs.events import seconds_text
 
     def line(event: "SweepEvent") -> str | None:
         cell = event.cell

@@ -1,6 +1,5 @@
 """`eval` and `compare`, and where they keep what they find."""
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -205,17 +204,18 @@ def _prompt(outputs: "Sequence[Generation]") -> dict[str, Any]:
 
 
 def evaluation_store() -> "Results":
-    """The store in $SECATEUR_CACHE, or else in ~/.cache/secateur."""
+    """The store of evaluations in the folder of what is kept between runs."""
     from secateur.evaluate.results import Results
+    from secateur.files.cache import cache_folder
 
-    return Results(Path(os.environ.get("SECATEUR_CACHE") or "~/.cache/secateur").expanduser() / "evaluations")
+    return Results(cache_folder() / "evaluations")
 
 
 def _keep(
     model: str, revision: str | None, kind: "Kind", result: "Perplexity | Agreement", how: Mapping[str, Any]
 ) -> None:
     """Store the evaluation of a text. Where it cannot be stored, a line on standard error says so."""
-    from secateur.evaluate.results import model_digest
+    from secateur.files.digest import model_digest
 
     if launched().rank > 0:
         return

@@ -55,7 +55,7 @@ def report(
                 raise CheckpointError(f"{output} is a sweep; its sweep.json has the figures of every run.")
             page = build_sweep(output, show)
         else:
-            from secateur.evaluate.results import model_digest
+            from secateur.files.digest import model_digest
             from secateur.record.card import refresh_card
             from secateur.record.manifest import read_manifest
             from secateur.report.checkpoint_page import build
@@ -80,8 +80,8 @@ def report(
 
 def _kept_of_dense(manifest: "Manifest") -> "list[Record]":
     """What the store keeps of the dense model, if that is still where the manifest says, and still the same."""
-    from secateur.evaluate.results import model_digest
     from secateur.files.checkpoint import Checkpoint, tensor_digest
+    from secateur.files.digest import model_digest
 
     path = Path(str(manifest.source.get("path") or ""))
     try:

@@ -1,5 +1,6 @@
 """Windows for a certain model: drawn or cut, with BOS where the model wants it, and checked to be what it can read."""
 
+import functools
 import logging
 import math
 import os
@@ -12,10 +13,18 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.corpora import is_token_file
-from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES, calibration_windows, evaluation_windows
+from secateur.calibration.drawing import (
+    DEFAULT_LENGTH,
+    DEFAULT_SAMPLES,
+    calibration_windows,
+    evaluation_windows,
+    own_texts,
+)
+from secateur.calibration.own_text import OwnText, Written
 from secateur.calibration.quick import quick_windows
 from secateur.calibration.text import bos_text
 from secateur.calibration.windows import Progress, Windows, check_fits, check_predictions
+from secateur.collect.author import Author
 from secateur.collect.settings import CalibrationSettings
 from secateur.core.choices import Bos
 from secateur.files.reading import read_json
@@ -46,6 +55,10 @@ def model_windows(
     text = _is_text(asked.calibration)
     tokenizer = opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer
 
+    @functools.cache  # windows are drawn twice where the model wants BOS in front of them
+    def write(own: OwnText) -> Written:
+        return Author((dense or (lambda: opened))(), tokenizer, progress)(own)
+
     def draw(where: str) -> Windows:
         windows = calibration_windows(
             asked.calibration,  # type: ignore[arg-type]  # checked there
@@ -55,6 +68,7 @@ def model_windows(
             seed=asked.seed,
             sampling=asked.sampling,
             bos=where,  # type: ignore[arg-type]
+            write=write,
             progress=progress,
         )
         check_fits(windows, opened.skeleton.vocabulary_size, opened.skeleton.positions)
@@ -69,13 +83,16 @@ def model_windows(
 class Foreseen:
     """Calibration windows that are drawn, or only how many of which length there will be.
 
-    `unchecked` are sentences on what only drawing them shows.
+    `unchecked` are sentences on what only drawing them shows. `to_write` is what the model would first have to write,
+    `at_once` texts side by side.
     """
 
     windows: Windows | None
     samples: int
     length: int
     unchecked: Sequence[str]
+    to_write: Sequence[OwnText] = ()
+    at_once: int = 1
 
 
 def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foreseen:
@@ -84,25 +101,24 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
     Without a calibration text only the length is checked.
     """
     unchecked: Sequence[str] = ()
-    windows = None
+    to_write: list[OwnText] = []
+    windows, at_once = None, 1
     if asked.calibration is not None:
         text = _is_text(asked.calibration)
-        windows, unchecked = quick_windows(
-            asked.calibration,
-            opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer,
-            samples=asked.samples,
-            length=asked.length,
-            seed=asked.seed,
-            sampling=asked.sampling,
-            bos="papers" if asked.bos == "auto" else asked.bos,
-        )
+        tokenizer = opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer
+        author = Author(opened, tokenizer)
+        kept, at_once = functools.cache(author.kept), author.at_once
+        how: dict[str, Any] = {name: getattr(asked, name) for name in ("samples", "length", "seed", "sampling")}
+        to_write = [own for own in own_texts(asked.calibration, tokenizer, **how) if kept(own) is None]
+        bos = "papers" if asked.bos == "auto" else asked.bos
+        windows, unchecked = quick_windows(asked.calibration, tokenizer, bos=bos, kept=kept, **how)
     if windows is None:
         samples, length = asked.samples or DEFAULT_SAMPLES, asked.length or DEFAULT_LENGTH
     else:
         samples, length = windows.samples, windows.length
     checked = windows or Windows(torch.zeros(1, length, dtype=torch.int64), {})
     check_fits(checked, opened.skeleton.vocabulary_size, opened.skeleton.positions)
-    return Foreseen(windows, samples, length, unchecked)
+    return Foreseen(windows, samples, length, unchecked, to_write, at_once)
 
 
 def model_evaluation_windows(

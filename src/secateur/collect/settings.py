@@ -100,8 +100,9 @@ class CalibrationSettings(Settings):
         Option(
             CALIBRATION,
             "c4, wikitext2, python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a .txt, .jsonl[:FIELD], .json[:FIELD], "
-            ".parquet[:FIELD] file, or .safetensors with input_ids (and attention_mask). Repeat with weights to mix: "
-            "0.7*c4.",
+            ".parquet[:FIELD] file, or .safetensors with input_ids (and attention_mask); self: text that the model "
+            "writes itself, self:PROMPTS: its answers to the lines of a .txt or .jsonl[:FIELD]. Repeat with weights to "
+            "mix: 0.7*c4.",
             "-c",
         ),
     ] = "c4"
@@ -115,7 +116,7 @@ class CalibrationSettings(Settings):
         Option(
             CALIBRATION,
             "document: windows within one long document, as in the papers; concat: within all text packed together "
-            "[default: as in the papers].",
+            "[default: as in the papers; self is packed].",
             error=CalibrationError,
         ),
     ] = None

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,16 +12,10 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from msgspec import Meta
 
 import secateur
-from secateur.errors import CheckpointError
-from secateur.files.checkpoint import PACKED_FILE, file_digest
-from secateur.files.folders import companions, locate
-from secateur.files.names import unique
-from secateur.files.packed import is_packed, open_files
+from secateur.files.cache import keep_json
 from secateur.files.reading import checked, read_json
-from secateur.files.redaction import redacted
 
 REVISION = 1  # of how evaluations are made; raise it when the same key leads to other figures
-DECIDING_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")  # beside the weights
 
 Kind = Literal["perplexity", "agreement", "tasks"]
 
@@ -123,17 +115,8 @@ class Results:
         Raises `CheckpointError` where it cannot be written.
         """
         file = self._file(model_digest, kind, key)
-        partial = file.with_name(unique(f".{file.name}"))
         record = Record(kind, key, result, datetime.now(UTC).isoformat(timespec="seconds"), _versions())
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(redacted(asdict(record))) + "\n", encoding="utf-8")
-            partial.replace(file)
-        except OSError as error:
-            raise CheckpointError(f"{file}: the evaluation cannot be kept ({error.strerror}).") from None
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+        keep_json(file, asdict(record), "the evaluation")
 
     def of(self, model_digest: str) -> list[Record]:
         """All evaluations of a model that were made as they are now, oldest first."""
@@ -160,27 +143,3 @@ def _read(file: Path) -> Record:
     record: Record = read_json(file, Record, advice="It is no kept evaluation, or damaged: remove it.")
     checked(record.result, file, RESULTS[record.kind], advice="The kept evaluation is damaged: remove it.")
     return record
-
-
-def model_digest(model: str | os.PathLike[str], revision: str | None = None) -> str:
-    """sha256 over the files that decide what a model computes: weights, configuration, tokenizer and code.
-
-    The same for two copies of a checkpoint; the manifest, the model card and the licence do not count. A GGUF file
-    counts as a whole. Raises `CheckpointError` for anything that is not a model.
-    """
-    name = os.fspath(model)
-    if name.endswith(".gguf"):
-        file = Path(name).expanduser()
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such file.")
-        return file_digest(file)
-    folder = locate(name, revision)
-    own = [folder / PACKED_FILE] if is_packed(folder) else []
-    deciding = [*open_files(folder).files, *own, *filter(_decides, companions(folder)[0])]
-    listing = {file.relative_to(folder).as_posix(): file_digest(file) for file in deciding}
-    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
-
-
-def _decides(file: Path) -> bool:
-    prose = file.stem.upper().startswith(("LICENSE", "LICENCE", "USE_POLICY", "NOTICE", "README"))
-    return file.suffix in DECIDING_SUFFIXES and not prose

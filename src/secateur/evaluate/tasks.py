@@ -16,9 +16,10 @@ from torch import nn
 
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.evaluate.harness import run_task, stock_manager, wrapped
-from secateur.evaluate.results import Results, model_digest
+from secateur.evaluate.results import Results
 from secateur.evaluate.task_data import LocalData
 from secateur.evaluate.task_results import Metric, TaskResult, TaskResults
+from secateur.files.digest import model_digest
 from secateur.files.scratch import scratch_folder
 from secateur.models.opening.whole import WholeModel
 from secateur.runs.events import Progress

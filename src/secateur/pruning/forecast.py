@@ -16,7 +16,7 @@ from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan
 from secateur.pruning.forecast_memory import Memory, memory_of, shortage, source_bytes
-from secateur.pruning.forecast_time import RunSeconds, run_seconds
+from secateur.pruning.forecast_time import RunSeconds, run_seconds, writing_note, writing_seconds
 from secateur.pruning.named import resolved
 from secateur.pruning.preparation import Prepared, output_of, prepared, solving_cost
 from secateur.pruning.settings import PlanSettings
@@ -122,7 +122,10 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
     free = available_bytes()
     total = source_bytes(skeleton, skeleton.source.names)
     disk = total + memory.cost.file + (ready.packed_bytes or 0)
-    notes = [*ready.unchecked, *_memory_notes(ready, memory)]
+    notes = [*ready.foreseen.unchecked, *_memory_notes(ready, memory)]
+    writing = writing_seconds(skeleton, ready.foreseen) if ready.foreseen.to_write else 0.0
+    if writing:
+        notes.append(writing_note(skeleton, ready.foreseen, writing))
     if told := shortage(ready, memory):
         notes.append(told)
     if target is not None:
@@ -166,7 +169,7 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
         device_bytes=memory.device,
         disk_bytes=disk,
         packed_bytes=ready.packed_bytes,
-        seconds=opening + seconds.total,
+        seconds=opening + writing + seconds.total,
         run=seconds,
         exchanged_bytes=0,
         parts=[],

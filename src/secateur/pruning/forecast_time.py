@@ -4,15 +4,20 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from rich.filesize import decimal
 
+from secateur.collect.model_windows import Foreseen
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.shape.skeleton import Skeleton
 from secateur.pruning.forecast_memory import source_bytes
 from secateur.pruning.preparation import Prepared
-from secateur.pruning.trial import choosing, digesting, forwards, moving, multiplying
+from secateur.pruning.trial import choosing, digesting, forwards, moving, multiplying, skinny
+from secateur.runs.events import seconds_text
 
 DISK_BYTES_PER_SECOND = 500e6  # a plain SSD; no disk is measured, since that would take writing to it
 AROUND_SECONDS = 1.0  # manifest, model card, and the libraries that write them
+BLOCK_SECONDS = 0.5e-3  # of a block for one more token, beside its products: Python and many small operations
+DRAWING_SECONDS = 12e-9  # of each word of the vocabulary, of which one is drawn
 LENGTH = 512  # of windows where none is known
 
 
@@ -87,3 +92,25 @@ def forward_seconds(skeleton: Skeleton, tokens: int) -> float:
     blocks = sum(token + batch / (length * size) for token, batch in tried)
     head = skeleton.vocabulary_size * (skeleton.hidden_size * multiply + 12 * move)
     return tokens * (blocks + head)
+
+
+def writing_seconds(skeleton: Skeleton, foreseen: Foreseen) -> float:
+    """About how long the model takes to write its own calibration text, token by token, and to be loaded for it."""
+    weights = sum(math.prod(matrix.shape) for matrix in skeleton.matrices if matrix.expert in (None, 0))
+    weights += skeleton.vocabulary_size * skeleton.hidden_size
+    steps = sum(own.length * math.ceil(own.samples / foreseen.at_once) for own in foreseen.to_write)
+    drawing = DRAWING_SECONDS * skeleton.vocabulary_size * foreseen.at_once
+    loading = 0.0 if skeleton.resident else source_bytes(skeleton, skeleton.source.names) / DISK_BYTES_PER_SECOND
+    each = skinny(skeleton, foreseen.at_once) * weights + BLOCK_SECONDS * len(skeleton.blocks) + drawing
+    return steps * each + loading
+
+
+def writing_note(skeleton: Skeleton, foreseen: Foreseen, seconds: float) -> str:
+    """What is said of it: tokens, time, and the memory of the whole model."""
+    tokens = sum(own.tokens for own in foreseen.to_write)
+    names = ", ".join(dict.fromkeys(own.spec for own in foreseen.to_write))
+    held = skeleton.dtype.itemsize * sum(math.prod(skeleton.source.shape(name)) for name in skeleton.source.names)
+    return (
+        f"{names}: the model first writes {tokens:,} tokens, in about {seconds_text(seconds)}, for which all of it is "
+        f"in memory ({decimal(held)}). The text is kept for later runs."
+    )

@@ -50,8 +50,8 @@ TRIAL_TOKENS = 8  # that residual targets look for writers with
 class Prepared:
     """A run that nothing speaks against.
 
-    `windows` are None where the method looks at no token, and where a dry run has not drawn them; `unchecked` says
-    what it left open.
+    `windows` are None where the method looks at no token, and where a dry run has not drawn them; `foreseen` says what
+    it left open.
     """
 
     settings: PruneSettings
@@ -61,9 +61,9 @@ class Prepared:
     evidence: RunEvidence
     windows: Windows | None
     extent: Extent
-    unchecked: Sequence[str]
     packed_bytes: int | None  # of all tensors of the output, where that will be packed
     allocated: Allocated | None  # how the plan came about, where it is not uniform
+    foreseen: Foreseen
 
 
 def output_of(settings: PruneSettings) -> Path | None:
@@ -159,9 +159,9 @@ def prepared(
                 by_site=settings.within == "site",
                 offload=settings.offload_states,
             ),
-            unchecked=seen.unchecked,
             packed_bytes=packed_bytes(skeleton, planned, plan) if settings.packed else None,
             allocated=allocated,
+            foreseen=seen,
         )
     finally:
         opened.restore()

@@ -28,6 +28,7 @@ from secateur.models.shape.structure import Block
 LONG = 0.3  # seconds after which nothing is tried again
 TRIAL_FLOPS = 2e10  # of all forwards that are tried, about
 WEIGHTS = 1 << 24  # of the matrix that is solved
+SKINNY = 4096  # of the matrix that few rows are multiplied with
 WAITING = (1, 32)  # samples and tokens of the forward whose memory is counted while it waits
 # What a model's own code may raise on zeros.
 NOT_TRIED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, SecateurError)
@@ -56,6 +57,16 @@ def multiplying(skeleton: Skeleton, dtype: torch.dtype) -> float:
     left = torch.randn(512, width, device=skeleton.device).to(dtype)
     right = torch.randn(width, 1024, device=skeleton.device).to(dtype)
     return timed(skeleton.device, lambda: left @ right, least=0.1) / (512 * width * 1024)
+
+
+def skinny(skeleton: Skeleton, rows: int) -> float:
+    """Seconds for each weight of a product with so many rows: where text is written, weights are read for few tokens.
+
+    The weights are more than a processor keeps beside it.
+    """
+    left = torch.randn(rows, SKINNY, device=skeleton.device).to(skeleton.dtype)
+    weight = torch.randn(SKINNY, SKINNY, device=skeleton.device).to(skeleton.dtype)
+    return timed(skeleton.device, lambda: left @ weight.T, least=0.1) / weight.numel()
 
 
 def moving(device: torch.device) -> float:

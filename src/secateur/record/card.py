@@ -258,6 +258,9 @@ def _number(value: float | None, form: str, error: float | None = None) -> str:
 
 def _corpus_name(source: Mapping[str, Any]) -> str:
     corpus = str(source.get("corpus") or source.get("file") or "token ids")
+    if "texts_ended" in source:
+        prompts = f", answering {Path(source['prompts']['file']).name}" if "prompts" in source else ""
+        return f"text that the model wrote itself{prompts}"
     return Path(corpus).name if source.get("file") and corpus not in DATASETS else corpus
 
 

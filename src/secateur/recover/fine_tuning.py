@@ -16,7 +16,7 @@ from secateur.calibration.packing import training_windows
 from secateur.calibration.windows import check_fits, check_predictions
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
-from secateur.evaluate.results import model_digest
+from secateur.files.digest import model_digest
 from secateur.files.folders import locate
 from secateur.files.reading import checked, read_json
 from secateur.files.writer import writing

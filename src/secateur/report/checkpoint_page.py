@@ -18,8 +18,7 @@ from secateur.report.evaluations import Evaluation, data_name, tables, verdict_o
 from secateur.report.masks import Group, MaskReport, groups, read_masks
 from secateur.report.page import FOLDER, PAGE, render, report_folder
 from secateur.report.tables import share
-from secateur.report.terminal import seconds_text
-from secateur.runs.events import Progress
+from secateur.runs.events import Progress, seconds_text
 
 
 def build(

@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.text import Text
 
-from secateur.report.terminal import _table, seconds_text
+from secateur.report.terminal import _table
+from secateur.runs.events import seconds_text
 from secateur.runtime.bench import Bench, Speed
 from secateur.runtime.pack import Packing
 from secateur.runtime.semi_structured import table as choices_text

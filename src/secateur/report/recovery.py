@@ -8,7 +8,8 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from secateur.evaluate.perplexity import Perplexity, plus_minus
-from secateur.report.terminal import _table, seconds_text
+from secateur.report.terminal import _table
+from secateur.runs.events import seconds_text
 
 if TYPE_CHECKING:
     from secateur.record.manifest import Manifest

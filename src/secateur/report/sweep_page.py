@@ -9,8 +9,7 @@ from secateur.report.checkpoint_tables import pairs
 from secateur.report.evaluations import data_name
 from secateur.report.page import FOLDER, PAGE, render, report_folder
 from secateur.report.tables import Cell, Table, count, number, percent, text
-from secateur.report.terminal import seconds_text
-from secateur.runs.events import Progress
+from secateur.runs.events import Progress, seconds_text
 from secateur.sweeps.draws import Figure, figure_text
 from secateur.sweeps.folder import SWEEP_FILE, Sweep
 

@@ -1,5 +1,6 @@
 """Results as tables for the terminal, which the command line prints."""
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,18 +25,10 @@ from secateur.pruning.forecast import Estimate
 from secateur.record.manifest import Manifest, cautions, sparsity
 from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection, MatrixSparsity
+from secateur.runs.events import seconds_text
 from secateur.sweeps.estimate import SweepEstimate
 from secateur.sweeps.folder import Sweep
 from secateur.sweeps.table import sweep_tables
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration: 4.2 s, 3 min 10 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

@@ -36,6 +36,15 @@ def named(progress: Progress, name: str) -> Progress:
     return lambda stage, done, total: progress(f"{name}: {stage}", done, total)
 
 
+def seconds_text(seconds: float) -> str:
+    """A duration: 4.2 s, 3 min 10 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
 @dataclass
 class Clock:
     """Seconds by part. Parts that run in the background are counted there and overlap the others.

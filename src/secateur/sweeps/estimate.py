@@ -1,11 +1,12 @@
 """What a sweep would run and cost, before it starts."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.collect.model_windows import Foreseen
 from secateur.core.choices import Granularity, Scope
 from secateur.core.gram import Gram
 from secateur.core.patterns import Pattern
@@ -13,7 +14,7 @@ from secateur.core.problem import Method
 from secateur.errors import SecateurError
 from secateur.models.opening.opened import OpenedModel
 from secateur.pruning.forecast import Estimate, estimate
-from secateur.pruning.forecast_time import forward_seconds
+from secateur.pruning.forecast_time import forward_seconds, writing_note, writing_seconds
 from secateur.pruning.preparation import prepared
 from secateur.pruning.settings import PruneSettings
 from secateur.sweeps.folder import Cell
@@ -49,7 +50,7 @@ class SweepEstimate:
     folder: Path
     cells: list[CellEstimate]
     finished: int
-    shared_seconds: float  # of the dense evaluation and the gradients
+    shared_seconds: float  # of the dense evaluation, the gradients, and calibration text that the model writes
     disk_bytes: int
     free_disk_bytes: int
     host_bytes: int
@@ -91,13 +92,11 @@ def refusal(task: Task, options: Mapping[str, Any]) -> SecateurError | None:
     return None
 
 
-def estimate_sweep(
-    loop: "SweepLoop", opened: OpenedModel, options: Mapping[str, Any], unchecked: Sequence[str] = ()
-) -> SweepEstimate:
+def estimate_sweep(loop: "SweepLoop", opened: OpenedModel, options: Mapping[str, Any], seen: Foreseen) -> SweepEstimate:
     """The estimate of the tasks of a loop that are still to be done.
 
-    `options` are those of `forecast.estimate`, and `unchecked` is what is not known of the calibration text. Raises the
-    error of the first task when none can be run.
+    `options` are those of `forecast.estimate`, and `seen` is what is known of the calibration text. Raises the error of
+    the first task when none can be run.
     """
     tasks = loop.pending
     pruned = [task.cell for task in tasks if loop.pruned(task.cell)]
@@ -147,7 +146,12 @@ def estimate_sweep(
     folder = loop.folder.path
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free
-    notes = [*unchecked, *(f"{own.cell.name} will fail: {own.refusal}" for own in cells if own.refusal is not None)]
+    writing = writing_seconds(opened.skeleton, seen) if seen.to_write else 0.0
+    notes = [writing_note(opened.skeleton, seen, writing)] if writing else []
+    notes += [
+        *seen.unchecked,
+        *(f"{own.cell.name} will fail: {own.refusal}" for own in cells if own.refusal is not None),
+    ]
     if disk > free:
         notes.append("This needs more disk than is free now: use --keep none, or another folder.")
     notes += dict.fromkeys(note for own in alone.values() for note in own.notes if "Gram" not in note)
@@ -158,7 +162,7 @@ def estimate_sweep(
         folder=folder,
         cells=cells,
         finished=len(loop.tasks) - len(tasks),
-        shared_seconds=token_seconds * dense_tokens + sum(seconds for seconds, _ in shared.values()),
+        shared_seconds=writing + token_seconds * dense_tokens + sum(seconds for seconds, _ in shared.values()),
         disk_bytes=disk,
         free_disk_bytes=free,
         host_bytes=max((own.host_bytes for own in alone.values()), default=0),

@@ -162,7 +162,7 @@ class SweepLoop(CellRunner):
         if any(task.method.needs for task in self._to_prune()):
             seen = foreseen_windows(opened, self.drawing)
         text = {"calibration": seen.windows, "samples": seen.samples, "length": seen.length}
-        estimate = estimate_sweep(self, opened, {**self.options, **text, "model": opened}, seen.unchecked)
+        estimate = estimate_sweep(self, opened, {**self.options, **text, "model": opened}, seen)
         self.estimates = {own.cell.folder: own for own in estimate.cells}
         return estimate
 
