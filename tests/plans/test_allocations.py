@@ -115,10 +115,10 @@ def test_alpha() -> None:
 
 def test_a_spectrum_that_follows_a_power_law_has_its_exponent() -> None:
     # Eigenvalues whose density falls with the power 3, as the quantiles of that law.
-    count = 4000
+    count = 800
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     eigenvalues = (1 - quantiles) ** (-1 / (3 - 1))
-    assert exponent(torch.diag(eigenvalues.sqrt())) == pytest.approx(3, abs=0.1)
+    assert exponent(torch.diag(eigenvalues.sqrt())) == pytest.approx(3, abs=0.15)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), Unstructured(0.5, "matrix"), NM(4, 8)])

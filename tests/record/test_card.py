@@ -13,6 +13,7 @@ import tiny
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import Record
 from secateur.methods import METHODS, REFINEMENTS
+from secateur.plans import ALLOCATIONS
 from secateur.record import card
 from secateur.record.manifest import Manifest, read_manifest
 from secateur.report.evaluations import with_dense
@@ -183,9 +184,11 @@ def test_the_base_model(tmp_path, monkeypatch):
 
 
 def test_every_method_with_a_paper_cites_it_as_the_documentation_does():
-    known = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
-    homes = "".join(path.read_text() for path in Path(secateur.__file__).parent.glob("methods/*.py"))
-    assert set(card.PAPERS) == {*METHODS, *REFINEMENTS} - {"magnitude"}
+    docs = Path(__file__).parents[2] / "docs"
+    known = "".join((docs / page).read_text() for page in ("methods.md", "allocations.md"))
+    package = Path(secateur.__file__).parent
+    homes = "".join(path.read_text() for room in ("methods", "plans") for path in package.glob(f"{room}/*.py"))
+    assert set(card.PAPERS) == {*METHODS, *REFINEMENTS, *ALLOCATIONS} - {"magnitude", "sensitivity"}
     for _, title, number in card.PAPERS.values():
         assert number is None or (number in homes and (number in known or "SparseSwaps" in title))
         assert title.split(":")[0] in " ".join(homes.split()).replace('" ', "")

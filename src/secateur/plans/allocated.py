@@ -29,10 +29,29 @@ class Allocated:
         """What the file of a plan holds."""
         return {"format": FORMAT, "allocation": dict(self.record), "plan": self.plan.to_json()}
 
+    @property
+    def told(self) -> str:
+        """What the held-out windows say of it, in a sentence or two; empty for a plan that nobody allocated."""
+        return told(self.record)
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Allocated":
         """What `to_json` wrote. Raises `PatternError`."""
         return cls(Plan.from_json(value["plan"]), value["allocation"])
+
+
+def told(record: Mapping[str, Any]) -> str:
+    """What the record of an allocation says of its held-out windows, in a sentence or two; empty where it is empty."""
+    if not record:
+        return ""
+    judged = record["held_out"]
+    error = "" if judged["error"] is None else f" ± {judged['error']:.4f}"
+    windows = "1 held-out window" if judged["windows"] == 1 else f"{judged['windows']} held-out windows"
+    line = (
+        f"Zeros were divided by {record['name']}, by {record['unit']}: {judged['difference']:+.4f}{error} nats per "
+        f"token beside a uniform plan on {windows}, both pruned by Wanda."
+    )
+    return line if record["used"] else f"{line} The plan is not better there, so the uniform one is used."
 
 
 def read_plan(file: str | PathLike[str]) -> Allocated:

@@ -1,6 +1,7 @@
 """OWL: blocks with more outliers among their scores keep more weights.
 
-Source: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", arXiv 2310.05175, section 3.2.
+Source: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
+Sparsity", arXiv 2310.05175, section 3.2.
 """
 
 from collections.abc import Sequence

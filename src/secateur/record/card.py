@@ -12,12 +12,14 @@ from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE
 from secateur.files.reading import read_text
 from secateur.files.writer import writing
+from secateur.plans.allocated import told
 from secateur.record.manifest import Manifest, cautions, sparsity
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
     from jinja2 import Environment
 
+FEW = 4  # patterns of a kind that are listed one by one
 USES = {False: "use.md", True: "use_packed.md"}  # how a checkpoint is loaded, by whether it is packed
 START, END = "<!-- secateur: figures -->", "<!-- secateur: end of figures -->"
 
@@ -37,7 +39,7 @@ _ALPS = (
     "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
     "2406.07831",
 )
-# Methods and refinements: who, title, number on arXiv. What is not here has no paper of its own.
+# Methods, refinements and allocations: who, title, number on arXiv. What is not here has no paper of its own.
 PAPERS: dict[str, tuple[str, str, str | None]] = {
     "wanda": _WANDA,
     "wanda_variant": _WANDA,
@@ -70,6 +72,18 @@ PAPERS: dict[str, tuple[str, str, str | None]] = {
     "admm": ("Boža, 2024", "Fast and Effective Weight Update for Pruned Large Language Models", "2401.02938"),
     "alps": _ALPS,
     "least_squares": _ALPS,
+    "owl": (
+        "Yin et al., 2023",
+        "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity",
+        "2310.05175",
+    ),
+    "dlp": ("Chen et al., 2025", "DLP: Dynamic Layerwise Pruning in Large Language Models", "2505.23807"),
+    "alpha": (
+        "Lu et al., 2024",
+        "AlphaPruning: Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning of Large Language "
+        "Models",
+        "2410.10912",
+    ),
     "swaps": ("arXiv, 2025", "SparseSwaps", "2512.10922"),
 }
 
@@ -150,9 +164,10 @@ def base_model(source: Mapping[str, Any]) -> str | None:
     return name if is_hub_id and (cached or not Path(name).exists()) else None
 
 
-def papers(method: str) -> list[tuple[str, str, str | None]]:
-    """Authors, title and arXiv number of the papers on a method such as "wanda+least_squares", each once."""
-    return list(dict.fromkeys(PAPERS[part] for part in method.split("+") if part in PAPERS))
+def papers(manifest: Manifest) -> list[tuple[str, str, str | None]]:
+    """Authors, title and arXiv number of the papers on a method such as "wanda+least_squares" and the allocation."""
+    allocation = str((manifest.settings.get("allocation") or {}).get("name"))
+    return list(dict.fromkeys(PAPERS[part] for part in (*manifest.method.split("+"), allocation) if part in PAPERS))
 
 
 def source_name(manifest: Manifest) -> str:
@@ -162,16 +177,28 @@ def source_name(manifest: Manifest) -> str:
 
 
 def patterns(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The patterns of matrices in words, each once."""
-    return list(dict.fromkeys(_pattern_text(entry["pattern"]) for entry in entries))
+    """The patterns of matrices in words, each once; of many of a kind, the lowest and the highest."""
+    kinds: dict[str, dict[float, None]] = {}
+    for entry in entries:
+        pattern = pattern_from_json(entry["pattern"])
+        if isinstance(pattern, NM):
+            kind, sparsity = f":{pattern.m}", float(pattern.n)
+        else:
+            kind, sparsity = entry["pattern"].get("per") or "", pattern.sparsity
+        kinds.setdefault(kind, {})[sparsity] = None
+    result = []
+    for kind, found in kinds.items():
+        listed = [[min(found), max(found)]] if len(found) > FEW else [[own] for own in found]
+        result += [_pattern_text(kind, own) for own in listed]
+    return result
 
 
-def _pattern_text(value: Mapping[str, Any]) -> str:
-    pattern = pattern_from_json(value)
-    if isinstance(pattern, NM):
-        return str(pattern)
+def _pattern_text(kind: str, found: Sequence[float]) -> str:
+    """Patterns of one kind in words: one, or from one to another."""
+    if kind.startswith(":"):
+        return " to ".join(f"{own:g}{kind}" for own in found)
     groups = {"row": ", each row alike", "matrix": ", anywhere in a matrix", "search": ", row thresholds searched"}
-    return f"{100 * pattern.sparsity:.4g} % unstructured{groups.get(value.get('per') or '', '')}"
+    return f"{' to '.join(f'{100 * own:.4g}' for own in found)} % unstructured{groups.get(kind, '')}"
 
 
 def _data(manifest: Manifest) -> "ModelCardData":
@@ -205,6 +232,7 @@ def _text(manifest: Manifest, name: str) -> str:
         quoted=shlex.quote(name),
         use=_filled(USES[False], name=name).rstrip("\n"),
         model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
+        allocated=told(manifest.settings.get("allocation") or {}),
         cautions=cautions(manifest),
         figures=Markup(_section([], [])),  # nosec B704 # made by a template of ours, harmless by then
         # Of the pruning and of every recovery after it; what was done in Python has none.
@@ -214,7 +242,7 @@ def _text(manifest: Manifest, name: str) -> str:
             if command is not None
         ],
         versions=", ".join(f"{library} {version}" for library, version in manifest.versions.items()),
-        references=papers(manifest.method),
+        references=papers(manifest),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.files.packed import open_files
+from secateur.plans.allocated import told
 from secateur.record.card import papers, patterns, source_name
 from secateur.record.manifest import Manifest, cautions, read_manifest
 from secateur.report import checkpoint_tables
@@ -103,7 +104,7 @@ def _content(
         "warnings": [*_warnings(folder, matrices), *cautions(manifest)],
         "contents": [(anchor, name) for anchor, name, there in contents if there],
         "evaluations": evaluated,
-        "sparsity_words": _sparsity_words(matrices),
+        "sparsity_words": f"{_sparsity_words(matrices)} {told(manifest.settings.get('allocation') or {})}".strip(),
         "kinds": checkpoint_tables.kinds(manifest, kinds),
         "charts": charts,
         "recovery": checkpoint_tables.recovery(manifest),
@@ -116,7 +117,7 @@ def _content(
         "command": shlex.join(manifest.command) if manifest.command else None,
         "provenance": checkpoint_tables.provenance(manifest),
         "verify": f"secateur verify {shlex.quote(str(folder))} --source {shlex.quote(source)}",
-        "references": papers(manifest.method),
+        "references": papers(manifest),
         "data": {"matrices": [_data(matrix) for matrix in shown]},
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from secateur.core.patterns import pattern_from_json
+from secateur.record.card import patterns
 from secateur.record.manifest import Manifest
 from secateur.report.masks import Group, MaskReport
 from secateur.report.structure import Structure
@@ -18,7 +18,6 @@ def kinds(manifest: Manifest, found: Sequence[Group]) -> Table:
     rows = []
     for kind in found:
         entries = [manifest.matrices[matrix.name] for matrix in kind.matrices]
-        asked = dict.fromkeys(str(pattern_from_json(entry["pattern"])) for entry in entries)
         shapes = dict.fromkeys(f"{matrix.shape[0]:,} × {matrix.shape[1]:,}" for matrix in kind.matrices)
         seen = min((entry["tokens"] for entry in entries if entry.get("tokens") is not None), default=None)
         rows.append(
@@ -26,7 +25,7 @@ def kinds(manifest: Manifest, found: Sequence[Group]) -> Table:
                 text(kind.label),
                 count(len(entries)),
                 Cell(", ".join(shapes), kind.matrices[0].weights),
-                text(", ".join(asked)),
+                text("; ".join(patterns(entries))),
                 percent(kind.sparsity),
                 Cell("none") if seen is None else count(seen),
             ]

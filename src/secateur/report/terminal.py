@@ -1,6 +1,5 @@
 """Results as tables for the terminal, which the command line prints."""
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from secateur.evaluate.perplexity import Perplexity, plus_minus
 from secateur.evaluate.task_results import Difference, Metric, TaskComparison, TaskResult, TaskResults
 from secateur.evaluate.verdict import Verdict
 from secateur.models.shape.matrices import matrix_kind
-from secateur.plans.allocated import Allocated
+from secateur.plans.allocated import Allocated, told
 from secateur.pruning.forecast import Estimate
 from secateur.record.manifest import Manifest, cautions, sparsity
 from secateur.record.verify import Verification
@@ -107,7 +106,7 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
     ]
     lines.append(f"{seconds_text(manifest.seconds['total'])} in all" + (f": {', '.join(parts)}." if parts else "."))
     if allocation := manifest.settings.get("allocation"):
-        lines.append(allocation_line(allocation))
+        lines.append(told(allocation))
     if left := manifest.source.get("not_copied"):
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         lines.append(f"Not copied from the source: {', '.join(left[:8])}{more}.")
@@ -126,19 +125,8 @@ def allocation_tables(made: Allocated, output: str) -> RenderableType:
         kinds.setdefault(matrix_kind(name), []).append(pattern.sparsity)
     for kind, own in kinds.items():
         table.add_row(kind, str(len(own)), *(f"{value:.4f}" for value in (sum(own) / len(own), min(own), max(own))))
-    told = Text(allocation_line(made.record), style="" if made.record["used"] else "yellow")
+    told = Text(made.told, style="" if made.record["used"] else "yellow")
     return Group(table, told, Text(f"Written to {output}; prune with it: secateur prune MODEL -o OUT --plan {output}"))
-
-
-def allocation_line(record: Mapping[str, Any]) -> str:
-    """What the held-out windows say of an allocation, in a sentence or two."""
-    judged = record["held_out"]
-    error = math.nan if judged["error"] is None else judged["error"]
-    line = (
-        f"{record['name']} by {record['unit']}: {judged['difference']:+.4f}{plus_minus(error, '.4f')} nats per token "
-        f"beside a uniform plan on {judged['windows']} held-out windows, both pruned by Wanda."
-    )
-    return line if record["used"] else f"{line} The plan is not better there, so the uniform one is used."
 
 
 def _measuring(manifest: Manifest, output: str) -> list[str]:
