@@ -16,6 +16,7 @@ WHAT = {"--method", "--norm", "--alpha", "--option", "--sparsity", "--pattern", 
 TEXT = {"--bos", "--calibration", "--samples", "--length", "--seed", "--sampling"}
 PRUNING = {"--gradient", "--propagate", "--within", "--targets", "--correction", "--statistics-device"}
 WHERE = {"--allocation", "--allocation-option", "--unit"}
+PRESET = {"--preset"}
 HOW = {"--batch-size", "--device", "--dtype", "--offload-states", "--revision", "--trust-remote-code"}
 TASKS = {"--tasks", "--limit", "--shots", "--task-data", "--fresh"}
 RECOVERY = {"--method", "--preset", "--targets", "--rank", "--alpha", "--dropout", "--only", "--skip", "--distill"}
@@ -35,6 +36,7 @@ RECOVERY |= {"--eval-every", "--patience", "--resume", "--gradient-checkpointing
 RECOVERY |= {"--bos"}
 OPTIONS = {
     "plan": WHAT
+    | PRESET
     | WHERE
     | TEXT
     | PRUNING
@@ -42,6 +44,7 @@ OPTIONS = {
     | {"--processes", "--bandwidth", "--device-memory", "--plan"}
     | {"--on-nonfinite", "--unseen", "--resume", "--packed", "--output", "--overwrite", "--config", "--json"},
     "prune": WHAT
+    | PRESET
     | WHERE
     | TEXT
     | PRUNING

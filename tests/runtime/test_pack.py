@@ -19,7 +19,6 @@ from real_data import STORIES
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import PACKED_FILE, SINGLE_FILE
 from secateur.files.packed import PackedCheckpoint, record_text
-from secateur.models.opening.opened import open_source
 from secateur.report.inspect import inspect
 from secateur.runtime.pack import pack
 from secateur.runtime.unpack import unpack
@@ -67,7 +66,7 @@ def test_every_architecture_comes_back(tmp_path: Path, name: str) -> None:
     pack(source, tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "plain")
     assert file_hashes(tmp_path / "plain") == file_hashes(source)
-    assert secateur.verify(tmp_path / "packed", source=open_source(str(tmp_path / "model"))).ok
+    assert secateur.verify(tmp_path / "packed", source=tmp_path / "model").ok
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the small real model is not here")

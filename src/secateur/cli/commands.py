@@ -51,7 +51,7 @@ def parsed(
         for name, kind in takers.items():
             own = {field.name for field in options(kind)}
             recorded = {"command": ["secateur", *sys.argv[1:]]} if hasattr(kind, "command") else {}
-            taken[name] = kind(**{key: value for key, value in values.items() if key in own}, **recorded)
+            taken[name] = kind(**kind.filled({key: value for key, value in values.items() if key in own}), **recorded)
         direct = {field.name for field in options(function)}
         function(**taken, **{key: value for key, value in values.items() if key in direct})
 

@@ -1,5 +1,6 @@
 """`plan`, `prune`, `allocate` and `gradients`."""
 
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from secateur.cli.display import (
 )
 from secateur.cli.processes import LogDir, devices_of, logged, started_for
 from secateur.collect.settings import GradientSettings
+from secateur.pruning.presets import preset_options, spelled
 from secateur.pruning.settings import AllocateSettings, PlanSettings, PruneSettings
 
 
@@ -31,6 +33,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
 
     Takes every option of `prune`, so that a command can be tried by changing one word.
     """
+    _tell_preset(settings)
     with quiet_libraries(), status("Reading the model"):
         import psutil
 
@@ -50,6 +53,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
     "secateur prune HuggingFaceTB/SmolLM2-135M -o smollm2-50 --method wanda --sparsity 0.5",
     "secateur prune ./llama -o ./llama-2of4 --pattern 2:4 --calibration my.jsonl --samples 64 --length 1024",
     "secateur prune ./llama -o ./llama-packed --pattern 2:4 --packed",
+    "secateur prune ./llama -o ./llama-60 --preset best --sparsity 0.6",
     "secateur prune ./llama -o ./llama-60 --allocation sensitivity --sparsity 0.6",
     "secateur prune model.gguf -o pruned --calibration python-docs --sampling concat --length 512",
     "secateur prune ./llama -o pruned --method my_methods:my_score",
@@ -64,6 +68,7 @@ def prune(settings: PruneSettings, config: Config = None, as_json: Json = False,
     """
     if started_for(settings.device):
         return
+    _tell_preset(settings)
     with quiet_libraries(), logged(log_dir) as log, progress() as on_event:
         from secateur.pruning.engine import prune as run
         from secateur.report.terminal import manifest_tables
@@ -113,3 +118,9 @@ def gradients(settings: GradientSettings, config: Config = None, as_json: Json =
         print_json({"file": str(file.path), "matrices": len(file.matrices), **file.provenance})
     else:
         print_tables(gradient_table(file))
+
+
+def _tell_preset(settings: PruneSettings) -> None:
+    """Say what a preset stands for, before the work starts."""
+    if settings.preset is not None:
+        print(f"--preset {settings.preset} is {spelled(preset_options(vars(settings)))}", file=sys.stderr)

@@ -129,11 +129,10 @@ def verify(
 ) -> None:
     """Prove from the files alone that a pruned checkpoint is what its manifest says. Exits with 1 when it is not."""
     with quiet_libraries(), status("Verifying"):
-        from secateur.models.opening.opened import open_source
         from secateur.record.verify import verify as check
         from secateur.report.terminal import verification_tables
 
-        result = check(Path(output), open_source(source) if source is not None else None)
+        result = check(Path(output), source)
     if as_json:
         print_json({**vars(result), "folder": str(result.folder), "ok": result.ok, "sparsity": result.sparsity})
     else:

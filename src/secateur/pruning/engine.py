@@ -214,6 +214,7 @@ def _manifest(ready: Prepared, size: BatchSize) -> Manifest:
             "on_nonfinite": settings.on_nonfinite,
             "unseen": settings.unseen,
             "allocation": None if ready.allocated is None else dict(ready.allocated.record),
+            "preset": settings.preset,
             "options": dict(method.options),
             "fingerprint": recorded(method),
             "gradient": None if method.gradient is None else asdict(method.gradient),
@@ -231,6 +232,7 @@ def _facts(ready: Prepared, manifest: Manifest, size: BatchSize) -> dict[str, An
     # What a run has come down to is a part of its journal, not of what was asked.
     settings = {**manifest.settings, "batch_size": size.asked or "auto"}
     settings.pop("batch_size_at_first", None)
+    settings.pop("preset")  # whose options stand there
     return {
         **common_facts(ready.opened),
         "settings": settings,

@@ -16,7 +16,14 @@ from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton
 from secateur.plans.plan import Plan
 from secateur.pruning.forecast_memory import Memory, memory_of, shortage, source_bytes
-from secateur.pruning.forecast_time import RunSeconds, run_seconds, writing_note, writing_seconds
+from secateur.pruning.forecast_time import (
+    RunSeconds,
+    allocating_note,
+    allocating_seconds,
+    run_seconds,
+    writing_note,
+    writing_seconds,
+)
 from secateur.pruning.named import resolved
 from secateur.pruning.preparation import Prepared, output_of, prepared, solving_cost
 from secateur.pruning.settings import PlanSettings
@@ -126,6 +133,10 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
     writing = writing_seconds(skeleton, ready.foreseen) if ready.foreseen.to_write else 0.0
     if writing:
         notes.append(writing_note(skeleton, ready.foreseen, writing))
+    allocating = 0.0
+    if ready.settings.allocation != "uniform" and ready.allocated is None:
+        allocating = allocating_seconds(ready)
+        notes.append(allocating_note(ready, allocating))
     if told := shortage(ready, memory):
         notes.append(told)
     if target is not None:
@@ -169,7 +180,7 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
         device_bytes=memory.device,
         disk_bytes=disk,
         packed_bytes=ready.packed_bytes,
-        seconds=opening + writing + seconds.total,
+        seconds=opening + writing + allocating + seconds.total,
         run=seconds,
         exchanged_bytes=0,
         parts=[],

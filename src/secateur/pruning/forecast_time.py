@@ -7,9 +7,13 @@ import torch
 from rich.filesize import decimal
 
 from secateur.collect.model_windows import Foreseen
+from secateur.core.needs import OutputGradients
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.shape.skeleton import Skeleton
+from secateur.plans.sensitivity import LEVELS
+from secateur.pruning.allocating import SHARE
 from secateur.pruning.forecast_memory import source_bytes
+from secateur.pruning.named import allocation_of
 from secateur.pruning.preparation import Prepared
 from secateur.pruning.trial import choosing, digesting, forwards, moving, multiplying, skinny
 from secateur.runs.events import seconds_text
@@ -18,6 +22,7 @@ DISK_BYTES_PER_SECOND = 500e6  # a plain SSD; no disk is measured, since that wo
 AROUND_SECONDS = 1.0  # manifest, model card, and the libraries that write them
 BLOCK_SECONDS = 0.5e-3  # of a block for one more token, beside its products: Python and many small operations
 DRAWING_SECONDS = 12e-9  # of each word of the vocabulary, of which one is drawn
+BACK_FORWARDS = 3.0  # of a pass that saves states, and goes back through the blocks without gradients of weights
 LENGTH = 512  # of windows where none is known
 
 
@@ -80,6 +85,33 @@ def run_seconds(ready: Prepared, passes: int) -> RunSeconds:
         converting=move * 3 * bytes_ * passes,
         hashing=digest * 2 * bytes_,
         disk=bytes_ * (1 if skeleton.resident else 2) / DISK_BYTES_PER_SECOND,
+    )
+
+
+def allocating_seconds(ready: Prepared) -> float:
+    """About how long the allocation of a dry run would take, before the run itself."""
+    skeleton, extent = ready.opened.skeleton, ready.extent
+    samples, length = ready.foreseen.samples, ready.foreseen.length
+    allocation = allocation_of(ready.settings.allocation, ready.settings.allocation_option)
+    multiply = multiplying(skeleton, torch.promote_types(skeleton.dtype, torch.float32))
+    size = ready.settings.batch_size or default_batch_size(length, skeleton.device)
+    tried = forwards(skeleton, length, size, multiply)
+    once = sum(token * samples * length + batch * samples / size for token, batch in tried)
+    passes, products = 1.0, 0.0
+    if OutputGradients in allocation.needs:
+        passes += BACK_FORWARDS
+        inputs = {(matrix.block, matrix.site): matrix.shape[1] for matrix in extent.matrices}
+        products += sum(width * width for width in inputs.values()) * samples * length
+        products += sum(LEVELS * rows * width * width for rows, width in (m.shape for m in extent.matrices))
+    held_out = max(1, samples // SHARE) / samples
+    return ((1 - held_out) * passes + 2 * held_out) * once + products * multiply
+
+
+def allocating_note(ready: Prepared, seconds: float) -> str:
+    """What is said of it."""
+    return (
+        f"The plan of {ready.settings.allocation} is made first, in about {seconds_text(seconds)}. It is not made "
+        "here: all figures are those of a uniform plan."
     )
 
 

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,33 +129,29 @@ def prepared(
             progress("calibrate", 0, 0)
             windows = model_windows(opened, settings, progress=partial(progress, "calibrate"))
             seen = Foreseen(windows, windows.samples, windows.length, ())
-        if to_allocate and dry:
-            told = f"The allocation {settings.allocation} is not made here: the figures are those of a uniform plan."
-            seen = replace(seen, unchecked=[*seen.unchecked, told])
-        elif to_allocate:
+        if to_allocate and not dry:
             assert seen.windows is not None
             with (clock or Clock()).timed("allocation"):
                 stages = named(progress, "allocation")
                 allocated = make_allocation(opened, seen.windows, settings, plan, progress=stages)
         if allocated is not None:
             plan = allocated.plan
-        if not evidence.looks_at_samples:
-            seen = Foreseen(None, 0, 0, seen.unchecked)
-        if given is not None and seen.windows is not None:
-            given.check_tokens(seen.windows.digest, seen.samples, seen.length)
+        run = seen if evidence.looks_at_samples else Foreseen(None, 0, 0, ())
+        if given is not None and run.windows is not None:
+            given.check_tokens(run.windows.digest, run.samples, run.length)
         yield Prepared(
             settings=settings,
             opened=opened,
             method=method,
             plan=plan,
             evidence=evidence,
-            windows=seen.windows,
+            windows=run.windows,
             extent=Extent(
                 skeleton,
                 planned,
-                seen.samples,
-                seen.length,
-                batch_size=evidence.batch_size(skeleton, seen.length, settings.batch_size),
+                run.samples,
+                run.length,
+                batch_size=evidence.batch_size(skeleton, run.length, settings.batch_size),
                 by_site=settings.within == "site",
                 offload=settings.offload_states,
             ),

@@ -17,6 +17,7 @@ from secateur.collect.settings import (
     SelectionSettings,
 )
 from secateur.core.choices import Group, Norm
+from secateur.pruning.presets import with_preset
 from secateur.runs.options import OPTIONS, Option, Settings
 
 MethodName = Literal[  # a test keeps this equal to secateur.methods.METHODS
@@ -37,6 +38,7 @@ MethodName = Literal[  # a test keeps this equal to secateur.methods.METHODS
 ]
 AllocationName = Literal["uniform", "owl", "dlp", "alpha", "sensitivity"]  # uniform, or of secateur.plans.ALLOCATIONS
 Unit = Literal["block", "matrix", "kind"]  # equal to secateur.plans.allocation.Unit
+PresetName = Literal["fast", "exact", "best"]  # equal to secateur.pruning.presets.PRESETS
 RefinementName = Literal["least_squares", "obs_update", "swaps"]  # equal to secateur.methods.REFINEMENTS
 
 if TYPE_CHECKING:
@@ -191,6 +193,14 @@ class SharedSettings(ExemptSettings, BatchSettings, ModelSettings, PropagationSe
 class PruneSettings(SharedSettings, CalibrationSettings, SelectionSettings, AllocationSettings, MethodSettings):
     """What `prune` takes, and its dry run."""
 
+    preset: Annotated[
+        PresetName | None,
+        Option(
+            WHAT,
+            "Options by what matters: little time (fast), every kept weight bit for bit (exact), or quality (best). "
+            "What it stands for is printed and recorded.",
+        ),
+    ] = None
     gradient: Annotated[
         File | None,
         Option(
@@ -211,6 +221,11 @@ class PruneSettings(SharedSettings, CalibrationSettings, SelectionSettings, Allo
     statistics: Survey | None = None
     command: Sequence[str] | None = None
     on_event: OnEvent = lambda event: None
+
+    @classmethod
+    def filled(cls, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With the options of a preset."""
+        return with_preset(keywords)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

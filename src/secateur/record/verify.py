@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.core.patterns import pattern_from_json
 from secateur.files.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_digest
 from secateur.files.packed import PackedCheckpoint, is_packed
+from secateur.models.opening.opened import open_source
 from secateur.models.shape.skeleton import Source
 from secateur.record.manifest import (
     Manifest,
@@ -58,16 +59,16 @@ class Verification:
 
 def verify(
     folder: str | os.PathLike[str],
-    source: Source | None = None,
+    source: Source | str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Proof from the files alone that a checkpoint is what its manifest says.
 
     Hashes every byte of every shard and every other file but the model card, and checks every planned matrix against
-    its pattern. With `source`, every tensor outside the plan must be byte-identical to the source's; for methods that
-    only select, so must every kept weight, and every removed weight must be +0.0. Weights that were trained after
-    pruning are exempt from that, but their zeros must lie where they lay before; `source` may then be the dense model
-    or the pruned one that was trained.
+    its pattern. With `source` (a folder, hub id or GGUF file), every tensor outside the plan must be byte-identical to
+    the source's; for methods that only select, so must every kept weight, and every removed weight must be +0.0.
+    Weights that were trained after pruning are exempt from that, but their zeros must lie where they lay before;
+    `source` may then be the dense model or the pruned one that was trained.
 
     Of a packed checkpoint, the bytes that are stored and those that they stand for are also compared with what its
     sparse_config.json says of them; one without a manifest is compared with that file alone.
@@ -75,6 +76,8 @@ def verify(
     Raises `CheckpointError` when there is nothing to verify: no manifest, or shards that cannot be read.
     """
     path = Path(folder)
+    if isinstance(source, str | os.PathLike):
+        source = open_source(os.fspath(source))
     result = Verification(path)
     packed = PackedCheckpoint(path) if is_packed(path) else None
     check = None if packed and source is None and not has_manifest(path) else _Check(read_manifest(path), result)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType
-from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from secateur.errors import CalibrationError, PatternError
 
@@ -102,6 +102,11 @@ class Settings:
             if field.option.positive and value is not None and not 0 < value < math.inf:
                 raise field.option.error(f"{field.flag}: got {value:g}, expected a positive number.")
 
+    @classmethod
+    def filled(cls, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Keyword arguments with those that they stand for."""
+        return keywords
+
 
 def shared(settings: Settings, *kinds: type[Settings]) -> dict[str, Any]:
     """The values of the fields that settings have in common with these classes of settings, by name."""
@@ -123,7 +128,9 @@ def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P,
     def decorate(function: Callable[[S], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def taken(*arguments: P.args, **keywords: P.kwargs) -> R:
-            return function(settings(*arguments, **keywords))
+            # A class in truth, whose arguments a `ParamSpec` tells of only where it is a function.
+            filled = cast(Any, settings).filled(keywords)
+            return function(settings(*arguments, **filled))
 
         signature = inspect.signature(settings)
         hints = get_type_hints(settings)  # without their `Option`s
