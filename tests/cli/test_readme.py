@@ -36,6 +36,7 @@ def test_the_marked_blocks_are_there() -> None:
     assert [line.split()[1] for line in blocks("")[0].splitlines()] == [
         "plan",
         "prune",
+        "allocate",
         "sweep",
         "recover",
         "merge",
@@ -56,6 +57,7 @@ def test_the_commands(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = {"MODEL": str(model), "PRUNED": str(tmp_path / "pruned"), "GRADIENTS": str(tmp_path / "gradients.st")}
+    names["PLAN"] = str(tmp_path / "plan.json")
     names |= {name.upper(): str(tmp_path / name) for name in ("table", "adapter", "merged", "packed", "unpacked")}
     shown = {}
     for line in blocks("")[0].splitlines():
@@ -68,6 +70,7 @@ def test_the_commands(
         assert end.value.code in (0, None), captured.err
         shown[arguments[1]] = captured.out
     assert "2:4" in shown["plan"]
+    assert "Plan by sensitivity" in shown["allocate"]
     assert "sparsity 0.5000 (asked 0.5000)" in shown["prune"]
     assert re.search(r"^method +50% +60% +2:4$", shown["sweep"], re.M)
     assert "Recovered with lora" in shown["recover"]
