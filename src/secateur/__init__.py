@@ -59,6 +59,7 @@ _NAMES = {
     "recover.fine_tuning": ("Recovery", "fine_tune"),
     "recover.merge": ("Merge", "merge"),
     "report.inspect": ("inspect",),
+    "report.push": ("Push", "push_to_hub"),
     "runs.events": ("Event",),
     "runtime.bench": ("Bench", "bench"),
     "runtime.generate": ("Generated", "generate"),

@@ -76,6 +76,7 @@ from secateur.recover.callback import SparsityCallback as SparsityCallback
 from secateur.recover.fine_tuning import Recovery as Recovery, fine_tune as fine_tune
 from secateur.recover.merge import Merge as Merge, merge as merge
 from secateur.report.inspect import inspect as inspect
+from secateur.report.push import Push as Push, push_to_hub as push_to_hub
 from secateur.runs.events import Event as Event
 from secateur.runtime.bench import Bench as Bench, bench as bench
 from secateur.runtime.generate import Generated as Generated, generate as generate

@@ -10,8 +10,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from command_line import call, save_model  # noqa: F401 - a fixture
 from secateur.calibration.corpora import load_corpus
+from secateur.calibration.hub import default_text
 from secateur.errors import CalibrationError
+from secateur.record.manifest import read_manifest
 from texts import write_jsonl, write_parquet
 
 
@@ -192,3 +195,21 @@ def test_cached_hf_data_set_loads_offline(dataset_folder, offline):
     before = datasets.config.HF_HUB_OFFLINE
     assert list(load_corpus("hf:someone/trees", "calibration").documents) == ["a", "b"]
     assert before == datasets.config.HF_HUB_OFFLINE
+
+
+def test_the_text_where_none_is_named(offline, call, caplog):  # noqa: F811
+    """Without the hub and a copy of C4 or WikiText-2: text that ships inside Python, and a line that says so."""
+    model, out = save_model(offline.parent / "model"), offline.parent / "pruned"
+    default_text.cache_clear()
+    done = call("prune", model, "-o", out, "--samples", "4", "--length", "32")
+    assert done.code == 0
+    assert "c4 is not on this machine and the hub cannot be asked: this run takes python-docs" in caplog.text
+    (source,) = read_manifest(out).calibration["sources"]
+    assert (source["corpus"], source["sampling"]) == ("python-docs", "concat")
+    found = call("eval", out, "--length", "32", "--windows", "2", "--json")
+    assert found.json["data"] == "python-docs"
+    assert "wikitext2 is not on this machine" in caplog.text
+    assert call("compare", model, out, "--length", "32", "--windows", "2").out.count("python-docs") == 1
+    named = call("eval", out, "--data", "wikitext2")
+    assert (named.code, named.message.startswith("Error: wikitext2: needs the Hugging Face Hub")) == (2, True)
+    default_text.cache_clear()

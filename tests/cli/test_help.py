@@ -49,7 +49,7 @@ OPTIONS = {
     | TEXT
     | PRUNING
     | HOW
-    | {"--log-dir", "--plan"}
+    | {"--log-dir", "--plan", "--push-to"}
     | {"--on-nonfinite", "--unseen", "--resume", "--packed", "--output", "--overwrite", "--config", "--json"},
     "allocate": WHERE
     | (WHAT - {"--method", "--norm", "--alpha", "--option"})
@@ -95,8 +95,9 @@ OPTIONS = {
     | {"--log-dir", "--max-nats", "--min-agreement"}
     | {"--bos", "--data", "--length", "--windows", "--prompts", "--new-tokens", "--csv", "--config", "--json"},
     "report": {"--evaluation", "--open"},
+    "push": {"--base-model", "--private", "--revision", "--create-pr", "--message", "--config", "--json"},
     "inspect": {"--matrices", "--revision", "--trust-remote-code", "--json"},
-    "verify": {"--source", "--json"},
+    "verify": {"--source", "--revision", "--json"},
 }
 HIDDEN = {"plan": {"--output", "--overwrite", "--resume"}}  # checked there, but not written
 
@@ -122,7 +123,7 @@ def test_the_options(command: str) -> None:
 def test_plan_takes_every_option_of_prune() -> None:
     plan, prune = ({name: sorted(option.names) for name, option in options(c).items()} for c in ("plan", "prune"))
     assert set(plan) - set(prune) == {"--processes", "--bandwidth", "--device-memory"}
-    assert set(prune) - set(plan) == {"--log-dir"}
+    assert set(prune) - set(plan) == {"--log-dir", "--push-to"}
     assert all(plan[name] == prune[name] for name in set(plan) & set(prune))
 
 

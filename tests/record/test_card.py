@@ -16,6 +16,7 @@ from secateur.methods import METHODS, REFINEMENTS
 from secateur.plans import ALLOCATIONS
 from secateur.record import card
 from secateur.record.manifest import Manifest, read_manifest
+from secateur.record.publication import base_model
 from secateur.report.evaluations import with_dense
 
 SOURCE_CARD = """---
@@ -58,7 +59,7 @@ def agreement(source, pruned):
 def test_the_metadata_as_the_hub_reads_it(pruned):
     data = ModelCard.load(pruned / "README.md").data
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
-    assert data.tags == ["pruned", "sparse", "secateur", "wanda"]
+    assert data.tags == ["pruned", "sparse", "sparsity", "2:4", "secateur", "wanda"]
     # Of the source's card the licence and the languages, and nothing that is its own.
     assert (data.license, data.license_name, data.license_link, data.language) == (
         "other",
@@ -161,7 +162,7 @@ def test_the_base_model(tmp_path, monkeypatch):
         None: None,
     }
     for path, expected in cases.items():
-        assert card.base_model({"path": path}) == expected
+        assert base_model({"path": path}) == expected
     manifest = Manifest(
         versions={"secateur": "0", "torch": "0"},
         method="gblm+swaps",
@@ -180,7 +181,7 @@ def test_the_base_model(tmp_path, monkeypatch):
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.base_model, data.base_model_relation) == ("meta-llama/Llama-2-7b-hf", "finetune")
     assert data.datasets == ["allenai/c4", "a/b"]
-    assert data.tags == ["pruned", "sparse", "secateur", "gblm", "swaps"]
+    assert data.tags == ["pruned", "sparse", "sparsity", "secateur", "gblm", "swaps"]
 
 
 def test_every_method_with_a_paper_cites_it_as_the_documentation_does():

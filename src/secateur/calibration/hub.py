@@ -1,5 +1,7 @@
 """Data sets of the Hugging Face Hub: single files and whole data sets, fetched or from the local caches."""
 
+import functools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +47,26 @@ def cached(name: str, role: Role) -> str | None:
     if trouble := hub_trouble():
         raise _unreachable(name, f"{trouble}, and {repository}/{file} is not in the local cache", role)
     return None
+
+
+@functools.cache
+def default_text(role: Role) -> str:
+    """The text for a role where none is asked for: C4 or WikiText-2, or python-docs where the hub does not answer.
+
+    A line says so then. Once in a process, so that all parts of a run see the same text.
+    """
+    name, option = ("c4", "--calibration") if role == "calibration" else ("wikitext2", "--data")
+    try:
+        cached(name, role)
+    except CalibrationError:
+        logging.getLogger("secateur").warning(
+            "%s is not on this machine and the hub cannot be asked: this run takes python-docs, the text inside "
+            "Python, which is no text of the papers. Figures on it compare with each other alone. %s names another.",
+            name,
+            option,
+        )
+        return "python-docs"
+    return name
 
 
 def hub_trouble() -> str | None:

@@ -63,11 +63,12 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
         shown.append(tasks_table(answered))
     if settings.data is not None or not settings.names:
         with quiet_libraries(), logged(log_dir) as log, stage_progress() as show:
+            from secateur.calibration.hub import default_text
             from secateur.evaluate.perplexity import perplexity
             from secateur.report.terminal import perplexity_table
 
             own = shared(settings, PerplexitySettings)
-            own |= {"data": settings.data or "wikitext2", "progress": log.stages_beside(show)}
+            own |= {"data": settings.data or default_text("evaluation"), "progress": log.stages_beside(show)}
             result = perplexity(**own)
         values |= result.to_json()
         _keep(str(settings.model), settings.revision, "perplexity", result, {"dtype": settings.dtype})

@@ -4,6 +4,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from typing import Annotated
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import (
@@ -17,8 +18,15 @@ from secateur.cli.display import (
 )
 from secateur.cli.processes import LogDir, devices_of, logged, started_for
 from secateur.collect.settings import GradientSettings
+from secateur.launched import launched
 from secateur.pruning.presets import preset_options, spelled
 from secateur.pruning.settings import AllocateSettings, PlanSettings, PruneSettings
+from secateur.runs.options import OPTIONS, Option
+
+PushTo = Annotated[
+    str | None,
+    Option(OPTIONS, "Publish the result in this repository of the hub, as secateur push does: OWNER/NAME."),
+]
 
 
 @command(
@@ -51,6 +59,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
 
 @command(
     "secateur prune HuggingFaceTB/SmolLM2-135M -o smollm2-50 --method wanda --sparsity 0.5",
+    "secateur prune HuggingFaceTB/SmolLM2-135M -o smollm2-2of4 --pattern 2:4 --push-to somebody/smollm2-2of4",
     "secateur prune ./llama -o ./llama-2of4 --pattern 2:4 --calibration my.jsonl --samples 64 --length 1024",
     "secateur prune ./llama -o ./llama-packed --pattern 2:4 --packed",
     "secateur prune ./llama -o ./llama-60 --preset best --sparsity 0.6",
@@ -61,7 +70,13 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
     required=("output",),
     processes=True,
 )
-def prune(settings: PruneSettings, config: Config = None, as_json: Json = False, log_dir: LogDir = None) -> None:
+def prune(
+    settings: PruneSettings,
+    push_to: PushTo = None,
+    config: Config = None,
+    as_json: Json = False,
+    log_dir: LogDir = None,
+) -> None:
     """Prune a model and write an ordinary Hugging Face checkpoint with a manifest, secateur.json, beside it.
 
     The source is never changed, and the output appears under its name only when it is complete.
@@ -73,8 +88,31 @@ def prune(settings: PruneSettings, config: Config = None, as_json: Json = False,
         from secateur.pruning.engine import prune as run
         from secateur.report.terminal import manifest_tables
 
+        if push_to is not None and launched().rank == 0:
+            _check_push(str(settings.model), push_to)
         manifest = run(**vars(settings) | {"on_event": log.beside(on_event)})
     print_result(manifest, partial(manifest_tables, output=str(settings.output)), as_json)
+    if push_to is not None and launched().rank == 0:
+        with quiet_libraries(), status("Verifying and pushing"):
+            from secateur.cli.evaluation import evaluation_store
+            from secateur.report.push import push_lines, push_to_hub
+
+            pushed = push_to_hub(str(settings.output), push_to, evaluations=evaluation_store())
+        print_tables(push_lines(pushed), error=as_json)
+
+
+def _check_push(model: str, repository: str) -> None:
+    """Raise `CheckpointError` before any work for what a push would refuse after it."""
+    from secateur.errors import CheckpointError
+    from secateur.record.publication import base_model
+    from secateur.report.push import signed_in
+
+    if base_model({"path": model}) is None:
+        raise CheckpointError(
+            f"--push-to {repository}: {model} has no known name on the hub, and whoever finds the result there must "
+            "know what it is made of. Prune first, then: secateur push OUTPUT REPOSITORY --base-model OWNER/NAME"
+        )
+    signed_in(repository)
 
 
 @command(

@@ -1,15 +1,17 @@
-"""`report`, `inspect` and `verify`."""
+"""`report`, `push`, `inspect` and `verify`."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from secateur.cli.app import Json, command
+from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_json, print_result, print_tables, quiet_libraries, stage_progress, status
 from secateur.cli.evaluation import evaluation_store
 from secateur.collect.settings import Revision, Trust
 from secateur.errors import CheckpointError, SecateurError
+from secateur.report.settings import PushSettings
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 
 if TYPE_CHECKING:
@@ -100,6 +102,28 @@ def _kept_of_dense(manifest: "Manifest") -> "list[Record]":
         return []
 
 
+@command(
+    "secateur push ./pruned somebody/llama-2of4",
+    "secateur push ./pruned somebody/llama-2of4 --base-model meta-llama/Llama-3.2-1B --private",
+    "secateur push ./pruned somebody/llama-2of4 --create-pr --message 'Calibrated on more text'",
+)
+def push(settings: PushSettings, config: Config = None, as_json: Json = False) -> None:
+    """Publish a checkpoint on the Hugging Face Hub, once it is proved to be what its manifest says.
+
+    The model card and the manifest go there without the names of folders of this machine; the card has what eval and
+    compare found of this checkpoint here. Sign in first, with hf auth login. Nothing in the folder changes.
+    """
+    with quiet_libraries(), status("Verifying and pushing"):
+        from secateur.report.push import push_lines, push_to_hub
+
+        settings = replace(settings, evaluations=settings.evaluations or evaluation_store())
+        result = push_to_hub(**vars(settings))
+    if as_json:
+        print_json(result.to_json())
+        return
+    print_tables(push_lines(result))
+
+
 @command("secateur inspect ./pruned", "secateur inspect ./pruned --matrices")
 def inspect(
     model: Annotated[str, Option(ARGUMENTS, "A folder, a hub id, or a GGUF file.")],
@@ -118,10 +142,15 @@ def inspect(
     print_result(result, partial(inspection_tables, every_matrix=matrices), as_json)
 
 
-@command("secateur verify ./pruned", "secateur verify ./pruned --source ./llama")
+@command(
+    "secateur verify ./pruned",
+    "secateur verify ./pruned --source ./llama",
+    "secateur verify somebody/llama-2of4",
+)
 def verify(
-    output: Annotated[str, Option(ARGUMENTS, "A checkpoint that Secateur wrote.")],
+    output: Annotated[str, Option(ARGUMENTS, "A checkpoint that Secateur wrote: a folder, or a hub id.")],
     *,
+    revision: Revision = None,
     source: Annotated[
         str | None, Option(OPTIONS, "The dense model: compare every tensor with it, byte for byte.")
     ] = None,
@@ -129,10 +158,13 @@ def verify(
 ) -> None:
     """Prove from the files alone that a pruned checkpoint is what its manifest says. Exits with 1 when it is not."""
     with quiet_libraries(), status("Verifying"):
+        from secateur.files.folders import locate
+        from secateur.record.publication import hub_id
         from secateur.record.verify import verify as check
         from secateur.report.terminal import verification_tables
 
-        result = check(Path(output), source)
+        folder = locate(output, revision, whole=True) if hub_id(output) and not Path(output).exists() else Path(output)
+        result = check(folder, source)
     if as_json:
         print_json({**vars(result), "folder": str(result.folder), "ok": result.ok, "sparsity": result.sparsity})
     else:

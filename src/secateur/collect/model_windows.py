@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, get_args
+from typing import Any, NotRequired, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,17 +20,19 @@ from secateur.calibration.drawing import (
     evaluation_windows,
     own_texts,
 )
+from secateur.calibration.hub import default_text
 from secateur.calibration.own_text import OwnText, Written
 from secateur.calibration.quick import quick_windows
 from secateur.calibration.text import bos_text
 from secateur.calibration.windows import Progress, Windows, check_fits, check_predictions
 from secateur.collect.author import Author
-from secateur.collect.settings import CalibrationSettings
+from secateur.collect.settings import AUTO, CalibrationSettings
 from secateur.core.choices import Bos
 from secateur.files.reading import read_json
 from secateur.models.opening.opened import OpenedModel
 from secateur.runs.forward import after_the_last_block
 
+S = TypeVar("S", bound=CalibrationSettings)
 BOS_MARGIN = 0.1  # nats per token that a window must read better with BOS in front
 
 _log = logging.getLogger("secateur")
@@ -52,6 +54,7 @@ def model_windows(
 
     Raises `CalibrationError` for token ids outside its vocabulary, and for windows longer than its positions.
     """
+    asked = with_default_text(asked)
     text = _is_text(asked.calibration)
     tokenizer = opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer
 
@@ -79,6 +82,14 @@ def model_windows(
     return windows
 
 
+def with_default_text(asked: S) -> S:
+    """The settings with a text in the place of `auto`; python-docs is packed, since few of its documents are long."""
+    if isinstance(asked.calibration, Tensor | Windows) or asked.calibration not in (AUTO, (AUTO,), [AUTO]):
+        return asked
+    text = default_text("calibration")
+    return replace(asked, calibration=text, sampling=asked.sampling or ("concat" if text == "python-docs" else None))
+
+
 @dataclass(frozen=True)
 class Foreseen:
     """Calibration windows that are drawn, or only how many of which length there will be.
@@ -100,6 +111,7 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
 
     Without a calibration text only the length is checked.
     """
+    asked = with_default_text(asked)
     unchecked: Sequence[str] = ()
     to_write: list[OwnText] = []
     windows, at_once = None, 1

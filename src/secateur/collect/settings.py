@@ -46,6 +46,8 @@ BOS = (
     "every window), never, or auto: as papers, unless the model reads a window over 0.1 nats better with it in front."
 )
 
+AUTO = "auto"  # the text of the papers, where this machine has it or can fetch it
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceSettings(Settings):
@@ -102,10 +104,10 @@ class CalibrationSettings(Settings):
             "c4, wikitext2, python-docs, hf:NAME[:CONFIG][:SPLIT][:FIELD], a .txt, .jsonl[:FIELD], .json[:FIELD], "
             ".parquet[:FIELD] file, or .safetensors with input_ids (and attention_mask); self: text that the model "
             "writes itself, self:PROMPTS: its answers to the lines of a .txt or .jsonl[:FIELD]. Repeat with weights to "
-            "mix: 0.7*c4.",
+            "mix: 0.7*c4. auto is c4, or python-docs where the hub does not answer and has left no copy here.",
             "-c",
         ),
-    ] = "c4"
+    ] = AUTO
     samples: Annotated[
         int | None, Option(CALIBRATION, "Calibration samples: token windows [default: 128].", "-n", least=1)
     ] = None

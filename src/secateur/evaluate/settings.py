@@ -119,7 +119,8 @@ class EvalSettings(BatchSettings, ModelSettings, TextSettings, TaskSettings):
         Option(
             OPTIONS,
             "wikitext2, c4, python-docs (its held-out part), hf:NAME..., or a file "
-            "[default: wikitext2, unless --tasks is given].",
+            "[default: wikitext2, unless --tasks is given; python-docs where the hub does not answer and has left no "
+            "copy here].",
             "-d",
         ),
     ] = None
@@ -152,12 +153,17 @@ class CompareSettings(BatchSettings, DtypeSettings, TextSettings, TaskSettings, 
     @property
     def texts(self) -> tuple[str, ...]:
         """The texts to compare on."""
-        return self.data or (() if self.names or self.prompts is not None else ("wikitext2",))
+        if self.data or self.names or self.prompts is not None:
+            return self.data
+        from secateur.calibration.hub import default_text
+
+        return (default_text("evaluation"),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_nats", "min_agreement"):
-            if getattr(self, name) is not None and not self.texts:
+            alone = self.names or self.prompts is not None
+            if getattr(self, name) is not None and alone and not self.data:
                 raise CalibrationError(
                     f"--{name.replace('_', '-')}: is measured on a text, and --tasks or --prompts alone compare on "
                     "none. Add --data wikitext2, or another text."

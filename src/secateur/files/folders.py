@@ -18,8 +18,10 @@ DOWNLOADED_SUFFIXES = (
 )
 
 
-def locate(source: str, revision: str | None = None) -> Path:
+def locate(source: str, revision: str | None = None, *, whole: bool = False) -> Path:
     """The local folder of a checkpoint: the folder itself, or the hub's snapshot in huggingface_hub's cache.
+
+    A snapshot is `whole`, or has what a model is made of and no weights in other formats.
 
     Raises `CheckpointError` when it is neither, or when the hub cannot be reached.
     """
@@ -31,13 +33,14 @@ def locate(source: str, revision: str | None = None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = [*(f"*{ending}" for ending in DOWNLOADED_SUFFIXES), *DOWNLOADED, CARD_FILE]
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 source,
                 revision=revision,
-                allow_patterns=[*(f"*{ending}" for ending in DOWNLOADED_SUFFIXES), *DOWNLOADED, CARD_FILE],
-                ignore_patterns=["original/*", "onnx/*", "consolidated*"],
+                allow_patterns=None if whole else wanted,
+                ignore_patterns=None if whole else ["original/*", "onnx/*", "consolidated*"],
             )
         )
     except HFValidationError:

@@ -1,5 +1,6 @@
 """The model card of a pruned checkpoint: `README.md` in the hub's format."""
 
+import difflib
 import functools
 import re
 import shlex
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 from secateur.core.patterns import NM, pattern_from_json
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE
+from secateur.files.packed import is_packed
 from secateur.files.reading import read_text
 from secateur.files.writer import writing
 from secateur.plans.allocated import told
 from secateur.record.manifest import Manifest, cautions, sparsity
+from secateur.record.publication import base_of, last_part, published_command
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
     from jinja2 import Environment
 
 FEW = 4  # patterns of a kind that are listed one by one
 USES = {False: "use.md", True: "use_packed.md"}  # how a checkpoint is loaded, by whether it is packed
+COPIED = ("license", "license_name", "license_link", "language")  # of the card of the model that was pruned
 START, END = "<!-- secateur: figures -->", "<!-- secateur: end of figures -->"
 
 # Corpora under the names of the command line, as `_dataset` returns them.
@@ -129,39 +133,85 @@ def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping
     count. A card that is missing is written. Returns False, and changes nothing, where a card has lost the two comments
     between which the figures belong. Raises `CheckpointError` for a card whose metadata cannot be read.
     """
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
-
     path = folder / CARD_FILE
     if not path.exists():
         write_card(folder, manifest, folder.resolve().name)
-    try:
-        card = ModelCard.load(path)
-    except (ValueError, YAMLError) as error:
-        raise CheckpointError(
-            f"{path}: its metadata cannot be read ({error}). Repair it, or delete the file and a new one is written."
-        ) from None
-    figures = [_figure(item) for item in evaluations if item["kind"] in ("perplexity", "agreement")]
-    place = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    if not place.search(card.text):
+    card = _loaded(path)
+    if not _fill_in(card, folder.resolve().name, evaluations):
         return False
-    tasks = [evaluation["result"] for evaluation in evaluations if evaluation["kind"] == "tasks"]
-    card.text = place.sub(lambda _: _section(figures, tasks), card.text, count=1)
-    if figures or tasks:
-        card.data.model_name = card.data.get("model_name") or folder.resolve().name
-        card.data.eval_results = list(_eval_results(figures, tasks))
     with writing(path):
         card.save(path)
     return True
 
 
-def base_model(source: Mapping[str, Any]) -> str | None:
-    """The hub id of the model that was pruned, where it is known: never a path."""
-    path = str(source.get("path") or "")
-    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", path)
-    name = cached[1].replace("--", "/") if cached else path
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-    return name if is_hub_id and (cached or not Path(name).exists()) else None
+def public_card(
+    folder: Path, local: Manifest, public: Manifest, name: str, evaluations: Sequence[Mapping[str, Any]]
+) -> str:
+    """The card of a checkpoint as it is published as `name`, with figures; what people wrote into it stays.
+
+    `public` is the published form of the manifest `local`. Raises `CheckpointError` for a card whose metadata cannot be
+    read.
+    """
+    from huggingface_hub import ModelCard
+
+    path, packed = folder / CARD_FILE, is_packed(folder)
+    new = _text(public, name, packed=packed)
+    made = ModelCard(f"---\n{_data(public).to_yaml()}\n---\n\n{new}")
+    if path.exists():
+        card = _loaded(path)
+        used = _use_of(USES[packed]).search(card.text)
+        old = _text(local, used["name"] if used else folder.resolve().name, packed=packed)
+        card.text = _with_changes(card.text, old, new)
+        data: Any = card.data
+        known: Any = made.data
+        for key, value in known.to_dict().items():
+            # What somebody chose stays, but for the model's name and what the hub sorts models by.
+            if key == "tags":
+                data.tags = list(dict.fromkeys([*(data.get("tags") or []), *value]))
+            elif key in ("base_model", "base_model_relation") or data.get(key) is None:
+                setattr(data, key, value)
+        if data.get("model_name"):
+            data.model_name = name.rpartition("/")[2]
+        made = card
+    _fill_in(made, name.rpartition("/")[2], evaluations)
+    return str(made)
+
+
+def _with_changes(text: str, old: str, new: str) -> str:
+    """A text with what differs between two others, wherever it has the lines of the old one."""
+    before, after = old.splitlines(keepends=True), new.splitlines(keepends=True)
+    for kind, first, last, begin, end in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if kind in ("replace", "delete"):
+            text = text.replace("".join(before[first:last]), "".join(after[begin:end]), 1)
+    return text
+
+
+def _loaded(path: Path) -> "ModelCard":
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        loaded: ModelCard = ModelCard.load(path)
+        return loaded
+    except (ValueError, YAMLError) as error:
+        raise CheckpointError(
+            f"{path}: its metadata cannot be read ({error}). Repair it, or delete the file and a new one is written."
+        ) from None
+
+
+def _fill_in(card: "ModelCard", name: str, evaluations: Sequence[Mapping[str, Any]]) -> bool:
+    """Put figures into a card, in its text and its metadata; False, and no change, where the text has no place."""
+    figures = [_figure(item) for item in evaluations if item["kind"] in ("perplexity", "agreement")]
+    place = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
+    if not place.search(card.text):
+        return False
+    tasks = [evaluation["result"] for evaluation in evaluations if evaluation["kind"] == "tasks"]
+    if figures or tasks:
+        data: Any = card.data
+        card.text = place.sub(lambda _: _section(figures, tasks), card.text, count=1)
+        data.model_name = data.get("model_name") or name
+        data.eval_results = list(_eval_results(figures, tasks))
+    return True
 
 
 def papers(manifest: Manifest) -> list[tuple[str, str, str | None]]:
@@ -173,7 +223,7 @@ def papers(manifest: Manifest) -> list[tuple[str, str, str | None]]:
 def source_name(manifest: Manifest) -> str:
     """What the pruned model may be called in public: its hub id, or the last part of its path."""
     path = str(manifest.source.get("path") or "")
-    return base_model(manifest.source) or Path(path).name or str(manifest.source.get("architecture"))
+    return base_of(manifest) or last_part(path) or str(manifest.source.get("architecture"))
 
 
 def patterns(entries: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -206,38 +256,44 @@ def _data(manifest: Manifest) -> "ModelCardData":
 
     sources = (manifest.calibration or {}).get("sources", [])
     known = [dataset[0] for source in sources if (dataset := _dataset(str(source.get("corpus", ""))))]
-    base = base_model(manifest.source)
+    base = base_of(manifest)
     parts = manifest.method.split("+")
-    copied = ("license", "license_name", "license_link", "language")
     return ModelCardData(
         base_model=base,
         # The hub knows adapter, merge, quantized and finetune: this is the one for other weights in the same layout.
         base_model_relation="finetune" if base else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys(["pruned", "sparse", "secateur", *parts])),
+        tags=list(dict.fromkeys(["pruned", "sparse", "sparsity", *_kinds(manifest), "secateur", *parts])),
         datasets=list(dict.fromkeys(known)) or None,
-        **{key: manifest.source.get("card", {}).get(key) for key in copied},
+        **{key: manifest.source.get("card", {}).get(key) for key in COPIED},
     )
 
 
-def _text(manifest: Manifest, name: str) -> str:
+def _kinds(manifest: Manifest) -> list[str]:
+    """What people look for in the hub's tags: `unstructured`, or a pattern such as `2:4`."""
+    found = map(pattern_from_json, (entry["pattern"] for entry in manifest.matrices.values()))
+    return list(dict.fromkeys(str(pattern) if isinstance(pattern, NM) else "unstructured" for pattern in found))
+
+
+def _text(manifest: Manifest, name: str, *, packed: bool = False) -> str:
     from markupsafe import Markup
 
-    base, commands = base_model(manifest.source), [section.get("command") for section in reversed(manifest.recoveries)]
+    base, commands = base_of(manifest), [section.get("command") for section in reversed(manifest.recoveries)]
     return _filled(
         "card.md",
         manifest=manifest,
         name=name,
         quoted=shlex.quote(name),
-        use=_filled(USES[False], name=name).rstrip("\n"),
+        use=_filled(USES[packed], name=name).rstrip("\n"),
         model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
         allocated=told(manifest.settings.get("allocation") or {}),
         cautions=cautions(manifest),
         figures=Markup(_section([], [])),  # nosec B704 # made by a template of ours, harmless by then
         # Of the pruning and of every recovery after it; what was done in Python has none.
         commands=[
-            Markup(shlex.join(command))  # nosec B704 # in a block of code, where tags are text
+            # In a block of code, where tags are text.
+            Markup(shlex.join(published_command(command, manifest.source, base)))  # nosec B704
             for command in (manifest.command, *commands)
             if command is not None
         ],

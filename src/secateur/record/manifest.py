@@ -50,12 +50,15 @@ class Manifest:
     created: str = ""
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)  # matrices that stayed dense against the plan
     recovery: dict[str, Any] | None = None  # what was done to the kept weights after pruning; absent where nothing was
+    published_from: str | None = None  # the digest of the manifest that this one is the public form of; else absent
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with a format number and a digest."""
         value: dict[str, Any] = {"format": FORMAT, **vars(self)}
         if self.recovery is None:
             del value["recovery"]
+        if self.published_from is None:
+            del value["published_from"]
         if not self.skipped:
             del value["skipped"]
         value["digest"] = digest_of(value)
@@ -74,7 +77,7 @@ class Manifest:
         for name in ("command", "source", "settings", "calibration", "recovery", "skipped"):
             setattr(self, name, redacted(getattr(self, name)))
         with writing(folder / FILE_NAME):
-            (folder / FILE_NAME).write_text(_text(self.to_json()), encoding="utf-8")
+            (folder / FILE_NAME).write_text(text_of(self.to_json()), encoding="utf-8")
 
     def count_totals(self) -> None:
         """Count the planned weights and zeros of all matrices again."""
@@ -189,7 +192,8 @@ def cautions(manifest: Manifest) -> list[str]:
     return found
 
 
-def _text(value: Mapping[str, Any]) -> str:
+def text_of(value: Mapping[str, Any]) -> str:
+    """What `secateur.json` holds for a manifest's JSON object, to the byte."""
     return json.dumps(value, indent=1) + "\n"
 
 
@@ -219,7 +223,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{file}: altered since it was written: digest {expected[:12]}, expected {head.digest[:12]}."
         )
-    if text != _text(value):
+    if text != text_of(value):
         # The digest is of the values: 1e-05 and 1E-05, or two spellings of one long decimal, are the same value.
         raise CheckpointError(f"{file}: altered since it was written: the same values, spelled differently.")
     check_manifest(value, file)

@@ -133,6 +133,7 @@ class _ManifestFile(TypedDict):
     created: str
     recovery: NotRequired[_Recovery | None]
     skipped: NotRequired[dict[str, _SkippedEntry]]
+    published_from: NotRequired[str]
 
 
 def check_manifest(value: Mapping[str, Any], file: Path) -> None:

@@ -251,7 +251,7 @@ def check_base(adapter: Adapter, manifest: Manifest, base: Path) -> list[str]:
             return []
         return [f"The adapter says that it was trained on {named}, and nothing proves that {base} is the same model."]
     trained_on = adapter.record["base"]
-    if trained_on["digest"] != manifest.digest:
+    if trained_on["digest"] not in (manifest.digest, manifest.published_from):
         raise CheckpointError(
             f"{adapter.folder}: trained on {trained_on['path']} (digest {trained_on['digest'][:12]}), and {base} is "
             f"another checkpoint (digest {manifest.digest[:12]}). Give the one that it was trained on as --base."

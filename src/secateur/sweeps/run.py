@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES, calibration_windows
 from secateur.calibration.windows import Windows
+from secateur.collect.model_windows import with_default_text
 from secateur.collect.settings import CalibrationSettings, ModelSettings
 from secateur.core.fingerprint import fingerprint
 from secateur.core.problem import Method
@@ -71,6 +72,7 @@ def sweep(settings: SweepSettings) -> Sweep:
         if unknown:
             known = ", ".join(dict.fromkeys(task.cell.method for task in tasks))
             raise PatternError(f"--again {min(unknown)}: is no method of this call; it has {known}.")
+        settings = with_default_text(settings)
         calibration: Any = settings.calibration
         if isinstance(calibration, Tensor | Windows):
             calibration = calibration_windows(calibration, None, samples=settings.samples, length=settings.length)
