@@ -20,6 +20,7 @@ from secateur.files.redaction import redacted
 from secateur.files.writer import writing
 from secateur.models.shape.skeleton import Source
 from secateur.record.manifest_schema import check_manifest
+from secateur.record.reordered import ReorderedEntry
 
 FILE_NAME = "secateur.json"
 FORMAT = 1
@@ -49,6 +50,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)  # sha256 of every other file
     created: str = ""
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)  # matrices that stayed dense against the plan
+    reordered: ReorderedEntry | None = None  # rows and columns that have changed places; absent where none have
     recovery: dict[str, Any] | None = None  # what was done to the kept weights after pruning; absent where nothing was
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +58,8 @@ class Manifest:
         value: dict[str, Any] = {"format": FORMAT, **vars(self)}
         if self.recovery is None:
             del value["recovery"]
+        if self.reordered is None:
+            del value["reordered"]
         if not self.skipped:
             del value["skipped"]
         value["digest"] = digest_of(value)
