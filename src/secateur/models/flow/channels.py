@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -149,7 +150,6 @@ def _makers(given: Callable[[Fill], dict[str, Tensor]], outputs: dict[str, int])
 
     low = means(None)
     found: dict[str, list[Maker]] = {}
-    unknown: set[str] = set()
     for source, count in outputs.items():
         high = means(source)
         fed = [site for site in low if site in high and not torch.allclose(low[site], high[site], rtol=NEAR, atol=1e-4)]
@@ -160,16 +160,13 @@ def _makers(given: Callable[[Fill], dict[str, Tensor]], outputs: dict[str, int])
         for site in fed:
             spread = high[site] - low[site]
             share = torch.stack([probe[site] - low[site] for probe in probes]) / spread
-            rows = _read(share, count) if bool(share.isfinite().all()) else None
-            if rows is None:
-                unknown.add(site)
-            else:
-                found.setdefault(site, []).extend(Maker(source, own) for own in rows)
-    return {site: own for site, own in found.items() if site not in unknown}
+            rows = _read(share, count) if bool(share.isfinite().all()) else []
+            found.setdefault(site, []).extend(Maker(source, own) for own in rows)
+    return {site: own for site, own in found.items() if own}
 
 
-def _read(share: Tensor, count: int) -> list[Tensor] | None:
-    """The outputs whose numbers stand in the bits that some inputs saw, one or two for each input, or None.
+def _read(share: Tensor, count: int) -> list[Tensor]:
+    """The outputs whose numbers stand in the bits that some inputs saw, one or two for each input, or none.
 
     `share` (bits, inputs) is how far an input moved when the outputs with that bit went from low to high: 0, 1, or,
     where it is made of two outputs, such as a gate and what it lets through, one of two other values.
@@ -181,16 +178,16 @@ def _read(share: Tensor, count: int) -> list[Tensor] | None:
         roles = [all_]
     else:
         apart = (rest.diff() > NEAR / 2).nonzero().flatten()
-        if len(apart) != 1:
-            return None
-        one, other = rest[: int(apart) + 1], rest[int(apart) + 1 :]
-        if float(one[-1] - one[0]) > NEAR or float(other[-1] - other[0]) > NEAR:
-            return None
-        middle = float(one[-1] + other[0]) / 2
+        ends = [0, *(apart + 1).tolist(), len(rest)]
+        parts = [rest[start:stop] for start, stop in pairwise(ends)]
+        if len(parts) > 2 or any(float(part[-1] - part[0]) > NEAR for part in parts):
+            return []
+        # One value alone: of two outputs, the numbers of one have all the bits that those of the other have.
+        middle = float(parts[0][-1] + parts[1][0]) / 2 if len(parts) == 2 else -math.inf
         between = ~(none | all_)
         roles = [all_ | (between & (share < middle)), all_ | (between & (share >= middle))]
     rows = [(role * weights).sum(dim=0) for role in roles]
-    return rows if all(int(own.max()) < count for own in rows) else None
+    return rows if all(int(own.max()) < count for own in rows) else []
 
 
 def _alike(
@@ -216,10 +213,18 @@ def _alike(
     result = {}
     for site, own in makers.items():
         classes = _classes(found[site], near)
-        orbits = [] if classes is None else _orbits(torch.stack([maker.rows for maker in own], dim=1), classes)
+        if classes is None:
+            continue
+        # What makes several inputs of one kind at once, such as the logits of a head's attention, stays as it is.
+        own = [maker for maker in own if _distinct(torch.stack([maker.rows, classes], dim=1))]
+        orbits = _orbits([maker.rows.tolist() for maker in own], classes.tolist()) if own else []
         if orbits:
             result[site] = Channels(orbits, own)
     return result
+
+
+def _distinct(pairs: Tensor) -> bool:
+    return len(set(map(tuple, pairs.tolist()))) == len(pairs)
 
 
 def _seed(site: str, number: int) -> int:
@@ -241,17 +246,28 @@ def _classes(x: Tensor, near: float) -> Tensor | None:
     return None if bool((classes < 0).any()) or int(classes.max()) + 1 == len(classes) else classes
 
 
-def _orbits(rows: Tensor, classes: Tensor) -> list[Tensor]:
-    """Units of inputs that are made of the same outputs, by the classes of their inputs."""
-    unit = rows.unique(dim=0, return_inverse=True)[1]  # type: ignore[no-untyped-call]
+def _orbits(rows: Sequence[Sequence[int]], classes: Sequence[int]) -> list[Tensor]:
+    """Units of inputs that share what they are made of, by the classes of their inputs and by what these share."""
+    unit = list(range(len(classes)))
+
+    def top(channel: int) -> int:
+        while unit[channel] != channel:
+            unit[channel] = channel = unit[unit[channel]]
+        return channel
+
+    for made in rows:
+        first: dict[int, int] = {}
+        for channel, row in enumerate(made):
+            unit[top(channel)] = top(first.setdefault(row, channel))
     members: dict[int, list[int]] = {}
-    for channel, own in enumerate(unit.tolist()):
-        members.setdefault(own, []).append(channel)
-    kind: list[Any] = classes.tolist()
-    orbits: dict[tuple[int, ...], list[list[int]]] = {}
+    for channel in range(len(classes)):
+        members.setdefault(top(channel), []).append(channel)
+    orbits: dict[Any, list[list[int]]] = {}
     for own in members.values():
-        together = sorted(own, key=lambda channel: kind[channel])
-        which = tuple(kind[channel] for channel in together)
+        together = sorted(own, key=lambda channel: classes[channel])
+        which = tuple(classes[channel] for channel in together)
         if len(set(which)) == len(which):
-            orbits.setdefault(which, []).append(together)
+            of_each = [[made[channel] for channel in together] for made in rows]
+            shared = tuple(tuple(part.index(row) for row in part) for part in of_each)
+            orbits.setdefault((which, shared), []).append(together)
     return [torch.tensor(units) for units in orbits.values() if len(units) > 1]
