@@ -13,7 +13,8 @@ from torch import Tensor
 from secateur.core.patterns import NM
 from secateur.errors import PatternError
 
-SWEEPS = 8  # over all positions of a group; a sweep that gains nothing is the last one
+SWEEPS = 8  # over all positions of a group at most
+GAIN = 1e-3  # a sweep that raises what is kept by a smaller share is the last one
 
 
 def check_assignment() -> None:
@@ -67,7 +68,9 @@ def arranged(score: Float[Tensor, "channels rows"], pattern: NM) -> Int[Tensor, 
     """The channel for each place, where each M consecutive places are a group of which every row keeps N.
 
     Starts with `serpentine`, or with the channels as they are where that keeps as much, and takes one position of
-    every group after the other out, to assign their channels to the groups in the best way, until nothing is gained.
+    every group after the other out, to assign their channels to the groups in the best way, until little is gained.
+
+    Paper: one sweep. Later ones gain less than a tenth of what the first one does.
     """
     m = pattern.m
     given = torch.arange(len(score))
@@ -81,7 +84,7 @@ def arranged(score: Float[Tensor, "channels rows"], pattern: NM) -> Int[Tensor, 
             found = assigned(score, best, position, pattern)
             if (other := kept_in(score[found.to(score.device)], pattern)) > kept:
                 best, kept = found, other
-        if kept == before:
+        if kept - before <= GAIN * before:
             break
     return best
 
@@ -89,7 +92,20 @@ def arranged(score: Float[Tensor, "channels rows"], pattern: NM) -> Int[Tensor, 
 def kept_in(score: Float[Tensor, "channels rows"], pattern: NM) -> float:
     """The total of the scores that the pattern keeps of groups of M consecutive channels."""
     groups = score.view(-1, pattern.m, score.shape[1])
-    return sum(float(own.topk(pattern.n, dim=1).values.double().sum()) for own in torch.split(groups, 256))
+    return sum(float(own.sum(dtype=torch.float64)) for own in _highest(groups, pattern.n))
+
+
+def _highest(score: Float[Tensor, "groups channels rows"], count: int) -> list[Float[Tensor, "groups rows"]]:
+    """The highest scores of the channels of a group in each row, from the highest down."""
+    # Fast: a channel at a time is put in its place; selection along so few entries takes fifty times as long.
+    highest: list[Tensor] = []
+    for channel in score.unbind(dim=1):
+        lower, placed = channel, []
+        for own in highest:
+            placed.append(torch.maximum(own, lower))
+            lower = torch.minimum(own, lower)
+        highest = [*placed, lower][:count]
+    return highest
 
 
 def serpentine(total: Float[Tensor, " channels"], m: int) -> Int[Tensor, " channels"]:
@@ -114,7 +130,7 @@ def assigned(
     channels = order[:, position]
     rest = order[:, [other for other in range(pattern.m) if other != position]].to(score.device)
     # Of M - 1 channels the N-th highest, row by row.
-    lowest = torch.cat([score[own].topk(pattern.n, dim=1).values[:, -1] for own in torch.split(rest, 256)])
+    lowest = torch.cat([_highest(score[own], pattern.n)[-1] for own in torch.split(rest, 256)])
     distance = torch.cdist(lowest, score[channels.to(score.device)], p=1)
     _, taken = linear_sum_assignment(distance.cpu().numpy(), maximize=True)
     order[:, position] = channels[torch.from_numpy(taken)]

@@ -12,7 +12,7 @@ from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE
 from secateur.files.reading import read_text
 from secateur.files.writer import writing
-from secateur.record.manifest import Manifest, cautions, sparsity
+from secateur.record.manifest import Manifest, cautions, order_line, sparsity
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -206,6 +206,7 @@ def _text(manifest: Manifest, name: str) -> str:
         use=_filled(USES[False], name=name).rstrip("\n"),
         model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
         cautions=cautions(manifest),
+        order_line=order_line(manifest),
         figures=Markup(_section([], [])),  # nosec B704 # made by a template of ours, harmless by then
         # Of the pruning and of every recovery after it; what was done in Python has none.
         commands=[

@@ -130,11 +130,24 @@ def sparsity(entries: Sequence[Mapping[str, Any]]) -> float:
     return float(sum(entry["zeros"] for entry in entries) / sum(math.prod(entry["shape"]) for entry in entries))
 
 
+def order_line(manifest: Manifest) -> str | None:
+    """What changing the places of inputs has gained, in a sentence or two; None where none have changed places."""
+    moved = [entry for entry in manifest.matrices.values() if "kept_scores" in entry]
+    if not moved:
+        return None
+    before, after = (sum(entry["kept_scores"][when] for entry in moved) / len(moved) for when in ("before", "after"))
+    return (
+        f"Inputs of {len(moved)} of {len(manifest.matrices)} matrices have changed places, and what makes them with "
+        f"them, so that the pattern keeps {after:.2%} of the scores there instead of {before:.2%}."
+    )
+
+
 def cautions(manifest: Manifest) -> list[str]:
     """Sentences on how matrices were solved that a reader should know.
 
     They name batches that had to shrink, more damping than was asked for, fewer tokens than inputs, matrices that were
-    left dense or pruned by magnitude, blocks that moved far, and updates of weights that swaps have undone.
+    left dense or pruned by magnitude, inputs that kept their places, blocks that moved far, and updates of weights that
+    swaps have undone.
     """
     options, matrices = manifest.settings.get("options", {}), manifest.matrices
     found = []
@@ -178,6 +191,18 @@ def cautions(manifest: Manifest) -> list[str]:
             f"{len(unseen)} of {len(matrices)} matrices saw no calibration token and were pruned by magnitude, first "
             f"{unseen[0]}."
         )
+    if manifest.settings.get("permute"):
+        refused = {name: why for block in manifest.blocks for name, why in block.get("not_reordered", {}).items()}
+        if refused:
+            first, why = next(iter(refused.items()))
+            found.append(
+                f"The inputs of {len(refused)} matrices keep their places, although another order would gain. First "
+                f"{first}: {why}."
+            )
+        if manifest.reordered is None:
+            found.append(
+                "No inputs have changed places: no order gains, or none can be taken by what makes the inputs."
+            )
     for block in manifest.blocks:
         if "usual_change" in block:
             found.append(
