@@ -254,7 +254,7 @@ class BlockLoop:
         if not orders:
             return None
         for name, own in orders.items():
-            if name not in self.manifest.source_tensors:
+            if self.manifest.source_tensors and name not in self.manifest.source_tensors:
                 self.manifest.source_tensors[name] = tensor_digest(tensors[name])
             changed[name] = reordered(changed.get(name, tensors[name]), own)
         entry = record_of(orders)
