@@ -36,6 +36,7 @@ RECOVERY |= {"--bos"}
 OPTIONS = {
     "plan": WHAT
     | WHERE
+    | {"--permute"}
     | TEXT
     | PRUNING
     | HOW
@@ -43,6 +44,7 @@ OPTIONS = {
     | {"--on-nonfinite", "--unseen", "--resume", "--packed", "--output", "--overwrite", "--config", "--json"},
     "prune": WHAT
     | WHERE
+    | {"--permute"}
     | TEXT
     | PRUNING
     | HOW

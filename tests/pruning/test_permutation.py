@@ -232,3 +232,16 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         PatternError, match=r'needs SciPy, which is not installed. Run: pip install "secateur\[permute\]"'
     ):
         prune(model, pattern="2:4", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_trial_sees_a_bias_that_was_not_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias that stays where it was would be added to other channels."""
+    options: dict[str, Any] = {"pattern": "2:4", "only": ["*.o_proj*"], "calibration": tiny.tokens(), "permute": True}
+    manifest = prune(tiny.build("qwen2", dtype=dtype), **options)
+    assert manifest.reordered is not None
+    assert any(name.endswith("v_proj.bias") for name in manifest.reordered["tensors"])
+    monkeypatch.setattr("secateur.pruning.reordering.biases_of", lambda *arguments: [])
+    manifest = prune(tiny.build("qwen2", dtype=dtype), **options)
+    assert manifest.reordered is None
+    assert len([why for block in manifest.blocks for why in block["not_reordered"].values()]) == 3
