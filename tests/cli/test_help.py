@@ -38,6 +38,7 @@ OPTIONS = {
     "plan": WHAT
     | PRESET
     | WHERE
+    | {"--permute"}
     | TEXT
     | PRUNING
     | HOW
@@ -46,6 +47,7 @@ OPTIONS = {
     "prune": WHAT
     | PRESET
     | WHERE
+    | {"--permute"}
     | TEXT
     | PRUNING
     | HOW

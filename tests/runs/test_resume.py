@@ -75,6 +75,11 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("mixtral", {"method": "wanda", "pattern": "2:4", "within": "site"}),
     "shared keys and values": ("gemma3n_text", {"method": "wanda"}),
     "transposed": ("gpt2", {"method": "sparsegpt"}),
+    "channels": (
+        "qwen2",
+        {"method": "wanda", "pattern": "2:4", "permute": True, "only": ["*.down_proj*", "*.o_proj*"]},
+    ),
+    "channels by site": ("gpt2", {"method": "sparsegpt", "pattern": "2:4", "permute": True, "within": "site"}),
     "some blocks": ("llama", {"method": "wanda", "skip": ["*layers.1.*"]}),
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secateur.core.choices import Group
@@ -63,10 +63,25 @@ class Problem:
         """What the outputs are to make up for, see `Drift`: a term of the right-hand side of the normal equations."""
         return next((value for need, value in self.evidence.items() if isinstance(need, Drift)), None)
 
+    def reordered(self, order: Int[Tensor, " in"]) -> "Problem":
+        """The same problem with its columns, and all that is known of them, in another order."""
+        order = order.to(self.weight.device)
+        evidence = {need: _reordered(own, order) for need, own in self.evidence.items()}
+        return replace(self, weight=self.weight[:, order], evidence=evidence)
+
     @property
     def tokens(self) -> int | None:
         """How many tokens its inputs were summed over; None where they were not looked at."""
         return max((self.evidence[kind].tokens for kind in input_statistics(self.evidence)), default=None)
+
+
+def _reordered(evidence: Any, order: Int[Tensor, " in"]) -> Any:
+    if isinstance(evidence, Tensor):
+        return evidence[:, order.to(evidence.device)]
+    if isinstance(evidence, GradientNorm):
+        total = evidence.total[:, order.to(evidence.total.device)]
+        return GradientNorm(evidence.kind, total, evidence.tokens, evidence.samples)
+    return evidence.select(order)
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,7 @@ class Method:
     leave it open. `products` is about how many products of the weights with a Gram matrix a solve takes the time of,
     for estimates. `options` are what it was made with, for the record; `with_options` fills them in. `revision` is
     raised when the same options lead to other results than before, so that kept results are not taken for new ones.
+    `score` is what it chooses by, where that is one score for each weight before any is changed.
     """
 
     name: str
@@ -101,6 +117,7 @@ class Method:
     products: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     revision: int = 1
+    score: Callable[[Problem], Float[Tensor, "out in"]] | None = None
 
     def __post_init__(self) -> None:
         gradient_kind(self.needs)
@@ -152,7 +169,7 @@ def select(
         mask = with_group(problem.pattern, per).mask(scores)
         return Solution(torch.where(mask, weight, 0), mask, score=scores)
 
-    return Method(name, solve, needs, per)
+    return Method(name, solve, needs, per, score=score)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024,
 section 4.1. The published code compares over the whole matrix unless told otherwise. The channel permutation of the
-same paper is not part of this.
+same paper, section 4.2, is not part of a method but of a run (`permute`).
 """
 
 from secateur.core import scores

@@ -8,7 +8,7 @@ read and the last one written while this one is computed.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from secateur.collect.evidence import RunEvidence
 from secateur.collect.sites import sites
 from secateur.core import scores
 from secateur.core.checks import check_weight, first_nonfinite, solved
+from secateur.core.gram import Gram
 from secateur.core.histogram import histogram
 from secateur.core.problem import Method, Problem, Solution, select
+from secateur.core.statistics import SquaredNorm
 from secateur.errors import NumericalError, ProcessError, SecateurError
 from secateur.files.checkpoint import tensor_digest
 from secateur.models.flow.stream import Stream, states_folder
@@ -32,8 +34,10 @@ from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.skeleton import loaded
 from secateur.models.shape.structure import Block
 from secateur.pruning.preparation import Prepared, solving_cost
+from secateur.pruning.reordering import Reordering, record_of
 from secateur.record.far_blocks import mark_far_blocks
 from secateur.record.manifest import Manifest
+from secateur.record.reordered import ReorderedEntry, merged, orders_of, reordered, restored
 from secateur.runs.checkpoint import check_source
 from secateur.runs.conveyor import Conveyor, Finished
 from secateur.runs.events import Event
@@ -66,6 +70,7 @@ class BlockLoop:
         self.share: Share | None = None
         self.stream: Stream | None = None  # the calibration samples between two blocks of the pruned model
         self.twin: DenseTwin | None = None  # and, where targets need it, of the dense one
+        self.reordering: Reordering | None = None  # and what a few tokens show of orders of channels
 
     @torch.no_grad()
     def run(self) -> None:
@@ -73,10 +78,14 @@ class BlockLoop:
         try:
             if self.evidence.forwards and self.last not in self.finished:
                 self._open_streams()
+            if self.settings.permute and self.last not in self.finished:
+                self.skeleton.load_outside(head=False)
+                self.reordering = Reordering(self.skeleton, self.plan)
+                self.skeleton.unload_outside()
             self.conveyor.carry(self._prune_block, read=self._read)
             self._record_exempt()
         finally:
-            for opened in (self.stream, self.twin):
+            for opened in (self.stream, self.twin, self.reordering):
                 if opened is not None:
                     opened.close()
 
@@ -92,6 +101,7 @@ class BlockLoop:
             )
         # The thread that reads may be ahead of what finished blocks have added.
         digests, read = self.manifest.source_tensors, [matrix.tensor for own in self.planned.values() for matrix in own]
+        read += [] if self.manifest.reordered is None else self.manifest.reordered["tensors"]
         self.manifest.source_tensors = {name: digests[name] for name in dict.fromkeys(read) if name in digests}
         mark_far_blocks(self.manifest.blocks)
 
@@ -168,21 +178,29 @@ class BlockLoop:
         self.manifest.matrices |= record["matrices"]
         self.evidence.exempt.skipped |= record["skipped"]
         self.manifest.blocks += record["blocks"]
+        self._note_reordered(record["reordered"])
         matrices, dense = self.planned.get(block.index, []), self.settings.propagate == "dense"
-        if self.stream is None:
-            if self.skeleton.resident:
-                self._update(matrices, pruned, tensors)
-            return
-        with self.clock.timed("propagation forward"), loaded(self.skeleton, block, tensors):
-            if self.twin is not None:
-                self.twin.enter(block)
-                self.twin.leave(block)
-            # Exact: the same batches through the same weights, as they were when this block was pruned.
-            if not dense:
-                self._update(matrices, pruned, tensors)
-            run = partial(self.stream.run, block)
-            self._pass_on(block, self.stream, run(0), run)
-        self.stream.release(block)
+        if self.stream is not None or self.reordering is not None:
+            with self.clock.timed("propagation forward"), loaded(self.skeleton, block, tensors):
+                if self.twin is not None:
+                    self.twin.enter(block)
+                    self.twin.leave(block)
+                if self.reordering is not None:
+                    self.reordering.advance(block)
+                if self.stream is not None:
+                    # Exact: the same batches through the same weights, as they were when this block was pruned.
+                    if not dense:
+                        as_pruned = {
+                            name: restored(own, orders_of(record["reordered"], name, own.shape))
+                            for name, own in pruned.items()
+                        }
+                        self._update(matrices, as_pruned, tensors)
+                    run = partial(self.stream.run, block)
+                    self._pass_on(block, self.stream, run(0), run)
+        if self.stream is not None:
+            self.stream.release(block)
+        if self.skeleton.resident:
+            self._put(pruned, pruned, tensors)
 
     def _prune_block(self, block: Block, found: tuple[dict[str, Tensor], dict[str, Tensor] | None]) -> Finished | None:
         """The checkpoint tensors of the finished block; the streams have moved on to the next."""
@@ -196,22 +214,64 @@ class BlockLoop:
         matrices = self.planned.get(block.index, [])
         record: dict[str, Any] = {"index": block.index, "path": block.path, "matrices": len(matrices)}
         changed: dict[str, Tensor] = {}
-        if self.stream is None:
+        if self.stream is None and self.reordering is None:
             self._solve(block, matrices, tensors, None, changed)
-            if self.skeleton.resident:
-                self._update(matrices, changed, tensors)
         else:
             by_site = matrices and self.settings.within == "site"
             with loaded(self.skeleton, block, tensors):
                 if self.twin is not None:
                     self.twin.enter(block)
-                prune = self._prune_by_site if by_site else self._prune_at_once
-                record |= prune(block, tensors, matrices, self.stream, changed)
+                if self.reordering is not None:
+                    self.reordering.enter(block)
+                if self.stream is None:
+                    self._solve(block, matrices, tensors, None, changed)
+                else:
+                    prune = self._prune_by_site if by_site else self._prune_at_once
+                    record |= prune(block, tensors, matrices, self.stream, changed)
+        orders = self._carry_out_orders(matrices, tensors, changed, record)
+        if self.skeleton.resident and (self.stream is None or orders is not None):
+            self._put(changed, changed, tensors)
         self.manifest.blocks.append(record)
-        return self._finished(own | changed, matrices, [record])
+        return self._finished(own | changed, matrices, [record], orders)
+
+    def _carry_out_orders(
+        self,
+        matrices: Sequence[Matrix],
+        tensors: Mapping[str, Tensor],
+        changed: dict[str, Tensor],
+        record: dict[str, Any],
+    ) -> ReorderedEntry | None:
+        """Put the block's tensors into the orders of channels that were found; returns the record of them."""
+        if self.reordering is None:
+            return None
+        if self.reordering.refused:
+            record["not_reordered"] = dict(self.reordering.refused)
+        pruned = [matrix.name for matrix in matrices if matrix.name in self.manifest.matrices]
+        orders = self.reordering.of_tensors(pruned)
+        for name in pruned:
+            if name in self.reordering.gains:
+                self.manifest.matrices[name]["kept_scores"] = self.reordering.gains[name]
+        if not orders:
+            return None
+        for name, own in orders.items():
+            if self.manifest.source_tensors and name not in self.manifest.source_tensors:
+                self.manifest.source_tensors[name] = tensor_digest(tensors[name])
+            changed[name] = reordered(changed.get(name, tensors[name]), own)
+        entry = record_of(orders)
+        self._note_reordered(entry)
+        return entry
+
+    def _note_reordered(self, entry: ReorderedEntry | None) -> None:
+        if entry is not None:
+            before = self.manifest.reordered
+            self.manifest.reordered = merged([entry] if before is None else [before, entry])
 
     def _finished(
-        self, tensors: dict[str, Tensor], matrices: Sequence[Matrix], blocks: list[dict[str, Any]]
+        self,
+        tensors: dict[str, Tensor],
+        matrices: Sequence[Matrix],
+        blocks: list[dict[str, Any]],
+        orders: ReorderedEntry | None = None,
     ) -> Finished:
         """A finished block with what the manifest says of it."""
         digests, entries, skipped = self.manifest.source_tensors, self.manifest.matrices, self.evidence.exempt.skipped
@@ -220,7 +280,12 @@ class BlockLoop:
             "blocks": blocks,
             "matrices": {name: entry for name, entry in entries.items() if name in names},  # in the order of solving
             "skipped": {name: why for name, why in skipped.items() if name in names},
-            "source_tensors": {matrix.tensor: digests[matrix.tensor] for matrix in matrices if digests},
+            "source_tensors": {
+                name: digests[name]
+                for name in (*(matrix.tensor for matrix in matrices), *(orders or {"tensors": ()})["tensors"])
+                if digests
+            },
+            "reordered": orders,
         }
         return Finished(tensors, record)
 
@@ -338,7 +403,10 @@ class BlockLoop:
 
     def _update(self, matrices: Sequence[Matrix], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put some matrices' changed tensors, and what makes one parameter with them, into the block's module."""
-        groups = self.skeleton.conversion.of(matrix.tensor for matrix in matrices)
+        self._put([matrix.tensor for matrix in matrices], changed, tensors)
+
+    def _put(self, names: Iterable[str], changed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        groups = self.skeleton.conversion.of(names)
         names = [name for group in groups for name in group.names]
         self.skeleton.update({name: changed.get(name, tensors[name]) for name in names})
 
@@ -355,6 +423,8 @@ class BlockLoop:
         Several processes share them, and each receives what the others have made.
         """
         exempt, names = self.evidence.exempt, {matrix.name for matrix in matrices}
+        if self.reordering is not None:
+            self._choose_orders(self.reordering, block, matrices, {**tensors, **changed}, collected)
         taker = self.processes.deal({matrix.name: solving_cost(self.method, matrix) for matrix in matrices})
         made: dict[str, dict[str, Any]] = {}
         failure: Exception | None = None
@@ -389,6 +459,45 @@ class BlockLoop:
                 self.processes.send(pruned, taker[matrix.name])
                 self.manifest.matrices[matrix.name] = made[matrix.name]
 
+    def _choose_orders(
+        self,
+        reordering: Reordering,
+        block: Block,
+        matrices: list[Matrix],
+        tensors: Mapping[str, Tensor],
+        collected: Collected | None,
+    ) -> None:
+        """Find the orders of the matrices' inputs, in the first process alone."""
+
+        def score(matrix: Matrix) -> Tensor | None:
+            problem = self._problem(matrix, tensors, collected)
+            if problem is None:
+                return None
+            if matrix.name in self.evidence.exempt.by_magnitude:
+                return scores.magnitude(problem)
+            known = SquaredNorm in problem.evidence or Gram in problem.evidence
+            return (self.method.score or (scores.wanda if known else scores.magnitude))(problem)
+
+        def choose() -> dict[str, Any]:
+            with self.clock.timed("permutation"):
+                return reordering.choose(block, matrices, tensors, score)
+
+        chosen = self.processes.gather(choose() if self.processes.first else {})[0]
+        reordering.take(chosen)
+
+    def _problem(self, matrix: Matrix, tensors: Mapping[str, Tensor], collected: Collected | None) -> Problem | None:
+        """The problem of a matrix with its evidence, or None where it stays dense."""
+        exempt = self.evidence.exempt
+        if matrix.name in exempt.skipped:
+            return None
+        weight = matrix.view(tensors).to(self.skeleton.device)
+        evidence = {} if matrix.name in exempt.by_magnitude else self.evidence.of(matrix, collected, weight.device)
+        if matrix.name in exempt.skipped:  # as its evidence has shown
+            return None
+        return Problem(
+            matrix.name, weight, self.plan[matrix.name], {} if matrix.name in exempt.by_magnitude else evidence
+        )
+
     def _changed(self, matrix: Matrix, tensors: Mapping[str, Tensor], changed: dict[str, Tensor]) -> dict[str, Tensor]:
         """`changed`, with room for a matrix; where its tensor holds others too, they are as they were."""
         if matrix.tensor not in changed:
@@ -409,14 +518,12 @@ class BlockLoop:
         """Solve a matrix into `changed`; its record, or None where it stays dense."""
         started = time.perf_counter()
         exempt = self.evidence.exempt
-        if matrix.name in exempt.skipped:
-            return None
-        weight = matrix.view(tensors).to(self.skeleton.device)
-        evidence = {} if matrix.name in exempt.by_magnitude else self.evidence.of(matrix, collected, weight.device)
-        if matrix.name in exempt.skipped:  # as its evidence has shown
+        problem = self._problem(matrix, tensors, collected)
+        if problem is None:
             return None
         unseen = matrix.name in exempt.by_magnitude
-        problem = Problem(matrix.name, weight, self.plan[matrix.name], {} if unseen else evidence)
+        order = None if self.reordering is None else self.reordering.orders.get(matrix.name)
+        problem = problem if order is None else problem.reordered(order)
         try:
             solution = solved(problem, magnitude(self.method) if unseen else self.method)
         except NumericalError as error:
@@ -426,7 +533,8 @@ class BlockLoop:
             raise MemoryError(f"{matrix.name}: {str(error).partition('. ')[0]} while it was solved") from error
         # Exact: `weight * mask` leaves -0.0 where a negative weight was; what is removed is +0.0.
         pruned = matrix.view(self._changed(matrix, tensors, changed))
-        pruned.copy_(solution.weight.masked_fill(~solution.mask, 0))
+        weight = solution.weight.masked_fill(~solution.mask, 0)
+        pruned.copy_(weight if order is None else weight[:, order.argsort().to(weight.device)])
         return {
             **_record(matrix, problem, solution),
             "tokens": 0 if unseen else problem.tokens,

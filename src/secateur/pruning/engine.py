@@ -210,6 +210,7 @@ def _manifest(ready: Prepared, size: BatchSize) -> Manifest:
             "statistics": sorted(kind.__name__ for kind in input_statistics(ready.evidence.needs)),
             "within": settings.within,
             "targets": settings.targets,
+            "permute": settings.permute,
             "correction": chosen_correction(settings),
             "on_nonfinite": settings.on_nonfinite,
             "unseen": settings.unseen,

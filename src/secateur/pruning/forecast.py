@@ -139,6 +139,8 @@ def _estimate(ready: Prepared, target: Path | None, *, opening: float) -> Estima
         notes.append(allocating_note(ready, allocating))
     if told := shortage(ready, memory):
         notes.append(told)
+    if ready.settings.permute:
+        notes.append("Finding orders of channels (--permute) is not part of these times and sizes.")
     if target is not None:
         above = next(folder for folder in target.parents if folder.exists())
         room = shutil.disk_usage(above).free

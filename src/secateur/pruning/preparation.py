@@ -21,7 +21,8 @@ from secateur.collect.model_windows import Foreseen, foreseen_windows, model_win
 from secateur.collect.settings import ModelSettings
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.needs import Drift
-from secateur.core.patterns import with_group
+from secateur.core.patterns import NM, with_group
+from secateur.core.permutation import check_assignment
 from secateur.core.problem import Method
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
 from secateur.models.flow.residual import residual_writers
@@ -109,6 +110,7 @@ def prepared(
         skeleton = opened.skeleton
         plan = make_plan(skeleton, method, settings)
         planned = [matrix for matrix in skeleton.matrices if matrix.name in plan]
+        check_permutation(settings, plan)
         needs = method.needs
         if settings.targets == "dense":
             check_dense_targets(planned)
@@ -161,6 +163,18 @@ def prepared(
         )
     finally:
         opened.restore()
+
+
+def check_permutation(settings: PruneSettings, plan: Plan) -> None:
+    """Raise `PatternError` where channels are to change places for no pattern that gains, or cannot be assigned."""
+    if not settings.permute:
+        return
+    if not any(isinstance(pattern, NM) for pattern in plan.values()):
+        raise PatternError(
+            f"--permute: is for N:M patterns, and the plan has {next(iter(plan.values()))}. Give one, such as "
+            "--pattern 2:4, or leave --permute out."
+        )
+    check_assignment()
 
 
 def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:

@@ -142,6 +142,20 @@ class MethodSettings(PatternSettings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class PermutationSettings(Settings):
+    """In which order a matrix has its inputs."""
+
+    permute: Annotated[
+        bool,
+        Option(
+            WHAT,
+            "For N:M: let inputs of matrices change places, where the matrices that make them can change with them, so "
+            "that the pattern keeps more.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StatisticsSettings(Settings):
     """Where statistics are kept."""
 
@@ -190,7 +204,9 @@ class SharedSettings(ExemptSettings, BatchSettings, ModelSettings, PropagationSe
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PruneSettings(SharedSettings, CalibrationSettings, SelectionSettings, AllocationSettings, MethodSettings):
+class PruneSettings(
+    SharedSettings, CalibrationSettings, SelectionSettings, AllocationSettings, PermutationSettings, MethodSettings
+):
     """What `prune` takes, and its dry run."""
 
     preset: Annotated[

@@ -15,7 +15,7 @@ from secateur.files.packed import is_packed
 from secateur.files.reading import read_text
 from secateur.files.writer import writing
 from secateur.plans.allocated import told
-from secateur.record.manifest import Manifest, cautions, sparsity
+from secateur.record.manifest import Manifest, cautions, order_line, sparsity
 from secateur.record.publication import base_of, last_part, published_command
 
 if TYPE_CHECKING:
@@ -289,6 +289,7 @@ def _text(manifest: Manifest, name: str, *, packed: bool = False) -> str:
         model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
         allocated=told(manifest.settings.get("allocation") or {}),
         cautions=cautions(manifest),
+        order_line=order_line(manifest),
         figures=Markup(_section([], [])),  # nosec B704 # made by a template of ours, harmless by then
         # Of the pruning and of every recovery after it; what was done in Python has none.
         commands=[

@@ -20,6 +20,7 @@ from secateur.files.redaction import redacted
 from secateur.files.writer import writing
 from secateur.models.shape.skeleton import Source
 from secateur.record.manifest_schema import check_manifest
+from secateur.record.reordered import ReorderedEntry
 
 FILE_NAME = "secateur.json"
 FORMAT = 1
@@ -49,6 +50,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)  # sha256 of every other file
     created: str = ""
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)  # matrices that stayed dense against the plan
+    reordered: ReorderedEntry | None = None  # rows and columns that have changed places; absent where none have
     recovery: dict[str, Any] | None = None  # what was done to the kept weights after pruning; absent where nothing was
     published_from: str | None = None  # the digest of the manifest that this one is the public form of; else absent
 
@@ -59,6 +61,8 @@ class Manifest:
             del value["recovery"]
         if self.published_from is None:
             del value["published_from"]
+        if self.reordered is None:
+            del value["reordered"]
         if not self.skipped:
             del value["skipped"]
         value["digest"] = digest_of(value)
@@ -129,11 +133,24 @@ def sparsity(entries: Sequence[Mapping[str, Any]]) -> float:
     return float(sum(entry["zeros"] for entry in entries) / sum(math.prod(entry["shape"]) for entry in entries))
 
 
+def order_line(manifest: Manifest) -> str | None:
+    """What changing the places of inputs has gained, in a sentence or two; None where none have changed places."""
+    moved = [entry for entry in manifest.matrices.values() if "kept_scores" in entry]
+    if not moved:
+        return None
+    before, after = (sum(entry["kept_scores"][when] for entry in moved) / len(moved) for when in ("before", "after"))
+    return (
+        f"Inputs of {len(moved)} of {len(manifest.matrices)} matrices have changed places, and what makes them with "
+        f"them, so that the pattern keeps {after:.2%} of the scores there instead of {before:.2%}."
+    )
+
+
 def cautions(manifest: Manifest) -> list[str]:
     """Sentences on how matrices were solved that a reader should know.
 
     They name batches that had to shrink, more damping than was asked for, fewer tokens than inputs, matrices that were
-    left dense or pruned by magnitude, blocks that moved far, and updates of weights that swaps have undone.
+    left dense or pruned by magnitude, inputs that kept their places, blocks that moved far, and updates of weights that
+    swaps have undone.
     """
     options, matrices = manifest.settings.get("options", {}), manifest.matrices
     found = []
@@ -177,6 +194,18 @@ def cautions(manifest: Manifest) -> list[str]:
             f"{len(unseen)} of {len(matrices)} matrices saw no calibration token and were pruned by magnitude, first "
             f"{unseen[0]}."
         )
+    if manifest.settings.get("permute"):
+        refused = {name: why for block in manifest.blocks for name, why in block.get("not_reordered", {}).items()}
+        if refused:
+            first, why = next(iter(refused.items()))
+            found.append(
+                f"The inputs of {len(refused)} matrices keep their places, although another order would gain. First "
+                f"{first}: {why}."
+            )
+        if manifest.reordered is None:
+            found.append(
+                "No inputs have changed places: no order gains, or none can be taken by what makes the inputs."
+            )
     for block in manifest.blocks:
         if "usual_change" in block:
             found.append(

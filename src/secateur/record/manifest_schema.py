@@ -10,6 +10,7 @@ from secateur.core.histogram import BINS
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError, PatternError
 from secateur.files.reading import checked
+from secateur.record.reordered import ReorderedEntry
 
 _Count = Annotated[int, Meta(ge=0)]
 _Size = Annotated[int, Meta(ge=1)]
@@ -21,6 +22,13 @@ class _Scores(TypedDict):
     high: float
     kept: Annotated[list[_Count], Meta(min_length=BINS, max_length=BINS)]
     pruned: Annotated[list[_Count], Meta(min_length=BINS, max_length=BINS)]
+
+
+class KeptScores(TypedDict):
+    """The share of all scores that a pattern keeps, before and after its inputs changed places."""
+
+    before: float
+    after: float
 
 
 class _MatrixEntry(TypedDict):
@@ -38,10 +46,12 @@ class _MatrixEntry(TypedDict):
     scores: NotRequired[_Scores | None]
     tokens: _Count | None
     method: NotRequired[str]  # where it is not the run's
+    kept_scores: NotRequired[KeptScores]  # where its inputs have changed places
 
 
 class _BlockEntry(TypedDict):
     index: NotRequired[_Count]
+    not_reordered: NotRequired[dict[str, str]]
     output_change: NotRequired[float | None]
     usual_change: NotRequired[float]
 
@@ -134,6 +144,7 @@ class _ManifestFile(TypedDict):
     recovery: NotRequired[_Recovery | None]
     skipped: NotRequired[dict[str, _SkippedEntry]]
     published_from: NotRequired[str]
+    reordered: NotRequired[ReorderedEntry]
 
 
 def check_manifest(value: Mapping[str, Any], file: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.patterns import pattern_from_json
+from secateur.errors import CheckpointError
 from secateur.files.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_digest
 from secateur.files.packed import PackedCheckpoint, is_packed
 from secateur.models.opening.opened import open_source
@@ -24,6 +25,7 @@ from secateur.record.manifest import (
     view_of,
 )
 from secateur.record.packed import file_problems, has_manifest, readable, tensor_problems
+from secateur.record.reordered import orders_of, reordered
 
 # Methods that only choose which weights stay, by the names under which manifests record them.
 CHOOSING = frozenset(
@@ -41,6 +43,7 @@ class Verification:
     zeros: int = 0
     weights: int = 0
     packed: int = 0  # tensors whose stored bytes, and the bytes that they stand for, were hashed
+    reordered: int = 0  # tensors that were compared with the source's in the recorded order of rows and columns
     changed: int = 0  # matrices whose kept weights are not the source's, as the manifest says
     compared_to: str | None = None
     problems: list[str] = field(default_factory=list)
@@ -106,6 +109,12 @@ def verify(
         if source is not None and check is not None and name in source_names:
             check.against(name, tensor, source.read([name])[name])
         progress(number + 1, len(checkpoint.names))
+    if result.reordered:
+        result.notes.append(
+            f"{result.reordered} tensors were compared with the source's in the order of rows and columns that the "
+            "manifest records, each of them a permutation. That the model computes the same in any such order, only "
+            "the run has checked."
+        )
     if result.changed:
         assert check is not None
         result.notes.append(
@@ -200,14 +209,25 @@ class _Check:
             self._problem(
                 f"{name}: {tuple(tensor.shape)} {tensor.dtype}, the source has {tuple(original.shape)} {original.dtype}"
             )
-        elif name in self._trained:
+            return
+        if name in self._trained:
             self._against_before_training(name, tensor, original)
-        elif name in self._planned:
-            self._against_dense(name, tensor, original)
-        elif not torch.equal(_bits(tensor), _bits(original)):
-            self._problem(f"{name}: not planned, yet its bytes differ from the source")
+            return
+        try:
+            orders = orders_of(self.manifest.reordered, name, original.shape)
+        except CheckpointError as error:
+            self._problem(str(error))
+            return
+        moved = reordered(original, orders) if orders else original
+        if name in self._planned:
+            self._against_dense(name, tensor, original, moved)
+        elif not torch.equal(_bits(tensor), _bits(moved)):
+            order = " in the recorded order" if orders else ""
+            self._problem(f"{name}: not planned, yet its bytes differ from the source{order}")
+        self.result.reordered += bool(orders)
 
-    def _against_dense(self, name: str, tensor: Tensor, original: Tensor) -> None:
+    def _against_dense(self, name: str, tensor: Tensor, original: Tensor, moved: Tensor) -> None:
+        """A planned tensor beside the source's, and beside that with its rows and columns `moved` as recorded."""
         manifest, planned = self.manifest, self._planned[name]
         # A checkpoint that was trained elsewhere only has this tensor from the pruned one, which is a source as well.
         held = manifest.tensors.get(name) if "base" in (manifest.recovery or {}) else None
@@ -216,12 +236,12 @@ class _Check:
             self._problem(f"{name}: the source is not the one that was pruned; its bytes differ from the record")
         experts = {entry["index"] for entry in planned} - {None}
         for expert in set(range(len(tensor))) - experts if experts and tensor.dim() == 3 else ():
-            if not torch.equal(_bits(tensor[expert]), _bits(original[expert])):
+            if not torch.equal(_bits(tensor[expert]), _bits(moved[expert])):
                 self._problem(f"{name}.{expert}: not planned, yet its bytes differ from the source")
         for entry in planned:
             if not _fits(tensor, entry):
                 continue  # `_pattern` has named its shape
-            pruned, dense = _bits(view_of(tensor, entry)), _bits(view_of(original, entry))
+            pruned, dense = _bits(view_of(tensor, entry)), _bits(view_of(moved, entry))
             if bool(((pruned == dense) | (pruned == 0)).all()):
                 continue
             # The record alone is not believed: a method that only chooses leaves what it keeps as it was.

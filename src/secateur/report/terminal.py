@@ -21,7 +21,7 @@ from secateur.evaluate.verdict import Verdict
 from secateur.models.shape.matrices import matrix_kind
 from secateur.plans.allocated import Allocated, told
 from secateur.pruning.forecast import Estimate
-from secateur.record.manifest import Manifest, cautions, sparsity
+from secateur.record.manifest import Manifest, cautions, order_line, sparsity
 from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection, MatrixSparsity
 from secateur.runs.events import seconds_text
@@ -107,6 +107,8 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
     lines.append(f"{seconds_text(manifest.seconds['total'])} in all" + (f": {', '.join(parts)}." if parts else "."))
     if allocation := manifest.settings.get("allocation"):
         lines.append(told(allocation))
+    if ordered := order_line(manifest):
+        lines.append(ordered)
     if left := manifest.source.get("not_copied"):
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         lines.append(f"Not copied from the source: {', '.join(left[:8])}{more}.")
