@@ -28,10 +28,10 @@ def check_assignment() -> None:
 
 
 def kept_share(score: Float[Tensor, "out in"], pattern: NM) -> float:
-    """The share of all scores that the pattern keeps, in the order in which the channels stand."""
+    """The share of the sizes of all scores that the pattern keeps, in the order in which the channels stand."""
     groups = score.double().view(score.shape[0], -1, pattern.m)
     kept = groups.topk(pattern.n, dim=2).values.sum()
-    return float(kept / groups.sum().clamp(min=torch.finfo(torch.float64).tiny))
+    return float(kept / groups.abs().sum().clamp(min=torch.finfo(torch.float64).tiny))
 
 
 def best_order(

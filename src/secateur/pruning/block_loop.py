@@ -24,6 +24,7 @@ from secateur.core import scores
 from secateur.core.checks import check_weight, first_nonfinite, solved
 from secateur.core.gram import Gram
 from secateur.core.histogram import histogram
+from secateur.core.own_code import blamed
 from secateur.core.problem import Method, Problem, Solution, select
 from secateur.core.statistics import SquaredNorm
 from secateur.errors import NumericalError, ProcessError, SecateurError
@@ -476,14 +477,21 @@ class BlockLoop:
             if matrix.name in self.evidence.exempt.by_magnitude:
                 return scores.magnitude(problem)
             known = SquaredNorm in problem.evidence or Gram in problem.evidence
-            return (self.method.score or (scores.wanda if known else scores.magnitude))(problem)
+            own = self.method.score or (scores.wanda if known else scores.magnitude)
+            with blamed(f"{matrix.name}: {self.method.name} failed with", own):
+                found = own(problem)
+            # What is wrong with others, the solving says.
+            sound = isinstance(found, Tensor) and found.shape == problem.weight.shape and bool(found.isfinite().all())
+            return found if sound else None
 
-        def choose() -> dict[str, Any]:
+        chosen: dict[str, Any] = {}
+        failure: Exception | None = None
+        try:
             with self.clock.timed("permutation"):
-                return reordering.choose(block, matrices, tensors, score)
-
-        chosen = self.processes.gather(choose() if self.processes.first else {})[0]
-        reordering.take(chosen)
+                chosen = reordering.choose(block, matrices, tensors, score) if self.processes.first else {}
+        except (SecateurError, MemoryError) as error:
+            failure = error
+        reordering.take(self.processes.gather(chosen, failure)[0])
 
     def _problem(self, matrix: Matrix, tensors: Mapping[str, Tensor], collected: Collected | None) -> Problem | None:
         """The problem of a matrix with its evidence, or None where it stays dense."""

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.core.patterns import NM, Pattern
 from secateur.core.permutation import best_order, kept_share
 from secateur.models.flow.channels import Channels, biases_of, channels
 from secateur.models.flow.stream import Stream
-from secateur.models.flow.tap import InputRecorder
+from secateur.models.flow.tap import Inputs, Product, ProductTap, by_expert
 from secateur.models.shape.matrices import Matrix, by_block, tapped
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
@@ -25,6 +25,18 @@ TRIAL_TOKENS = 32  # that show whether an order changes anything
 
 Orders = dict[str, list[Order]]
 """By checkpoint tensor."""
+
+
+class _Inputs(ProductTap):
+    """Keeps copies of what the given parameters multiply in one forward."""
+
+    def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
+        super().__init__(parameters)
+        self.found: Inputs = {}
+
+    def before(self, product: Product) -> None:
+        for key, rows in by_expert(product):
+            self.found.setdefault(key, []).append(rows.clone())
 
 
 class Reordering:
@@ -231,14 +243,14 @@ class Reordering:
             return "what the block leaves for later blocks would not be the same"
         return "the output of the block would not be the same" if _differ(output, other_output) else None
 
-    def _run(self, block: Block) -> tuple[dict[Any, list[Tensor]], list[Tensor], Tensor]:
+    def _run(self, block: Block) -> tuple[Inputs, list[Tensor], Tensor]:
         """What the matrices of the block multiply, what it leaves for later blocks, and its output, for the trial."""
-        tap = InputRecorder(tapped(block, self._all[block.index])[0])
+        tap = _Inputs(tapped(block, self._all[block.index])[0])
         call = self.stream.call(block, 0).with_copies()
         with tap:
             output = self.stream.replay(block, call, self._states)
         left = [tensor for value in (*call.args, *call.kwargs.values()) for tensor in _left(value)]
-        return {key: [x.clone() for x in own] for key, own in tap.inputs.items()}, left, output
+        return tap.found, left, output
 
 
 def _left(value: Any) -> list[Tensor]:
