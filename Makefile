@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 SECONDS_EACH ?= 60
 DEMO := $(VENV)/demo-ready
 
-.PHONY: help demo test test-slow test-browser test-sanitizers test-valgrind test-lowest test-newest fuzz audit check format benchmarks clean
+.PHONY: help demo test test-slow test-browser test-sanitizers test-valgrind test-lowest test-newest fuzz release-check audit check format benchmarks clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ fuzz:  ## Fuzz every parser for SECONDS_EACH (60), with atheris in a virtual env
 	for name in header index manifest shard packed config yaml jsonl text parquet tokens gradients adapter gguf; do \
 		echo "== $$name"; build/fuzz/bin/python fuzz/harness.py $$name -max_total_time=$(SECONDS_EACH) -timeout=20 \
 		-rss_limit_mb=4096 -artifact_prefix=build/fuzz/$$name- || exit 1; done
+
+release-check: $(READY)  ## Build sdist and wheel, and check what PyPI will show and what the sdist holds
+	.ci/release $(BIN)/python
 
 audit: $(READY)  ## Known vulnerabilities of the dependencies, as far as the index of PyPI can be asked
 	$(BIN)/python .ci/audit $(BIN)/python

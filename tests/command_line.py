@@ -169,6 +169,16 @@ class Result:
         """What was said on stderr, without frames and line breaks."""
         return " ".join(re.sub(r"[│╭╮╰╯─]", " ", self.err).split())
 
+    @property
+    def said(self) -> list[str]:
+        """The lines on stderr, without the times in front of them."""
+        return untimed(self.err)
+
+
+def untimed(text: str) -> list[str]:
+    """Lines without the times in front of them."""
+    return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in text.splitlines()]
+
 
 Call = Callable[..., Result]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from command_line import CALIBRATION, FIRST, Call, interpreter, process, terminal
+from command_line import CALIBRATION, FIRST, Call, interpreter, process, terminal, untimed
 from secateur import cli
 from secateur.errors import CheckpointError, NumericalError
 from secateur.files.checkpoint import SINGLE_FILE
@@ -29,6 +29,27 @@ def pruned(model: Path, run_in_pipe: subprocess.CompletedProcess[str]) -> Path:
     return model.parent / "pruned"
 
 
+def test_how_much_is_said(call: Call, model: Path, pruned: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    options = ("prune", model, "-o", tmp_path / "out", *CALIBRATION, "--overwrite", "--log-file", log)
+    quiet, loud = call("--quiet", *options), call(*options, "-v")
+    assert (quiet.code, quiet.err) == (0, "")
+    assert "sparsity 0.5000" in quiet.out
+    assert {"drawing calibration samples", "block 1 of 3: statistics", f"block 1 of 3: {FIRST}"} <= set(loud.said)
+    lines = untimed(log.read_text())
+    assert lines[0].startswith("secateur --quiet prune ")
+    assert lines.count("ended with 0") == 2
+    assert sum(bool(re.match(r"block \d of 3 pruned, ", line)) for line in lines) == 6  # of both, also the quiet one
+    wrong = call("inspect", tmp_path / "nowhere", f"--log-file={log}", "--quiet")
+    assert wrong.code == 2
+    assert untimed(log.read_text())[-2:] == [wrong.err.rstrip(), "ended with 2"]
+    assert call("verify", pruned, "--quiet", "-v").message.startswith("Error: --quiet, -v: one asks for less")
+    assert call("verify", pruned, "--log-file", tmp_path).message == (
+        f"Error: --log-file {tmp_path}: cannot be written (Is a directory)."
+    )
+    assert call("verify", pruned, "--log-file").message == "Error: --log-file needs a value."
+
+
 # What programs read
 
 
@@ -39,7 +60,8 @@ def test_a_run_in_a_pipe(model: Path, pruned: Path, run_in_pipe: subprocess.Comp
         *("secateur", "prune", str(model), "-o", str(pruned), "--pattern", "2:4", *CALIBRATION, "--json")
     ]
     assert manifest["totals"]["sparsity"] == manifest["totals"]["asked"] == 0.5
-    drawing, *blocks = run_in_pipe.stderr.splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in run_in_pipe.stderr.splitlines())
+    drawing, *blocks = untimed(run_in_pipe.stderr)
     assert drawing == "drawing calibration samples"
     assert [re.sub(r", \d+\.\d s$", "", line) for line in blocks] == [f"block {n} of 3 pruned" for n in (1, 2, 3)]
 
@@ -47,7 +69,7 @@ def test_a_run_in_a_pipe(model: Path, pruned: Path, run_in_pipe: subprocess.Comp
 def test_plan_as_json(call: Call, model: Path) -> None:
     before = sorted(path.name for path in model.parent.iterdir())
     result = call("plan", model, "--pattern", "2:4", "--skip", "*.down_proj", *CALIBRATION, "--json")
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err, result.json["format"]) == (0, "", 1)
     value = result.json
     assert (value["model"], value["architecture"], value["blocks"]) == (str(model), "LlamaForCausalLM", 3)
     assert (value["tokens"], value["method"]) == (128, "wanda")
@@ -99,7 +121,7 @@ def test_tables_in_a_pipe(call: Call, model: Path, pruned: Path, tmp_path: Path)
     assert "sparsity 0.2500 (asked 0.2500)" in run.out
     assert f"secateur verify {out}\n" in run.out
     assert run.out.rstrip().endswith(f"What it cost: secateur compare {model} {out}")
-    assert [line.split(",")[0] for line in run.err.splitlines()] == [f"block {n} of 3 pruned" for n in (1, 2, 3)]
+    assert [line.split(",")[0] for line in run.said] == [f"block {n} of 3 pruned" for n in (1, 2, 3)]
     evaluation = call("eval", pruned, "--data", "python-docs", "--length", 32, "--windows", 6)
     assert re.search(r"^python-docs +6 x 32 +186 +\d\.\d{4} ± 0\.\d{4} +\d+\.\d{3} ± ", evaluation.out, re.MULTILINE)
     assert "nan" not in call("eval", pruned, "--data", "python-docs", "--length", 32, "--windows", 1).out
@@ -277,7 +299,7 @@ def test_an_interruption(call: Call, model: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     result = call("prune", model, "-o", "out", "--method", "interrupting:method")
     assert (result.code, result.out) == (130, "")
-    assert result.err.splitlines()[0].startswith("block 1 of 3 pruned")
+    assert result.said[0].startswith("block 1 of 3 pruned")
     last = result.err.splitlines()[-1]
     assert last.startswith(f"Interrupted. {tmp_path}/out.partial: 1 of 3 blocks of an unfinished run are kept there (")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["interrupting.py", "out.partial"]
@@ -311,7 +333,7 @@ def test_completion() -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    assert completed("secateur", "p") == ["plan", "prune", "pack"]
+    assert completed("secateur", "p") == ["plan", "prune", "pack", "push"]
     assert sorted(completed("secateur", "prune", "--sam")) == ["--samples", "--sampling"]
     assert completed("secateur", "prune", "--targets", "") == ["pruned", "dense", "residual"]
     assert completed("secateur", "prune", "--method", "wanda_") == ["wanda_variant", "wanda_plus", "wanda_iterative"]

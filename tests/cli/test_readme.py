@@ -182,6 +182,7 @@ def test_the_changelog_knows_this_version() -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert headings
     assert headings[0] == "Unreleased" or headings[0].startswith(f"{secateur.__version__} ")
+    assert f"\nversion: {secateur.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_files_that_the_readme_speaks_of() -> None:

@@ -24,7 +24,7 @@ def test_in_a_pipe(model: Path, call: Call, tmp_path: Path) -> None:
     done = call("sweep", model, "-o", out, *grid, *CALIBRATION, *EVALUATION)
     assert done.code == 0, done.err
     cells = [f"{method} {pattern}" for method in ("magnitude", "wanda") for pattern in ("50%", "60%", "2:4")]
-    lines = [line for line in done.err.splitlines() if ": perplexity" in line]
+    lines = [line for line in done.said if ": perplexity" in line]
     assert len(lines) == 6
     for number, (cell, line) in enumerate(zip(cells, lines, strict=True)):
         left = [r"5", r"4", r"3", r"2", r"1"][number] if number < 5 else "0"
@@ -37,13 +37,13 @@ def test_in_a_pipe(model: Path, call: Call, tmp_path: Path) -> None:
     assert re.search(r"^method +50% +60% +2:4$", done.out, re.M)
     assert "\x1b" not in done.out + done.err
     page = out / "report" / "index.html"
-    assert done.err.splitlines()[-1] == f"Curves and sortable tables: {page}"
+    assert done.said[-1] == f"Curves and sortable tables: {page}"
     shutil.rmtree(page.parent)
     # Once more, as a program: nothing is left to do.
     again = call("sweep", model, "-o", out, *grid, *CALIBRATION, *EVALUATION, "--json")
     assert again.code == 0
     assert "All 6 cells are finished already." in again.err
-    assert again.json == json.loads((out / "sweep.json").read_text())
+    assert again.json == {"format": 1, **json.loads((out / "sweep.json").read_text())}
     assert "<svg" in page.read_text()
     assert [cell["folder"] for cell in again.json["cells"]] == [
         f"cells/{method}-{pattern}" for method in ("magnitude", "wanda") for pattern in ("50", "60", "2of4")
@@ -87,7 +87,7 @@ def test_without_the_libraries_of_reports(call: Call, model: Path, tmp_path: Pat
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = call("sweep", model, "-o", tmp_path / "out", "-m", "magnitude", *CALIBRATION, *EVALUATION)
     assert done.code == 0
-    assert done.err.splitlines()[-1] == (
+    assert done.said[-1] == (
         'No page with curves was written: a report needs matplotlib: pip install "secateur[report]"'
     )
 
@@ -210,7 +210,7 @@ def test_an_interruption_keeps_what_is_finished(
     ]
     again = call(*command)
     assert again.code == 0
-    assert re.findall(r"^(\S+ 50%): perplexity", again.err, re.M) == ["own 50%"]
+    assert re.findall(r"^(\S+ 50%): perplexity", "\n".join(again.said), re.M) == ["own 50%"]
     table = json.loads((tmp_path / "out" / "sweep.json").read_text())
     one, two = (cell["figures"]["python-docs"]["perplexity"] for cell in table["cells"])
     assert one != two  # compared in each matrix, and in each row

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import secateur
-from command_line import process
+from command_line import process, untimed
 from real_data import STORIES, some_stories
 from secateur.calibration.drawing import evaluation_windows
 from secateur.calibration.text import bos_text
@@ -409,7 +409,7 @@ def test_fewer_windows_than_asked_for_are_said_and_recorded(
     assert "windows_asked" not in found.provenance
     assert caplog.messages == []
     done = process("eval", place / "random", "--data", tmp_path / "ids.safetensors", "--windows", "87", "--json")
-    assert done.stderr.splitlines()[-1] == "3 of the 87 windows asked for: there are no more."
+    assert untimed(done.stderr)[-1] == "3 of the 87 windows asked for: there are no more."
     assert json.loads(done.stdout)["provenance"]["windows_asked"] == 87
 
 

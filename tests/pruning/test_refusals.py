@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[str, Arguments, str]] = {
     "no such text": ("model", lambda at: ("-c", at.folder / "missing.txt"), "no such file"),
     "no such ids": ("llama", lambda at: ("-c", at.folder / "missing.safetensors"), "no such file"),
     "no such corpus": ("model", lambda at: ("-c", "c5"), "unknown corpus"),
-    "a corpus of the hub, offline": ("model", lambda at: ("-l", 32), "needs the Hugging Face Hub"),
+    "a corpus of the hub, offline": ("model", lambda at: ("-c", "c4", "-l", 32), "needs the Hugging Face Hub"),
     "a data set of the hub, offline": ("model", lambda at: ("-c", "hf:some/where", "-l", 32), "hf:some/where"),
     "no tokenizer": ("llama", lambda at: ("-c", "python-docs"), "needs a tokenizer"),
     "text too short": ("model", lambda at: ("-c", at.text("short.txt", "a word"), "-l", 64), "the longest has"),
@@ -214,8 +214,8 @@ def test_plan_refuses_what_prune_refuses(
     planned = call("plan", place.folder / model, *given)
     assert words in pruned.message
     assert pruned.code == 2
-    said = [line for line in pruned.err.splitlines() if line != "drawing calibration samples"]
-    assert (planned.code, planned.err.splitlines()) == (pruned.code, said)
+    said = [line for line in pruned.said if line != "drawing calibration samples"]
+    assert (planned.code, planned.said) == (pruned.code, said)
     assert not (tmp_path / "out").exists()
 
 

@@ -473,7 +473,7 @@ def test_the_command_is_the_function(call: Call, tmp_path: Path) -> None:
     result = call("recover", pruned, "-o", tmp_path / "ours", "--method", "block", *text, "--only", "*.mlp.*")
     assert result.code == 0, result.err
     assert "at most 7.4 forwards of 10 samples" in result.err
-    assert re.search(r"^block 1 of 3 tuned, [\d.]+ s, held-out loss 0\.\d{4} to 0\.\d{4}$", result.err, re.M)
+    assert re.search(r" block 1 of 3 tuned, [\d.]+ s, held-out loss 0\.\d{4} to 0\.\d{4}$", result.err, re.M)
     assert re.search(r"^block +held-out loss +tuned +epochs +seconds$", result.out, re.M)
     assert "on 8 samples, judged on 2" in result.out
     assert call("verify", tmp_path / "ours", "--source", pruned).code == 0

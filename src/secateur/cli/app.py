@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -16,6 +17,7 @@ from secateur.cli.commands import GROUPS, parsed, told
 from secateur.cli.configuration import configured
 from secateur.cli.processes import alone, silent
 from secateur.cli.streams import guarded_streams, print_error
+from secateur.cli.voice import GLOBAL, debugging, log, speaking
 from secateur.errors import NumericalError, SecateurError
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 from secateur.runs.stopping import stop
@@ -29,7 +31,7 @@ app = App(
     help="Prune pretrained large language models in one shot, block by block, without retraining.",
     help_format="markdown",
     help_flags=["--help", "-h"],
-    help_epilogue="--debug, anywhere in a command, shows the traceback of an error.",
+    help_epilogue=GLOBAL,
     version=f"secateur {secateur.__version__}",
     group_arguments=GROUPS[ARGUMENTS],
     group_parameters=GROUPS[OPTIONS],
@@ -65,7 +67,7 @@ def command(
     """
 
     def register(function: Function) -> Function:
-        shown = "**Examples**\n\n" + "\n\n".join(f"`{example}`" for example in examples)
+        shown = GLOBAL + "\n\n**Examples**\n\n" + "\n\n".join(f"`{example}`" for example in examples)
         shown_name = name or function.__name__
         own = parsed(function if processes else _alone(function, shown_name), required=required, hidden=hidden)
         order = len(list(app))  # as they are registered, not by the alphabet
@@ -139,26 +141,53 @@ def main() -> None:
 
 
 def _run() -> int:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
-    debug = len(arguments) < len(sys.argv[1:])
+    try:
+        with speaking(sys.argv[1:]) as arguments:
+            code = 1
+            try:
+                code = _ended(arguments)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(bool(end.code))
+                raise
+            except BaseException:
+                log(traceback.format_exc().rstrip())
+                raise
+            finally:
+                log(f"ended with {code}")
+            return code
+    except SecateurError as error:  # with --debug as it is; else of the options of what is said alone
+        if "--debug" in sys.argv:
+            raise
+        print_error(f"Error: {error}")
+        return 2
+
+
+def _ended(arguments: list[str]) -> int:
+    """The exit code of a command."""
+    debug = debugging()
+
+    def tell(text: str) -> None:
+        print_error(text)
+        log(text)
+
     with _signals() as received:
         try:
             app(arguments)
             return 0 if arguments else 2
         except CycloptsError as error:
-            print_error(f"Error: {told(error)}")
+            tell(f"Error: {told(error)}")
             return 2
         except SecateurError as error:
             if debug:
                 raise
-            print_error(f"Error: {error}")
+            tell(f"Error: {error}")
             return 1 if isinstance(error, NumericalError) else 2
         except (MemoryError, RuntimeError) as error:
             # torch.OutOfMemoryError, without importing torch for commands that do without
             if debug or not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
                 raise
             reason = str(error).partition(". ")[0] or "out of memory"
-            print_error(
+            tell(
                 f"Error: {reason}. What takes less: --batch-size 1, fewer or shorter samples, and for Gram matrices on "
                 "a GPU --statistics-device cpu. secateur plan counts it beforehand."
             )
@@ -167,6 +196,7 @@ def _run() -> int:
             number = received()
             ending = "Interrupted" if number == signal.SIGINT else f"Ended by {number.name}"
             message = f"{ending}. {end}" if str(end) else f"{ending}; nothing half-written was left behind."
+            log(message)
             with suppress(OSError):  # the terminal may be gone
                 print(message, file=sys.stderr)
             return 128 + number

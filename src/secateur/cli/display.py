@@ -7,11 +7,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.cli.streams import visible
+from secateur.cli.voice import bars, quiet, say
+
+# Of what --json prints. Raise it when an entry goes, or means something else; new ones change nothing for who reads.
+JSON_FORMAT = 1
 
 if TYPE_CHECKING:
     from secateur.runs.events import Event
@@ -58,9 +61,9 @@ def print_tables(content: Any, *, error: bool = False) -> None:
     console.print(_Visible(content))
 
 
-def print_json(value: Any) -> None:
-    """Print a JSON object to standard output."""
-    print(json.dumps(value, indent=2, default=str))
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print a JSON object to standard output, with the number of its format; what a file holds has the file's own."""
+    print(json.dumps({"format": JSON_FORMAT, **value}, indent=2, default=str))
 
 
 def print_result(result: Any, tables: Callable[[Any], Any], as_json: bool) -> None:
@@ -90,7 +93,8 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 @contextmanager
 def status(text: str) -> Iterator[None]:
     """A spinner on a terminal, nothing in a pipe."""
-    if not sys.stderr.isatty():
+    if not bars():
+        say(text, detail=True)
         yield
         return
     with _console(stderr=True).status(text):
@@ -132,23 +136,30 @@ def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iter
 
     `note` is what to add to either.
     """
-    started = time.perf_counter()
-    if not sys.stderr.isatty():
+    started, screen, last = time.perf_counter(), not bars(), ""
 
-        def plain(event: "Event") -> None:
-            elapsed = time.perf_counter() - started
-            if event.stage == "calibrate" and not event.total:
-                print("drawing calibration samples", file=sys.stderr)
-            elif event.stage.startswith(("gradients", "allocation")) and event.done == event.total:
-                print(f"{event.stage}, {elapsed:.1f} s", file=sys.stderr)
-            elif event.stage == "write":
-                print(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s{note()}", file=sys.stderr)
+    def plain(event: "Event") -> None:
+        nonlocal last
+        elapsed = time.perf_counter() - started
+        if event.stage == "calibrate" and not event.total:
+            say("drawing calibration samples", screen=screen)
+        elif event.stage.startswith(("gradients", "allocation")) and event.done == event.total:
+            say(f"{event.stage}, {elapsed:.1f} s", screen=screen)
+        elif event.stage == "write":
+            say(f"block {event.block + 1} of {event.blocks} {done}, {elapsed:.1f} s{note()}", screen=screen)
+        elif event.stage != "calibrate":
+            where = f"block {event.block + 1} of {event.blocks}: " if event.blocks else ""
+            if (text := f"{where}{event.matrix or event.stage}") != last:
+                last = text
+                say(text, detail=True, screen=screen)
 
+    if screen:
         yield plain
         return
     with _bar() as (_, update):
 
         def show(event: "Event") -> None:
+            plain(event)
             if event.stage == "calibrate":
                 update("calibration", event.done, event.total or None)
             elif event.stage == "record":
@@ -165,17 +176,22 @@ def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iter
 @contextmanager
 def stage_progress(*, lines: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage on a terminal; in a pipe nothing, or with `lines` one when a stage is done."""
-    if not sys.stderr.isatty():
-        started = time.perf_counter()
+    started, screen = time.perf_counter(), not bars()
 
-        def plain(stage: str, done: int, total: int) -> None:
-            if lines and total and done == total:
-                print(f"{stage}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    def plain(stage: str, done: int, total: int) -> None:
+        if total and done == total:
+            say(f"{stage}, {time.perf_counter() - started:.1f} s", detail=not lines, screen=screen)
 
+    if screen:
         yield plain
         return
     with _bar() as (_, update):
-        yield update
+
+        def show(stage: str, done: int, total: int) -> None:
+            plain(stage, done, total)
+            update(stage, done, total)
+
+        yield show
 
 
 @contextmanager
@@ -205,20 +221,21 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
         time_left = f", about {seconds_text(event.seconds_left)}" if left and event.seconds_left is not None else ""
         return f"{cell.name}: {result}, {seconds_text(cell.seconds)}, {left} of {event.cells} cells left{time_left}"
 
-    if not sys.stderr.isatty():
+    if not bars():
 
         def plain(event: "SweepEvent") -> None:
             text = line(event)
             if text is not None:
-                print(visible(text), file=sys.stderr)
+                say(text)
 
-        yield plain, partial(print_tables, error=True)
+        yield plain, _tables_beside
         return
     with _bar("cells") as (bar, update):
 
         def show(event: "SweepEvent") -> None:
             text = line(event)
             if text is not None:
+                say(text, screen=False)
                 bar.console.print(visible(text), highlight=False)
             where = event.cell.name if event.cell is not None else "all cells"
             stage = event.stage.rpartition("/")[2]  # of a file, the name alone
@@ -235,17 +252,28 @@ def recovery_progress() -> Iterator[tuple[Callable[[str, int, int, str], None], 
 
     In a pipe a line is printed whenever a stage is done or a perplexity was measured. All of it goes to stderr.
     """
-    if sys.stderr.isatty():
-        with _bar() as (bar, update):
-            yield lambda stage, done, total, note: update(stage, done, total or None, note), bar.console.print
-        return
-    started, measured = time.perf_counter(), ""
+    started, measured, screen = time.perf_counter(), "", not bars()
 
     def plain(stage: str, done: int, total: int, note: str) -> None:
         nonlocal measured
         perplexity = note.partition("perplexity ")[2]
         if stage.startswith("training") and perplexity != measured:
             measured = perplexity
-            print(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+            say(f"{stage}, {done} of {total}, {note}, {time.perf_counter() - started:.1f} s", screen=screen)
 
-    yield plain, partial(print_tables, error=True)
+    if screen:
+        yield plain, _tables_beside
+        return
+    with _bar() as (bar, update):
+
+        def show(stage: str, done: int, total: int, note: str) -> None:
+            plain(stage, done, total, note)
+            update(stage, done, total or None, note)
+
+        yield show, bar.console.print
+
+
+def _tables_beside(content: Any) -> None:
+    """Print tables to standard error, where anything but errors is wanted there."""
+    if not quiet():
+        print_tables(content, error=True)

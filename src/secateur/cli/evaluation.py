@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_json, print_tables, quiet_libraries, stage_progress, write_csv
 from secateur.cli.processes import LogDir, alone, logged, started_for
-from secateur.cli.streams import visible
+from secateur.cli.voice import say
 from secateur.collect.settings import DtypeSettings, ModelSettings
 from secateur.errors import CheckpointError
 from secateur.evaluate.settings import (
@@ -225,7 +225,7 @@ def _keep(
     try:
         evaluation_store().add(model_digest(model, revision), kind, key, result.to_json())
     except CheckpointError as error:
-        print(visible(f"Not kept: {error}"), file=sys.stderr)
+        say(f"Not kept: {error}")
 
 
 def _answers(settings: EvalSettings | CompareSettings, progress: "Progress", **opening: Any) -> "TaskResults":
@@ -236,9 +236,8 @@ def _answers(settings: EvalSettings | CompareSettings, progress: "Progress", **o
     found = tasks(**opening, **own, batch_size=settings.batch_size, store=evaluation_store(), progress=progress)
     if found.reused:
         since = min(found.reused.values())
-        print(
+        say(
             f"{found.model}: {', '.join(found.reused)} not run again: the same model, data and settings were "
-            f"evaluated before (since {since}). --fresh runs them again.",
-            file=sys.stderr,
+            f"evaluated before (since {since}). --fresh runs them again."
         )
     return found

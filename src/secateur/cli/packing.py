@@ -6,6 +6,7 @@ from dataclasses import replace
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_json, print_result, quiet_libraries, stage_progress
 from secateur.cli.streams import visible
+from secateur.cli.voice import say
 from secateur.runtime.settings import BenchSettings, GenerateSettings, PackSettings, UnpackSettings
 
 
@@ -77,10 +78,9 @@ def generate(settings: GenerateSettings, config: Config = None, as_json: Json = 
         return
     print()
     rate = result.tokens_per_second
-    print(
+    say(
         f"loaded in {result.load_seconds:.1f} s; {result.prompt_tokens} tokens read in {result.first_seconds:.2f} s, "
-        f"{len(result.tokens)} written" + ("" if rate is None else f" at {rate:.1f} tokens per second"),
-        file=sys.stderr,
+        f"{len(result.tokens)} written" + ("" if rate is None else f" at {rate:.1f} tokens per second")
     )
 
 

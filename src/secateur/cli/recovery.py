@@ -1,6 +1,5 @@
 """`recover` and `merge`."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_result, progress, quiet_libraries, recovery_progress, stage_progress
 from secateur.cli.processes import LogDir, logged, started_for
+from secateur.cli.voice import say
 from secateur.errors import CalibrationError, PatternError
 from secateur.recover.settings import MergeSettings, RecoverSettings
 from secateur.runs.options import OPTIONS, Option, options
@@ -94,7 +94,7 @@ def _tune_blocks(settings: RecoverSettings, as_json: bool, log_dir: str | None) 
 
         most = forwards(epochs, 1 - values.get("held_out", 0.125))
         within = f", within {values['minutes']:g} minutes" if "minutes" in values else ""
-        print(f"at most {most:.1f} forwards of {samples} samples through the blocks{within}", file=sys.stderr)
+        say(f"at most {most:.1f} forwards of {samples} samples through the blocks{within}")
         manifest = reconstruct(
             **values,
             calibration=settings.data,

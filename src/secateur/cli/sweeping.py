@@ -6,7 +6,8 @@ from pathlib import Path
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import print_result, quiet_libraries, sweep_progress
-from secateur.cli.streams import print_error, visible
+from secateur.cli.streams import print_error
+from secateur.cli.voice import say
 from secateur.sweeps.settings import SweepSettings
 
 
@@ -63,6 +64,6 @@ def _report(output: Path) -> None:
         with quiet_libraries():
             page = build_sweep(output)
     except SecateurError as error:
-        print(visible(f"No page with curves was written: {error}"), file=sys.stderr)
+        say(f"No page with curves was written: {error}")
     else:
-        print(f"Curves and sortable tables: {page}", file=sys.stderr)
+        say(f"Curves and sortable tables: {page}")
