@@ -27,8 +27,10 @@ from secateur.calibration.windows import Progress, Windows, check_fits, check_pr
 from secateur.collect.author import Author
 from secateur.collect.settings import CalibrationSettings
 from secateur.core.choices import Bos
+from secateur.errors import ModelStructureError
 from secateur.files.reading import read_json
 from secateur.models.opening.opened import OpenedModel
+from secateur.models.shape.causality import check_predicts
 from secateur.runs.forward import after_the_last_block
 
 BOS_MARGIN = 0.1  # nats per token that a window must read better with BOS in front
@@ -139,6 +141,7 @@ def model_evaluation_windows(
 
     Raises what `evaluation_windows` raises, and `CalibrationError` for windows of less than two tokens.
     """
+    check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity")
     text = _is_text(data)
     tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
     if text and bos == "auto" and known is None:
@@ -207,8 +210,8 @@ def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | Non
     """The loss of the first window of text with BOS in front and without, in nats for each of the same tokens.
 
     These are the window's tokens after the first; BOS takes the place of its own first token, or of its last. None
-    where the tokenizer has no BOS, where every window begins with it anyway, or where nothing is left to compare. Takes
-    one pass over the weights.
+    where the tokenizer has no BOS, where every window begins with it anyway, where nothing is left to compare, or where
+    the model predicts no next token. Takes one pass over the weights.
     """
     bos = windows.provenance["bos"]["token"]
     skeleton = opened.skeleton
@@ -219,8 +222,12 @@ def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | Non
     if len(own) < 2:
         return None
     batches = [torch.cat([torch.tensor([bos]), own]).unsqueeze(0), own.unsqueeze(0)]
-    with torch.no_grad(), after_the_last_block(skeleton, batches, offload_states="never") as stream:
-        losses = [torch.cat(list(stream.losses(batch)), dim=1)[0].double() for batch in range(2)]
+    try:
+        check_predicts(skeleton.model, skeleton.blocks, "a perplexity")
+        with torch.no_grad(), after_the_last_block(skeleton, batches, offload_states="never") as stream:
+            losses = [torch.cat(list(stream.losses(batch)), dim=1)[0].double() for batch in range(2)]
+    except ModelStructureError:  # what speaks against pruning it, the run itself will say
+        return None
     return float(losses[0][1:].mean()), float(losses[1].mean())
 
 

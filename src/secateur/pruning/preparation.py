@@ -27,6 +27,7 @@ from secateur.errors import CalibrationError, CheckpointError, ModelStructureErr
 from secateur.models.flow.residual import residual_writers
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
+from secateur.models.shape.causality import check_predicts
 from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.plans.allocated import Allocated
@@ -116,6 +117,7 @@ def prepared(
         if correction is not None:
             check_residual_targets(skeleton, planned)
             needs |= {Drift(correction)}
+        check_predictions_needed(skeleton, method, settings)
         given = gradient_file(settings.gradient, method, skeleton, planned)
         exempt = Exempt(settings.on_nonfinite, settings.unseen)
         evidence = RunEvidence(needs, given, survey, statistics_device, exempt)
@@ -165,6 +167,15 @@ def prepared(
         )
     finally:
         opened.restore()
+
+
+def check_predictions_needed(skeleton: Skeleton, method: Method, settings: PruneSettings) -> None:
+    """Raise `ModelStructureError` where a run asks for next-token losses of a model that predicts none."""
+    model, blocks = skeleton.model, skeleton.blocks
+    if method.gradient is not None and method.gradient.scope == "model" and settings.gradient is None:
+        check_predicts(model, blocks, f"the loss whose gradients {method.name} takes")
+    if settings.allocation != "uniform":
+        check_predicts(model, blocks, f"the loss by which --allocation {settings.allocation} is judged")
 
 
 def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:

@@ -12,7 +12,8 @@ from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE
 from secateur.files.reading import read_text
 from secateur.files.writer import writing
-from secateur.record.manifest import Manifest, cautions, sparsity
+from secateur.models.opening.classes import loader_of
+from secateur.record.manifest import FILE_NAME, Manifest, cautions, read_manifest, sparsity
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -94,18 +95,28 @@ def tell_use(folder: Path, *, packed: bool, name: str | None = None) -> None:
     text = read_text(path)
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
     name = name or (title[1] if title else None)
-    found = next((found for form in USES.values() if (found := _use_of(form).search(text))), None)
+    manifest = read_manifest(folder) if (folder / FILE_NAME).is_file() else None
+    loading = _loading(None if manifest is None else manifest.source)
+    found = next((found for form in USES.values() if (found := _use_of(form, loading).search(text))), None)
     if found is None or name is None:
         return
-    use = _filled(USES[packed], name=name).rstrip("\n")
+    use = _filled(USES[packed], name=name, **loading).rstrip("\n")
     with writing(path):
         path.write_text(f"{text[: found.start()]}{use}{text[found.end() :]}", encoding="utf-8")
 
 
-def _use_of(form: str) -> re.Pattern[str]:
+def _use_of(form: str, loading: Mapping[str, str]) -> re.Pattern[str]:
     """What finds a text on the use of a checkpoint, whatever that is called."""
-    first, *others = map(re.escape, _filled(form, name="\0").rstrip("\n").split("\0"))
+    first, *others = map(re.escape, _filled(form, name="\0", **loading).rstrip("\n").split("\0"))
     return re.compile(rf"{first}(?P<name>.*){'(?P=name)'.join(others)}")
+
+
+def _loading(source: Mapping[str, Any] | None) -> dict[str, str]:
+    """The classes of transformers that load a model and what reads its inputs."""
+    loader = loader_of(str((source or {}).get("architecture")))
+    if loader == "AutoModelForCausalLM":
+        return {"loader": loader, "reader": "AutoTokenizer", "read": "tokenizer"}
+    return {"loader": loader, "reader": "AutoProcessor", "read": "processor"}
 
 
 def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping[str, Any]]) -> bool:
@@ -203,7 +214,7 @@ def _text(manifest: Manifest, name: str) -> str:
         manifest=manifest,
         name=name,
         quoted=shlex.quote(name),
-        use=_filled(USES[False], name=name).rstrip("\n"),
+        use=_filled(USES[False], name=name, **_loading(manifest.source)).rstrip("\n"),
         model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
         cautions=cautions(manifest),
         figures=Markup(_section([], [])),  # nosec B704 # made by a template of ours, harmless by then

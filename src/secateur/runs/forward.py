@@ -20,6 +20,7 @@ def after_the_last_block(
     batches: Sequence[Tensor],
     *,
     offload_states: str = "auto",
+    predicting: bool = True,
     progress: Progress = lambda stage, done, total: None,
 ) -> Iterator[Stream]:
     """The stream of all batches after the last block, ready for the model's head; its states go at the end."""
@@ -29,6 +30,7 @@ def after_the_last_block(
         skeleton,
         batches,
         states_folder=states_folder(offload_states, needed, Path.cwd()),
+        predicting=predicting,
         progress=lambda done, total: progress("record", done, total),
     )
 

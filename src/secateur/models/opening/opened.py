@@ -22,7 +22,6 @@ from secateur.files.reading import read_json, read_text
 from secateur.launched import devices_named, launched
 from secateur.models.opening.configuration import PACKING_ENTRIES, reason
 from secateur.models.opening.wrapped import plain_module
-from secateur.models.shape.causality import check_declared
 from secateur.models.shape.skeleton import Skeleton, Source
 from secateur.models.shape.structure import build_skeleton, prepare, weightless
 from secateur.models.weights.loaded import LoadedModel
@@ -138,7 +137,6 @@ def open_model(
     source = open_checkpoint(folder)
     empty = build_skeleton(folder, source, trust_remote_code=trust_remote_code)
     skeleton = Skeleton(empty, source, device=chosen, dtype=choose_dtype(dtype, chosen, main_dtype(source)))
-    check_declared(empty, skeleton.blocks)
     check_dtypes(skeleton)
     skeleton.check_complete()
     checkpoint = source if isinstance(source, Checkpoint) else source.checkpoint
@@ -195,7 +193,6 @@ def _open_module(given: nn.Module, device: torch.device | None, dtype: str) -> O
         restoring.callback(prepare(model))
         source = LoadedModel(model)
         skeleton = Skeleton(model, source, device=first.device, dtype=first.dtype, resident=True)
-        check_declared(model, skeleton.blocks)
         check_dtypes(skeleton)
 
         def write(target: Path) -> None:

@@ -1,0 +1,44 @@
+"""Which of transformers' automatic classes builds the model of a configuration."""
+
+from typing import Any
+
+
+def auto_classes(config: Any) -> list[Any]:
+    """The automatic classes to try in turn for a configuration.
+
+    A decoder is opened with its head, also where the configuration names none; any other model as the class that
+    `architectures` names, such as BertForMaskedLM or ViTModel.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    decoders = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    if named is None or any(named in _names(auto, config) for auto in decoders):
+        return decoders
+    every = [value for name, value in sorted(vars(modeling_auto).items()) if name.startswith("AutoModel")]
+    found = [auto for auto in every if named in _names(auto, config)]
+    # Code beside the weights says itself which classes it has.
+    brought = getattr(config, "auto_map", None) or {}
+    return found[:1] or [*decoders, *(auto for auto in every if auto.__name__ in brought and auto not in decoders)]
+
+
+def _names(auto: Any, config: Any) -> set[str]:
+    """The models that an automatic class builds of configurations of this kind."""
+    found = auto._model_mapping.get(type(config), ())
+    return {kind.__name__ for kind in (found if isinstance(found, list | tuple) else [found])}
+
+
+def loader_of(architecture: str) -> str:
+    """The class of transformers that loads such a model for its use: the automatic one for decoders, else its own."""
+    from transformers.models.auto import modeling_auto
+
+    tables = {name: value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")}
+    decoders = [tables.pop(f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")]
+    others = {name for table in tables.values() for found in table.values() for name in _each(found)}
+    is_decoder = any(architecture in _each(found) for table in decoders for found in table.values())
+    return architecture if architecture in others and not is_decoder else "AutoModelForCausalLM"
+
+
+def _each(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
