@@ -133,15 +133,18 @@ def model_evaluation_windows(
     bos: str = "auto",
     known: Mapping[str, Any] | None = None,
     option: str = "--length",
+    predicting: bool = True,
 ) -> Windows:
     """`evaluation_windows` for an opened model; `bos` and `known` are those of `model_windows`.
 
     With "auto", a checkpoint of ours follows what its dense model chose for the calibration samples: pruning can move a
     window's loss by more than the margin, and both models are to read the same tokens.
 
-    Raises what `evaluation_windows` raises, and `CalibrationError` for windows of less than two tokens.
+    Raises what `evaluation_windows` raises. Where the model is to be `predicting` the next token, also
+    `ModelStructureError` for one that does not, and `CalibrationError` for windows of less than two tokens.
     """
-    check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity")
+    if predicting:
+        check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity")
     text = _is_text(data)
     tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
     if text and bos == "auto" and known is None:
@@ -150,7 +153,8 @@ def model_evaluation_windows(
     def cut(where: str) -> Windows:
         found = evaluation_windows(data, tokenizer, length=length, windows=windows, bos=where)  # type: ignore[arg-type]
         check_fits(found, opened.skeleton.vocabulary_size, opened.skeleton.positions, option)
-        check_predictions(found, option)
+        if predicting:
+            check_predictions(found, option)
         return found
 
     found = _placed(cut, bos, known, str(data) if text else "token ids", lambda: opened, text)

@@ -359,6 +359,29 @@ class Stream:
             logits: Tensor = forward(self.skeleton.model, ids).logits
         return logits
 
+    @torch.no_grad()
+    def last_hidden_states(self, batch: int) -> Tensor:
+        """The hidden states of a batch that the model returns as the last, after the last block and a final norm."""
+        model: Any = self.skeleton.model
+        found: list[Tensor] = []
+
+        def run(index: int, passed: Tensor, call: Call) -> Any:
+            own = self.states.get(batch, self.device) if index == len(self.skeleton.blocks) - 1 else passed
+            return self._structures[type(self.skeleton.blocks[index].module)](own)
+
+        def keep(module: nn.Module, args: object, output: Any) -> None:
+            found.append(output[0])
+            raise _Finished
+
+        # What transformers calls the base model is the one without a head.
+        hook = getattr(model, "base_model", model).register_forward_hook(keep)
+        try:
+            with _stubbed(self.skeleton, run), contextlib.suppress(_Finished):
+                forward(model, self.batches[batch].to(self.device))
+        finally:
+            hook.remove()
+        return found[0]
+
     def close(self) -> None:
         """Drop the hidden states and their files."""
         self.states.close()

@@ -1,5 +1,6 @@
 """Which of transformers' automatic classes builds the model of a configuration."""
 
+import functools
 from typing import Any
 
 
@@ -31,14 +32,27 @@ def _names(auto: Any, config: Any) -> set[str]:
 
 def loader_of(architecture: str) -> str:
     """The class of transformers that loads such a model for its use: the automatic one for decoders, else its own."""
+    known = any(architecture in names for names in _tables().values())
+    return architecture if known and not _is_decoder(architecture) else "AutoModelForCausalLM"
+
+
+def is_masked(architecture: str) -> bool:
+    """Whether a model of transformers fills masked tokens in, and does not predict the next one."""
+    return architecture in _tables()["MODEL_FOR_MASKED_LM"] and not _is_decoder(architecture)
+
+
+def _is_decoder(architecture: str) -> bool:
+    return any(architecture in _tables()[f"MODEL_FOR_{kind}"] for kind in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT"))
+
+
+@functools.cache
+def _tables() -> dict[str, set[str]]:
+    """The names of models that each of transformers' tables has, by what they are for."""
     from transformers.models.auto import modeling_auto
 
-    tables = {name: value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")}
-    decoders = [tables.pop(f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")]
-    others = {name for table in tables.values() for found in table.values() for name in _each(found)}
-    is_decoder = any(architecture in _each(found) for table in decoders for found in table.values())
-    return architecture if architecture in others and not is_decoder else "AutoModelForCausalLM"
-
-
-def _each(names: Any) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+    end = "_MAPPING_NAMES"
+    tables = {name.removesuffix(end): value for name, value in vars(modeling_auto).items() if name.endswith(end)}
+    return {
+        name: {kind for found in table.values() for kind in ([found] if isinstance(found, str) else found)}
+        for name, table in tables.items()
+    }

@@ -6,9 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ModelStructureError
+from secateur.models.opening.classes import is_masked
 from secateur.models.shape.structure import Block, embeddings_of
 
 LEAK = 1e-4  # of the gradient with respect to the token itself; that of a causal block is exactly zero
+
+
+def predicts(model: nn.Module, blocks: Sequence[Block]) -> bool:
+    """Whether a model predicts the next token, as far as it says so itself."""
+    try:
+        check_predicts(model, blocks, "")
+    except ModelStructureError:
+        return False
+    return True
 
 
 def check_predicts(model: nn.Module, blocks: Sequence[Block], wanted: str) -> None:
@@ -20,6 +30,8 @@ def check_predicts(model: nn.Module, blocks: Sequence[Block], wanted: str) -> No
         raise ModelStructureError(
             f"{type(model).__name__}: has no head that predicts tokens, so that {wanted} means nothing for it. {ADVICE}"
         )
+    if is_masked(type(model).__name__):
+        raise bidirectional(model, blocks[0], "it fills masked tokens in", wanted)
     said = {
         (name, value)
         for block in blocks
