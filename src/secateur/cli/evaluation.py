@@ -157,7 +157,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
         print_json(
             {
                 "dense": dense,
-                "results": [row.to_json() for row in (*rows, *compared)],
+                "results": [*(row.to_json() for row in rows), *(row.to_json() for row in compared)],
                 "tasks": [row.to_json() for row in task_rows],
                 "generations": [_prompt(outputs) for outputs in zip(*written, strict=True)],
                 "verdicts": [own.to_json() for own in verdicts],
