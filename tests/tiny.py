@@ -348,6 +348,27 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "fnet": (PLAIN, {}),
     "splinter": (PLAIN, {}),
 }
+PIXELS = {"image_size": 24, "patch_size": 8, "num_hidden_layers": BLOCKS, "vocab_size": VOCABULARY}
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (PLAIN, PIXELS | {"hidden_size": HIDDEN, "num_attention_heads": 4, "intermediate_size": 48})
+    for name in (
+        "vit",
+        "deit",
+        "beit",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3_vit",
+        "vit_msn",
+        "siglip_vision_model",
+        "clip_vision_model",
+        "ijepa",
+        "data2vec-vision",
+        "aimv2_vision_model",
+    )
+} | {
+    "vit_classifier": ("AutoModelForImageClassification", PIXELS | {"model_type": "vit"}),
+}
+ENCODERS |= VISION
 
 
 def _config(name: str) -> PreTrainedConfig:
@@ -437,6 +458,11 @@ def pairs_by_turns(names: str, first: Iterable[Any], second: Sequence[Any]) -> A
         for turn, other in enumerate(second)
     ]
     return pytest.mark.parametrize(names, own, ids=str)
+
+
+def pixels(samples: int = 4, seed: int = 0) -> torch.Tensor:
+    """Random pixel values for the models of images."""
+    return torch.randn(samples, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
 
 
 def tokens(samples: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:

@@ -57,7 +57,7 @@ def block_outputs(model: nn.Module, paths: list[str], batch: Tensor) -> list[Ten
 
 
 def batches_for(name: str) -> list[Tensor]:
-    ids = tiny.tokens(samples=3, length=12)
+    ids = tiny.pixels(3) if name in tiny.VISION else tiny.tokens(samples=3, length=12)
     return [ids[:2], ids[2:]]
 
 
@@ -142,6 +142,11 @@ def test_masks_of_bert_are_those_of_hooks_on_the_plain_model(tmp_path: Path) -> 
     mask[4:, 9:] = 0
     batches = [ids[:2], ids[2:4], ids[4:, :9]]
     assert_wanda(source, tmp_path / "out", "bert.encoder.layer", batches, Windows(ids, {}, mask))
+
+
+def test_masks_of_vit_are_those_of_hooks_on_the_plain_model(tmp_path: Path) -> None:
+    pixels = tiny.pixels(6)
+    assert_wanda(tiny.save("vit", tmp_path / "vit"), tmp_path / "out", "layers", list(pixels.split(4)), pixels)
 
 
 # What needs the next token

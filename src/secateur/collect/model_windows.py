@@ -20,15 +20,18 @@ from secateur.calibration.drawing import (
     evaluation_windows,
     own_texts,
 )
+from secateur.calibration.images import Images, images_of
 from secateur.calibration.own_text import OwnText, Written
 from secateur.calibration.quick import quick_windows
 from secateur.calibration.text import bos_text
 from secateur.calibration.windows import Progress, Windows, check_fits, check_predictions
 from secateur.collect.author import Author
+from secateur.collect.model_images import model_images
 from secateur.collect.settings import CalibrationSettings
 from secateur.core.choices import Bos
-from secateur.errors import ModelStructureError
+from secateur.errors import CalibrationError, ModelStructureError
 from secateur.files.reading import read_json
+from secateur.models.flow.inputs import input_name, reads_tokens
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.causality import check_predicts
 from secateur.runs.forward import after_the_last_block
@@ -54,6 +57,7 @@ def model_windows(
 
     Raises `CalibrationError` for token ids outside its vocabulary, and for windows longer than its positions.
     """
+    check_reads_tokens(opened, asked.calibration)
     text = _is_text(asked.calibration)
     tokenizer = opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer
 
@@ -81,6 +85,26 @@ def model_windows(
     return windows
 
 
+def model_samples(opened: OpenedModel, asked: CalibrationSettings, *, progress: Progress) -> Windows | Images:
+    """The windows that are asked for, or for a model that reads pixels the images."""
+    if reads_tokens(opened.skeleton.model):
+        return model_windows(opened, asked, progress=progress)
+    how: dict[str, Any] = {name: getattr(asked, name) for name in ("samples", "length", "seed")}
+    return model_images(opened, asked.calibration, **how, what="samples")
+
+
+def check_reads_tokens(opened: OpenedModel, source: Any) -> None:
+    """Raise `CalibrationError` for a model that reads no tokens, or for images where it does."""
+    model = opened.skeleton.model
+    if not reads_tokens(model):
+        raise CalibrationError(
+            f"{type(model).__name__} reads {input_name(model)}, and this is for models that read tokens. Models of "
+            "images are for plan, prune and compare."
+        )
+    if images_of(source) is not None:
+        raise CalibrationError(f"{type(model).__name__} reads tokens, and no images. Give it a text, such as c4.")
+
+
 @dataclass(frozen=True)
 class Foreseen:
     """Calibration windows that are drawn, or only how many of which length there will be.
@@ -89,7 +113,7 @@ class Foreseen:
     `at_once` texts side by side.
     """
 
-    windows: Windows | None
+    windows: Windows | Images | None
     samples: int
     length: int
     unchecked: Sequence[str]
@@ -102,6 +126,10 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
 
     Without a calibration text only the length is checked.
     """
+    if not reads_tokens(opened.skeleton.model) and asked.calibration is not None:
+        images = model_samples(opened, asked, progress=lambda done, total: None)
+        return Foreseen(images, images.samples, images.length, ())
+    check_reads_tokens(opened, asked.calibration)
     unchecked: Sequence[str] = ()
     to_write: list[OwnText] = []
     windows, at_once = None, 1
@@ -145,6 +173,7 @@ def model_evaluation_windows(
     """
     if predicting:
         check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity")
+    check_reads_tokens(opened, data)
     text = _is_text(data)
     tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
     if text and bos == "auto" and known is None:
@@ -160,6 +189,17 @@ def model_evaluation_windows(
     found = _placed(cut, bos, known, str(data) if text else "token ids", lambda: opened, text)
     _say_fewer(found, "windows", windows)
     return found
+
+
+def evaluation_samples(
+    opened: OpenedModel, data: Any, tokenizer: Any, *, length: int | None, windows: int | None, bos: str
+) -> Windows | Images:
+    """The windows of `model_evaluation_windows` for a model that need not predict, or, where it reads them, images."""
+    if reads_tokens(opened.skeleton.model):
+        return model_evaluation_windows(
+            opened, data, tokenizer, length=length, windows=windows, bos=bos, predicting=False
+        )
+    return model_images(opened, data, samples=windows, length=length, seed=None, what="windows")
 
 
 class _Calibration(TypedDict):

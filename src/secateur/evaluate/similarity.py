@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.collect.model_windows import model_evaluation_windows
+from secateur.collect.model_windows import evaluation_samples
 from secateur.collect.settings import DtypeSettings
 from secateur.errors import CheckpointError, NumericalError
 from secateur.evaluate.perplexity import standard_error, without_nan
@@ -73,13 +73,16 @@ def similarity(settings: AgreementSettings) -> list[Similarity]:
         processes = stack.enter_context(shared_run())
         reference = open_model(settings.dense, **machine)
         stack.callback(reference.restore)
-        texts = shared(settings, TextSettings)
-        cut = model_evaluation_windows(reference, settings.data, settings.tokenizer, **texts, predicting=False)
+        cut = evaluation_samples(reference, settings.data, settings.tokenizer, **shared(settings, TextSettings))
         whole = cut.batches(settings.batch_size or default_batch_size(cut.length, reference.skeleton.device))
         processes.agree({**common_facts(reference), "dtype": str(reference.skeleton.dtype), "tokens": cut.digest})
         batches = processes.share(whole).batches
         forward = partial(
-            after_the_last_block, batches=batches, offload_states=settings.offload_states, predicting=False
+            after_the_last_block,
+            batches=batches,
+            offload_states=settings.offload_states,
+            predicting=False,
+            length=cut.length,
         )
         dense = stack.enter_context(forward(reference.skeleton, progress=named(progress, "dense")))
         results = []

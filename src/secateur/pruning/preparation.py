@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from secateur.calibration.images import Images
 from secateur.calibration.windows import Windows
 from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile
-from secateur.collect.model_windows import Foreseen, foreseen_windows, model_windows
+from secateur.collect.model_windows import Foreseen, foreseen_windows, model_samples
 from secateur.collect.settings import ModelSettings
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.needs import Drift
@@ -60,7 +60,7 @@ class Prepared:
     method: Method
     plan: Plan
     evidence: RunEvidence
-    windows: Windows | None
+    windows: Windows | Images | None
     extent: Extent
     packed_bytes: int | None  # of all tensors of the output, where that will be packed
     allocated: Allocated | None  # how the plan came about, where it is not uniform
@@ -129,13 +129,13 @@ def prepared(
             seen = foreseen_windows(opened, settings)
         elif evidence.looks_at_samples or to_allocate:
             progress("calibrate", 0, 0)
-            windows = model_windows(opened, settings, progress=partial(progress, "calibrate"))
+            windows = model_samples(opened, settings, progress=partial(progress, "calibrate"))
             seen = Foreseen(windows, windows.samples, windows.length, ())
         if to_allocate and dry:
             told = f"The allocation {settings.allocation} is not made here: the figures are those of a uniform plan."
             seen = replace(seen, unchecked=[*seen.unchecked, told])
         elif to_allocate:
-            assert seen.windows is not None
+            assert isinstance(seen.windows, Windows)  # whatever has a loss reads tokens
             with (clock or Clock()).timed("allocation"):
                 stages = named(progress, "allocation")
                 allocated = make_allocation(opened, seen.windows, settings, plan, progress=stages)
@@ -185,9 +185,8 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
     """
     kinds = {index: frozenset(matrix.kind for matrix in own) for index, own in by_block(planned).items()}
     alike = {found: skeleton.blocks[index] for index, found in reversed(kinds.items())}
-    ids = (torch.arange(TRIAL_TOKENS) + 3).unsqueeze(0) % skeleton.vocabulary_size
     skeleton.load_outside(head=False)
-    stream = Stream(skeleton, [ids])
+    stream = Stream(skeleton, [skeleton.trial_batch(1, TRIAL_TOKENS)])
     some = False
     try:
         for block in alike.values():

@@ -1,6 +1,7 @@
 """What a model's forward is given for a batch."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ def input_name(model: Any) -> str:
 
 def forward(model: Any, batch: Tensor) -> Any:
     """What a model returns for a batch, without a key-value cache."""
-    given: dict[str, Any] = {input_name(model): batch}
+    value = batch.to(model.dtype) if batch.is_floating_point() else batch
+    given: dict[str, Any] = {input_name(model): value}
     if takes_cache(model):
         given["use_cache"] = False
     return model(**given)
@@ -36,3 +38,8 @@ def takes_cache(model: Any) -> bool:
 def shortest(model: nn.Module, batch: Tensor) -> Tensor:
     """A sample that shows how a model calls its blocks: two tokens, or one image."""
     return batch[:1, :2] if reads_tokens(model) else batch[:1]
+
+
+def tokens_in(batches: Sequence[Tensor], length: int) -> int:
+    """The number of hidden states of all batches, where an image makes `length` of them."""
+    return sum(batch.numel() if batch.ndim == 2 else len(batch) * length for batch in batches)

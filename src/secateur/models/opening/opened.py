@@ -34,8 +34,8 @@ class OpenedModel:
 
     `origin` is the provenance for the manifest; `write_companions(folder)` writes configuration, tokenizer and
     licence beside new weights; `expected(folder)` builds, without weights, the model that the files written there
-    must fill; `load_tokenizer()` returns the tokenizer, or None when there is none; `restore()` puts a module in
-    memory back into the mode it was in.
+    must fill; `load_tokenizer()` and `load_image_processor()` return the tokenizer and what makes pixel values of
+    images, or None when there is none; `restore()` puts a module in memory back into the mode it was in.
     """
 
     skeleton: Skeleton
@@ -44,6 +44,7 @@ class OpenedModel:
     load_tokenizer: Callable[[], Any]
     expected: Callable[[Path], nn.Module]
     restore: Callable[[], None] = lambda: None
+    load_image_processor: Callable[[], Any] = lambda: None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -157,6 +158,7 @@ def open_model(
         origin=origin,
         write_companions=lambda target: _copy_companions(folder, target),
         load_tokenizer=lambda: load_tokenizer(folder, trust_remote_code),
+        load_image_processor=lambda: load_image_processor(folder, trust_remote_code),
         expected=lambda target: _described(target, trust_remote_code),
     )
 
@@ -364,3 +366,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the tokenizer's own library, or code beside the weights raises
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {reason(error)}") from None
+
+
+def load_image_processor(folder: Path, trust_remote_code: bool) -> Any:
+    """The image processor of a checkpoint, or None when it has none. Raises `CheckpointError` for a damaged one."""
+    if not (folder / "preprocessor_config.json").exists():
+        return None
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever transformers, or code beside the weights raises
+        raise CheckpointError(f"{folder}: its image processor cannot be loaded: {reason(error)}") from None

@@ -81,6 +81,15 @@ class Skeleton:
         weight: Any = embeddings.weight
         return int(weight.shape[0])
 
+    def trial_batch(self, samples: int, tokens: int) -> Tensor:
+        """A batch that shows what a forward does, whatever is in it: some token ids, or images without anything."""
+        config: Any = getattr(self.model, "config", None)
+        size = getattr(config, "image_size", None)
+        if isinstance(embeddings_of(self.model, "get_input_embeddings"), nn.Embedding) or size is None:
+            return (torch.arange(samples * tokens) + 3).view(samples, tokens) % self.vocabulary_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return torch.zeros(samples, getattr(config, "num_channels", 3), height, width)
+
     @property
     def positions(self) -> int | None:
         """The longest window that the configuration allows for, or None when it names no limit."""
