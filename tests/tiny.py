@@ -1,4 +1,6 @@
-"""Tiny random-weight versions of the decoder architectures of transformers: three blocks, 32 wide, 128 tokens.
+"""Tiny random-weight versions of the architectures of transformers: three blocks, 32 wide, 128 tokens.
+
+`ARCHITECTURES` are decoders, `ENCODERS` attend in both directions.
 
 Every weight is random, norms and biases included, so that two computations that agree on these models agree because
 they are the same computation. Nothing here is downloaded. Entries are named after transformers' `model_type`, followed
@@ -319,9 +321,58 @@ TABLE: dict[str, dict[str, Any]] = {
     "xlstm": {"num_heads": 4, "chunk_size": 16, "ffn_round_up_to_multiple_of": 8},
 }
 
+# Models that predict no next token, each with the automatic class that opens it. Their special tokens are there twice.
+MASKED, PLAIN = "AutoModelForMaskedLM", "AutoModel"
+SPECIAL = {"cls_token_id": 1, "sep_token_id": 2, "mask_token_id": 2}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": (MASKED, {}),
+    "bert_embeddings": (PLAIN, {"model_type": "bert"}),
+    "bert_classifier": ("AutoModelForSequenceClassification", {"model_type": "bert"}),
+    "roberta": (MASKED, {}),
+    "xlm-roberta": (PLAIN, {}),
+    "roberta-prelayernorm": (MASKED, {}),
+    "camembert": (MASKED, {}),
+    "data2vec-text": (PLAIN, {}),
+    "electra": (MASKED, {"embedding_size": 16}),
+    "mpnet": (PLAIN, {}),
+    "distilbert": (MASKED, {"hidden_dim": 48}),
+    "modernbert": (MASKED, {**SPECIAL, "local_attention": 6}),
+    "eurobert": (PLAIN, {"mask_token_id": 2}),
+    "nomic_bert": (MASKED, {}),
+    "deberta": (MASKED, {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+    "deberta-v2": (PLAIN, {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}),
+    "ernie": (MASKED, {}),
+    "rembert": (PLAIN, {"input_embedding_size": 16}),
+    "convbert": (MASKED, {"embedding_size": HIDDEN}),
+    "megatron-bert": (MASKED, {}),
+    "fnet": (PLAIN, {}),
+    "splinter": (PLAIN, {}),
+}
+PIXELS = {"image_size": 24, "patch_size": 8, "num_hidden_layers": BLOCKS, "vocab_size": VOCABULARY}
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (PLAIN, PIXELS | {"hidden_size": HIDDEN, "num_attention_heads": 4, "intermediate_size": 48})
+    for name in (
+        "vit",
+        "deit",
+        "beit",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3_vit",
+        "vit_msn",
+        "siglip_vision_model",
+        "clip_vision_model",
+        "ijepa",
+        "data2vec-vision",
+        "aimv2_vision_model",
+    )
+} | {
+    "vit_classifier": ("AutoModelForImageClassification", PIXELS | {"model_type": "vit"}),
+}
+ENCODERS |= VISION
+
 
 def _config(name: str) -> PreTrainedConfig:
-    fields = dict(TABLE[name])
+    fields = dict(TABLE[name] if name in TABLE else ENCODERS[name][1])
     kind = CONFIG_MAPPING[fields.pop("model_type", name)]
     known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     return kind(**{**{key: value for key, value in COMMON.items() if key in known}, **fields})
@@ -347,6 +398,7 @@ NOT_HERE = [name for name in TABLE if not _known(name)]
 ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     name: partial(_config, name) for name in TABLE if name not in NOT_HERE
 }
+ENCODERS = {name: entry for name, entry in ENCODERS.items() if _known(name)}
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -358,7 +410,8 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
         pytest.skip(f"transformers {transformers.__version__} cannot run {name}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(ARCHITECTURES[name](), dtype=dtype)
+        auto = getattr(transformers, ENCODERS[name][0]) if name in ENCODERS else AutoModelForCausalLM
+        model = auto.from_config(_config(name), dtype=dtype)
         stored = set(model.state_dict())
         with torch.no_grad():
             for _, parameter in sorted(model.named_parameters()):
@@ -405,6 +458,11 @@ def pairs_by_turns(names: str, first: Iterable[Any], second: Sequence[Any]) -> A
         for turn, other in enumerate(second)
     ]
     return pytest.mark.parametrize(names, own, ids=str)
+
+
+def pixels(samples: int = 4, seed: int = 0) -> torch.Tensor:
+    """Random pixel values for the models of images."""
+    return torch.randn(samples, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
 
 
 def tokens(samples: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:

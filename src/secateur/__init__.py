@@ -30,6 +30,7 @@ _NAMES = {
     "evaluate.agreement": ("Agreement", "agreement"),
     "evaluate.perplexity": ("Perplexity", "perplexity"),
     "evaluate.results": ("Results",),
+    "evaluate.similarity": ("Similarity", "similarity"),
     "evaluate.task_results": ("TaskComparison", "TaskResult", "TaskResults", "task_differences"),
     "evaluate.tasks": ("tasks",),
     "evaluate.verdict": ("Verdict", "verdict"),

@@ -38,6 +38,7 @@ from secateur.errors import (
 from secateur.evaluate.agreement import Agreement as Agreement, agreement as agreement
 from secateur.evaluate.perplexity import Perplexity as Perplexity, perplexity as perplexity
 from secateur.evaluate.results import Results as Results
+from secateur.evaluate.similarity import Similarity as Similarity, similarity as similarity
 from secateur.evaluate.task_results import (
     TaskComparison as TaskComparison,
     TaskResult as TaskResult,

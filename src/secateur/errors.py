@@ -1,7 +1,7 @@
 """Every error that Secateur raises on purpose.
 
 SecateurError
- ├─ ModelStructureError (ValueError)     the model is not shaped as a stack of decoder blocks, or a matrix saw no token
+ ├─ ModelStructureError (ValueError)     the model is not shaped as a stack of blocks, or a matrix saw no token
  ├─ PatternError (ValueError)            a pattern cannot hold here: width, range, N > M, a glob that matches nothing
  ├─ CalibrationError (ValueError)        no text, text too short, token ids outside the vocabulary, NaN in a statistic
  ├─ MethodError (RuntimeError)           a user's own method raised, or returned something else than expected
@@ -18,7 +18,7 @@ class SecateurError(Exception):
 
 
 class ModelStructureError(SecateurError, ValueError):
-    """The model cannot be taken apart as a stack of decoder blocks, or a planned matrix saw no token."""
+    """The model cannot be taken apart as a stack of blocks, or a planned matrix saw no token."""
 
 
 class PatternError(SecateurError, ValueError):

@@ -257,12 +257,12 @@ def test_an_encoder_decoder(tmp_path: Path, refused: Refused) -> None:
     module.save_pretrained(tmp_path / "t5")
     refused(
         ModelStructureError,
-        f"{tmp_path / 't5'}: t5 is an encoder-decoder; Secateur prunes decoder-only language models.",
+        f"{tmp_path / 't5'}: t5 is an encoder-decoder; Secateur prunes models with one stack of blocks.",
         tmp_path / "t5",
     )
     refused(
         ModelStructureError,
-        "T5ForConditionalGeneration: an encoder-decoder; Secateur prunes decoder-only language models.",
+        "T5ForConditionalGeneration: an encoder-decoder; Secateur prunes models with one stack of blocks.",
         module,
     )
 

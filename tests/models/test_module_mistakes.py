@@ -22,15 +22,15 @@ from secateur.errors import CalibrationError, CheckpointError, ModelStructureErr
 
 
 def test_modules_without_a_block_stack(refused: Refused) -> None:
-    end = "Secateur prunes decoder-only language models."
+    end = "Secateur prunes models with one stack of blocks."
     refused(
         ModelStructureError,
-        f"Sequential: no stack of decoder blocks (nn.ModuleList) found in it, only 0, 1. {end}",
+        f"Sequential: no stack of blocks (nn.ModuleList) found in it, only 0, 1. {end}",
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
     )
     refused(
         ModelStructureError,
-        f"Linear: no stack of decoder blocks (nn.ModuleList) found in it; it has no submodules at all. {end}",
+        f"Linear: no stack of blocks (nn.ModuleList) found in it; it has no submodules at all. {end}",
         nn.Linear(4, 4),
     )
     refused(ModelStructureError, "ReLU: has no parameters.", nn.ReLU())

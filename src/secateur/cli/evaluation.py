@@ -10,7 +10,7 @@ from secateur.cli.display import print_json, print_tables, quiet_libraries, stag
 from secateur.cli.processes import LogDir, alone, logged, started_for
 from secateur.cli.voice import say
 from secateur.collect.settings import DtypeSettings, ModelSettings
-from secateur.errors import CheckpointError
+from secateur.errors import CalibrationError, CheckpointError
 from secateur.evaluate.settings import (
     AgreementSettings,
     CompareSettings,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from secateur.evaluate.generations import Generation
     from secateur.evaluate.perplexity import Perplexity
     from secateur.evaluate.results import Kind, Results
+    from secateur.evaluate.similarity import Similarity
     from secateur.evaluate.task_results import TaskComparison, TaskResults
     from secateur.runs.events import Progress
 
@@ -92,7 +93,8 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
 
     Differences are paired, window by window or document by document. The models run one after the other: texts in the
     memory of one block, tasks and prompts with one whole model in memory. Ends with a sentence for each pruned model:
-    whether it can take the dense one's place. Exits with 3 where one misses --max-nats or --min-agreement.
+    whether it can take the dense one's place. Exits with 3 where one misses --max-nats or --min-agreement. Of models
+    that predict no next token, such as encoders, it compares the last hidden states, without that sentence.
     """
     if settings.names or settings.prompts is not None:
         alone("compare with --tasks or --prompts")
@@ -119,19 +121,27 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
                         written.append(generations(whole, texts, new_tokens=settings.new_tokens, progress=progress))
             answers = [task_differences(answered[0], own) for own in answered[1:]]
     agreements: list[list[Agreement]] = []
+    similarities: list[list[Similarity]] = []
     if settings.texts:
         with quiet_libraries(), logged(log_dir) as log, stage_progress() as show:
             from secateur.evaluate.agreement import agreement
+            from secateur.evaluate.similarity import predicts_tokens, similarity
 
             own = shared(settings, AgreementSettings) | {"progress": log.stages_beside(show)}
-            agreements = [agreement(**own | {"data": text}) for text in settings.texts]
+            if predicts_tokens(AgreementSettings(**own)):
+                agreements = [agreement(**own | {"data": text}) for text in settings.texts]
+            else:
+                check_no_limits(settings)
+                similarities = [similarity(**own | {"data": text}) for text in settings.texts]
     rows = [row for text in agreements for row in text]
+    compared = [row for text in similarities for row in text]
     task_rows = [row for own in answers for row in own]
     for row, name in zip(rows, pruned * len(agreements), strict=True):
         _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
     if settings.csv is not None and launched().rank == 0:
         on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
-        write_csv(Path(settings.csv), [*on_texts, *map(_task_row, task_rows)])
+        states = [{"model": row.model, "kind": "states", "name": row.data, **row.to_json()} for row in compared]
+        write_csv(Path(settings.csv), [*on_texts, *states, *map(_task_row, task_rows)])
     from secateur.evaluate.verdict import verdict
 
     verdicts = [
@@ -142,20 +152,29 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             **shared(settings, VerdictSettings),
         )
         for place, name in enumerate(pruned)
+        if not similarities
     ]
     if as_json:
         print_json(
             {
                 "dense": dense,
-                "results": [row.to_json() for row in rows],
+                "results": [*(row.to_json() for row in rows), *(row.to_json() for row in compared)],
                 "tasks": [row.to_json() for row in task_rows],
                 "generations": [_prompt(outputs) for outputs in zip(*written, strict=True)],
                 "verdicts": [own.to_json() for own in verdicts],
             }
         )
     else:
-        from secateur.report.terminal import comparison_table, generations_table, task_comparison_table, verdict_lines
+        from secateur.report.terminal import (
+            comparison_table,
+            generations_table,
+            similarity_table,
+            task_comparison_table,
+            verdict_lines,
+        )
 
+        if similarities:
+            print_tables(similarity_table(similarities))
         if agreements:
             print_tables(comparison_table(agreements))
         if answers:
@@ -166,6 +185,16 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             print_tables(verdict_lines(verdicts))
     if any(own.given and not own.passed for own in verdicts):
         sys.exit(MISSED)
+
+
+def check_no_limits(settings: CompareSettings) -> None:
+    """Raise `CalibrationError` for limits of predictions, where a model makes none."""
+    for name in ("max_nats", "min_agreement"):
+        if getattr(settings, name) is not None:
+            raise CalibrationError(
+                f"--{name.replace('_', '-')}: is measured on predictions of the next token, and {settings.dense} makes "
+                "none. Leave it out; --json has the cosine of the last hidden states."
+            )
 
 
 def _task_row(row: "TaskComparison") -> dict[str, Any]:

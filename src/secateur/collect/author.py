@@ -23,6 +23,7 @@ from secateur.files.reading import read_json
 from secateur.models.opening.configuration import reason
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.opening.whole import WholeModel, free_bytes
+from secateur.models.shape.causality import check_predicts
 from secateur.runs.events import seconds_text
 from secateur.runs.stopping import safe_point
 
@@ -108,6 +109,7 @@ class Author:
         Raises `CalibrationError` where there is nothing to begin with, or too little room after it.
         """
         skeleton, tokenizer = self._opened.skeleton, self._tokenizer
+        check_predicts(skeleton.model, skeleton.blocks, f"text of its own ({asked.spec})")
         check_fits(
             Windows(torch.zeros(1, asked.length, dtype=torch.int64), {}), skeleton.vocabulary_size, skeleton.positions
         )

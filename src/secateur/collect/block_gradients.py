@@ -59,7 +59,7 @@ class GradientPass(Generic[TapT]):
         skeleton, blocks = self.skeleton, self.skeleton.blocks
         conveyor = Conveyor(skeleton)
         skeleton.load_outside()
-        stream = self._stream(batches, folder)
+        stream = self._stream(batches, folder, predicting=True)
         saved: dict[int, SavedInputs] = {}
         outgoing: StateGradients | None = None
 
@@ -131,10 +131,11 @@ class GradientPass(Generic[TapT]):
         finally:
             stream.close()
 
-    def _stream(self, batches: Sequence[Tensor], folder: Path | None) -> Stream:
+    def _stream(self, batches: Sequence[Tensor], folder: Path | None, *, predicting: bool = False) -> Stream:
         return Stream(
             self.skeleton,
             batches,
             states_folder=folder,
+            predicting=predicting,
             progress=lambda done, total: self.progress("record", done, total),
         )

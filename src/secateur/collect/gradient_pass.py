@@ -32,6 +32,7 @@ from secateur.models.flow.backward import GradientTap, next_tokens
 from secateur.models.flow.memory import available_bytes, return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.models.shape.causality import check_predicts
 from secateur.models.shape.matrices import Matrix, by_block, numbered_experts, tapped
 from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
@@ -86,6 +87,8 @@ def _gradients(
         size.first, size.now = processes.gather((size.first, size.now))[0]
         opened = open_model(**shared(settings, ModelSettings))
         stack.callback(opened.restore)
+        if settings.scope == "model":
+            check_predicts(opened.skeleton.model, opened.skeleton.blocks, "the loss whose gradients are asked for")
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
         windows = model_windows(opened, settings, progress=partial(settings.progress, "calibrate"))

@@ -39,7 +39,7 @@ def held_out_losses(
     skeleton = opened.skeleton
     of_block = by_block([matrix for matrix in skeleton.matrices if matrix.name in norms])
     skeleton.load_outside()
-    streams = [Stream(skeleton, batches, states_folder=states_folder) for _ in plans]
+    streams = [Stream(skeleton, batches, states_folder=states_folder, predicting=True) for _ in plans]
 
     def visit(block: Block, tensors: dict[str, Tensor]) -> None:
         own = of_block.get(block.index, [])

@@ -144,7 +144,7 @@ class InputSums(Collector):
         ids = batches[self._batch]
         before = share.before + sum(len(batches[batch]) for batch in share.counted if batch < self._batch)
         value = f"first {float(x[index]):g}"
-        if x.shape[0] == ids.numel():
+        if ids.ndim == 2 and x.shape[0] == ids.numel():
             sample, token = divmod(index[0], ids.shape[1])
             return f"{value} in sample {before + sample}, token {token}, input {index[1]}"
         samples = f"sample {before}" if len(ids) == 1 else f"samples {before} to {before + len(ids) - 1}"

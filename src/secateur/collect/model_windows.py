@@ -21,15 +21,20 @@ from secateur.calibration.drawing import (
     own_texts,
 )
 from secateur.calibration.hub import default_text
+from secateur.calibration.images import Images, images_of
 from secateur.calibration.own_text import OwnText, Written
 from secateur.calibration.quick import quick_windows
 from secateur.calibration.text import bos_text
 from secateur.calibration.windows import Progress, Windows, check_fits, check_predictions
 from secateur.collect.author import Author
+from secateur.collect.model_images import model_images
 from secateur.collect.settings import AUTO, CalibrationSettings
 from secateur.core.choices import Bos
+from secateur.errors import CalibrationError, ModelStructureError
 from secateur.files.reading import read_json
+from secateur.models.flow.inputs import input_name, reads_tokens
 from secateur.models.opening.opened import OpenedModel
+from secateur.models.shape.causality import check_predicts
 from secateur.runs.forward import after_the_last_block
 
 S = TypeVar("S", bound=CalibrationSettings)
@@ -55,6 +60,7 @@ def model_windows(
     Raises `CalibrationError` for token ids outside its vocabulary, and for windows longer than its positions.
     """
     asked = with_default_text(asked)
+    check_reads_tokens(opened, asked.calibration)
     text = _is_text(asked.calibration)
     tokenizer = opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer
 
@@ -90,6 +96,26 @@ def with_default_text(asked: S) -> S:
     return replace(asked, calibration=text, sampling=asked.sampling or ("concat" if text == "python-docs" else None))
 
 
+def model_samples(opened: OpenedModel, asked: CalibrationSettings, *, progress: Progress) -> Windows | Images:
+    """The windows that are asked for, or for a model that reads pixels the images."""
+    if reads_tokens(opened.skeleton.model):
+        return model_windows(opened, asked, progress=progress)
+    how: dict[str, Any] = {name: getattr(asked, name) for name in ("samples", "length", "seed")}
+    return model_images(opened, asked.calibration, **how, what="samples")
+
+
+def check_reads_tokens(opened: OpenedModel, source: Any) -> None:
+    """Raise `CalibrationError` for a model that reads no tokens, or for images where it does."""
+    model = opened.skeleton.model
+    if not reads_tokens(model):
+        raise CalibrationError(
+            f"{type(model).__name__} reads {input_name(model)}, and this is for models that read tokens. Models of "
+            "images are for plan, prune and compare."
+        )
+    if images_of(source) is not None:
+        raise CalibrationError(f"{type(model).__name__} reads tokens, and no images. Give it a text, such as c4.")
+
+
 @dataclass(frozen=True)
 class Foreseen:
     """Calibration windows that are drawn, or only how many of which length there will be.
@@ -98,7 +124,7 @@ class Foreseen:
     `at_once` texts side by side.
     """
 
-    windows: Windows | None
+    windows: Windows | Images | None
     samples: int
     length: int
     unchecked: Sequence[str]
@@ -112,6 +138,10 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
     Without a calibration text only the length is checked.
     """
     asked = with_default_text(asked)
+    if not reads_tokens(opened.skeleton.model) and asked.calibration is not None:
+        images = model_samples(opened, asked, progress=lambda done, total: None)
+        return Foreseen(images, images.samples, images.length, ())
+    check_reads_tokens(opened, asked.calibration)
     unchecked: Sequence[str] = ()
     to_write: list[OwnText] = []
     windows, at_once = None, 1
@@ -143,14 +173,19 @@ def model_evaluation_windows(
     bos: str = "auto",
     known: Mapping[str, Any] | None = None,
     option: str = "--length",
+    predicting: bool = True,
 ) -> Windows:
     """`evaluation_windows` for an opened model; `bos` and `known` are those of `model_windows`.
 
     With "auto", a checkpoint of ours follows what its dense model chose for the calibration samples: pruning can move a
     window's loss by more than the margin, and both models are to read the same tokens.
 
-    Raises what `evaluation_windows` raises, and `CalibrationError` for windows of less than two tokens.
+    Raises what `evaluation_windows` raises. Where the model is to be `predicting` the next token, also
+    `ModelStructureError` for one that does not, and `CalibrationError` for windows of less than two tokens.
     """
+    if predicting:
+        check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity")
+    check_reads_tokens(opened, data)
     text = _is_text(data)
     tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
     if text and bos == "auto" and known is None:
@@ -159,12 +194,24 @@ def model_evaluation_windows(
     def cut(where: str) -> Windows:
         found = evaluation_windows(data, tokenizer, length=length, windows=windows, bos=where)  # type: ignore[arg-type]
         check_fits(found, opened.skeleton.vocabulary_size, opened.skeleton.positions, option)
-        check_predictions(found, option)
+        if predicting:
+            check_predictions(found, option)
         return found
 
     found = _placed(cut, bos, known, str(data) if text else "token ids", lambda: opened, text)
     _say_fewer(found, "windows", windows)
     return found
+
+
+def evaluation_samples(
+    opened: OpenedModel, data: Any, tokenizer: Any, *, length: int | None, windows: int | None, bos: str
+) -> Windows | Images:
+    """The windows of `model_evaluation_windows` for a model that need not predict, or, where it reads them, images."""
+    if reads_tokens(opened.skeleton.model):
+        return model_evaluation_windows(
+            opened, data, tokenizer, length=length, windows=windows, bos=bos, predicting=False
+        )
+    return model_images(opened, data, samples=windows, length=length, seed=None, what="windows")
 
 
 class _Calibration(TypedDict):
@@ -219,8 +266,8 @@ def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | Non
     """The loss of the first window of text with BOS in front and without, in nats for each of the same tokens.
 
     These are the window's tokens after the first; BOS takes the place of its own first token, or of its last. None
-    where the tokenizer has no BOS, where every window begins with it anyway, or where nothing is left to compare. Takes
-    one pass over the weights.
+    where the tokenizer has no BOS, where every window begins with it anyway, where nothing is left to compare, or where
+    the model predicts no next token. Takes one pass over the weights.
     """
     bos = windows.provenance["bos"]["token"]
     skeleton = opened.skeleton
@@ -231,8 +278,12 @@ def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | Non
     if len(own) < 2:
         return None
     batches = [torch.cat([torch.tensor([bos]), own]).unsqueeze(0), own.unsqueeze(0)]
-    with torch.no_grad(), after_the_last_block(skeleton, batches, offload_states="never") as stream:
-        losses = [torch.cat(list(stream.losses(batch)), dim=1)[0].double() for batch in range(2)]
+    try:
+        check_predicts(skeleton.model, skeleton.blocks, "a perplexity")
+        with torch.no_grad(), after_the_last_block(skeleton, batches, offload_states="never") as stream:
+            losses = [torch.cat(list(stream.losses(batch)), dim=1)[0].double() for batch in range(2)]
+    except ModelStructureError:  # what speaks against pruning it, the run itself will say
+        return None
     return float(losses[0][1:].mean()), float(losses[1].mean())
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from secateur.calibration.images import Images
 from secateur.calibration.windows import Progress, Windows
 from secateur.collect.collector import Place, run_batches
 from secateur.collect.input_sums import InputSums, Sums
@@ -164,7 +165,7 @@ class Survey:
 
 def facts_of(
     opened: OpenedModel,
-    windows: Windows,
+    windows: Windows | Images,
     matrices: Sequence[Matrix],
     batch_size: int,
     statistics_device: torch.device | None,

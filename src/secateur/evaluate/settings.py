@@ -136,7 +136,8 @@ class CompareSettings(BatchSettings, DtypeSettings, TextSettings, TaskSettings, 
         tuple[str, ...],
         Option(
             OPTIONS,
-            "As for eval; repeat it for several texts [default: wikitext2, unless --tasks or --prompts is given].",
+            "As for eval, or images:FOLDER for a model of images; repeat it for several texts [default: wikitext2, "
+            "unless --tasks or --prompts is given].",
             "-d",
         ),
     ] = ()

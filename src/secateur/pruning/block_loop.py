@@ -29,6 +29,7 @@ from secateur.core.problem import Method, Problem, Solution, select
 from secateur.core.statistics import SquaredNorm
 from secateur.errors import NumericalError, ProcessError, SecateurError
 from secateur.files.checkpoint import tensor_digest
+from secateur.models.flow.inputs import tokens_in
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.flow.waiting import WaitingForwards
 from secateur.models.shape.matrices import Matrix, by_block, tapped
@@ -116,11 +117,13 @@ class BlockLoop:
             batches = [batches[0][:1], batches[0][1:], *batches[1:]]
         if self.evidence.known:  # how far each block's output moves is left to find out, on the first batch alone
             batches = batches[:1]
-        self.share = self.processes.share(batches, probe=self.settings.within == "site")
+        self.share = self.processes.share(
+            batches, probe=self.settings.within == "site", length=self.ready.extent.length
+        )
         batches = list(self.share.batches)
         # Memory: beside the pruned stream, what goes into a block of the dense model and what comes out of it.
         dense = self.evidence.beside_dense
-        tokens = sum(batch.numel() for batch in batches)
+        tokens = tokens_in(batches, self.ready.extent.length)
         needed = (3 if dense else 1) * tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         folder = states_folder(self.settings.offload_states, needed, self.states)
         made = [

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration.images import Images
 from secateur.calibration.windows import Windows
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_parts import other_file
@@ -139,7 +140,7 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
         written = None if output is None else stack.enter_context(output)
         beside = processes.gather(Path.cwd() if transaction is None else transaction.partial)[0]
         if any(own.looks_at_samples and not own.forwards for own in evidence.collectors):
-            assert windows is not None
+            assert isinstance(windows, Windows)  # whatever has a loss reads tokens
             assert method.gradient is not None
             alone = transaction is None and processes.first
             room = processes.gather(stack.enter_context(scratch_folder(beside)) if alone else beside)[0]
@@ -247,7 +248,7 @@ def _facts(ready: Prepared, manifest: Manifest, size: BatchSize) -> dict[str, An
     }
 
 
-def _calibration(windows: Windows | None, gradient: GradientFile | None) -> dict[str, Any] | None:
+def _calibration(windows: Windows | Images | None, gradient: GradientFile | None) -> dict[str, Any] | None:
     """Where the tokens came from: the windows, or, for a method that sees gradients only, those of their file."""
     if windows is not None:
         return dict(windows.provenance) | {"digest": windows.digest}

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from secateur.calibration.images import Images
 from secateur.calibration.windows import Windows
 from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile
-from secateur.collect.model_windows import Foreseen, foreseen_windows, model_windows
+from secateur.collect.model_windows import Foreseen, foreseen_windows, model_samples
 from secateur.collect.settings import ModelSettings
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.needs import Drift
@@ -28,6 +28,7 @@ from secateur.errors import CalibrationError, CheckpointError, ModelStructureErr
 from secateur.models.flow.residual import residual_writers
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
+from secateur.models.shape.causality import check_predicts
 from secateur.models.shape.matrices import Matrix, by_block
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.plans.allocated import Allocated
@@ -60,7 +61,7 @@ class Prepared:
     method: Method
     plan: Plan
     evidence: RunEvidence
-    windows: Windows | None
+    windows: Windows | Images | None
     extent: Extent
     packed_bytes: int | None  # of all tensors of the output, where that will be packed
     allocated: Allocated | None  # how the plan came about, where it is not uniform
@@ -118,6 +119,7 @@ def prepared(
         if correction is not None:
             check_residual_targets(skeleton, planned)
             needs |= {Drift(correction)}
+        check_predictions_needed(skeleton, method, settings)
         given = gradient_file(settings.gradient, method, skeleton, planned)
         exempt = Exempt(settings.on_nonfinite, settings.unseen)
         evidence = RunEvidence(needs, given, survey, statistics_device, exempt)
@@ -129,10 +131,10 @@ def prepared(
             seen = foreseen_windows(opened, settings)
         elif evidence.looks_at_samples or to_allocate:
             progress("calibrate", 0, 0)
-            windows = model_windows(opened, settings, progress=partial(progress, "calibrate"))
+            windows = model_samples(opened, settings, progress=partial(progress, "calibrate"))
             seen = Foreseen(windows, windows.samples, windows.length, ())
         if to_allocate and not dry:
-            assert seen.windows is not None
+            assert isinstance(seen.windows, Windows)  # whatever has a loss reads tokens
             with (clock or Clock()).timed("allocation"):
                 stages = named(progress, "allocation")
                 allocated = make_allocation(opened, seen.windows, settings, plan, progress=stages)
@@ -177,6 +179,15 @@ def check_permutation(settings: PruneSettings, plan: Plan) -> None:
     check_assignment()
 
 
+def check_predictions_needed(skeleton: Skeleton, method: Method, settings: PruneSettings) -> None:
+    """Raise `ModelStructureError` where a run asks for next-token losses of a model that predicts none."""
+    model, blocks = skeleton.model, skeleton.blocks
+    if method.gradient is not None and method.gradient.scope == "model" and settings.gradient is None:
+        check_predicts(model, blocks, f"the loss whose gradients {method.name} takes")
+    if settings.allocation != "uniform":
+        check_predicts(model, blocks, f"the loss by which --allocation {settings.allocation} is judged")
+
+
 def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:
     """Raise where no planned matrix writes to the residual stream, as far as a block of each make-up shows.
 
@@ -184,9 +195,8 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
     """
     kinds = {index: frozenset(matrix.kind for matrix in own) for index, own in by_block(planned).items()}
     alike = {found: skeleton.blocks[index] for index, found in reversed(kinds.items())}
-    ids = (torch.arange(TRIAL_TOKENS) + 3).unsqueeze(0) % skeleton.vocabulary_size
     skeleton.load_outside(head=False)
-    stream = Stream(skeleton, [ids])
+    stream = Stream(skeleton, [skeleton.trial_batch(1, TRIAL_TOKENS)])
     some = False
     try:
         for block in alike.values():

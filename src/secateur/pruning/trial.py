@@ -158,7 +158,7 @@ def waiting_bytes(skeleton: Skeleton, matrices: Sequence[Matrix]) -> int:
                     forwards.reach(0, site.parameters)
                     held.append(forwards.held_bytes(0))
                     forwards.waits_at -= site.parameters
-        return max(held) // math.prod(WAITING)
+        return max(held) // math.prod(stream.states.get(0, stream.device).shape[:-1])
     except NOT_TRIED:
         return usually_waiting(skeleton)
 
@@ -201,9 +201,8 @@ def _zeros_in(skeleton: Skeleton, block: Block, samples: int, tokens: int) -> It
     trial = copy(skeleton)
     if not skeleton.resident:
         trial.source = ZeroSource(skeleton.source, skeleton.dtype)
-    ids = (torch.arange(samples * tokens) + 3).view(samples, tokens) % trial.vocabulary_size
     trial.load_outside(head=False)
-    stream = Stream(trial, [ids])
+    stream = Stream(trial, [trial.trial_batch(samples, tokens)])
     try:
         with loaded(trial, block, trial.read(block)):
             yield stream

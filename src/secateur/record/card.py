@@ -14,8 +14,9 @@ from secateur.files.checkpoint import CARD_FILE
 from secateur.files.packed import is_packed
 from secateur.files.reading import read_text
 from secateur.files.writer import writing
+from secateur.models.opening.classes import loader_of
 from secateur.plans.allocated import told
-from secateur.record.manifest import Manifest, cautions, order_line, sparsity
+from secateur.record.manifest import FILE_NAME, Manifest, cautions, order_line, read_manifest, sparsity
 from secateur.record.publication import base_of, last_part, published_command
 
 if TYPE_CHECKING:
@@ -112,18 +113,28 @@ def tell_use(folder: Path, *, packed: bool, name: str | None = None) -> None:
     text = read_text(path)
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
     name = name or (title[1] if title else None)
-    found = next((found for form in USES.values() if (found := _use_of(form).search(text))), None)
+    manifest = read_manifest(folder) if (folder / FILE_NAME).is_file() else None
+    loading = _loading(None if manifest is None else manifest.source)
+    found = next((found for form in USES.values() if (found := _use_of(form, loading).search(text))), None)
     if found is None or name is None:
         return
-    use = _filled(USES[packed], name=name).rstrip("\n")
+    use = _filled(USES[packed], name=name, **loading).rstrip("\n")
     with writing(path):
         path.write_text(f"{text[: found.start()]}{use}{text[found.end() :]}", encoding="utf-8")
 
 
-def _use_of(form: str) -> re.Pattern[str]:
+def _use_of(form: str, loading: Mapping[str, str]) -> re.Pattern[str]:
     """What finds a text on the use of a checkpoint, whatever that is called."""
-    first, *others = map(re.escape, _filled(form, name="\0").rstrip("\n").split("\0"))
+    first, *others = map(re.escape, _filled(form, name="\0", **loading).rstrip("\n").split("\0"))
     return re.compile(rf"{first}(?P<name>.*){'(?P=name)'.join(others)}")
+
+
+def _loading(source: Mapping[str, Any] | None) -> dict[str, str]:
+    """The classes of transformers that load a model and what reads its inputs."""
+    loader = loader_of(str((source or {}).get("architecture")))
+    if loader == "AutoModelForCausalLM":
+        return {"loader": loader, "reader": "AutoTokenizer", "read": "tokenizer"}
+    return {"loader": loader, "reader": "AutoProcessor", "read": "processor"}
 
 
 def refresh_card(folder: Path, manifest: Manifest, evaluations: Sequence[Mapping[str, Any]]) -> bool:
@@ -159,7 +170,7 @@ def public_card(
     made = ModelCard(f"---\n{_data(public).to_yaml()}\n---\n\n{new}")
     if path.exists():
         card = _loaded(path)
-        used = _use_of(USES[packed]).search(card.text)
+        used = _use_of(USES[packed], _loading(local.source)).search(card.text)
         old = _text(local, used["name"] if used else folder.resolve().name, packed=packed)
         card.text = _with_changes(card.text, old, new)
         data: Any = card.data
@@ -263,7 +274,8 @@ def _data(manifest: Manifest) -> "ModelCardData":
         # The hub knows adapter, merge, quantized and finetune: this is the one for other weights in the same layout.
         base_model_relation="finetune" if base else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        # What an encoder is for is known to its own card alone.
+        pipeline_tag="text-generation" if _loading(manifest.source)["loader"] == "AutoModelForCausalLM" else None,
         tags=list(dict.fromkeys(["pruned", "sparse", "sparsity", *_kinds(manifest), "secateur", *parts])),
         datasets=list(dict.fromkeys(known)) or None,
         **{key: manifest.source.get("card", {}).get(key) for key in COPIED},
@@ -285,7 +297,7 @@ def _text(manifest: Manifest, name: str, *, packed: bool = False) -> str:
         manifest=manifest,
         name=name,
         quoted=shlex.quote(name),
-        use=_filled(USES[packed], name=name).rstrip("\n"),
+        use=_filled(USES[packed], name=name, **_loading(manifest.source)).rstrip("\n"),
         model=f"[{base}](https://huggingface.co/{base})" if base else f"`{source_name(manifest)}`",
         allocated=told(manifest.settings.get("allocation") or {}),
         cautions=cautions(manifest),

@@ -16,6 +16,7 @@ from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.perplexity import Perplexity, plus_minus
+from secateur.evaluate.similarity import Similarity
 from secateur.evaluate.task_results import Difference, Metric, TaskComparison, TaskResult, TaskResults
 from secateur.evaluate.verdict import Verdict
 from secateur.models.shape.matrices import matrix_kind
@@ -296,6 +297,23 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
             bold = [len(rows) > 1 and value == best for value, best in zip(own, lowest, strict=True)]
             table.add_row(row.model, *(Text(cell, "bold" if b else "") for cell, b in zip(cells, bold, strict=True)))
         tables += [table, *_bos_lines(first.provenance), Text()]
+    return Group(*tables[:-1])
+
+
+def similarity_table(results: Sequence[Sequence[Similarity]]) -> RenderableType:
+    """One table for each text: how close the hidden states of each pruned model are to the dense one's."""
+    tables: list[RenderableType] = []
+    for rows in results:
+        title = f"{rows[0].data}, {rows[0].windows} windows of {rows[0].length} tokens: last hidden states"
+        table = _table("model", "cosine of tokens", "cosine of means", "relative error", title=title)
+        for row in rows:
+            table.add_row(
+                row.model,
+                f"{row.cosine:.4f}{plus_minus(row.cosine_error, '.4f')}",
+                f"{row.pooled_cosine:.4f}{plus_minus(row.pooled_cosine_error, '.4f')}",
+                f"{row.relative_error:.4f}",
+            )
+        tables += [table, Text()]
     return Group(*tables[:-1])
 
 

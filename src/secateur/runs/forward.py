@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.models.flow.inputs import tokens_in
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block
@@ -20,15 +21,21 @@ def after_the_last_block(
     batches: Sequence[Tensor],
     *,
     offload_states: str = "auto",
+    predicting: bool = True,
+    length: int = 1,
     progress: Progress = lambda stage, done, total: None,
 ) -> Iterator[Stream]:
-    """The stream of all batches after the last block, ready for the model's head; its states go at the end."""
-    needed = sum(batch.numel() for batch in batches) * skeleton.hidden_size * skeleton.dtype.itemsize
+    """The stream of all batches after the last block, ready for the model's head; its states go at the end.
+
+    `length` is the number of hidden states of an image; with `predicting`, next tokens will be asked for.
+    """
+    needed = tokens_in(batches, length) * skeleton.hidden_size * skeleton.dtype.itemsize
     skeleton.load_outside()
     stream = Stream(
         skeleton,
         batches,
         states_folder=states_folder(offload_states, needed, Path.cwd()),
+        predicting=predicting,
         progress=lambda done, total: progress("record", done, total),
     )
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from secateur.core.exact import Joinable
 from secateur.errors import ProcessError, SecateurError
 from secateur.launched import launched
+from secateur.models.flow.inputs import tokens_in
 from secateur.runs.journal import difference
 
 if TYPE_CHECKING:
@@ -71,12 +72,13 @@ class Processes:
         """Whether this is the process that writes, and speaks."""
         return self.rank == 0
 
-    def share(self, batches: Sequence[Tensor], *, probe: bool = False) -> Share:
+    def share(self, batches: Sequence[Tensor], *, probe: bool = False, length: int = 1) -> Share:
         """The batches of this process: a run of whole ones, as many samples as the others have, as far as that goes.
 
-        With `probe` every process has the first batch as well. Raises `ProcessError` for fewer batches than processes.
+        With `probe` every process has the first batch as well. `length` is the number of hidden states of an image.
+        Raises `ProcessError` for fewer batches than processes.
         """
-        samples, tokens = sum(map(len, batches)), sum(batch.numel() for batch in batches)
+        samples, tokens = sum(map(len, batches)), tokens_in(batches, length)
         if len(batches) < self.count:
             raise too_few(len(batches), self.count, f"more samples, a smaller --batch-size (now {len(batches[0])})")
         ends = list(itertools.accumulate(map(len, batches)))

@@ -18,6 +18,8 @@ from secateur.files.folders import locate
 from secateur.files.packed import PackedCheckpoint, is_packed
 from secateur.models.opening.opened import choose_device, main_dtype, open_model
 from secateur.models.opening.whole import positions_of
+from secateur.models.shape.causality import check_predicts
+from secateur.models.shape.structure import find_blocks
 from secateur.models.weights.quantised import open_checkpoint
 from secateur.runs.options import taking
 from secateur.runtime.dense_calls import faster_by_mv, products_by_mv
@@ -275,6 +277,8 @@ def _check_memory(model: str, size: int, way: Way, dtype: str, device: torch.dev
 
 
 def _check_length(module: Any, model: str, settings: BenchSettings) -> None:
+    """Raise for a model that cannot be timed at going on with so much text."""
+    check_predicts(module, find_blocks(module)[1], "text that it goes on with")
     positions = positions_of(module)
     if positions is not None and settings.prompt + settings.decode > positions:
         raise SecateurError(

@@ -9,6 +9,8 @@ from torch import nn
 
 from secateur.errors import CheckpointError, SecateurError
 from secateur.models.opening.whole import WholeModel, positions_of
+from secateur.models.shape.causality import check_predicts
+from secateur.models.shape.structure import find_blocks
 from secateur.runs.options import taking
 from secateur.runtime.load import load
 from secateur.runtime.settings import GenerateSettings
@@ -53,6 +55,7 @@ def generate(settings: GenerateSettings) -> Generated:
         raise SecateurError(f"--temperature: got {settings.temperature:g}, expected 0 or more.")
     started = time.perf_counter()
     module, tokenizer, name = _opened(settings)
+    check_predicts(module, find_blocks(module)[1], "a text that goes on")
     loaded = time.perf_counter() - started
     inputs = _inputs(tokenizer, settings, name).to(module.device)
     length = inputs["input_ids"].shape[1]

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.files.writer import reserve
+from secateur.models.flow.inputs import forward, shortest
 from secateur.models.flow.memory import available_bytes
 from secateur.models.opening.configuration import reason
-from secateur.models.shape.causality import check_causal
+from secateur.models.shape.causality import bidirectional, sees_later_tokens
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block, embeddings_of
 
@@ -155,8 +156,9 @@ def default_batch_size(length: int, device: torch.device) -> int:
 class Stream:
     """Calibration samples at one block of the model, moved on block by block.
 
-    Each of `batches` is token ids of shape (samples, length); the length may differ from batch to batch. `states` holds
-    what goes into the next block.
+    Each of `batches` is what the model's forward takes: token ids of shape (samples, length), whose length may differ
+    from batch to batch, or images. `states` holds what goes into the next block. With `predicting`, next tokens will be
+    asked for, and a model whose tokens see later ones is refused.
     """
 
     def __init__(
@@ -165,9 +167,11 @@ class Stream:
         batches: Sequence[Tensor],
         *,
         states_folder: Path | None = None,
+        predicting: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.skeleton = skeleton
+        self._predicting = predicting
         self.device = skeleton.device
         self.batches = batches
         self.states = HiddenStates(len(batches), states_folder, pin=skeleton.device.type == "cuda")
@@ -202,7 +206,7 @@ class Stream:
             return self._structures[type(self.skeleton.blocks[index].module)](states)
 
         with _stubbed(self.skeleton, run), contextlib.suppress(_Finished):
-            self.skeleton.model(input_ids=self.batches[number].to(self.device), use_cache=False)
+            forward(self.skeleton.model, self.batches[number].to(self.device))
         return calls
 
     def _output_structures(self) -> dict[type[nn.Module], Callable[[Tensor], Any]]:
@@ -221,9 +225,10 @@ class Stream:
             kind = type(block.module)
             if kind not in wrappers:
                 with loaded(self.skeleton, block, self.skeleton.read(block)):
-                    if states.shape[-2] > 1:
+                    if self._predicting and states.shape[-2] > 1:
                         apart = partial(self.replay, block, call.with_copies())
-                        check_causal(self.skeleton.model, block, states, apart)
+                        if sees_later_tokens(block, states, apart):
+                            raise bidirectional(self.skeleton.model, block)
                     wrappers[kind] = _wrapper(call.of(block.module, states), block)
             previous = passed.pop() if passed else states
             in_order = called == list(range(index + 1))
@@ -238,7 +243,7 @@ class Stream:
         model = self.skeleton.model
         try:
             with _stubbed(self.skeleton, run), _up_to_the_head(model):
-                model(input_ids=self.batches[0][:1, :2].to(self.device), use_cache=False)
+                forward(model, shortest(model, self.batches[0]).to(self.device))
         except (SecateurError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the model's own code raises, which runs here for the first time
@@ -351,8 +356,31 @@ class Stream:
             return self._structures[type(self.skeleton.blocks[index].module)](states if index == last else passed)
 
         with _stubbed(self.skeleton, run):
-            logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = forward(self.skeleton.model, ids).logits
         return logits
+
+    @torch.no_grad()
+    def last_hidden_states(self, batch: int) -> Tensor:
+        """The hidden states of a batch that the model returns as the last, after the last block and a final norm."""
+        model: Any = self.skeleton.model
+        found: list[Tensor] = []
+
+        def run(index: int, passed: Tensor, call: Call) -> Any:
+            own = self.states.get(batch, self.device) if index == len(self.skeleton.blocks) - 1 else passed
+            return self._structures[type(self.skeleton.blocks[index].module)](own)
+
+        def keep(module: nn.Module, args: object, output: Any) -> None:
+            found.append(output[0])
+            raise _Finished
+
+        # What transformers calls the base model is the one without a head.
+        hook = getattr(model, "base_model", model).register_forward_hook(keep)
+        try:
+            with _stubbed(self.skeleton, run), contextlib.suppress(_Finished):
+                forward(model, self.batches[batch].to(self.device))
+        finally:
+            hook.remove()
+        return found[0]
 
     def close(self) -> None:
         """Drop the hidden states and their files."""

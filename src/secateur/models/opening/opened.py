@@ -22,7 +22,6 @@ from secateur.files.reading import read_json, read_text
 from secateur.launched import devices_named, launched
 from secateur.models.opening.configuration import PACKING_ENTRIES, reason
 from secateur.models.opening.wrapped import plain_module
-from secateur.models.shape.causality import check_declared
 from secateur.models.shape.skeleton import Skeleton, Source
 from secateur.models.shape.structure import build_skeleton, prepare, weightless
 from secateur.models.weights.loaded import LoadedModel
@@ -35,8 +34,8 @@ class OpenedModel:
 
     `origin` is the provenance for the manifest; `write_companions(folder)` writes configuration, tokenizer and
     licence beside new weights; `expected(folder)` builds, without weights, the model that the files written there
-    must fill; `load_tokenizer()` returns the tokenizer, or None when there is none; `restore()` puts a module in
-    memory back into the mode it was in.
+    must fill; `load_tokenizer()` and `load_image_processor()` return the tokenizer and what makes pixel values of
+    images, or None when there is none; `restore()` puts a module in memory back into the mode it was in.
     """
 
     skeleton: Skeleton
@@ -45,6 +44,7 @@ class OpenedModel:
     load_tokenizer: Callable[[], Any]
     expected: Callable[[Path], nn.Module]
     restore: Callable[[], None] = lambda: None
+    load_image_processor: Callable[[], Any] = lambda: None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -138,7 +138,6 @@ def open_model(
     source = open_checkpoint(folder)
     empty = build_skeleton(folder, source, trust_remote_code=trust_remote_code)
     skeleton = Skeleton(empty, source, device=chosen, dtype=choose_dtype(dtype, chosen, main_dtype(source)))
-    check_declared(empty, skeleton.blocks)
     check_dtypes(skeleton)
     skeleton.check_complete()
     checkpoint = source if isinstance(source, Checkpoint) else source.checkpoint
@@ -159,6 +158,7 @@ def open_model(
         origin=origin,
         write_companions=lambda target: _copy_companions(folder, target),
         load_tokenizer=lambda: load_tokenizer(folder, trust_remote_code),
+        load_image_processor=lambda: load_image_processor(folder, trust_remote_code),
         expected=lambda target: _described(target, trust_remote_code),
     )
 
@@ -195,7 +195,6 @@ def _open_module(given: nn.Module, device: torch.device | None, dtype: str) -> O
         restoring.callback(prepare(model))
         source = LoadedModel(model)
         skeleton = Skeleton(model, source, device=first.device, dtype=first.dtype, resident=True)
-        check_declared(model, skeleton.blocks)
         check_dtypes(skeleton)
 
         def write(target: Path) -> None:
@@ -367,3 +366,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the tokenizer's own library, or code beside the weights raises
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {reason(error)}") from None
+
+
+def load_image_processor(folder: Path, trust_remote_code: bool) -> Any:
+    """The image processor of a checkpoint, or None when it has none. Raises `CheckpointError` for a damaged one."""
+    if not (folder / "preprocessor_config.json").exists():
+        return None
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever transformers, or code beside the weights raises
+        raise CheckpointError(f"{folder}: its image processor cannot be loaded: {reason(error)}") from None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, ModelStructureError
 from secateur.files.checkpoint import Checkpoint
 from secateur.files.folders import locate
 from secateur.files.scratch import scratch_folder
@@ -27,7 +27,9 @@ from secateur.models.opening.opened import (
     main_dtype,
     open_model,
 )
+from secateur.models.shape.causality import check_predicts
 from secateur.models.shape.skeleton import Source
+from secateur.models.shape.structure import find_blocks
 from secateur.models.weights.quantised import DequantisedCheckpoint, open_checkpoint
 
 WORKING_SHARE = 1.2  # of the weights' size must be free for a model to be loaded onto one device
@@ -173,8 +175,9 @@ def load_whole(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **p
                 use_safetensors=True,  # of other formats, some are pickles
                 **placement,
             )
+            check_predicts(module, find_blocks(module)[1], "text or a loss of the next token")
             return module
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.OutOfMemoryError, ModelStructureError):
             raise
         except Exception as error:  # whatever transformers, or code beside the weights raises
             failure = failure or error

@@ -64,11 +64,11 @@ def left_out(skeleton: "Skeleton", of_blocks: Iterable[Mapping[str, str]]) -> di
         groups = skeleton.conversion.of([name])
         parameter = parameters.get(groups[0].target) if groups else None
         if not groups:
-            reasons[name] = "not read by the language model"
+            reasons[name] = "not read by the model"
         elif parameter is not None and id(parameter) in embeddings:
             reasons[name] = "embedding or lm_head"
         elif len(skeleton.source.shape(name)) < 2:
             reasons[name] = "bias or norm"
         else:
-            reasons[name] = "outside the decoder blocks"
+            reasons[name] = "outside the blocks"
     return reasons

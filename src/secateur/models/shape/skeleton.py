@@ -81,11 +81,26 @@ class Skeleton:
         weight: Any = embeddings.weight
         return int(weight.shape[0])
 
+    def trial_batch(self, samples: int, tokens: int) -> Tensor:
+        """A batch that shows what a forward does, whatever is in it: some token ids, or images without anything."""
+        config: Any = getattr(self.model, "config", None)
+        size = getattr(config, "image_size", None)
+        if isinstance(embeddings_of(self.model, "get_input_embeddings"), nn.Embedding) or size is None:
+            return (torch.arange(samples * tokens) + 3).view(samples, tokens) % self.vocabulary_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return torch.zeros(samples, getattr(config, "num_channels", 3), height, width)
+
     @property
     def positions(self) -> int | None:
         """The longest window that the configuration allows for, or None when it names no limit."""
         value = getattr(self.text_config, "max_position_embeddings", None)
-        return value if isinstance(value, int) and value > 0 else None
+        if not isinstance(value, int) or value <= 0:
+            return None
+        tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
+        tokens = embeddings_of(self.model, "get_input_embeddings")
+        # RoBERTa and its kin count positions from the one after that of padding.
+        unused = (table.padding_idx for table in tables if table is not tokens and table.num_embeddings == value)
+        return value - max((last + 1 for last in unused if last is not None), default=0)
 
     @property
     def hidden_size(self) -> int:

@@ -1,4 +1,4 @@
-"""The structure of a model, found out rather than known: its decoder, its stack of blocks, and a skeleton to fill."""
+"""The structure of a model, found out rather than known: its stack of blocks, and a skeleton to fill."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
+from secateur.models.opening.classes import auto_classes
 from secateur.models.opening.configuration import limited, load_configuration, reason
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its position, its path in the model, its module."""
+    """One block of the stack: its position, its path in the model, its module."""
 
     index: int
     path: str
@@ -26,14 +27,14 @@ class Block:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[Block]]:
-    """The path of the block stack and its blocks: the `ModuleList` of the decoder that holds most parameters.
+    """The path of the block stack and its blocks: the `ModuleList` with most parameters, of a decoder if it has one.
 
     Raises `ModelStructureError` when there is none.
     """
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelStructureError(
-            f"{type(model).__name__}: an encoder-decoder; Secateur prunes decoder-only language models."
+            f"{type(model).__name__}: an encoder-decoder; Secateur prunes models with one stack of blocks."
         )
     decoder = decoder_of(model)
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
@@ -45,9 +46,9 @@ def find_blocks(model: nn.Module) -> tuple[str, list[Block]]:
     if not candidates:
         children = ", ".join(name for name, _ in decoder.named_children())
         raise ModelStructureError(
-            f"{type(model).__name__}: no stack of decoder blocks (nn.ModuleList) found in it"
+            f"{type(model).__name__}: no stack of blocks (nn.ModuleList) found in it"
             f"{f', only {children}' if children else '; it has no submodules at all'}. "
-            "Secateur prunes decoder-only language models."
+            "Secateur prunes models with one stack of blocks."
         )
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in candidates.items()}
     path = max(sizes, key=lambda name: sizes[name])
@@ -74,19 +75,17 @@ def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = 
     `source` has the tensors that belong to it. Buffers that are computed (rotary frequencies, causal masks) are
     real. Raises `CheckpointError` when transformers cannot build it, or it is far larger than the tensors.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     shapes = {name: source.shape(name) for name in source.names}
     config = load_configuration(folder, shapes, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelStructureError(
-            f"{folder}: {config.model_type} is an encoder-decoder; Secateur prunes decoder-only language models."
+            f"{folder}: {config.model_type} is an encoder-decoder; Secateur prunes models with one stack of blocks."
         )
     failure: Exception | None = None
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    for auto in auto_classes(config):
         try:
             with limited(folder, shapes), weightless() as finish:
-                model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
+                model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
                 finish(model)
             break
         except SecateurError:
@@ -96,7 +95,7 @@ def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = 
         except Exception as error:
             raise CheckpointError(f"{folder}: transformers cannot build its model: {reason(error)}") from None
     else:
-        raise CheckpointError(f"{folder}: transformers knows no causal language model for it: {failure}")
+        raise CheckpointError(f"{folder}: transformers knows no model for it: {failure}")
     prepare(model)
     return model
 

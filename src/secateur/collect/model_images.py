@@ -1,0 +1,49 @@
+"""Images for a certain model, through its own image processor, and how many hidden states it makes of each."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from secateur.calibration.images import Images, images_of, read_images
+from secateur.calibration.windows import fewer, require_positive
+from secateur.errors import CalibrationError
+from secateur.models.flow.inputs import input_name
+from secateur.models.flow.stream import Stream
+from secateur.models.opening.opened import OpenedModel
+
+_log = logging.getLogger("secateur")
+
+
+def model_images(
+    opened: OpenedModel, source: Any, *, samples: int | None, length: int | None, seed: int | None, what: str
+) -> Images:
+    """The images that are asked for. Raises `CalibrationError` for what is none, and for a model that reads others."""
+    kind, wanted = type(opened.skeleton.model).__name__, input_name(opened.skeleton.model)
+    if wanted != "pixel_values":
+        raise CalibrationError(f"{kind} reads {wanted}, which cannot be given. Only magnitude needs no samples.")
+    found = images_of(source)
+    if found is None:
+        raise CalibrationError(f"{kind} reads images, and no text. Give it some: images:FOLDER.")
+    if length is not None:
+        raise CalibrationError("--length: an image has as many tokens as the model makes of it. Leave --length out.")
+    require_positive(samples=samples)
+    processor = None if isinstance(found, torch.Tensor) else opened.load_image_processor()
+    pixels, facts = read_images(found, processor, samples, seed)
+    shape = {"samples": len(pixels), "length": _hidden_states(opened, pixels[:1])}
+    images = Images(pixels, facts, shape["length"])
+    if samples is not None and images.samples < samples:
+        _log.warning("%s of the %s %s asked for: there are no more.", f"{images.samples:,}", f"{samples:,}", what)
+    return replace(images, provenance={**facts, **shape, **fewer(what, samples, images.samples)})
+
+
+def _hidden_states(opened: OpenedModel, image: torch.Tensor) -> int:
+    skeleton = opened.skeleton
+    skeleton.load_outside(head=False)
+    stream = Stream(skeleton, [image])
+    try:
+        return int(stream.states.get(0, stream.device).shape[-2])
+    finally:
+        stream.close()
+        skeleton.unload_outside()
