@@ -50,6 +50,26 @@ def test_how_much_is_said(call: Call, model: Path, pruned: Path, tmp_path: Path)
     assert call("verify", pruned, "--log-file").message == "Error: --log-file needs a value."
 
 
+def test_what_was_pruned_or_zero_before(call: Call, pruned: Path, tmp_path: Path) -> None:
+    again = call("prune", pruned, "-o", tmp_path / "out", "--method", "magnitude", "--sparsity", "0.25")
+    assert again.code == 0
+    assert f"{pruned} was pruned already, with wanda, to sparsity 0.5000: its zeros count among those" in again.message
+    assert "21 of 21 matrices have more zeros than were asked for" in " ".join(again.out.split())
+    assert "these weights were zero before, and stay so." in " ".join(again.out.split())
+    more = call("prune", pruned, "-o", tmp_path / "more", "--method", "magnitude", "--sparsity", "0.75")
+    assert "more zeros than were asked for" not in more.out
+
+
+def test_devices_that_are_not_there(call: Call, model: Path) -> None:
+    for name in ("mps", "xpu"):
+        refused = call("plan", model, "--device", name, *CALIBRATION)
+        assert refused.code == 2
+        assert len(refused.message) < 160
+        assert re.fullmatch(
+            rf'Error: device "{name}" cannot be used here \(.+\)\. Use --device cpu or auto\.', refused.message
+        )
+
+
 # What programs read
 
 

@@ -143,6 +143,15 @@ def test_the_help(call: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert call(command, "-h").out == result.out
 
 
+@pytest.mark.parametrize("command", ["plan", "prune"])
+def test_the_help_begins_with_what_most_runs_need(call: Call, command: str) -> None:
+    text = call(command, "--help").out
+    common = text[text.index("Common options") : text.index("─ Options ─")]
+    first = [] if command == "plan" else ["--output"]
+    expected = [*first, "--sparsity", "--pattern", "--method", "--calibration", "--samples", "--length", "--device"]
+    assert re.findall(r"│ [ *]*(--[\w-]+)", common)[: len(expected)] == expected
+
+
 @pytest.mark.parametrize("command", OPTIONS)
 def test_the_examples_are_options_that_exist(command: str) -> None:
     epilog = cli.app[command].help_epilogue or ""

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -58,18 +58,22 @@ def command(
     name: str | None = None,
     required: Collection[str] = (),
     hidden: Collection[str] = (),
+    common: Sequence[str] = (),
     processes: bool = False,
 ) -> Callable[[Function], Function]:
     """The decorator of a function that makes it a command with these examples at the end of its help.
 
     Its options are the fields of its settings and its arguments that have an `Option`. `required` names fields that
-    only Python code can do without, `hidden` those that the help does not show. Several `processes` may share its work.
+    only Python code can do without, `hidden` those that the help does not show, `common` those that most people need,
+    which it shows first. Several `processes` may share its work.
     """
 
     def register(function: Function) -> Function:
         shown = GLOBAL + "\n\n**Examples**\n\n" + "\n\n".join(f"`{example}`" for example in examples)
         shown_name = name or function.__name__
-        own = parsed(function if processes else _alone(function, shown_name), required=required, hidden=hidden)
+        own = parsed(
+            function if processes else _alone(function, shown_name), required=required, hidden=hidden, common=common
+        )
         order = len(list(app))  # as they are registered, not by the alphabet
         app.command(own, name=shown_name, help_epilogue=shown, sort_key=order)
         return function

@@ -10,7 +10,8 @@ from cyclopts import CoercionError, CycloptsError, Group, MissingArgumentError, 
 from secateur.collect.settings import CALIBRATION, HOW, WHAT
 from secateur.runs.options import ARGUMENTS, OPTIONS, Field, Settings, choices, no_choice, options
 
-PANELS = (ARGUMENTS, OPTIONS, WHAT, CALIBRATION)  # first in the help, in this order; how to run comes last
+COMMON = "Common options"
+PANELS = (ARGUMENTS, COMMON, OPTIONS, WHAT, CALIBRATION)  # first in the help, in this order; how to run comes last
 KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 EMPTY = inspect.Parameter.empty
 
@@ -29,11 +30,15 @@ for _panel in PANELS:
 
 
 def parsed(
-    function: Callable[..., None], *, required: Collection[str] = (), hidden: Collection[str] = ()
+    function: Callable[..., None],
+    *,
+    required: Collection[str] = (),
+    hidden: Collection[str] = (),
+    common: Sequence[str] = (),
 ) -> Callable[..., None]:
     """The function as cyclopts calls it: with a parameter for each option, including those of its settings.
 
-    Settings that record the command line receive it here. `required` and `hidden` are those of `app.command`.
+    Settings that record the command line receive it here. `required`, `hidden` and `common` are those of `app.command`.
     """
     takers = {
         name: kind
@@ -41,7 +46,10 @@ def parsed(
         if isinstance(kind, type) and issubclass(kind, Settings)
     }
     fields = [field for kind in takers.values() for field in options(kind)] + list(options(function))
-    parameters = [_parameter(field, field.name in required, field.name in hidden) for field in fields]
+    fields.sort(key=lambda field: common.index(field.name) if field.name in common else len(common))
+    parameters = [
+        _parameter(field, field.name in required, field.name in hidden, field.name in common) for field in fields
+    ]
     parameters.sort(key=lambda parameter: parameter.kind)  # those without a name first
     names = [parameter.name for parameter in parameters]
 
@@ -60,13 +68,13 @@ def parsed(
     return invoke
 
 
-def _parameter(field: Field, required: bool, hidden: bool) -> inspect.Parameter:
+def _parameter(field: Field, required: bool, hidden: bool, common: bool) -> inspect.Parameter:
     option = field.option
     positional = option.panel == ARGUMENTS
     shown = Parameter(
         name=option.name.upper() or None if positional else [field.flag, *filter(None, [option.short])],
         help=option.help,
-        group=GROUPS[option.panel],
+        group=GROUPS[COMMON if common else option.panel],
         negative="",
         converter=_whole if field.kind in (int, int | None) else None,
         allow_repeating=None if get_origin(field.kind) is tuple else True,  # the last one counts

@@ -47,7 +47,7 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
     """Measure perplexity in the convention of the pruning papers, in the memory of one block, and run tasks.
 
     Tasks are lm-evaluation-harness's own; for them the whole model is loaded. Results are kept in $SECATEUR_CACHE
-    (~/.cache/secateur), and tasks are not run twice.
+    (secateur in $XDG_CACHE_HOME or ~/.cache), and tasks are not run twice.
     """
     if settings.names:
         alone("eval --tasks")

@@ -2,9 +2,11 @@
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.display import (
@@ -17,6 +19,7 @@ from secateur.cli.display import (
     status,
 )
 from secateur.cli.processes import LogDir, devices_of, logged, started_for
+from secateur.cli.voice import say
 from secateur.collect.settings import GradientSettings
 from secateur.launched import launched
 from secateur.pruning.presets import preset_options, spelled
@@ -27,6 +30,8 @@ PushTo = Annotated[
     str | None,
     Option(OPTIONS, "Publish the result in this repository of the hub, as secateur push does: OWNER/NAME."),
 ]
+# What most runs need, in this order.
+COMMON = ("output", "sparsity", "pattern", "method", "calibration", "samples", "length", "device", "packed", "resume")
 
 
 @command(
@@ -35,6 +40,7 @@ PushTo = Annotated[
     "secateur plan ./llama --processes 8 --bandwidth 400GB --device-memory 80GB",
     "secateur plan ./llama --json",
     hidden=("output", "overwrite", "resume"),
+    common=COMMON,
 )
 def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -> None:
     """Show what would be pruned, what not and why, and the memory, disk and time that it would take. Changes nothing.
@@ -44,6 +50,8 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
     _tell_preset(settings)
     with quiet_libraries(), status("Reading the model"):
         import psutil
+
+        _tell_of_zeros(settings.model)
 
         from secateur.pruning.forecast import estimate
         from secateur.report.terminal import estimate_tables
@@ -68,6 +76,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
     "secateur prune ./llama -o pruned --method my_methods:my_score",
     "torchrun --nproc-per-node 4 -m secateur prune ./llama -o pruned",
     required=("output",),
+    common=COMMON,
     processes=True,
 )
 def prune(
@@ -88,6 +97,7 @@ def prune(
         from secateur.pruning.engine import prune as run
         from secateur.report.terminal import manifest_tables
 
+        _tell_of_zeros(settings.model)
         if push_to is not None and launched().rank == 0:
             _check_push(str(settings.model), push_to)
         manifest = run(**vars(settings) | {"on_event": log.beside(on_event)})
@@ -99,6 +109,24 @@ def prune(
 
             pushed = push_to_hub(str(settings.output), push_to, evaluations=evaluation_store())
         print_tables(push_lines(pushed), error=as_json)
+
+
+def _tell_of_zeros(model: Any) -> None:
+    """Say in a line that a model was pruned before."""
+    from secateur.errors import CheckpointError
+    from secateur.record.manifest import FILE_NAME, read_manifest
+
+    folder = Path(str(model)).expanduser()
+    if not (folder / FILE_NAME).is_file():
+        return
+    with suppress(CheckpointError):  # opening the model tells of it
+        manifest = read_manifest(folder)
+        if manifest.totals["zeros"]:
+            say(
+                f"{folder} was pruned already, with {manifest.method}, to sparsity {manifest.totals['sparsity']:.4f}: "
+                "its zeros count among those that are asked for now. For a lower sparsity, or another method, prune "
+                f"{manifest.source.get('path') or 'the dense model'} again."
+            )
 
 
 def _check_push(model: str, repository: str) -> None:

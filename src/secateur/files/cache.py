@@ -12,8 +12,12 @@ from secateur.files.redaction import redacted
 
 
 def cache_folder() -> Path:
-    """The folder that $SECATEUR_CACHE names, or else ~/.cache/secateur."""
-    return Path(os.environ.get("SECATEUR_CACHE") or "~/.cache/secateur").expanduser()
+    """The folder that $SECATEUR_CACHE names, or else secateur in $XDG_CACHE_HOME, or else ~/.cache/secateur."""
+    if own := os.environ.get("SECATEUR_CACHE"):
+        return Path(own).expanduser()
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    # A relative one does not count, by the specification of these folders.
+    return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "secateur"
 
 
 def keep_json(file: Path, value: Any, what: str) -> None:

@@ -189,6 +189,19 @@ def cautions(manifest: Manifest) -> list[str]:
             f"{len(manifest.skipped)} of {planned} planned matrices were left dense, first {first}: "
             f"{manifest.skipped[first]['reason'].removeprefix(f'{first}: ')}"
         )
+    more = {
+        name: entry["zeros"] - round(pattern_from_json(entry["pattern"]).sparsity * math.prod(entry["shape"]))
+        for name, entry in matrices.items()
+        if entry["pattern"].get("per") != "search"  # whose count is only close to what was asked for
+    }
+    # Rows that are rounded each for themselves differ from the whole by less than one weight a row.
+    more = {name: extra for name, extra in more.items() if extra > matrices[name]["shape"][0]}
+    if more and manifest.recovery is None:
+        worst = max(more, key=lambda name: more[name])
+        found.append(
+            f"{len(more)} of {len(matrices)} matrices have more zeros than were asked for, {sum(more.values()):,} in "
+            f"all, most {worst} ({more[worst]:,}): these weights were zero before, and stay so."
+        )
     if unseen := [name for name, entry in matrices.items() if entry.get("method") == "magnitude"]:
         found.append(
             f"{len(unseen)} of {len(matrices)} matrices saw no calibration token and were pruned by magnitude, first "

@@ -66,6 +66,18 @@ class OpenedModel:
         return replace(self, skeleton=Skeleton(held.model, source, device=held.device, dtype=held.dtype))
 
 
+def _missing(name: str) -> str | None:
+    """Why there is no such device, where that can be said in fewer words than torch's."""
+    kind = name.partition(":")[0]
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            return "there is no Apple GPU, or this torch is built without it"
+        return "Apple GPUs have no float64, in which statistics are summed"
+    if kind == "xpu" and not torch.xpu.is_available():
+        return "there is no Intel GPU, or this torch is built without it"
+    return None
+
+
 def choose_device(name: str, option: str = "--device") -> torch.device:
     """The device that a name asks for; "auto" is a GPU, else the CPU.
 
@@ -91,6 +103,8 @@ def choose_device(name: str, option: str = "--device") -> torch.device:
     name = names[number % len(names)]
     if name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{number % torch.cuda.device_count()}"
+    if (said := _missing(name)) is not None:
+        raise CheckpointError(f'device "{name}" cannot be used here ({said}). Use {option} cpu or auto.')
     try:
         device = torch.device(name)
         if device.type == "cuda" and place.count > 1:
