@@ -31,7 +31,19 @@ PushTo = Annotated[
     Option(OPTIONS, "Publish the result in this repository of the hub, as secateur push does: OWNER/NAME."),
 ]
 # What most runs need, in this order.
-COMMON = ("output", "sparsity", "pattern", "method", "calibration", "samples", "length", "device", "packed", "resume")
+COMMON = (
+    "output",
+    "sparsity",
+    "pattern",
+    "preset",
+    "method",
+    "calibration",
+    "samples",
+    "length",
+    "device",
+    "packed",
+    "resume",
+)
 
 
 @command(
