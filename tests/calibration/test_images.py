@@ -17,6 +17,7 @@ import tiny
 from secateur.calibration.images import read_images
 from secateur.errors import CalibrationError
 from secateur.pruning.forecast import estimate
+from secateur.report import terminal
 
 
 @pytest.fixture
@@ -52,6 +53,7 @@ def test_pictures_go_through_the_models_processor(vit: Path, pictures: Path, tmp
     record = found.calibration
     assert record is not None
     assert (record["samples"], record["length"], record["images_there"], record["seed"]) == (4, 10, 5, 3)
+    assert terminal._measuring(found, "out") == ["secateur", "compare", str(vit), "out", "--data", spec]
     assert "4 images of 10 tokens of pictures" in (tmp_path / "out" / "README.md").read_text()
 
     processor = ViTImageProcessorPil.from_pretrained(vit)

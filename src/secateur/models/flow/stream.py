@@ -248,8 +248,8 @@ class Stream:
             raise
         except Exception as error:  # whatever the model's own code raises, which runs here for the first time
             raise ModelStructureError(
-                f"{type(model).__name__}: its own forward fails on two tokens ({reason(error)}). Does its config.json "
-                "belong to the weights, and its code to this version of transformers?"
+                f"{type(model).__name__}: its own forward fails on a short sample ({reason(error)}). Does its "
+                "config.json belong to the weights, and its code to this version of transformers?"
             ) from error
         if called != list(range(len(self.skeleton.blocks))):
             order = ", ".join(map(str, called[:8])) + (", ..." if len(called) > 8 else "")
