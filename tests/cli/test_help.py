@@ -148,7 +148,17 @@ def test_the_help_begins_with_what_most_runs_need(call: Call, command: str) -> N
     text = call(command, "--help").out
     common = text[text.index("Common options") : text.index("─ Options ─")]
     first = [] if command == "plan" else ["--output"]
-    expected = [*first, "--sparsity", "--pattern", "--method", "--calibration", "--samples", "--length", "--device"]
+    expected = [
+        *first,
+        "--sparsity",
+        "--pattern",
+        "--preset",
+        "--method",
+        "--calibration",
+        "--samples",
+        "--length",
+        "--device",
+    ]
     assert re.findall(r"│ [ *]*(--[\w-]+)", common)[: len(expected)] == expected
 
 
