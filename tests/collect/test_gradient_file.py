@@ -460,7 +460,7 @@ def test_gradients_alone_need_no_calibration(method, llama, file, tmp_path, monk
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("calibration samples are drawn")
 
-    monkeypatch.setattr("secateur.pruning.preparation.model_windows", never)
+    monkeypatch.setattr("secateur.pruning.preparation.model_samples", never)
     monkeypatch.setattr("secateur.models.flow.stream.Stream.__init__", never)
     manifest = prune(llama, method=method, gradient=file.path, output=tmp_path / "out")
     expected = {**file.provenance["calibration"], "digest": file.provenance["tokens_digest"]}

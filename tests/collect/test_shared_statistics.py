@@ -40,7 +40,7 @@ def test_bit_equal_to_separate_runs_without_their_forwards(name: str, tmp_path: 
         assert found == expected  # among others the sha256 of every tensor, and how far every block moved
         again = {file.name: file.read_bytes() for file in (tmp_path / f"{label}-separate").glob("*.safetensors")}
         assert again == {file.name: file.read_bytes() for file in (tmp_path / f"{label}-shared").glob("*.safetensors")}
-        kinds = 2 * len(set(separate))  # one of each class runs on two tokens: for what it returns, and for causality
+        kinds = len(set(separate))  # one of each class runs on two tokens, for what it returns
         assert len(separate) == tiny.BLOCKS * (8 + 1) + kinds
         assert len(forwards) == (tiny.BLOCKS * 2 + kinds if position else len(separate))
     shared.close()

@@ -19,7 +19,7 @@ from command_line import model  # noqa: F401
 SOURCE = Path(secateur.__file__).parent
 OPENING = {"open", "read_text", "write_text", "fdopen", "NamedTemporaryFile", "TemporaryFile"}
 BINARY = {"NamedTemporaryFile", "TemporaryFile"}  # where no mode is said
-OTHERS = {"os.open", "webbrowser.open", "read_text"}  # which open no text, or are our own reader
+OTHERS = {"os.open", "Image.open", "webbrowser.open", "read_text"}  # which open no text, or are our own reader
 
 
 def unnamed(file: Path) -> list[str]:

@@ -194,5 +194,5 @@ def test_from_the_command_line(call: Call, tmp_path: Path) -> None:  # noqa: F81
     assert done.code == 0, done.err
     assert re.search(r"^wanda +\d+\.\d\d ± \d+\.\d\d \(\d+\.\d\d\)$", done.out, re.M)
     assert "table.csv, table.tex and the cells." in done.out
-    assert re.search(r"^wanda 50%, seed 1: perplexity \d", done.err, re.M)
+    assert re.search(r"^[-\d]+ [:\d]+ wanda 50%, seed 1: perplexity \d", done.err, re.M)
     assert [len(mean["perplexity"]) for mean in call(*arguments, "--json").json["means"]] == [3]

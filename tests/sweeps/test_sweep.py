@@ -163,7 +163,7 @@ def test_with_dense_inputs_the_samples_run_through_the_blocks_once(place: Path, 
     )  # 5 windows in batches of 2, and one block to see what it returns and whether it is causal
     assert dense == [evaluation]
     # 6 samples in batches of 2, and the first batch once more behind the pruned block; then two of one batch.
-    assert list(forwards.values()) == [2 + 4 * tiny.BLOCKS + evaluation] + [2 + 2 * tiny.BLOCKS + evaluation] * 5
+    assert list(forwards.values()) == [1 + 4 * tiny.BLOCKS + evaluation] + [1 + 2 * tiny.BLOCKS + evaluation] * 5
     assert not list((tmp_path / "out").glob("statistics*"))
 
 
