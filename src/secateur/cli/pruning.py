@@ -125,6 +125,7 @@ def prune(
 
 def _tell_of_zeros(model: Any) -> None:
     """Say in a line that a model was pruned before."""
+    from secateur.core.patterns import pattern_from_json
     from secateur.errors import CheckpointError
     from secateur.record.manifest import FILE_NAME, read_manifest
 
@@ -133,7 +134,9 @@ def _tell_of_zeros(model: Any) -> None:
         return
     with suppress(CheckpointError):  # opening the model tells of it
         manifest = read_manifest(folder)
-        if manifest.totals["zeros"]:
+        # A checkpoint that a GGUF file was unpacked into is none that was pruned: its pattern removes nothing.
+        asked = any(pattern_from_json(entry["pattern"]).sparsity for entry in manifest.matrices.values())
+        if asked and manifest.totals["zeros"]:
             say(
                 f"{folder} was pruned already, with {manifest.method}, to sparsity {manifest.totals['sparsity']:.4f}: "
                 "its zeros count among those that are asked for now. For a lower sparsity, or another method, prune "
