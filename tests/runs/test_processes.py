@@ -29,7 +29,7 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts, block by block": ("qwen3_moe", {"method": "sparsegpt"}),
     "experts and gradients": ("mixtral", {"method": "gblm"}),
     "experts and residual targets": ("qwen3_moe", {"method": "alps", "within": "site", "targets": "residual"}),
-    "unseen experts": ("qwen3_moe", {"method": "wanda", "unseen": "magnitude", "samples": 5}),
+    "unseen experts": ("qwen3_moe", {"method": "wanda", "unseen": "magnitude", "samples": 5, "batch_size": 1}),
 }
 CASES = {**RUNS, **EXPERTS}
 
