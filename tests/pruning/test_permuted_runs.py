@@ -245,3 +245,23 @@ def test_the_trial_sees_a_bias_that_was_not_found(dtype: torch.dtype, monkeypatc
     manifest = prune(tiny.build("qwen2", dtype=dtype), **options)
     assert manifest.reordered is None
     assert len([why for block in manifest.blocks for why in block["not_reordered"].values()]) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "gblm"},
+        {"packed": True},
+        {"propagate": "dense"},
+        {"method": "sparsegpt+least_squares", "targets": "dense"},
+        {"method": "alps", "within": "site", "targets": "residual"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_run_takes_orders(options: dict[str, Any], tmp_path: Path) -> None:
+    source, out, manifest = permuted("llama", tmp_path, calibration=tiny.tokens(8, 32), **options)
+    result = verify(out, Checkpoint(source))
+    updates = manifest.method.startswith(("sparsegpt", "alps"))
+    assert (result.problems, result.changed) == ([], 21 if updates else 0)
+    assert result.reordered == 15
+    assert sum("kept_scores" in entry for entry in manifest.matrices.values()) == 6
