@@ -1,22 +1,18 @@
 """How far pruned models agree with the dense one on the same tokens: divergence, first choices, perplexity."""
 
 import math
-import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.collect.model_windows import model_evaluation_windows
-from secateur.collect.settings import DtypeSettings
 from secateur.errors import CheckpointError
+from secateur.evaluate.beside_dense import beside_dense
 from secateur.evaluate.perplexity import (
     check_finite,
-    described,
     exponential,
     paired_difference,
     standard_error,
@@ -24,13 +20,11 @@ from secateur.evaluate.perplexity import (
 )
 from secateur.evaluate.settings import AgreementSettings, TextSettings
 from secateur.evaluate.verdict import Change, Verdict, verdict
-from secateur.models.flow.stream import Stream, default_batch_size
-from secateur.models.opening.opened import open_model
-from secateur.runs.events import Progress, named
-from secateur.runs.forward import after_the_last_block
-from secateur.runs.journal import common_facts
+from secateur.models.flow.stream import Stream
+from secateur.models.opening.opened import OpenedModel
+from secateur.runs.events import Progress
 from secateur.runs.options import shared, taking
-from secateur.runs.processes import Processes, shared_run
+from secateur.runs.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -108,42 +102,23 @@ def agreement(settings: AgreementSettings) -> list[Agreement]:
     Raises `CheckpointError` for models with different vocabularies, `NumericalError` for outputs that are not finite,
     and what `perplexity` raises.
     """
-    machine, progress = shared(settings, DtypeSettings), settings.progress
-    with ExitStack() as stack:
-        processes = stack.enter_context(shared_run())
-        reference = open_model(settings.dense, **machine)
-        stack.callback(reference.restore)
-        cut = model_evaluation_windows(reference, settings.data, settings.tokenizer, **shared(settings, TextSettings))
-        whole = cut.batches(settings.batch_size or default_batch_size(cut.length, reference.skeleton.device))
-        processes.agree({**common_facts(reference), "dtype": str(reference.skeleton.dtype), "tokens": cut.digest})
-        batches = processes.share(whole).batches
-        forward = partial(after_the_last_block, batches=batches, offload_states=settings.offload_states)
-        expected = stack.enter_context(forward(reference.skeleton, progress=named(progress, "dense")))
-        results = []
-        for number, model in enumerate(settings.pruned):
-            started = time.perf_counter()
-            name = f"pruned {number + 1}" if len(settings.pruned) > 1 else "pruned"
-            opened = open_model(model, **machine)
-            try:
-                own, held = opened.skeleton.vocabulary_size, reference.skeleton.vocabulary_size
-                if own != held:
-                    raise CheckpointError(
-                        f"{opened.origin.get('path')}: has a vocabulary of {own} tokens, the dense model has {held}. "
-                        "They cannot be compared."
-                    )
-                with forward(opened.skeleton, progress=named(progress, name)) as stream:
-                    figures = _compare(expected, stream, named(progress, name), processes)
-            finally:
-                opened.restore()
-            results.append(
-                Agreement(
-                    model=str(opened.origin.get("path")),
-                    seconds=time.perf_counter() - started,
-                    **described(cut, settings.data),
-                    **figures,
-                )
-            )
-        return results
+    text = shared(settings, TextSettings)
+    found = beside_dense(
+        settings,
+        lambda dense: model_evaluation_windows(dense, settings.data, settings.tokenizer, **text),
+        _compare,
+        check=_check_vocabulary,
+    )
+    return [Agreement(**figures) for figures in found]
+
+
+def _check_vocabulary(dense: OpenedModel, pruned: OpenedModel) -> None:
+    own, held = pruned.skeleton.vocabulary_size, dense.skeleton.vocabulary_size
+    if own != held:
+        raise CheckpointError(
+            f"{pruned.origin.get('path')}: has a vocabulary of {own} tokens, the dense model has {held}. "
+            "They cannot be compared."
+        )
 
 
 def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:

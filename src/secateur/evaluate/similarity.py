@@ -1,11 +1,8 @@
 """How close the last hidden states of pruned models are to the dense one's, for models that predict no next token."""
 
 import math
-import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +11,15 @@ from torch import Tensor
 from secateur.collect.model_windows import evaluation_samples
 from secateur.collect.settings import DtypeSettings
 from secateur.errors import CheckpointError, NumericalError
+from secateur.evaluate.beside_dense import beside_dense
 from secateur.evaluate.perplexity import standard_error, without_nan
 from secateur.evaluate.settings import AgreementSettings, TextSettings
-from secateur.models.flow.stream import Stream, default_batch_size
+from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import open_model
 from secateur.models.shape.causality import predicts
-from secateur.runs.events import Progress, named
-from secateur.runs.forward import after_the_last_block
-from secateur.runs.journal import common_facts
+from secateur.runs.events import Progress
 from secateur.runs.options import shared, taking
-from secateur.runs.processes import Processes, shared_run
+from secateur.runs.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -68,47 +64,14 @@ def similarity(settings: AgreementSettings) -> list[Similarity]:
     Raises `CheckpointError` for models whose hidden states have different widths, `NumericalError` for hidden states
     that are not finite, and `CalibrationError` for a text that is too short or does not fit the model.
     """
-    machine, progress = shared(settings, DtypeSettings), settings.progress
-    with ExitStack() as stack:
-        processes = stack.enter_context(shared_run())
-        reference = open_model(settings.dense, **machine)
-        stack.callback(reference.restore)
-        cut = evaluation_samples(reference, settings.data, settings.tokenizer, **shared(settings, TextSettings))
-        whole = cut.batches(settings.batch_size or default_batch_size(cut.length, reference.skeleton.device))
-        processes.agree({**common_facts(reference), "dtype": str(reference.skeleton.dtype), "tokens": cut.digest})
-        batches = processes.share(whole).batches
-        forward = partial(
-            after_the_last_block,
-            batches=batches,
-            offload_states=settings.offload_states,
-            predicting=False,
-            length=cut.length,
-        )
-        dense = stack.enter_context(forward(reference.skeleton, progress=named(progress, "dense")))
-        results = []
-        for number, model in enumerate(settings.pruned):
-            started = time.perf_counter()
-            name = f"pruned {number + 1}" if len(settings.pruned) > 1 else "pruned"
-            opened = open_model(model, **machine)
-            try:
-                with forward(opened.skeleton, progress=named(progress, name)) as pruned:
-                    figures = _compare(dense, pruned, named(progress, name), processes)
-            finally:
-                opened.restore()
-            results.append(
-                Similarity(
-                    model=str(opened.origin.get("path")),
-                    data=settings.data if isinstance(settings.data, str) else "token ids",
-                    windows=cut.samples,
-                    length=cut.length,
-                    tokens=cut.tokens,
-                    digest=cut.digest,
-                    provenance=cut.provenance,
-                    seconds=time.perf_counter() - started,
-                    **figures,
-                )
-            )
-        return results
+    text = shared(settings, TextSettings)
+    found = beside_dense(
+        settings,
+        lambda dense: evaluation_samples(dense, settings.data, settings.tokenizer, **text),
+        _compare,
+        predicting=False,
+    )
+    return [Similarity(**figures) for figures in found]
 
 
 def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:
