@@ -20,7 +20,7 @@ def cache_folder() -> Path:
     return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "secateur"
 
 
-def keep_json(file: Path, value: Any, what: str) -> None:
+def keep_json(file: Path, value: Any, what: str, *, indent: int | None = None) -> None:
     """Write a JSON file, in the place of an earlier one, under its final name when it is whole.
 
     Several processes can thus share a folder. Raises `CheckpointError`, with `what` it is, where it cannot be written.
@@ -28,7 +28,7 @@ def keep_json(file: Path, value: Any, what: str) -> None:
     partial = file.with_name(unique(f".{file.name}"))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(redacted(value)) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(redacted(value), indent=indent) + "\n", encoding="utf-8")
         partial.replace(file)
     except OSError as error:
         raise CheckpointError(f"{file}: {what} cannot be kept ({error.strerror}).") from None

@@ -29,11 +29,6 @@ class Allocated:
         """What the file of a plan holds."""
         return {"format": FORMAT, "allocation": dict(self.record), "plan": self.plan.to_json()}
 
-    @property
-    def told(self) -> str:
-        """What the held-out windows say of it, in a sentence or two; empty for a plan that nobody allocated."""
-        return told(self.record)
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Allocated":
         """What `to_json` wrote. Raises `PatternError`."""

@@ -1,6 +1,5 @@
 """`allocate`: a plan that divides the zeros of one pattern among the matrices, and is better than the uniform one."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from secateur.collect.model_windows import model_windows
 from secateur.collect.settings import ModelSettings
 from secateur.core.needs import OutputGradients
 from secateur.errors import CalibrationError, CheckpointError, PatternError
-from secateur.files.writer import writing
+from secateur.files.cache import keep_json
 from secateur.models.flow.stream import default_batch_size, states_folder
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
 from secateur.plans import ALLOCATIONS
@@ -65,10 +64,7 @@ def allocate(settings: AllocateSettings) -> Allocated:
         found = allocated(opened, windows, settings, plan, progress=settings.progress)
     finally:
         opened.restore()
-    with writing(target):
-        partial = target.with_name(f"{target.name}.partial")
-        partial.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(target)
+    keep_json(target, found.to_json(), "the plan", indent=1)
     return found
 
 

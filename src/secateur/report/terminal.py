@@ -128,8 +128,10 @@ def allocation_tables(made: Allocated, output: str) -> RenderableType:
         kinds.setdefault(matrix_kind(name), []).append(pattern.sparsity)
     for kind, own in kinds.items():
         table.add_row(kind, str(len(own)), *(f"{value:.4f}" for value in (sum(own) / len(own), min(own), max(own))))
-    told = Text(made.told, style="" if made.record["used"] else "yellow")
-    return Group(table, told, Text(f"Written to {output}; prune with it: secateur prune MODEL -o OUT --plan {output}"))
+    judged = Text(told(made.record), style="" if made.record["used"] else "yellow")
+    return Group(
+        table, judged, Text(f"Written to {output}; prune with it: secateur prune MODEL -o OUT --plan {output}")
+    )
 
 
 def _measuring(manifest: Manifest, output: str) -> list[str]:
