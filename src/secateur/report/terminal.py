@@ -129,9 +129,8 @@ def allocation_tables(made: Allocated, output: str) -> RenderableType:
     for kind, own in kinds.items():
         table.add_row(kind, str(len(own)), *(f"{value:.4f}" for value in (sum(own) / len(own), min(own), max(own))))
     judged = Text(told(made.record), style="" if made.record["used"] else "yellow")
-    return Group(
-        table, judged, Text(f"Written to {output}; prune with it: secateur prune MODEL -o OUT --plan {output}")
-    )
+    command = f"secateur prune MODEL -o OUT --plan {shlex.quote(output)}"
+    return Group(table, judged, Text(f"Written to {output}; prune with it: {command}"))
 
 
 def _measuring(manifest: Manifest, output: str) -> list[str]:
