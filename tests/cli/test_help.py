@@ -69,7 +69,7 @@ OPTIONS = {
     | (PRUNING - {"--gradient"})
     | HOW
     | {"--methods", "--keep", "--data", "--eval-length", "--windows", "--agreement", "--again", "--dry-run"}
-    | {"--ray", "--ray-cpus", "--seeds", "--latex"}
+    | {"--ray", "--ray-cpus", "--seeds", "--latex", "--tasks", "--limit", "--shots", "--task-data"}
     | {"--output", "--config", "--json"},
     "recover": RECOVERY
     | {"--log-dir"}

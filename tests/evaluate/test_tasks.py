@@ -31,12 +31,12 @@ from secateur.evaluate.task_results import TaskResults
 from secateur.evaluate.tasks import COMMONSENSE, GROUPS, mean, tasks
 from secateur.models.opening import whole
 from secateur.models.opening.whole import WholeModel
+from task_files import arc, boolq, lines, words
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 pytestmark = pytest.mark.usefixtures("some_tasks")
 SHARED = pytest.mark.skipif(not (DATA / "eval").is_dir(), reason="no task data beside the checkout")
 STOCK = Path(lm_eval.__file__).parent / "tasks"
-WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "tree", "red", "blue", "class", "return", "import", "value"]
 # task: (the harness's file, the split that it evaluates), written down by hand.
 BY_HAND = {
     "boolq": ("super_glue/boolq/default.yaml", "validation"),
@@ -47,37 +47,6 @@ BY_HAND = {
     "arc_challenge": ("arc/arc_challenge.yaml", "test"),
     "openbookqa": ("openbookqa/openbookqa.yaml", "test"),
 }
-
-
-def lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def words(draw: random.Random, count: int) -> str:
-    return " ".join(draw.choices(WORDS, k=count))
-
-
-def boolq(draw: random.Random, count: int) -> list[dict[str, Any]]:
-    return [
-        {"question": words(draw, 5), "passage": words(draw, 12), "idx": n, "label": draw.randrange(2)}
-        for n in range(count)
-    ]
-
-
-def arc(draw: random.Random, count: int) -> list[dict[str, Any]]:
-    """Questions whose choices are of the same length every other time: shorter ones win with a random model."""
-    return [
-        {
-            "id": str(n),
-            "question": words(draw, 6),
-            "choices": {
-                "text": draw.sample("abcdefgh", 4) if n % 2 else [words(draw, draw.randint(1, 4)) for _ in range(4)],
-                "label": list("ABCD"),
-            },
-            "answerKey": draw.choice("ABCD"),
-        }
-        for n in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from secateur.evaluate.settings import (
     AgreementSettings,
     CompareSettings,
     EvalSettings,
+    KeptTaskSettings,
     PerplexitySettings,
-    TaskSettings,
     VerdictSettings,
 )
 from secateur.launched import launched
@@ -49,20 +49,20 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
     Tasks are lm-evaluation-harness's own; for them the whole model is loaded. Results are kept in $SECATEUR_CACHE
     (secateur in $XDG_CACHE_HOME or ~/.cache), and tasks are not run twice.
     """
-    if settings.names:
+    if settings.tasks:
         alone("eval --tasks")
     elif started_for(settings.device):
         return
     shown: list[Any] = []
     values: dict[str, Any] = {}
-    if settings.names:
+    if settings.tasks:
         with quiet_libraries(), stage_progress() as show:
             from secateur.report.terminal import tasks_table
 
             answered = _answers(settings, show, **shared(settings, ModelSettings))
         values["tasks"] = answered.to_json()
         shown.append(tasks_table(answered))
-    if settings.data is not None or not settings.names:
+    if settings.data is not None or not settings.tasks:
         with quiet_libraries(), logged(log_dir) as log, stage_progress() as show:
             from secateur.calibration.hub import default_text
             from secateur.evaluate.perplexity import perplexity
@@ -96,14 +96,14 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     whether it can take the dense one's place. Exits with 3 where one misses --max-nats or --min-agreement. Of models
     that predict no next token, such as encoders, it compares the last hidden states, without that sentence.
     """
-    if settings.names or settings.prompts is not None:
+    if settings.tasks or settings.prompts is not None:
         alone("compare with --tasks or --prompts")
     elif started_for(settings.device):
         return
     dense, pruned = settings.dense, list(settings.pruned)
     answers: list[list[TaskComparison]] = []
     written: list[list[Generation]] = []
-    if settings.names or settings.prompts is not None:
+    if settings.tasks or settings.prompts is not None:
         with quiet_libraries():
             from secateur.evaluate.generations import generations, read_prompts
             from secateur.evaluate.task_results import task_differences
@@ -115,7 +115,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             for name in (dense, *pruned):
                 with WholeModel(name, **shared(settings, DtypeSettings)) as whole, stage_progress() as show:
                     progress = named(show, Path(name).name)
-                    if settings.names:
+                    if settings.tasks:
                         answered.append(_answers(settings, progress, model=whole))
                     if texts:
                         written.append(generations(whole, texts, new_tokens=settings.new_tokens, progress=progress))
@@ -261,8 +261,8 @@ def _answers(settings: EvalSettings | CompareSettings, progress: "Progress", **o
     """The results of all tasks. Those found in the store are not run again, and a line says so."""
     from secateur.evaluate.tasks import tasks
 
-    own = shared(settings, TaskSettings)
-    found = tasks(**opening, **own, batch_size=settings.batch_size, store=evaluation_store(), progress=progress)
+    own = shared(settings, KeptTaskSettings) | {"batch_size": settings.batch_size, "store": evaluation_store()}
+    found = tasks(**opening, names=own.pop("tasks"), **own, progress=progress)
     if found.reused:
         since = min(found.reused.values())
         say(

@@ -16,6 +16,7 @@ from secateur.sweeps.settings import SweepSettings
     "secateur sweep ./llama -o table --methods wanda,wanda+least_squares --data wikitext2 --data c4 --dry-run",
     "secateur sweep ./llama -o table --methods magnitude,wanda,sparsegpt --sparsity 0.5,0.6 --ray",
     "secateur sweep ./llama -o table --methods wanda,gblm --seeds 0,1,2 --latex",
+    "secateur sweep ./llama -o table --methods wanda,sparsegpt --tasks commonsense7 --limit 200",
     "secateur sweep ./llama -o table --methods l1=gblm,l2=gblm --option l2.norm=l2 --keep best",
 )
 def sweep(settings: SweepSettings, config: Config = None, as_json: Json = False) -> None:

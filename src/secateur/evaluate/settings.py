@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from secateur.runs.events import Progress
 
     OneText: TypeAlias = str | Tensor | Windows
+    Words: TypeAlias = str | Sequence[str]
 else:
     OneText = str
+    Words = tuple[str, ...]
     Progress = Any
 
 TASKS = "Tasks"
@@ -57,14 +59,13 @@ class AgreementSettings(BatchSettings, DtypeSettings, TextSettings):
 class TaskSettings(Settings):
     """Which tasks, and how they are asked."""
 
-    names: Annotated[
-        tuple[str, ...],
+    tasks: Annotated[
+        Words,
         Option(
             TASKS,
             "Tasks and groups of lm-evaluation-harness, with commas between them; also commonsense7 and commonsense6, "
             "the means of the papers.",
             "-t",
-            name="tasks",
             words=True,
         ),
     ] = ()
@@ -75,6 +76,12 @@ class TaskSettings(Settings):
     task_data: Annotated[
         str | None, Option(TASKS, "A folder of local files TASK_SPLIT*.jsonl in the place of data sets from the hub.")
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeptTaskSettings(TaskSettings):
+    """Also whether results that are kept count."""
+
     fresh: Annotated[bool, Option(TASKS, "Run tasks again that have been run before.")] = False
 
 
@@ -111,7 +118,7 @@ class VerdictSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EvalSettings(BatchSettings, ModelSettings, TextSettings, TaskSettings):
+class EvalSettings(BatchSettings, ModelSettings, TextSettings, KeptTaskSettings):
     """What `eval` takes."""
 
     data: Annotated[
@@ -127,7 +134,7 @@ class EvalSettings(BatchSettings, ModelSettings, TextSettings, TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CompareSettings(BatchSettings, DtypeSettings, TextSettings, TaskSettings, VerdictSettings):
+class CompareSettings(BatchSettings, DtypeSettings, TextSettings, KeptTaskSettings, VerdictSettings):
     """What `compare` takes."""
 
     dense: Annotated[str, Option(ARGUMENTS, "The dense model: folder, hub id, or GGUF file.")]
@@ -154,7 +161,7 @@ class CompareSettings(BatchSettings, DtypeSettings, TextSettings, TaskSettings, 
     @property
     def texts(self) -> tuple[str, ...]:
         """The texts to compare on."""
-        if self.data or self.names or self.prompts is not None:
+        if self.data or self.tasks or self.prompts is not None:
             return self.data
         from secateur.calibration.hub import default_text
 
@@ -163,7 +170,7 @@ class CompareSettings(BatchSettings, DtypeSettings, TextSettings, TaskSettings, 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_nats", "min_agreement"):
-            alone = self.names or self.prompts is not None
+            alone = self.tasks or self.prompts is not None
             if getattr(self, name) is not None and alone and not self.data:
                 raise CalibrationError(
                     f"--{name.replace('_', '-')}: is measured on a text, and --tasks or --prompts alone compare on "

@@ -65,15 +65,8 @@ def tasks(
     a model whose outputs are not numbers; and what opening the model raises.
     """
     started = time.perf_counter()
+    wanted = check_names(names)
     manager = stock_manager()
-    wanted = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
-    for name in wanted:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*GROUPS, *manager.all_tasks], 5)
-            hint = f" Nearest: {', '.join(near)}." if near else ""
-            raise CalibrationError(
-                f'unknown task "{name}".{hint} Known are {", ".join(GROUPS)} and what `lm-eval ls tasks` lists.'
-            )
     with ExitStack() as stack:
         data = dict.fromkeys(wanted, "hub")
         if task_data is not None:
@@ -134,6 +127,20 @@ def tasks(
             reused=reused,
             seconds=time.perf_counter() - started,
         )
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """The tasks that these names stand for. Raises `CalibrationError` for unknown ones, and without the harness."""
+    manager = stock_manager()
+    wanted = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+    for name in wanted:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, [*GROUPS, *manager.all_tasks], 5)
+            hint = f" Nearest: {', '.join(near)}." if near else ""
+            raise CalibrationError(
+                f'unknown task "{name}".{hint} Known are {", ".join(GROUPS)} and what `lm-eval ls tasks` lists.'
+            )
+    return wanted
 
 
 def mean(name: str, results: Sequence[TaskResult]) -> TaskResult:

@@ -10,6 +10,7 @@ from secateur.report.evaluations import data_name
 from secateur.report.page import FOLDER, PAGE, render, report_folder
 from secateur.report.tables import Cell, Table, count, number, percent, text
 from secateur.runs.events import Progress, seconds_text
+from secateur.sweeps.answers import by_task, shown
 from secateur.sweeps.draws import Figure, figure_text
 from secateur.sweeps.folder import SWEEP_FILE, Sweep
 
@@ -133,6 +134,7 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
         else [],
         "contents": [
             *((part["anchor"], part["heading"]) for part in texts),
+            *([("tasks", "Tasks")] if sweep.get("dense_tasks") else []),
             ("runs", "Every run"),
             ("settings", "Settings"),
         ],
@@ -140,9 +142,21 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
         "bars": "standard deviation over draws of the calibration samples"
         if _drawn(sweep)
         else "standard error over windows",
+        "tasks": _tasks(sweep) if sweep.get("dense_tasks") else None,
         "runs": _runs(sweep, list(charts)),
-        "settings": pairs("settings-table", "Common to all runs", sweep["settings"]),
+        "settings": pairs("settings-table", "Common to all runs", _settings(sweep["settings"])),
     }
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with a line for each method, text and digest."""
+    known = dict(settings)
+    methods, digests, choices = (known.pop(name, {}) for name in ("methods", "digests", "bos_choices"))
+    for label, method in methods.items():
+        options = ", ".join(f"{key}={value}" for key, value in method["options"].items())
+        known[f"method {label}"] = method["name"] + (f" ({options})" if options else "")
+    known |= {f"digest of the {what}": digest for what, digest in digests.items()}
+    return known | {f"BOS, {what}": choice for what, choice in choices.items()}
 
 
 def _spoken(figure: Mapping[str, Any], digits: str) -> str:
@@ -183,6 +197,47 @@ def _grid(
         else "with its standard error over windows"
     )
     return Table(f"grid-{place + 1}", caption, ["method", *kinds], rows, sortable=True)
+
+
+def _tasks(sweep: Mapping[str, Any]) -> Table:
+    """The metric that papers show of each task, and its paired difference from the dense model."""
+    dense = by_task(sweep["dense_tasks"])
+    columns = {task: shown(row) for task, row in dense.items()}
+    drawn = any(mean["draws"] > 1 for mean in sweep["task_means"])
+    held = {
+        (mean["method"], mean["pattern"], mean["task"]): mean
+        for mean in sweep["task_means"]
+        if columns.get(mean["task"]) == mean["metric"]
+    }
+
+    def entry(figure: Figure, form: str) -> Cell:
+        if drawn and figure.mean is not None:
+            return Cell(figure_text(figure, 4), figure.mean)
+        return number(figure.mean, form, figure.error)
+
+    first: list[Cell] = []
+    for task, row in dense.items():
+        value = row["metrics"][columns[task]]
+        first += [number(value["value"], ".4f", value["error"]), number(None, ".4f")]
+    rows = [[text("dense"), text(""), *first]]
+    for method, pattern in dict.fromkeys((method, pattern) for method, pattern, _ in held):
+        cells: list[Cell] = []
+        for task in columns:
+            mean = held.get((method, pattern, task), {"value": {}, "difference": {}})
+            cells += [entry(Figure(**mean["value"]), ".4f"), entry(Figure(**mean["difference"]), "+.4f")]
+        rows.append([text(method), text(pattern), *cells])
+    headings = [heading for task, metric in columns.items() for heading in (f"{task}, {metric}", "− dense")]
+    limit = sweep["settings"].get("limit")
+    caption = (
+        "Tasks"
+        + (f", the first {limit} documents of each" if limit else "")
+        + (
+            ", mean ± standard deviation over draws, in brackets the standard error over documents"
+            if drawn
+            else ", with standard errors over documents, those of differences paired"
+        )
+    )
+    return Table("grid-tasks", caption, ["method", "pattern", *headings], rows, sortable=True)
 
 
 def _runs(sweep: Mapping[str, Any], texts: Sequence[str]) -> Table:

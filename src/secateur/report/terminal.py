@@ -245,7 +245,7 @@ def sweep_table_groups(sweep: Sweep) -> RenderableType:
     """The tables of a sweep, the best of each column bold."""
     parts: list[RenderableType] = []
     for own in sweep_tables(sweep):
-        table = _table("method", *own.columns)
+        table = _table(own.first, *own.columns)
         for name, entries in own.rows:
             table.add_row(name, *(Text(entry.text, "bold" if entry.best else "") for entry in entries))
         # A title of the table itself would be folded to the table's width.

@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,18 +15,25 @@ from secateur.core.choices import Granularity, Scope
 from secateur.errors import CheckpointError, MethodError, SecateurError
 from secateur.evaluate.agreement import agreement
 from secateur.evaluate.perplexity import paired_difference, perplexity
+from secateur.evaluate.results import Results
+from secateur.evaluate.settings import TaskSettings
+from secateur.evaluate.task_results import TaskResults
+from secateur.evaluate.tasks import tasks
 from secateur.files.reading import read_text
 from secateur.models.flow.memory import trim
 from secateur.models.opening.opened import open_model
+from secateur.models.opening.whole import WholeModel
 from secateur.pruning.engine import prune
 from secateur.pruning.settings import SharedSettings
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.events import Event
 from secateur.runs.options import shared
+from secateur.sweeps.answers import cell_rows
 from secateur.sweeps.estimate import Task, shared_gradient
 from secateur.sweeps.folder import Cell, SweepFolder, plain
 from secateur.sweeps.settings import SweepSettings
 
+ANSWERS = "answers"  # the folder of what each model answered, document by document
 AGREEMENT = ("kl", "kl_error", "kl_99", "top1", "top1_error", "window_kl", "window_top1")
 
 
@@ -62,6 +69,7 @@ class CellRunner:
     asked: SweepSettings
     settings: dict[str, Any]  # as they are recorded
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dense_answers: dict[str, TaskResults] = field(default_factory=dict)  # by the name of the task
     texts: dict[str, Windows] = field(default_factory=dict)  # by data set
     calibrations: dict[int, Windows] = field(default_factory=dict)  # by seed
     batch_sizes: dict[str, int] = field(default_factory=dict)  # by label
@@ -73,6 +81,10 @@ class CellRunner:
     def options(self) -> dict[str, Any]:
         """The options of `prune` that all cells share."""
         return shared(self.asked, SharedSettings, SelectionSettings)
+
+    def unanswered(self, cell: Cell) -> list[str]:
+        """The tasks that a cell has not been asked yet."""
+        return [name for name in self.settings["tasks"] if name not in cell.tasks]
 
     def lacking(self, cell: Cell) -> list[str]:
         """The data sets on which a cell has not been evaluated yet."""
@@ -113,7 +125,7 @@ class CellRunner:
         details.unlink(missing_ok=True)
         try:
             if not self.folder.checkpoint(cell).exists():
-                if cell.figures:
+                if cell.figures or cell.tasks:
                     self.tell(SweepEvent("again", cell))
                 self._prune(task)
             self.folder.write(f"{cell.folder}/{FILE_NAME}", read_text(self.folder.checkpoint(cell) / FILE_NAME))
@@ -121,6 +133,11 @@ class CellRunner:
                 figures = {**cell.figures, data: self._figures(cell, data)}
                 cell = replace(cell, figures=figures, seconds=before + time.perf_counter() - began)
                 self.folder.write_cell(cell)
+            if names := self.unanswered(cell):
+                for name, found in self.answers(self.folder.checkpoint(cell), names, cell):
+                    rows = {**cell.tasks, name: plain(cell_rows(self.dense_answers[name], found))}
+                    cell = replace(cell, tasks=rows, seconds=before + time.perf_counter() - began)
+                    self.folder.write_cell(cell)
             cell = replace(cell, status="done")
         except ChangedModelError:
             raise
@@ -172,6 +189,17 @@ class CellRunner:
         found = perplexity(model, self.texts[data], revision=revision, **self._evaluating(cell, data))
         figures: dict[str, Any] = plain(replace(found, data=data).to_json())
         return figures
+
+    def answers(self, model: Model, names: Sequence[str], cell: Cell | None) -> Iterator[tuple[str, TaskResults]]:
+        """A model's results of tasks, name by name; those that were found before are kept in the sweep's folder."""
+        opening: dict[str, Any] = shared(self.asked, ModelSettings)
+        opening |= {"model": model, "revision": self.asked.revision if cell is None else None}
+        how = shared(self.asked, TaskSettings) | {"batch_size": self.asked.batch_size}
+        with WholeModel(**opening, tokenizer=self.asked.tokenizer) as whole:
+            for name in names:
+                asked = how | {"names": [name], "store": Results(self.folder.path / ANSWERS)}
+                del asked["tasks"]
+                yield name, tasks(whole, **asked, progress=partial(self._stage, cell))
 
     def _evaluating(self, cell: Cell | None, data: str) -> dict[str, Any]:
         """How all models are evaluated."""

@@ -22,6 +22,7 @@ from secateur.files.scratch import delete
 from secateur.files.writer import writing
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.output import check_apart, check_writable
+from secateur.sweeps.answers import Answered, Answers, TaskMean, task_means
 from secateur.sweeps.draws import Mean, means
 
 SWEEP_FILE = "sweep.json"
@@ -44,7 +45,9 @@ class Cell:
     `figures` has an entry for each data set: the output of `Perplexity.to_json`, `difference` and `difference_error`,
     the paired difference to the dense model in nats; where agreement was asked for, also that, under `agreement`.
     `seconds` are those of pruning and evaluating. `folder` is relative to that of the sweep. `seed` is that of the draw
-    of its calibration samples; None where the method needs none, and in the files of earlier versions.
+    of its calibration samples; None where the method needs none, and in the files of earlier versions. `tasks` has, by
+    the names that were asked for and then by task, shots, documents, metrics and their paired differences from the
+    dense model.
     """
 
     method: str
@@ -56,6 +59,7 @@ class Cell:
     figures: Figures = field(default_factory=dict)
     error: str | None = None
     seed: int | None = None
+    tasks: Answers = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -105,22 +109,27 @@ class _Settings(TypedDict):
     agreement: bool
 
 
+_Answers = dict[str, dict[str, Answered]]
+
+
 class _Written(TypedDict):
     model: str
     dense: dict[str, dict[str, Any]]
     settings: dict[str, Any]
     cells: list[Cell]
+    dense_tasks: NotRequired[_Answers]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid of prunings: the dense model's figures by data set, the settings, and the cells."""
+    """A grid of prunings: the dense model's figures by data set and its results of tasks, the settings, the cells."""
 
     folder: Path
     model: str
     dense: Figures
     settings: Mapping[str, Any]
     cells: Sequence[Cell]
+    dense_tasks: Answers = field(default_factory=dict)
 
     @property
     def failed(self) -> list[Cell]:
@@ -133,15 +142,23 @@ class Sweep:
         return means(self.cells, self.dense, self.data)
 
     @property
+    def task_means(self) -> list[TaskMean]:
+        """Every metric of every task for every method in every pattern, over the draws of calibration samples."""
+        return task_means(self.cells)
+
+    @property
     def data(self) -> list[str]:
         """The data sets, the first of which decides which cell is best."""
         return list(self.settings["data"])
 
     def to_json(self) -> dict[str, Any]:
-        """What `sweep.json` holds: model, dense, settings, cells, and their means over draws."""
+        """What `sweep.json` holds: model, dense, settings, cells, and their means over draws, also those of tasks."""
         value: dict[str, Any] = plain(dataclasses.asdict(self))
         del value["folder"]
-        return value | {"means": [plain(dataclasses.asdict(mean)) for mean in self.means]}
+        means, task_means = (
+            [plain(dataclasses.asdict(mean)) for mean in held] for held in (self.means, self.task_means)
+        )
+        return value | {"means": means, "task_means": task_means}
 
     @classmethod
     def read(cls, file: Path) -> "Sweep":
@@ -152,7 +169,8 @@ class Sweep:
         checked(value["dense"], file, dict[str, _Dense], advice=advice)
         for cell in value["cells"]:
             _check_cell(cell, file, advice)
-        return cls(file.parent, value["model"], value["dense"], value["settings"], value["cells"])
+        answers = value.get("dense_tasks", {})
+        return cls(file.parent, value["model"], value["dense"], value["settings"], value["cells"], answers)
 
 
 def _check_cell(cell: Cell, file: Path, advice: str) -> None:
@@ -163,6 +181,7 @@ def _check_cell(cell: Cell, file: Path, advice: str) -> None:
             f'{file}: damaged or altered: the folder of {cell.name} is "{cell.folder}", expected cells/NAME. {advice}'
         )
     checked(cell.figures, f"{file}, {cell.name}", dict[str, _Found], advice=advice)
+    checked(cell.tasks, f"{file}, {cell.name}", _Answers, advice=advice)
 
 
 class _Sources(TypedDict):
@@ -302,7 +321,7 @@ def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any],
     Methods, patterns and data sets may be added. A method may be changed as long as no cell is `finished` with it.
     An entry that only one side has is no difference.
     """
-    growing = ("methods", "digests", "bos_choices", "data", "agreement")
+    growing = ("methods", "digests", "bos_choices", "data", "agreement", "tasks")
     for key, value in new.items():
         if key in old and key not in growing and old[key] != value:
             raise _changed(folder, f"--{key.replace('_', '-')}", old[key], value)

@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.windows import Windows
@@ -29,6 +30,7 @@ from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel
 from secateur.runs.journal import AnotherRunError
 from secateur.runs.options import shared
+from secateur.sweeps.answers import dense_rows, tasks_csv
 from secateur.sweeps.cells import CellRunner, SweepEvent
 from secateur.sweeps.estimate import CellEstimate, SweepEstimate, Task, estimate_sweep, shared_gradient
 from secateur.sweeps.folder import Cell, Sweep, check_settings, draw_suffix
@@ -44,6 +46,7 @@ class SweepLoop(CellRunner):
     drawing: CalibrationSettings  # how calibration windows are drawn
     outdated: set[str] = field(default_factory=set)  # folders of cells with a checkpoint of another method
     cells: dict[str, Cell] = field(default_factory=dict)  # by folder; also those that were not asked for this time
+    known_answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # the dense model's
     left_out: list[Cell] = field(default_factory=list)  # cells of methods that are asked for no more, without figures
     estimates: dict[str, CellEstimate] = field(default_factory=dict)  # by cell folder
     unfinished: set[str] = field(default_factory=set)  # folders of cells that this run has still to finish
@@ -53,12 +56,14 @@ class SweepLoop(CellRunner):
     def sweep(self) -> Sweep:
         """All that is known."""
         dense = {data: self.dense[data] for data in self.settings["data"] if data in self.dense}
-        return Sweep(self.folder.path, self.settings["model"], dense, self.settings, list(self.cells.values()))
+        cells, asked = list(self.cells.values()), self.settings["tasks"]
+        rows = {name: dense_rows(self.dense_answers[name]) for name in asked if name in self.dense_answers}
+        return Sweep(self.folder.path, self.settings["model"], dense, self.settings, cells, self.known_answers | rows)
 
     def join(self, known: Sweep | None) -> None:
         """Go on from what is on the disk. Raises `CheckpointError` when that was made with other settings."""
         if known is not None:
-            finished = {cell.method for cell in known.cells if cell.figures} - set(self.asked.again)
+            finished = {cell.method for cell in known.cells if cell.figures or cell.tasks} - set(self.asked.again)
             check_settings(self.folder.path, known.settings, self.settings, finished)
             held = known.settings["methods"]
             changed = {key for key, own in self.settings["methods"].items() if held.get(key) != own}
@@ -66,7 +71,9 @@ class SweepLoop(CellRunner):
             for key in ("methods", "digests", "bos_choices"):
                 self.settings[key] = {**known.settings.get(key, {}), **self.settings[key]}
             self.settings["data"] = list(dict.fromkeys([*known.data, *self.settings["data"]]))
+            self.settings["tasks"] = list(dict.fromkeys([*known.settings.get("tasks", ()), *self.settings["tasks"]]))
             self.settings["agreement"] = self.settings["agreement"] or known.settings["agreement"]
+            self.known_answers = dict(known.dense_tasks)
             self.dense = {data: dict(figures) for data, figures in known.dense.items()}
             self.cells = {cell.folder: cell for cell in known.cells}
             for cell in known.cells:
@@ -83,7 +90,7 @@ class SweepLoop(CellRunner):
     def _leave_out(self, methods: set[str]) -> None:
         """Of methods that are asked for no more, only what is finished stays in the tables."""
         for cell in [cell for cell in self.cells.values() if cell.method not in methods and cell.status != "done"]:
-            if cell.figures:
+            if cell.figures or cell.tasks:
                 self.cells[cell.folder] = replace(cell, status="done", error=None)
             else:
                 self.left_out.append(self.cells.pop(cell.folder))
@@ -91,7 +98,9 @@ class SweepLoop(CellRunner):
     @property
     def pending(self) -> list[Task]:
         """The tasks that are not finished, first those whose checkpoint is there."""
-        tasks = [task for task in self.tasks if self.lacking(self.cells[task.cell.folder])]
+        cells = {task.cell.folder: self.cells[task.cell.folder] for task in self.tasks}
+        unfinished = {folder for folder, cell in cells.items() if self.lacking(cell) or self.unanswered(cell)}
+        tasks = [task for task in self.tasks if task.cell.folder in unfinished]
         return sorted(tasks, key=lambda task: not self.pruned(task.cell))
 
     def pruned(self, cell: Cell) -> bool:
@@ -181,6 +190,12 @@ class SweepLoop(CellRunner):
                 self.dense[data] = self._perplexity(self.asked.model, data, None)
                 self.folder.write_sweep(self.sweep)
                 self.tell(SweepEvent("dense", stage=data))
+        asked = dict.fromkeys(name for task in self.pending for name in self.unanswered(task.cell))
+        if asked:
+            for name, found in self.answers(self.asked.model, list(asked), None):
+                self.dense_answers[name] = found
+                self.folder.write_sweep(self.sweep)
+                self.tell(SweepEvent("dense", stage=name))
         self._take_gradients()
         self._share_statistics()
         pending = self.pending
@@ -211,6 +226,8 @@ class SweepLoop(CellRunner):
         self.folder.write_sweep(self.sweep)
         self.folder.write("table.md", markdown(self.sweep))
         self.folder.write("table.csv", table_csv(self.sweep))
+        if self.settings["tasks"]:
+            self.folder.write("tasks.csv", tasks_csv(self.sweep))
         if self.asked.latex:
             self.folder.write("table.tex", latex(self.sweep))
 

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from secateur.calibration.corpora import is_token_file
 from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES, calibration_windows
+from secateur.calibration.hub import default_text
 from secateur.calibration.windows import Windows
 from secateur.collect.model_windows import with_default_text
 from secateur.collect.settings import CalibrationSettings, ModelSettings
 from secateur.core.fingerprint import fingerprint
 from secateur.core.problem import Method
 from secateur.errors import CalibrationError, ModelStructureError, PatternError
+from secateur.evaluate.tasks import check_names
 from secateur.models.flow.memory import trim
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.pruning.preparation import chosen_correction
@@ -37,7 +39,8 @@ def sweep(settings: SweepSettings) -> Sweep:
     each pattern the one with the lowest perplexity on the first data set) or "all".
     With several `seeds` each cell whose method learns from calibration samples is run once for each draw of them, and
     the tables have means, with the standard deviation between draws beside the standard error over windows. `latex`
-    also writes them as LaTeX. The other options are those of `prune`. With ``bos="auto"`` the dense model decides once
+    also writes them as LaTeX. With `tasks` the dense model and every cell also answer tasks of lm-evaluation-harness,
+    as `secateur.tasks` does. The other options are those of `prune`. With ``bos="auto"`` the dense model decides once
     for each text and for the calibration, and the sweep goes on with that.
 
     A sweep that is started again in its folder does not run finished cells again. Methods, patterns and data sets may
@@ -61,10 +64,10 @@ def sweep(settings: SweepSettings) -> Sweep:
     if settings.ray is not False:
         require_ray()
     tasks = grid(settings)
-    texts = [settings.data] if isinstance(settings.data, str) else list(dict.fromkeys(settings.data))
-    if not texts:
-        raise CalibrationError("--data: got none, expected at least one text to evaluate on.")
+    if settings.tasks:
+        check_names(settings.tasks)
     folder = SweepFolder(settings.output, model)
+    texts = _texts(settings, folder)
     correction = chosen_correction(settings)
     with ExitStack() as stack:
         opened = open_model(**shared(settings, ModelSettings))
@@ -100,6 +103,8 @@ def sweep(settings: SweepSettings) -> Sweep:
             "keep": settings.keep,
             "agreement": settings.agreement,
             "data": texts,
+            "tasks": list(settings.tasks),
+            **({"limit": settings.limit, "shots": settings.shots} if settings.tasks else {}),
             "methods": {task.cell.method: _described(task.method) for task in tasks},
             "digests": {},
         }
@@ -128,6 +133,14 @@ def sweep(settings: SweepSettings) -> Sweep:
             stack.callback(loop.close)
             loop.run()
         return loop.sweep
+
+
+def _texts(settings: SweepSettings, folder: SweepFolder) -> list[str]:
+    """The texts to evaluate on: where none is given, those of the sweep that is there, or the default one."""
+    if settings.data:
+        return [settings.data] if isinstance(settings.data, str) else list(dict.fromkeys(settings.data))
+    known = folder.found()
+    return known.data if known is not None else [default_text("evaluation")]
 
 
 def _check_draws(calibration: str | Sequence[str] | Windows, settings: SweepSettings) -> None:

@@ -14,6 +14,7 @@ from secateur.collect.settings import (
 )
 from secateur.core.choices import Group
 from secateur.errors import CheckpointError
+from secateur.evaluate.settings import TaskSettings, Words
 from secateur.pruning.settings import MethodLike, MethodOptions, SharedSettings
 from secateur.runs.options import OPTIONS, Option, Settings
 
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
     Patterns: TypeAlias = Pattern | float | str | Sequence[Pattern | float | str]
     Seeds: TypeAlias = int | str | Sequence[int | str]
     Sparsities: TypeAlias = float | str | Sequence[float | str]
-    Words: TypeAlias = str | Sequence[str]
     OnEstimate: TypeAlias = Callable[[SweepEstimate], None]
     OnSweepEvent: TypeAlias = Callable[[SweepEvent], None]
 else:
-    Methods = Patterns = Seeds = Sparsities = Words = tuple[str, ...]
+    Methods = Patterns = Seeds = Sparsities = tuple[str, ...]
     OnEstimate = OnSweepEvent = Any
 
 EVALUATION = "Evaluation"
@@ -72,7 +72,7 @@ class GridSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SweepSettings(SharedSettings, CalibrationSettings, SelectionSettings, GridSettings):
+class SweepSettings(TaskSettings, SharedSettings, CalibrationSettings, SelectionSettings, GridSettings):
     """What `sweep` takes."""
 
     output: Annotated[File, Option(OPTIONS, "Folder for the tables and cells; started again there, goes on.", "-o")] = (
@@ -94,7 +94,15 @@ class SweepSettings(SharedSettings, CalibrationSettings, SelectionSettings, Grid
             "means and standard deviations over draws [default: --seed alone].",
         ),
     ] = ()
-    data: Annotated[Words, Option(EVALUATION, "As for eval; repeat it for several texts.", "-d")] = ("wikitext2",)
+    data: Annotated[
+        Words,
+        Option(
+            EVALUATION,
+            "As for eval; repeat it for several texts [default: wikitext2; python-docs where the hub does not answer "
+            "and has left no copy here].",
+            "-d",
+        ),
+    ] = ()
     eval_length: Annotated[
         int | None, Option(EVALUATION, "Tokens in each window of the evaluation [default: 2048].", least=2)
     ] = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.calibration.text import bos_text
+from secateur.sweeps.answers import best, by_task, shown
 from secateur.sweeps.draws import Figure, Mean, figure_text, seeds_text
 from secateur.sweeps.folder import Cell, Sweep
 
@@ -35,15 +36,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class SweepTable:
-    """One table: a title, the patterns, and for each method its name and an entry for each pattern."""
+    """One table: a title, the headings of its columns after the first one, and rows: a name and an entry for each.
+
+    Tables of a text have methods for rows and patterns for columns; that of tasks has a row for each method in each
+    pattern.
+    """
 
     title: str
     columns: list[str]
     rows: list[tuple[str, list[Entry]]]
+    first: str = "method"
 
 
 def sweep_tables(sweep: Sweep) -> list[SweepTable]:
-    """Perplexity on each data set, the dense model first; where agreement was asked for, the divergence from it too.
+    """Perplexity on each data set, the dense model first; where agreement was asked for, the divergence from it too;
+    and the tasks.
 
     Of several draws of calibration samples entries are the mean, the standard deviation between draws, and in brackets
     the standard error over windows.
@@ -66,7 +73,46 @@ def sweep_tables(sweep: Sweep) -> list[SweepTable]:
             divergences = {(mean.method, mean.pattern): mean.kl for mean in own}
             title = f"Divergence from the dense model in nats per token, {where}"
             tables.append(_table(title, own, divergences, 4, drawn))
+    answered = by_task(sweep.dense_tasks)
+    if answered:
+        title = "Tasks" + (f", the first {limit} documents of each" if (limit := sweep.settings.get("limit")) else "")
+        tables.append(_tasks_table(title + (over.replace("windows", "documents") if drawn else ""), sweep, answered))
     return tables
+
+
+def _tasks_table(title: str, sweep: Sweep, dense: Mapping[str, Any]) -> SweepTable:
+    # A task, and the metric that is shown of it.
+    columns = {task: shown(row) for task, row in dense.items()}
+    means = [mean for mean in sweep.task_means if columns.get(mean.task) == mean.metric]
+    drawn = any(mean.draws > 1 for mean in means)
+    values = {(mean.method, mean.pattern, mean.task): mean.value for mean in means}
+    kinds = list(dict.fromkeys((cell.method, cell.pattern) for cell in sweep.cells))
+
+    def entry(method: str, pattern: str, task: str) -> Entry:
+        figure = values.get((method, pattern, task), Figure())
+        if figure.mean is None:
+            return Entry("")
+        rivals = [
+            held.mean
+            for (_, own, other), held in values.items()
+            if (own, other) == (pattern, task) and held.mean is not None
+        ]
+        text = figure_text(figure if drawn else Figure(figure.mean), 4)
+        return Entry(text, figure.mean == best(rivals, columns[task]))
+
+    level = [row["metrics"][columns[task]] for task, row in dense.items()]
+    rows = [("dense", [Entry(_task_text(own["value"], own["error"] if drawn else None)) for own in level])]
+    rows += [
+        (f"{method}, {pattern}", [entry(method, pattern, task) for task in columns])
+        for pattern in dict.fromkeys(pattern for _, pattern in kinds)
+        for method, own in kinds
+        if own == pattern and any((method, pattern, task) in values for task in columns)
+    ]
+    return SweepTable(title, [f"{task}, {metric}" for task, metric in columns.items()], rows, "method, pattern")
+
+
+def _task_text(value: float | None, error: float | None) -> str:
+    return figure_text(Figure(value, None, error), 4)
 
 
 def _table(
@@ -107,7 +153,7 @@ def markdown(sweep: Sweep) -> str:
     """The tables in Markdown, the best of each column bold, and under them what failed and why."""
     parts = []
     for table in sweep_tables(sweep):
-        lines = [table.title, "", _line(["method", *table.columns]), "|---|" + "---:|" * len(table.columns)]
+        lines = [table.title, "", _line([table.first, *table.columns]), "|---|" + "---:|" * len(table.columns)]
         for name, entries in table.rows:
             lines.append(_line([name, *(f"**{entry.text}**" if entry.best else entry.text for entry in entries)]))
         parts.append("\n".join(lines))
@@ -130,7 +176,7 @@ def latex(sweep: Sweep) -> str:
             f"\\caption{{{_tex(table.title)}}}",
             f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
             "\\toprule",
-            " & ".join(["method", *map(_tex, table.columns)]) + r" \\",
+            " & ".join([table.first, *map(_tex, table.columns)]) + r" \\",
             "\\midrule",
             *(" & ".join(row) + r" \\" for row in rows),
             "\\bottomrule",
