@@ -69,6 +69,7 @@ _NAMES = {
     "runtime.unpack": ("Unpacking", "unpack"),
     "sweeps.folder": ("Sweep",),
     "sweeps.run": ("sweep",),
+    "sweeps.several": ("Sweeps", "sweep_models"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOMES)

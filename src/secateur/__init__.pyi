@@ -86,6 +86,7 @@ from secateur.runtime.pack import Packing as Packing, pack as pack
 from secateur.runtime.unpack import Unpacking as Unpacking, unpack as unpack
 from secateur.sweeps.folder import Sweep as Sweep
 from secateur.sweeps.run import sweep as sweep
+from secateur.sweeps.several import Sweeps as Sweeps, sweep_models as sweep_models
 
 __version__: str
 __all__: list[str]

@@ -204,14 +204,15 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
 
     def line(event: "SweepEvent") -> str | None:
         cell = event.cell
+        model = f"{event.model}: " if event.model else ""
         if event.kind == "dense":
-            return f"dense model evaluated on {event.stage}"
+            return f"{model}dense model evaluated on {event.stage}"
         if event.kind == "again":
             assert cell is not None
-            return f"{cell.name}: pruned again for what it lacks, since its checkpoint was not kept"
+            return f"{model}{cell.name}: pruned again for what it lacks, since its checkpoint was not kept"
         if event.kind == "lost":
             assert cell is not None
-            return f"{cell.name}: its worker was lost ({event.stage}); tried again"
+            return f"{model}{cell.name}: its worker was lost ({event.stage}); tried again"
         if event.kind != "cell" or cell is None:
             return None
         found = {data.rpartition("/")[2]: figures.get("perplexity") for data, figures in cell.figures.items()}
@@ -219,7 +220,8 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
         result = f"failed: {cell.error}" if cell.status == "failed" else f"perplexity {', '.join(numbers)}"
         left = event.cells - event.finished
         time_left = f", about {seconds_text(event.seconds_left)}" if left and event.seconds_left is not None else ""
-        return f"{cell.name}: {result}, {seconds_text(cell.seconds)}, {left} of {event.cells} cells left{time_left}"
+        time = seconds_text(cell.seconds)
+        return f"{model}{cell.name}: {result}, {time}, {left} of {event.cells} cells left{time_left}"
 
     if not bars():
 
@@ -237,7 +239,7 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
             if text is not None:
                 say(text, screen=False)
                 bar.console.print(visible(text), highlight=False)
-            where = event.cell.name if event.cell is not None else "all cells"
+            where = ", ".join(filter(None, [event.model, event.cell.name if event.cell is not None else "all cells"]))
             stage = event.stage.rpartition("/")[2]  # of a file, the name alone
             inner = f"{where}: {stage} {event.done}/{event.total}" if event.total else stage
             begins = not bar.tasks[0].fields["detail"].startswith(where)

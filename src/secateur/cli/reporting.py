@@ -50,12 +50,18 @@ def report(
     with quiet_libraries(), stage_progress() as show:
         from secateur.report.sweep_page import build_sweep
         from secateur.sweeps.folder import SWEEP_FILE
+        from secateur.sweeps.several import SWEEPS_FILE, Sweeps
 
         refreshed = True
         if (output / SWEEP_FILE).is_file():
             if evaluation:
                 raise CheckpointError(f"{output} is a sweep; its sweep.json has the figures of every run.")
             page = build_sweep(output, show)
+        elif (output / SWEEPS_FILE).is_file():
+            raise CheckpointError(
+                f"{output} has a sweep for each of several models: "
+                f"{', '.join(str(own.folder) for own in Sweeps.read(output).sweeps.values())}. Report one of them."
+            )
         else:
             from secateur.files.digest import model_digest
             from secateur.record.card import refresh_card

@@ -28,7 +28,8 @@ from secateur.report.inspect import Inspection, MatrixSparsity
 from secateur.runs.events import seconds_text
 from secateur.sweeps.estimate import SweepEstimate
 from secateur.sweeps.folder import Sweep
-from secateur.sweeps.table import sweep_tables
+from secateur.sweeps.several import Sweeps, models_tables
+from secateur.sweeps.table import SweepTable, sweep_tables
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
@@ -243,15 +244,27 @@ def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
 
 def sweep_table_groups(sweep: Sweep) -> RenderableType:
     """The tables of a sweep, the best of each column bold."""
+    tex = ", table.tex" if (sweep.folder / "table.tex").exists() else ""
+    csv = ", tasks.csv" if sweep.dense_tasks else ""
+    written = f"Written to {sweep.folder}: sweep.json, table.md, table.csv{csv}{tex} and the cells."
+    return Group(*_sweep_tables(sweep_tables(sweep)), Text(written))
+
+
+def sweeps_table_groups(sweeps: Sweeps) -> RenderableType:
+    """The tables of several models, the best of each column bold."""
+    written = f"Written to {sweeps.folder}: table.md, and a sweep for each model: {', '.join(sweeps.sweeps)}."
+    return Group(*_sweep_tables(models_tables(sweeps)), Text(written))
+
+
+def _sweep_tables(tables: Sequence[SweepTable]) -> list[RenderableType]:
     parts: list[RenderableType] = []
-    for own in sweep_tables(sweep):
+    for own in tables:
         table = _table(own.first, *own.columns)
         for name, entries in own.rows:
             table.add_row(name, *(Text(entry.text, "bold" if entry.best else "") for entry in entries))
         # A title of the table itself would be folded to the table's width.
         parts += [Text(own.title, style="bold"), table, Text()]
-    tex = ", table.tex" if (sweep.folder / "table.tex").exists() else ""
-    return Group(*parts, Text(f"Written to {sweep.folder}: sweep.json, table.md, table.csv{tex} and the cells."))
+    return parts
 
 
 def gradient_table(file: GradientFile) -> RenderableType:

@@ -59,6 +59,7 @@ class SweepEvent:
     finished: int = 0
     cells: int = 0
     seconds_left: float | None = None
+    model: str = ""  # in a sweep of several models
 
 
 @dataclass(kw_only=True)

@@ -270,15 +270,7 @@ class SweepFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the sweep, whole or not at all."""
-        file = self.path / name
-        partial = file.with_name(f"{file.name}.partial")
-        with writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", newline="", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(file)
+        write_whole(self.path / name, text)
 
     def write_cell(self, cell: Cell) -> None:
         """Write what is known of a cell."""
@@ -313,6 +305,18 @@ class SweepFolder:
             # Under another name first: what is half removed must not be taken for a checkpoint.
             old = folder.rename(folder.with_name(f"{folder.name}.old"))
             delete(old)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is there when it is whole. Raises `CheckpointError` where it cannot be written."""
+    partial = file.with_name(f"{file.name}.partial")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", newline="", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
 
 
 def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], finished: Collection[str]) -> None:
@@ -385,12 +389,12 @@ def cell_name(label: str, pattern: Pattern) -> str:
     elif isinstance(pattern, NM):
         end = f"{pattern.n}of{pattern.m}"
     else:
-        end = _legal(str(pattern)).replace("-", "_")
+        end = legal_name(str(pattern)).replace("-", "_")
     # No hyphen is left in `end`, so that the last one is where the label ends.
-    return f"{_legal(label)}-{end}"
+    return f"{legal_name(label)}-{end}"
 
 
-def _legal(text: str) -> str:
+def legal_name(text: str) -> str:
     """The text, or, where systems disagree about it (capitals, dots, other signs, length), a likeness and a digest."""
     if re.fullmatch(r"[a-z0-9_][a-z0-9_+-]{0,63}", text):
         return text

@@ -151,21 +151,31 @@ def _table(
 
 def markdown(sweep: Sweep) -> str:
     """The tables in Markdown, the best of each column bold, and under them what failed and why."""
+    return in_markdown(sweep_tables(sweep), [f"{cell.name} failed: {cell.error}" for cell in sweep.failed])
+
+
+def in_markdown(tables: Sequence[SweepTable], failures: Sequence[str]) -> str:
+    """Tables in Markdown, the best of each column bold, and under them what failed and why."""
     parts = []
-    for table in sweep_tables(sweep):
+    for table in tables:
         lines = [table.title, "", _line([table.first, *table.columns]), "|---|" + "---:|" * len(table.columns)]
         for name, entries in table.rows:
             lines.append(_line([name, *(f"**{entry.text}**" if entry.best else entry.text for entry in entries)]))
         parts.append("\n".join(lines))
-    if sweep.failed:
-        parts.append("\n".join(f"- {cell.name} failed: {cell.error}" for cell in sweep.failed))
+    if failures:
+        parts.append("\n".join(f"- {failure}" for failure in failures))
     return "\n\n".join(parts) + "\n"
 
 
 def latex(sweep: Sweep) -> str:
     """The tables in LaTeX, with the rules of the package booktabs; the best of each column bold."""
+    return in_latex(sweep_tables(sweep))
+
+
+def in_latex(tables: Sequence[SweepTable]) -> str:
+    """Tables in LaTeX, with the rules of the package booktabs; the best of each column bold."""
     parts = []
-    for table in sweep_tables(sweep):
+    for table in tables:
         rows = [
             [_tex(name), *(f"\\textbf{{{_tex(entry.text)}}}" if entry.best else _tex(entry.text) for entry in entries)]
             for name, entries in table.rows
