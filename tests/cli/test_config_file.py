@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from command_line import FIRST, Call
+from secateur.record.manifest import read_manifest
 
 Config = Callable[[str], Path]
 
@@ -152,3 +153,48 @@ def test_a_file_cannot_name_a_cluster(call: Call, model: Path, config: Config, t
     assert refused.code == 2
     assert '"ray" is not taken from a file: what a cluster answers can hold code' in refused.err
     assert not (tmp_path / "out").exists()
+
+
+def test_several_runs(call: Call, model: Path, config: Config, tmp_path: Path) -> None:
+    one, two, bad = (tmp_path / name for name in ("one", "two", "bad"))
+    file = config(
+        f"model: {model}\nmethod: magnitude\nskip: '*.up_proj'\nruns:\n"
+        f"  - output: {one}\n"
+        f"  - {{output: {bad}, sparsity: 2}}\n"
+        f"  - {{output: {two}, pattern: {{'*.q_proj': '2:4', '*': 0.25}}, skip: '*.o_proj'}}\n"
+    )
+    result = call("prune", "--config", file, "--dtype", "float32")
+    assert result.code == 2
+    assert "Run 3 of 3: " in result.message
+    assert "1 of 3 runs failed: " in result.message
+    assert str(bad) in result.message.splitlines()[-1]
+    assert not bad.exists()
+    manifests = [read_manifest(folder) for folder in (one, two)]
+    assert [sum(name.endswith(".up_proj.weight") for name in own.plan) for own in manifests] == [0, 3]
+    assert [own for name, own in manifests[1].plan.items() if ".q_proj." in name] == [{"n": 2, "m": 4}] * 3
+    # The command that is recorded stands for this run alone, and is enough to repeat it.
+    again = tmp_path / "again"
+    words = [str(again) if word == str(two) else word for word in manifests[1].command[1:]]
+    assert "--config" not in words
+    assert call(*words).code == 0
+    assert read_manifest(again).tensors == manifests[1].tensors
+
+    before = (one / "secateur.json").stat().st_mtime_ns
+    result = call("prune", "--config", file, "--dtype", "float32")
+    assert result.message.count("finished already by this command, and left alone") == 2
+    assert (one / "secateur.json").stat().st_mtime_ns == before
+    result = call("prune", "--config", file, "--dtype", "float32", "--method", "wanda")
+    assert result.message.count("exists already") == 2
+
+
+def test_runs_that_are_no_list(call: Call, model: Path, config: Config) -> None:
+    for text in ("runs: 3\n", "runs: []\n", "runs: [a]\n"):
+        result = call("plan", model, "--config", config(text))
+        assert result.code == 2
+        assert '"runs" holds no list of runs' in result.message
+
+
+def test_a_pattern_for_each_glob_on_the_command_line(call: Call, model: Path) -> None:
+    plan = call("plan", model, "--method", "magnitude", "--pattern", '{"*.q_proj": "2:4"}', "--json").json["plan"]
+    assert list(plan.values()) == [{"n": 2, "m": 4}] * 3
+    assert "is no JSON" in call("plan", model, "--pattern", "{*.q_proj: 2:4}").message

@@ -14,17 +14,24 @@ from cyclopts import App, CycloptsError
 
 import secateur
 from secateur.cli.commands import GROUPS, parsed, told
-from secateur.cli.configuration import configured
+from secateur.cli.configuration import configured, run_of_file, runs_of
 from secateur.cli.processes import alone, silent
 from secateur.cli.streams import guarded_streams, print_error
-from secateur.cli.voice import GLOBAL, debugging, log, speaking
+from secateur.cli.voice import GLOBAL, debugging, log, say, speaking
 from secateur.errors import NumericalError, SecateurError
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 from secateur.runs.stopping import stop
 
 Function = TypeVar("Function", bound=Callable[..., None])
 Json = Annotated[bool, Option(OPTIONS, "Print the result as JSON.", name="json")]
-Config = Annotated[str | None, Option(OPTIONS, "YAML file with these options as keys; options given here win over it.")]
+Config = Annotated[
+    str | None,
+    Option(
+        OPTIONS,
+        "YAML file with these options as keys, and a list of runs where there are several; options given here win over "
+        "it.",
+    ),
+]
 
 app = App(
     name="secateur",
@@ -167,7 +174,31 @@ def _run() -> int:
 
 
 def _ended(arguments: list[str]) -> int:
-    """The exit code of a command."""
+    """The exit code of a command; of several runs of a file that of the first one that failed.
+
+    Runs after a failure go on, those after an interruption do not.
+    """
+    runs = runs_of(arguments)
+    if not runs:
+        return _once(arguments)
+    failed: dict[str, int] = {}
+    for number, name in enumerate(runs):
+        say(f"Run {number + 1} of {len(runs)}: {name}")
+        with run_of_file(number):
+            try:
+                code = _once(arguments)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        if code > 128:
+            return code
+        if code:
+            failed[name] = code
+    if failed:
+        print_error(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}.")
+    return next(iter(failed.values()), 0)
+
+
+def _once(arguments: list[str]) -> int:
     debug = debugging()
 
     def tell(text: str) -> None:

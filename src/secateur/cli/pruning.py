@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from secateur.cli.app import Config, Json, command
+from secateur.cli.configuration import several_runs
 from secateur.cli.display import (
     print_json,
     print_result,
@@ -102,6 +103,9 @@ def prune(
 
     The source is never changed, and the output appears under its name only when it is complete.
     """
+    if several_runs() and _finished(settings):
+        say(f"{settings.output}: finished already by this command, and left alone.")
+        return
     if started_for(settings.device):
         return
     _tell_preset(settings)
@@ -199,6 +203,14 @@ def gradients(settings: GradientSettings, config: Config = None, as_json: Json =
         print_json({"file": str(file.path), "matrices": len(file.matrices), **file.provenance})
     else:
         print_tables(gradient_table(file))
+
+
+def _finished(settings: PruneSettings) -> bool:
+    """Whether the output is there already, made by the same command."""
+    from secateur.record.manifest import FILE_NAME, read_manifest
+
+    output = Path(str(settings.output)).expanduser()
+    return (output / FILE_NAME).is_file() and read_manifest(output).command == settings.command
 
 
 def _tell_preset(settings: PruneSettings) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -139,6 +140,8 @@ def as_pattern(value: object, sparsity: float | None = None, per: Group | None =
         )
     if isinstance(value, Mapping) and not isinstance(value, Plan):
         return {str(glob): as_pattern(own, None, per) for glob, own in value.items()}
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        return as_pattern(_of_each_glob(value), None, per)
     pattern = _pattern(value)
     if per is None:
         return pattern
@@ -146,6 +149,17 @@ def as_pattern(value: object, sparsity: float | None = None, per: Group | None =
         return with_group(pattern, per)
     why = "N:M compares within groups of M" if isinstance(pattern, NM) else "it says that itself"
     raise PatternError(f"--per {per} has no meaning for --pattern {value}: {why}.")
+
+
+def _of_each_glob(text: str) -> Mapping[str, object]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise PatternError(
+            f"--pattern {text}: is no JSON ({error}); expected a pattern for each glob, such as "
+            '{"*.down_proj": "4:8", "*": 0.5}.'
+        ) from None
+    return dict(found)  # what begins with { and is JSON is an object
 
 
 def _pattern(value: object) -> Any:

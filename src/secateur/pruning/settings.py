@@ -76,8 +76,8 @@ class PatternSettings(Settings):
         PatternLike,
         Option(
             WHAT,
-            "N:M, such as 2:4: keep at most 2 of every 4 weights; or a sparsity, such as 50%. A file of --config may "
-            "name one for each glob.",
+            "N:M, such as 2:4: keep at most 2 of every 4 weights; or a sparsity, such as 50%; or one for each glob, as "
+            'in {"*.down_proj": "4:8", "*": 0.5}.',
             "-p",
         ),
     ] = None
