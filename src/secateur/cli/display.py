@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import time
 import warnings
@@ -31,6 +32,9 @@ def quiet_libraries() -> Iterator[None]:
         # What transformers and peft tell each other about names to come.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
         yield
+
+
+_IN_BLOCK = re.compile(r"^\S+?\.\d+\.(?=\S)")  # of a matrix, the path of its block: model.layers.3.
 
 
 class _Visible:
@@ -103,23 +107,38 @@ def status(text: str) -> Iterator[None]:
 
 @contextmanager
 def _bar(first: str = "opening") -> Iterator[tuple[Any, Callable[..., None]]]:
-    """A bar, and the function that updates it: `update(stage, done, total, detail)`; the detail follows the times."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    """A bar, and the function that updates it: `update(stage, done, total, detail)`; the detail follows the time."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    from secateur.runs.events import seconds_text
+
+    class Count(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.total is None else f"{int(task.completed)}/{int(task.total)}", "progress.download")
+
+    class Time(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            """Seconds since the work began, and those that are left as far as that is known."""
+            passed, left = task.elapsed or 0.0, task.time_remaining
+            return Text(seconds_text(passed) + (f", {seconds_text(left)} left" if left else ""), "progress.elapsed")
 
     with Progress(
         TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}", style="dim", markup=False),
+        BarColumn(bar_width=20),
+        Count(),
+        Time(),
+        # One width for all, so that the bar stays where it is; what does not fit is cut.
+        TextColumn(
+            "{task.fields[detail]}",
+            style="dim",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
+        expand=True,
         console=_console(stderr=True),
     ) as bar:
         task = bar.add_task(first, total=None, detail="")
@@ -168,6 +187,7 @@ def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iter
                 update(event.stage, event.done, event.total)
             elif event.blocks:
                 detail = event.matrix or f"{event.stage} {event.done}/{event.total}" if event.total else event.stage
+                detail = _IN_BLOCK.sub("", detail).removesuffix(".weight")  # the count says which block
                 update("blocks", event.block + (event.stage == "write"), event.blocks, detail + note())
 
         yield show

@@ -56,14 +56,14 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
     shown: list[Any] = []
     values: dict[str, Any] = {}
     if settings.tasks:
-        with quiet_libraries(), stage_progress() as show:
+        with stage_progress() as show, quiet_libraries():
             from secateur.report.terminal import tasks_table
 
             answered = _answers(settings, show, **shared(settings, ModelSettings))
         values["tasks"] = answered.to_json()
         shown.append(tasks_table(answered))
     if settings.data is not None or not settings.tasks:
-        with quiet_libraries(), logged(log_dir) as log, stage_progress() as show:
+        with logged(log_dir) as log, stage_progress() as show, quiet_libraries():
             from secateur.calibration.hub import default_text
             from secateur.evaluate.perplexity import perplexity
             from secateur.report.terminal import perplexity_table
@@ -123,7 +123,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     agreements: list[list[Agreement]] = []
     similarities: list[list[Similarity]] = []
     if settings.texts:
-        with quiet_libraries(), logged(log_dir) as log, stage_progress() as show:
+        with logged(log_dir) as log, stage_progress() as show, quiet_libraries():
             from secateur.evaluate.agreement import agreement
             from secateur.evaluate.similarity import predicts_tokens, similarity
 

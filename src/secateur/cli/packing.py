@@ -23,7 +23,7 @@ def pack(settings: PackSettings, config: Config = None, as_json: Json = False) -
     values: `unpack` gives back every byte. Transformers and other runtimes do not load packed checkpoints and say so;
     Secateur's own commands do.
     """
-    with quiet_libraries(), stage_progress() as show:
+    with stage_progress() as show, quiet_libraries():
         from secateur.report.packed import packing_tables
         from secateur.runtime.pack import pack as write
 
@@ -40,7 +40,7 @@ def unpack(settings: UnpackSettings, config: Config = None, as_json: Json = Fals
 
     It also reads the formats sparse-bitmask and sparse-24-bitmask of compressed-tensors, which no current release does.
     """
-    with quiet_libraries(), stage_progress() as show:
+    with stage_progress() as show, quiet_libraries():
         from secateur.report.packed import unpacking_tables
         from secateur.runtime.unpack import unpack as write
 
@@ -95,7 +95,7 @@ def bench(settings: BenchSettings, config: Config = None, as_json: Json = False)
     A packed checkpoint is measured packed and expanded, in turns. A gain is only shown where every repetition of the
     packed model was faster than each of the fastest dense one.
     """
-    with quiet_libraries(), stage_progress() as show:
+    with stage_progress() as show, quiet_libraries():
         from secateur.report.packed import bench_tables
         from secateur.runtime.bench import bench as measure
 

@@ -61,7 +61,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
     Takes every option of `prune`, so that a command can be tried by changing one word.
     """
     _tell_preset(settings)
-    with quiet_libraries(), status("Reading the model"):
+    with status("Reading the model"), quiet_libraries():
         import psutil
 
         _tell_of_zeros(settings.model)
@@ -109,7 +109,7 @@ def prune(
     if started_for(settings.device):
         return
     _tell_preset(settings)
-    with quiet_libraries(), logged(log_dir) as log, progress() as on_event:
+    with logged(log_dir) as log, progress() as on_event, quiet_libraries():
         from secateur.pruning.engine import prune as run
         from secateur.report.terminal import manifest_tables
 
@@ -119,7 +119,7 @@ def prune(
         manifest = run(**vars(settings) | {"on_event": log.beside(on_event)})
     print_result(manifest, partial(manifest_tables, output=str(settings.output)), as_json)
     if push_to is not None and launched().rank == 0:
-        with quiet_libraries(), status("Verifying and pushing"):
+        with status("Verifying and pushing"), quiet_libraries():
             from secateur.cli.evaluation import evaluation_store
             from secateur.report.push import push_lines, push_to_hub
 
@@ -173,7 +173,7 @@ def allocate(settings: AllocateSettings, config: Config = None, as_json: Json = 
     As many weights are removed as with the same sparsity everywhere. One of eight calibration windows is held out:
     where the plan is not better than the uniform one there, the file holds the uniform one. Nothing is pruned.
     """
-    with quiet_libraries(), stage_progress(lines=True) as show:
+    with stage_progress(lines=True) as show, quiet_libraries():
         from secateur.pruning.allocating import allocate as run
         from secateur.report.terminal import allocation_tables
 
@@ -194,7 +194,7 @@ def gradients(settings: GradientSettings, config: Config = None, as_json: Json =
     """
     if started_for(settings.device):
         return
-    with quiet_libraries(), logged(log_dir) as log, stage_progress(lines=True) as show:
+    with logged(log_dir) as log, stage_progress(lines=True) as show, quiet_libraries():
         from secateur.collect.gradient_pass import gradients as take
         from secateur.report.terminal import gradient_table
 

@@ -43,7 +43,7 @@ def recover(settings: RecoverSettings, config: Config = None, as_json: Json = Fa
     if log_dir is not None:
         raise PatternError("--log-dir: is for --method block, which several processes can share.")
     try:
-        with quiet_libraries(), recovery_progress() as (show, say):
+        with recovery_progress() as (show, say), quiet_libraries():
             from secateur.recover.fine_tuning import fine_tune
             from secateur.report.recovery import forecast_table, recovery_tables
 
@@ -88,7 +88,7 @@ def _tune_blocks(settings: RecoverSettings, as_json: bool, log_dir: str | None) 
         nonlocal latest
         latest = f", held-out loss {record['before']:.4f} to {record['after']:.4f}"
 
-    with quiet_libraries(), logged(log_dir) as log, progress(done="tuned", note=lambda: latest) as on_event:
+    with logged(log_dir) as log, progress(done="tuned", note=lambda: latest) as on_event, quiet_libraries():
         from secateur.recover.block import forwards, reconstruct
         from secateur.report.recovery import block_tables
 
@@ -121,7 +121,7 @@ def merge(
 
     What that costs is measured: the perplexity of the base, of base and adapter side by side, and of the result.
     """
-    with quiet_libraries(), stage_progress() as show:
+    with stage_progress() as show, quiet_libraries():
         from secateur.recover.merge import merge as merge_adapter
         from secateur.report.recovery import merge_tables
 

@@ -47,7 +47,7 @@ def report(
     and nothing but the report and the figures in the model card is written.
     """
     output = Path(folder)
-    with quiet_libraries(), stage_progress() as show:
+    with stage_progress() as show, quiet_libraries():
         from secateur.report.sweep_page import build_sweep
         from secateur.sweeps.folder import SWEEP_FILE
         from secateur.sweeps.several import SWEEPS_FILE, Sweeps
@@ -119,7 +119,7 @@ def push(settings: PushSettings, config: Config = None, as_json: Json = False) -
     The model card and the manifest go there without the names of folders of this machine; the card has what eval and
     compare found of this checkpoint here. Sign in first, with hf auth login. Nothing in the folder changes.
     """
-    with quiet_libraries(), status("Verifying and pushing"):
+    with status("Verifying and pushing"), quiet_libraries():
         from secateur.report.push import push_lines, push_to_hub
 
         settings = replace(settings, evaluations=settings.evaluations or evaluation_store())
@@ -140,7 +140,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show the sparsity and the detected pattern of a model's matrices, by block and by kind, whoever pruned it."""
-    with quiet_libraries(), status("Counting zeros"):
+    with status("Counting zeros"), quiet_libraries():
         from secateur.report.inspect import inspect as measure
         from secateur.report.terminal import inspection_tables
 
@@ -163,7 +163,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Prove from the files alone that a pruned checkpoint is what its manifest says. Exits with 1 when it is not."""
-    with quiet_libraries(), status("Verifying"):
+    with status("Verifying"), quiet_libraries():
         from secateur.files.folders import locate
         from secateur.record.publication import hub_id
         from secateur.record.verify import verify as check

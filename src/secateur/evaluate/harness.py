@@ -19,11 +19,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from secateur.errors import CalibrationError, NumericalError
 from secateur.evaluate.task_data import reading_quietly
 from secateur.evaluate.task_results import Metric, TaskResult
+from secateur.models.opening.bars import without_bars
 from secateur.models.opening.whole import WholeModel
 
 CPU_BATCH = 8
@@ -229,13 +229,10 @@ def _listening() -> Iterator[dict[str, list[str]]]:
     logger.addHandler(listener)
     logger.setLevel(logging.WARNING)
     logger.propagate = False
-    bars = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(bars, disable=True)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), without_bars():
             yield heard
     finally:
-        tqdm.__init__ = bars
         logger.removeHandler(listener)
         logger.setLevel(before[0])
         logger.propagate = before[1]

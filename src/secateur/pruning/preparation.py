@@ -106,7 +106,9 @@ def prepared(
         raise PatternError("--resume: a run that shares statistics, or was not to be resumable, has left nothing.")
     kept_on = settings.statistics_device
     statistics_device = None if kept_on is None else choose_device(kept_on, "--statistics-device")
-    opened = open_model(**shared(settings, ModelSettings))
+    clock = clock or Clock()
+    with clock.timed("open the model"):
+        opened = open_model(**shared(settings, ModelSettings))
     try:
         skeleton = opened.skeleton
         plan = make_plan(skeleton, method, settings)
@@ -131,11 +133,12 @@ def prepared(
             seen = foreseen_windows(opened, settings)
         elif evidence.looks_at_samples or to_allocate:
             progress("calibrate", 0, 0)
-            windows = model_samples(opened, settings, progress=partial(progress, "calibrate"))
+            with clock.timed("draw calibration samples"):
+                windows = model_samples(opened, settings, progress=partial(progress, "calibrate"))
             seen = Foreseen(windows, windows.samples, windows.length, ())
         if to_allocate and not dry:
             assert isinstance(seen.windows, Windows)  # whatever has a loss reads tokens
-            with (clock or Clock()).timed("allocation"):
+            with clock.timed("allocation"):
                 stages = named(progress, "allocation")
                 allocated = make_allocation(opened, seen.windows, settings, plan, progress=stages)
         if allocated is not None:

@@ -25,7 +25,7 @@ from secateur.pruning.forecast import Estimate
 from secateur.record.manifest import Manifest, cautions, order_line, sparsity
 from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection, MatrixSparsity
-from secateur.runs.events import seconds_text
+from secateur.runs.events import BACKGROUND, seconds_text
 from secateur.sweeps.estimate import SweepEstimate
 from secateur.sweeps.folder import Sweep
 from secateur.sweeps.several import Sweeps, models_tables
@@ -103,10 +103,7 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
             f"Block outputs moved by {sum(changes) / len(changes):.3f} of their norm on average, most in block {worst} "
             f"({changes[worst]:.3f})."
         )
-    parts = [
-        f"{part} {seconds_text(value)}" for part, value in manifest.seconds.items() if part != "total" and value > 0.05
-    ]
-    lines.append(f"{seconds_text(manifest.seconds['total'])} in all" + (f": {', '.join(parts)}." if parts else "."))
+    lines.append(time_line(manifest.seconds))
     if allocation := manifest.settings.get("allocation"):
         lines.append(told(allocation))
     if ordered := order_line(manifest):
@@ -119,6 +116,16 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
         lines.append(f"What it cost: {shlex.join(_measuring(manifest, output))}")
     warnings = [Text(caution, style="yellow") for caution in cautions(manifest)]
     return Group(table, *(Text(line) for line in lines), *warnings)
+
+
+def time_line(seconds: Mapping[str, float]) -> str:
+    """Where the time of a run went: parts that add up, and what was read and written meanwhile."""
+    parts = {part: value for part, value in seconds.items() if part not in ("total", *BACKGROUND)}
+    parts["other"] = max(0.0, seconds["total"] - sum(parts.values()))
+    shown = [f"{part} {seconds_text(value)}" for part, value in parts.items() if value > 0.05]
+    line = f"{seconds_text(seconds['total'])} in all" + (f": {', '.join(shown)}." if shown else ".")
+    beside = [f"{part} {seconds_text(seconds[part])}" for part in BACKGROUND if seconds.get(part, 0.0) > 0.05]
+    return line + (f" In the background: {', '.join(beside)}." if beside else "")
 
 
 def allocation_tables(made: Allocated, output: str) -> RenderableType:

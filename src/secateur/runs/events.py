@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
-
 
 @dataclass(frozen=True)
 class Event:
@@ -45,6 +43,9 @@ def seconds_text(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
 
 
+BACKGROUND = ("read", "write")  # parts of a run that overlap the others
+
+
 @dataclass
 class Clock:
     """Seconds by part. Parts that run in the background are counted there and overlap the others.
@@ -69,6 +70,8 @@ class Clock:
     def add(self, part: str, started: float, *, background: bool = False) -> float:
         """Add the time since `started` (by `time.perf_counter`) to a part; returns it."""
         if self.synchronise and not background:
+            import torch  # here, so that a bar is there before it is imported
+
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - started
         self.seconds[part] = self.seconds.get(part, 0.0) + elapsed

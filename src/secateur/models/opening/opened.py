@@ -20,6 +20,7 @@ from secateur.files.checkpoint import CARD_FILE, Checkpoint, file_digest
 from secateur.files.folders import companions, copy_files, locate
 from secateur.files.reading import read_json, read_text
 from secateur.launched import devices_named, launched
+from secateur.models.opening.bars import without_bars
 from secateur.models.opening.configuration import PACKING_ENTRIES, reason
 from secateur.models.opening.wrapped import plain_module
 from secateur.models.shape.skeleton import Skeleton, Source
@@ -306,7 +307,8 @@ def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
+        with without_bars():
+            return AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
     except Exception as error:  # the reader of the format raises whatever a damaged file leads it to
         raise CheckpointError(f"{file}: transformers cannot dequantise it: {reason(error)}") from None
 
