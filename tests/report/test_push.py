@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, snapshot_download
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries, snapshot_download
 
 import secateur
 import tiny
@@ -15,6 +17,7 @@ from command_line import Call
 from hub_server import Hub, Repository
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import Results
+from secateur.evaluate.task_results import Metric, TaskResult
 from secateur.record.manifest import read_manifest
 from secateur.record.publication import published_command
 from verified_runs import flipped
@@ -95,6 +98,32 @@ def test_a_push_and_what_is_fetched(hub: Hub, kept: Path, pruned: Path, tmp_path
     assert (manifest.source["path"], manifest.published_from) == (BASE, local.digest)
     assert (manifest.tensors, manifest.matrices) == (local.tensors, local.matrices)
     assert secateur.model_digest(fetched) == secateur.model_digest(pruned)
+
+
+def test_results_as_the_hub_takes_them(hub: Hub, pruned: Path, tmp_path: Path) -> None:
+    hub.repositories[BASE] = Repository()
+    store, digest = Results(tmp_path / "store"), secateur.model_digest(pruned)
+    text = secateur.perplexity(pruned, tiny.tokens(6, 24))
+    for data, corpus in (("c4", "c4"), ("my.txt", "my.txt")):
+        found = replace(text, data=data, provenance={"sources": [{"corpus": corpus}]})
+        store.add(digest, "perplexity", {"data": data}, found.to_json() | {"digest": data})
+    for task, dataset, limit in (
+        ("arc_easy", ("allenai/ai2_arc", "ARC-Easy"), None),
+        ("boolq", None, None),  # from local files
+        ("rte", ("nyu-mll/glue", "rte"), 20),
+    ):
+        answered = TaskResult(task, 0, 50, {"acc": Metric(0.25, 0.1), "acc_norm": Metric(0.5, 0.1)}, dataset=dataset)
+        rows = json.loads(json.dumps([answered.to_json()]))
+        store.add(digest, "tasks", {"task": task, "limit": limit}, {"model": "m", "results": rows})
+    secateur.push_to_hub(pruned, MODEL, base_model=BASE, evaluations=store)
+    file = hub.repositories[MODEL].files()[".eval_results/secateur.yaml"]
+    entries = parse_eval_result_entries(yaml.safe_load(file))
+    assert {(one.dataset_id, one.task_id, one.value, one.notes) for one in entries} == {
+        ("allenai/c4", "en", text.perplexity, "perplexity, 6 windows of 24 tokens"),
+        ("allenai/ai2_arc", "ARC-Easy", 0.25, "arc_easy of lm-evaluation-harness, acc, 0 shots, 50 documents"),
+    }
+    # Without results of the weights that are pushed, those of others do not stay.
+    assert secateur.push_to_hub(pruned, MODEL, base_model=BASE).deleted == (".eval_results/secateur.yaml",)
 
 
 def test_what_people_wrote_stays_and_what_was_there_before_goes(hub: Hub, pruned: Path) -> None:

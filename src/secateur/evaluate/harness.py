@@ -136,7 +136,7 @@ def run_task(
     for task, samples in evaluation["samples"].items():
         _check_numbers(task, samples)
     results = [
-        _result(task, figures, evaluation, loaded["groups"].get(task))
+        _result(task, figures, evaluation, loaded["groups"].get(task), local)
         for task, figures in evaluation["results"].items()
     ]
     *shown, last = [result for result in results if result.metrics]
@@ -144,7 +144,9 @@ def run_task(
     return (*shown, replace(last, notes=notes))
 
 
-def _result(task: str, figures: Mapping[str, Any], evaluation: Mapping[str, Any], group: Any) -> TaskResult:
+def _result(
+    task: str, figures: Mapping[str, Any], evaluation: Mapping[str, Any], group: Any, local: bool
+) -> TaskResult:
     """One entry of the harness's results; a group that has no mean has no metrics."""
     samples = evaluation["samples"].get(task, ())
     metrics, scores = {}, {}
@@ -160,6 +162,8 @@ def _result(task: str, figures: Mapping[str, Any], evaluation: Mapping[str, Any]
             scores[label] = [float(score) for score in own]
     members = _weights(group, evaluation) if group is not None else {}
     shots = {evaluation["n-shot"].get(name) for name in members or (task,)}
+    stock = evaluation["configs"].get(task, {})
+    dataset = (str(stock["dataset_path"]), str(stock.get("dataset_name") or "default")) if samples else None
     identity = "\n".join(f"{s['doc_hash']} {s['prompt_hash']} {s['target_hash']}" for s in samples)
     return TaskResult(
         task=task,
@@ -169,6 +173,7 @@ def _result(task: str, figures: Mapping[str, Any], evaluation: Mapping[str, Any]
         scores=scores,
         members=members,
         digest=hashlib.sha256(identity.encode()).hexdigest() if samples else "",
+        dataset=None if local else dataset,
     )
 
 

@@ -65,6 +65,7 @@ class _KeptTask(TypedDict):
     members: NotRequired[dict[str, float]]
     digest: NotRequired[str]
     notes: NotRequired[list[str]]
+    dataset: NotRequired[tuple[str, str] | None]
 
 
 class _TasksResult(TypedDict):

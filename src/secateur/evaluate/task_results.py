@@ -25,7 +25,8 @@ class TaskResult:
     `metrics` has the harness's names, with the name of the answer filter in brackets where the task has several.
     `scores` are the values of each metric document by document, for paired comparisons; `digest` is that of the
     documents, prompts and answers. A group has `members` instead: its tasks and their weights in the mean.
-    `notes` are what the harness warned of while it ran.
+    `dataset` are the hub's name and configuration of its data set; None for local files, and for a group. `notes` are
+    what the harness warned of while it ran.
     """
 
     task: str
@@ -36,6 +37,7 @@ class TaskResult:
     members: Mapping[str, float] = field(default_factory=dict)
     digest: str = ""
     notes: tuple[str, ...] = ()
+    dataset: tuple[str, str] | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TaskResult":
@@ -45,7 +47,9 @@ class TaskResult:
             for name, metric in value["metrics"].items()
         }
         known = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
-        return cls(**{"shots": None, **known, "metrics": metrics, "notes": tuple(value.get("notes", ()))})
+        dataset = tuple(value["dataset"]) if value.get("dataset") else None
+        known |= {"metrics": metrics, "notes": tuple(value.get("notes", ())), "dataset": dataset}
+        return cls(**{"shots": None, **known})
 
     def to_json(self) -> dict[str, Any]:
         """All fields; a value that is not a number is None."""

@@ -370,6 +370,12 @@ def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {**result, "name": name, "dataset": _dataset(corpus) or (name, None, None)}
 
 
+def hub_dataset(evaluation: Mapping[str, Any]) -> tuple[str, str | None, str | None] | None:
+    """The hub's data set that a text comes from: its id, configuration and split; None for any other text."""
+    sources = (evaluation["result"].get("provenance") or {}).get("sources") or [{}]
+    return _dataset(str(sources[0].get("corpus") or ""))
+
+
 def _dataset(corpus: str) -> tuple[str, str | None, str | None] | None:
     """A corpus as the hub knows it, or None for one that is elsewhere: data set, configuration, part for evaluation."""
     if corpus.startswith("hf:"):

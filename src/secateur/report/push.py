@@ -14,11 +14,11 @@ from secateur.files.checkpoint import CARD_FILE
 from secateur.files.digest import model_digest
 from secateur.files.packed import is_packed
 from secateur.files.reading import read_text
-from secateur.record.card import COPIED, public_card, source_name
+from secateur.record.card import COPIED, hub_dataset, public_card, source_name
 from secateur.record.manifest import FILE_NAME, Manifest, harmless, paths_below, read_manifest, text_of
 from secateur.record.publication import base_of, hub_id, last_part, published
 from secateur.record.verify import verify
-from secateur.report.evaluations import kept_evaluations
+from secateur.report.evaluations import Evaluation, kept_evaluations
 from secateur.report.settings import PushSettings
 from secateur.runs.options import taking
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w-]*(\.\w+)?", re.IGNORECASE)
+EVAL_RESULTS = ".eval_results/secateur.yaml"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 TEXTS = (".json", ".md", ".txt", ".jinja", ".yaml", ".yml", ".py")
 
@@ -87,12 +88,40 @@ def push_to_hub(settings: PushSettings) -> Push:
         _rename_model(contents, public, base)
     records = [] if settings.evaluations is None else settings.evaluations.of(model_digest(folder))
     found = kept_evaluations(records)
+    if figures := eval_results(found):
+        contents[EVAL_RESULTS] = figures.encode()
     contents[FILE_NAME] = text_of(public.to_json()).encode()
     contents[CARD_FILE] = public_card(folder, local, public, settings.repository, found).encode()
     _check_private(contents, [Path.home(), folder.resolve(), Path(str(local.source.get("path") or ""))])
     message = settings.message or f"{source_name(public)}, pruned with {public.method}"
     with _hub_answers(settings.repository):
         return _committed(api, settings, contents, message, base, left_out, len(found))
+
+
+def eval_results(found: Sequence[Evaluation]) -> str:
+    """What the hub shows of evaluations beside a model, and on the leaderboards of their data sets, as YAML.
+
+    Of tasks, the first metric on all documents; of texts, the perplexity. Only what is a data set of the hub is there.
+    """
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    entries = []
+    for item in found:
+        result, key = item["result"], item["key"]
+        if item["kind"] == "tasks":
+            name, metric = next(iter(result["metrics"].items()))
+            if result.get("dataset") is None or key.get("limit") is not None or metric["value"] is None:
+                continue
+            dataset, task = result["dataset"]
+            shots = "" if result.get("shots") is None else f", {result['shots']} shots"
+            notes = f"{result['task']} of lm-evaluation-harness, {name}{shots}, {result['documents']} documents"
+            entries.append(EvalResultEntry(dataset, task, metric["value"], notes=notes))
+        elif item["kind"] in ("perplexity", "agreement") and (known := hub_dataset(item)) is not None:
+            dataset, config, _ = known
+            notes = f"perplexity, {result['windows']} windows of {result['length']} tokens"
+            entries.append(EvalResultEntry(dataset, config or "default", result["perplexity"], notes=notes))
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
 
 
 def push_lines(result: Push) -> "RenderableType":
@@ -216,7 +245,7 @@ def _committed(
         api.create_branch(repository, branch=revision, exist_ok=True)
     there = api.model_info(repository, revision=revision)
     names = {file.rfilename for file in there.siblings or ()}
-    stale = sorted(name for name in names - set(contents) if not harmless(name))
+    stale = sorted(name for name in names - set(contents) if not harmless(name) or name == EVAL_RESULTS)
     foreign = [name for name in names if name.endswith(WEIGHTS)] if FILE_NAME not in names else []
     if foreign and not (new_branch or settings.create_pr):
         raise CheckpointError(
