@@ -26,6 +26,7 @@ from secateur.evaluate.generations import generations, read_prompts, shared_star
 from secateur.evaluate.results import Results
 from secateur.files.digest import model_digest
 from secateur.models.opening.whole import WholeModel
+from secateur.report.evaluations import read_evaluations, tables
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 from test_tasks import arc, boolq, lines
@@ -130,7 +131,20 @@ def test_compare_everything(
     found = value["tasks"][0]["differences"]["acc_norm"]
     assert float(table[2]["acc_norm_difference_error"] or "nan") == pytest.approx(found["error"], nan_ok=True)
     assert int(table[2]["acc_norm_right_to_wrong"]) == found["right_to_wrong"]
-    assert {record.kind for record in store.of(model_digest(pruned[0]))} == {"agreement", "tasks"}
+    kept = store.of(model_digest(pruned[1]))
+    assert {record.kind for record in kept} == {"agreement", "tasks", "continuations"}
+    (rows,) = (record.result["rows"] for record in kept if record.kind == "continuations")
+    outputs = [entry["outputs"] for entry in value["generations"]]
+    assert [(row["prompt"], row["dense"], row["pruned"], row["tokens_in_common"]) for row in rows] == [
+        (prompt, own[0]["text"], own[2]["text"], own[2]["shared_with_dense"])
+        for prompt, own in zip(PROMPTS, outputs, strict=True)
+    ]
+    (tmp_path / "compare.json").write_text(json.dumps(value))
+    read = read_evaluations(tmp_path / "compare.json", pruned[1])
+    assert [item["kind"] for item in read] == ["agreement", "tasks", "tasks", "continuations"]
+    assert read[-1]["result"]["rows"] == rows
+    (table,) = (table for table in tables(read) if table.name == "continuations")
+    assert [cell.text for cell in table.rows[0]] == [*list(rows[0].values())[:3], str(rows[0]["tokens_in_common"])]
 
     shown = call(*arguments)
     assert all(f"{folder}: arc_easy, boolq not run again" in shown.err for folder in (model, *pruned))

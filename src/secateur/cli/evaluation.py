@@ -138,6 +138,13 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     task_rows = [row for own in answers for row in own]
     for row, name in zip(rows, pruned * len(agreements), strict=True):
         _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
+    prompts = [_prompt(outputs) for outputs in zip(*written, strict=True)]
+    for place, name in enumerate(pruned, 1) if prompts else ():
+        from secateur.report.evaluations import continued
+
+        both = [continued(own["prompt"], own["outputs"][0], own["outputs"][place]) for own in prompts]
+        key = {"dense": dense, "dtype": settings.dtype, "new_tokens": settings.new_tokens}
+        _store(name, None, "continuations", key, {"rows": both})
     if settings.csv is not None and launched().rank == 0:
         on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
         states = [{"model": row.model, "kind": "states", "name": row.data, **row.to_json()} for row in compared]
@@ -160,7 +167,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
                 "dense": dense,
                 "results": [*(row.to_json() for row in rows), *(row.to_json() for row in compared)],
                 "tasks": [row.to_json() for row in task_rows],
-                "generations": [_prompt(outputs) for outputs in zip(*written, strict=True)],
+                "generations": prompts,
                 "verdicts": [own.to_json() for own in verdicts],
             }
         )
@@ -244,15 +251,20 @@ def evaluation_store() -> "Results":
 def _keep(
     model: str, revision: str | None, kind: "Kind", result: "Perplexity | Agreement", how: Mapping[str, Any]
 ) -> None:
-    """Store the evaluation of a text. Where it cannot be stored, a line on standard error says so."""
+    """Store the evaluation of a text."""
+    bos = result.provenance.get("bos", {}).get("used")
+    key = {**how, "data": result.data, "length": result.length, "digest": result.digest, "bos": bos}
+    _store(model, revision, kind, key, result.to_json())
+
+
+def _store(model: str, revision: str | None, kind: "Kind", key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Store an evaluation. Where it cannot be stored, a line on standard error says so."""
     from secateur.files.digest import model_digest
 
     if launched().rank > 0:
         return
-    bos = result.provenance.get("bos", {}).get("used")
-    key = {**how, "data": result.data, "length": result.length, "digest": result.digest, "bos": bos}
     try:
-        evaluation_store().add(model_digest(model, revision), kind, key, result.to_json())
+        evaluation_store().add(model_digest(model, revision), kind, key, result)
     except CheckpointError as error:
         say(f"Not kept: {error}")
 

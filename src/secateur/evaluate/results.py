@@ -17,7 +17,7 @@ from secateur.files.reading import checked, read_json
 
 REVISION = 1  # of how evaluations are made; raise it when the same key leads to other figures
 
-Kind = Literal["perplexity", "agreement", "tasks"]
+Kind = Literal["perplexity", "agreement", "tasks", "continuations"]
 
 
 _Count = Annotated[int, Meta(ge=0)]
@@ -72,7 +72,23 @@ class _TasksResult(TypedDict):
     results: list[_KeptTask]
 
 
-RESULTS: dict[Kind, Any] = {"perplexity": _PerplexityResult, "agreement": _AgreementResult, "tasks": _TasksResult}
+class _Continued(TypedDict):
+    prompt: str
+    dense: str
+    pruned: str
+    tokens_in_common: _Count
+
+
+class _ContinuationsResult(TypedDict):
+    rows: list[_Continued]
+
+
+RESULTS: dict[Kind, Any] = {
+    "perplexity": _PerplexityResult,
+    "agreement": _AgreementResult,
+    "tasks": _TasksResult,
+    "continuations": _ContinuationsResult,
+}
 
 
 @dataclass(frozen=True)

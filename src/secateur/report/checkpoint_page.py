@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.files.packed import open_files
+from rich.filesize import decimal
+
+from secateur.files.packed import is_packed, open_files
 from secateur.plans.allocated import told
 from secateur.record.card import papers, patterns, source_name
 from secateur.record.manifest import Manifest, cautions, read_manifest
@@ -95,10 +97,10 @@ def _content(
         "verdict": None if (found := verdict_of(folder.name, evaluations)) is None else found.sentence,
         "key_facts": [
             *_perplexity_fact(evaluations),
+            *_agreement_fact(evaluations),
             ("Pattern", "; ".join(patterns(manifest.matrices.values()))),
             ("Calibration", f"{text.get('samples')} × {text.get('length')} tokens" if text is not None else "none"),
-            ("Column structure", f"{share(whole.columns.excess, 1)} beyond chance"),
-            ("Row structure", f"{share(whole.rows.excess, 1)} beyond chance"),
+            ("Size of the weights", _size(folder)),
             ("Time", seconds_text(manifest.seconds.get("total", 0.0))),
         ],
         "warnings": [*_warnings(folder, matrices), *cautions(manifest)],
@@ -131,6 +133,21 @@ def _perplexity_fact(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]
                 before = f"{result['perplexity_dense']:.4g} → " if "perplexity_dense" in result else ""
                 return [(f"Perplexity, {data_name(result)}", f"{before}{result['perplexity']:.4g}")]
     return []
+
+
+def _agreement_fact(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
+    """How often the first choice is the dense model's, on the first text that both were compared on."""
+    found = next((item["result"] for item in evaluations if item["kind"] == "agreement"), None)
+    return [] if found is None else [("Same first choice as dense", share(found["top1"], 1))]
+
+
+def _size(folder: Path) -> str:
+    """The bytes of the files of weights, and what unpacking or packing would change."""
+    held = decimal(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    if not is_packed(folder):
+        return f"{held}, zeros included"
+    plain = sum(record.end - record.start for record in open_files(folder).tensors.values())
+    return f"{held}, {decimal(plain)} unpacked"
 
 
 def _sparsity_words(matrices: Sequence[MaskReport]) -> str:

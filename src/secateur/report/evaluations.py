@@ -50,6 +50,12 @@ def kept_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [item for name, item in latest.items() if ("agreement", *name[1:]) not in latest or name[0] == "agreement"]
 
 
+def continued(prompt: str, dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of the two continuations of a prompt, which `compare --json` prints."""
+    texts = {"prompt": prompt, "dense": dense["text"], "pruned": pruned["text"]}
+    return texts | {"tokens_in_common": pruned["shared_with_dense"]}
+
+
 def verdict_of(pruned: str, evaluations: Sequence[Evaluation]) -> Verdict | None:
     """The verdict on a checkpoint from its comparisons with the dense model on texts; None where there are none."""
     changes = [Change.from_json(item["result"]) for item in evaluations if item["kind"] == "agreement"]
@@ -82,14 +88,18 @@ def _results(content: Mapping[str, Any]) -> Iterator[tuple[str | None, Kind, Map
             yield row.get("model"), "perplexity", {key: value for key, value in row.items() if key != "tasks"}
     tasks = content.get("tasks") or []
     for answered in [tasks] if isinstance(tasks, Mapping) else tasks:
-        for result in answered["results"]:
+        for result in answered.get("results", [answered]):  # compare prints one task after the other
             yield answered["model"], "tasks", result
+    prompts = content.get("generations") or []
+    for place in range(1, len(prompts[0]["outputs"]) if prompts else 0):
+        rows = [continued(prompt["prompt"], prompt["outputs"][0], prompt["outputs"][place]) for prompt in prompts]
+        yield prompts[0]["outputs"][place]["model"], "continuations", {"rows": rows}
 
 
 def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     """A table for each kind of evaluation that there is."""
     made = []
-    known = {"perplexity": _perplexity, "agreement": _agreement, "tasks": _tasks}
+    known = {"perplexity": _perplexity, "agreement": _agreement, "tasks": _tasks, "continuations": _continuations}
     for kind in dict.fromkeys([*known, *(item["kind"] for item in evaluations)]):
         results = [item["result"] for item in evaluations if item["kind"] == kind]
         if results:
@@ -149,6 +159,17 @@ def _tasks(results: Sequence[Mapping[str, Any]]) -> Table:
     ]
     columns = ["task", "metric", "value", "shots", "documents"]
     return Table("tasks", "Tasks of the evaluation harness, pruned model", columns, rows, sortable=True)
+
+
+def _continuations(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each prompt."""
+    rows = [
+        [text(row["prompt"]), text(row["dense"]), text(row["pruned"]), count(row["tokens_in_common"])]
+        for result in results
+        for row in result["rows"]
+    ]
+    columns = ["prompt", "dense", "pruned", "first tokens in common"]
+    return Table("continuations", "How both models go on from a prompt, greedily", columns, rows, long=len(rows) > 16)
 
 
 def _rows(kind: str, results: Sequence[Mapping[str, Any]]) -> Table:
