@@ -151,9 +151,9 @@ def test_compare_everything(
     assert "same first choice" in shown.out
     assert re.search(r"^task +documents +model +acc % +- dense +flips +acc_norm % +- dense +flips$", shown.out, re.M)
     assert re.search(r"^arc_easy +10 +dense +\d", shown.out, re.M)
-    assert re.search(rf"^ +{pruned[0]} +\d+\.\d\d ± \d+\.\d\d +[+-]\d+\.\d\d ± \d+\.\d\d +-\d+ \+\d+ ", shown.out, re.M)
+    assert re.search(rf"^ +{pruned[0].name} +\d+\.\d\d ± \d+\.\d\d +[+-]\d+\.\d\d ± \d+\.\d\d +-\d+ \+\d+ ", shown.out, re.M)
     assert PROMPTS[0] in shown.out  # brackets are text, not markup
-    assert re.search(rf"^{pruned[1]} +\d of 5", shown.out, re.M)
+    assert re.search(rf"^{pruned[1].name} +\d of 5", shown.out, re.M)
 
 
 def test_the_best_is_bold(model: Path, pruned: list[Path], data: Path) -> None:
@@ -168,7 +168,7 @@ def test_the_best_is_bold(model: Path, pruned: list[Path], data: Path) -> None:
     shown = console.export_text(styles=True).splitlines()
     best = max(row.pruned.metrics["acc"].value for row in rows)
     for row in rows:
-        (line,) = [line for line in shown if row.model in line]
+        (line,) = [line for line in shown if Path(row.model).name in line]
         figure = f"{100 * row.pruned.metrics['acc'].value:.2f} ±"
         bold = re.search(rf"\x1b\[1m *{re.escape(figure)}", line) is not None
         assert bold == (row.pruned.metrics["acc"].value == best)

@@ -1,8 +1,11 @@
 """Results as tables for the terminal, which the command line prints."""
 
+import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -31,12 +34,37 @@ from secateur.sweeps.folder import Sweep
 from secateur.sweeps.several import Sweeps, models_tables
 from secateur.sweeps.table import SweepTable, sweep_tables
 
+_BLOCKS = re.compile(r"^.+?\.\*\.")  # of a kind of matrices, the path of the blocks: model.layers.*.
+
 
 def _table(*columns: str, title: str | None = None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     return table
+
+
+def _called(models: Iterable[str]) -> dict[str, str]:
+    """What tables call models: the last part of their path, or as many parts as tell them apart."""
+    paths = {model: Path(model).parts for model in models}
+
+    def ending(model: str, length: int) -> str:
+        return str(Path(*paths[model][-length:]))
+
+    found = {}
+    for model, parts in paths.items():
+        ours = range(1, len(parts) + 1)
+        apart = (n for n in ours if sum(ending(other, n) == ending(model, n) for other in paths) == 1)
+        found[model] = ending(model, next(apart, len(parts)))
+    return found
+
+
+def _within_block(kinds: Iterable[str]) -> dict[str, str]:
+    """Kinds of matrices without what they all have: the path of the blocks, and that they are a weight."""
+    names = list(kinds)
+    paths = {_BLOCKS.match(name) for name in names}
+    same = None not in paths and len({path.group() for path in paths if path is not None}) == 1
+    return {name: (_BLOCKS.sub("", name) if same else name).removesuffix(".weight") for name in names}
 
 
 def estimate_tables(estimate: Estimate) -> RenderableType:
@@ -49,10 +77,13 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
         "pattern",
         title=f"{estimate.architecture}, {estimate.blocks} blocks",
     )
+    called = _within_block(row.kind for row in estimate.kinds)
     for row in estimate.kinds:
         shape = f"{row.shape[0]} x {row.shape[1]}"
         partial = f" ({row.planned} of {row.matrices})" if 0 < row.planned < row.matrices else ""
-        planned.add_row(row.kind, str(row.matrices), shape, f"{row.weights:,}", (row.pattern or "left out") + partial)
+        planned.add_row(
+            called[row.kind], str(row.matrices), shape, f"{row.weights:,}", (row.pattern or "left out") + partial
+        )
     left = _table("not pruned", "tensors", "weights", "for example")
     for reason in estimate.left_out:
         left.add_row(reason.reason, str(reason.tensors), f"{reason.weights:,}", reason.example)
@@ -85,12 +116,13 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
 def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
     """What a run did: by kind of matrix, how far the blocks moved, and where the time went."""
     table = _table("matrices", "count", "sparsity", "tokens each", title=f"Pruned with {manifest.method}")
+    called = _within_block(manifest.kinds)
     for kind, entries in manifest.kinds.items():
         tokens = [entry["tokens"] for entry in entries if entry["tokens"] is not None]
         seen = f"{min(tokens):,}" if tokens else "-"
         if tokens and min(tokens) != max(tokens):
             seen = f"{min(tokens):,} to {max(tokens):,}"
-        table.add_row(kind, str(len(entries)), f"{sparsity(entries):.4f}", seen)
+        table.add_row(called[kind], str(len(entries)), f"{sparsity(entries):.4f}", seen)
     totals = manifest.totals
     lines = [
         f"{totals['zeros']:,} of {totals['weights']:,} planned weights are zero: sparsity {totals['sparsity']:.4f} "
@@ -134,8 +166,11 @@ def allocation_tables(made: Allocated, output: str) -> RenderableType:
     kinds: dict[str, list[float]] = {}
     for name, pattern in made.plan.items():
         kinds.setdefault(matrix_kind(name), []).append(pattern.sparsity)
+    called = _within_block(kinds)
     for kind, own in kinds.items():
-        table.add_row(kind, str(len(own)), *(f"{value:.4f}" for value in (sum(own) / len(own), min(own), max(own))))
+        table.add_row(
+            called[kind], str(len(own)), *(f"{value:.4f}" for value in (sum(own) / len(own), min(own), max(own)))
+        )
     judged = Text(told(made.record), style="" if made.record["used"] else "yellow")
     command = f"secateur prune MODEL -o OUT --plan {shlex.quote(output)}"
     return Group(table, judged, Text(f"Written to {output}; prune with it: {command}"))
@@ -189,8 +224,10 @@ def inspection_tables(inspection: Inspection, every_matrix: bool = False) -> Ren
         parts += [Text(f"{packed} tensors are packed ({how}): {share}."), ""]
     for key in ("kind", "block"):
         table = _table(f"by {key}", "count", "sparsity", "pattern")
-        for value, matrices in inspection.grouped(key).items():
-            table.add_row(str(value), str(len(matrices)), _sparsity(matrices), _patterns(matrices))
+        groups = inspection.grouped(key)
+        called = _within_block(map(str, groups))
+        for value, matrices in groups.items():
+            table.add_row(called[str(value)], str(len(matrices)), _sparsity(matrices), _patterns(matrices))
         parts += [table, ""]
     return Group(*parts, Text(f"Sparsity of all prunable matrices: {inspection.sparsity:.4f}", style="bold"))
 
@@ -285,6 +322,7 @@ def gradient_table(file: GradientFile) -> RenderableType:
     kinds: dict[str, list[str]] = {}
     for name in file.matrices:
         kinds.setdefault(matrix_kind(name), []).append(name)
+    called = _within_block(kinds)
     for kind, names in kinds.items():
         for norm in held["norms"]:
             total, largest, zeros, weights = 0.0, 0.0, 0, 0
@@ -293,7 +331,12 @@ def gradient_table(file: GradientFile) -> RenderableType:
                 total, largest = total + float(value.double().sum()), max(largest, float(value.max()))
                 zeros, weights = zeros + value.numel() - int(value.count_nonzero()), weights + value.numel()
             rows.add_row(
-                kind, str(len(names)), norm, f"{total / weights:.2e}", f"{largest:.2e}", f"{zeros / weights:.1%}"
+                called[kind],
+                str(len(names)),
+                norm,
+                f"{total / weights:.2e}",
+                f"{largest:.2e}",
+                f"{zeros / weights:.1%}",
             )
     return Group(head, Text(), rows)
 
@@ -301,6 +344,7 @@ def gradient_table(file: GradientFile) -> RenderableType:
 def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
     """One table for each text: the dense model first, then each pruned one; the best of each column is bold."""
     tables: list[RenderableType] = []
+    called = _called(row.model for rows in results for row in rows)
     for rows in results:
         first = rows[0]
         title = f"{first.data}, {first.windows} windows of {first.length} tokens"
@@ -319,7 +363,9 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
                 f"{row.top1:.1%}{plus_minus(100 * row.top1_error, '.1f')}",
             ]
             bold = [len(rows) > 1 and value == best for value, best in zip(own, lowest, strict=True)]
-            table.add_row(row.model, *(Text(cell, "bold" if b else "") for cell, b in zip(cells, bold, strict=True)))
+            table.add_row(
+                called[row.model], *(Text(cell, "bold" if b else "") for cell, b in zip(cells, bold, strict=True))
+            )
         tables += [table, *_bos_lines(first.provenance), Text()]
     return Group(*tables[:-1])
 
@@ -327,12 +373,13 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
 def similarity_table(results: Sequence[Sequence[Similarity]]) -> RenderableType:
     """One table for each text: how close the hidden states of each pruned model are to the dense one's."""
     tables: list[RenderableType] = []
+    called = _called(row.model for rows in results for row in rows)
     for rows in results:
         title = f"{rows[0].data}, {rows[0].windows} windows of {rows[0].length} tokens: last hidden states"
         table = _table("model", "cosine of tokens", "cosine of means", "relative error", title=title)
         for row in rows:
             table.add_row(
-                row.model,
+                called[row.model],
                 f"{row.cosine:.4f}{plus_minus(row.cosine_error, '.4f')}",
                 f"{row.pooled_cosine:.4f}{plus_minus(row.pooled_cosine_error, '.4f')}",
                 f"{row.relative_error:.4f}",
@@ -344,7 +391,9 @@ def similarity_table(results: Sequence[Sequence[Similarity]]) -> RenderableType:
 def verdict_lines(verdicts: Sequence[Verdict]) -> RenderableType:
     """A sentence for each pruned model: green where it may replace the dense one, red where not."""
     styles = {True: "bold green", False: "bold red", None: "bold"}
-    return Group(*(Text(verdict.sentence, styles[verdict.passed]) for verdict in verdicts))
+    called = _called(verdict.model for verdict in verdicts)
+    named = [replace(verdict, model=called[verdict.model]) for verdict in verdicts]
+    return Group(*(Text(verdict.sentence, styles[verdict.passed]) for verdict in named))
 
 
 def tasks_table(results: TaskResults) -> RenderableType:
@@ -373,6 +422,7 @@ def task_comparison_table(rows: Sequence[TaskComparison]) -> RenderableType:
     columns = [column for name in metrics for column in (_unit(name), "- dense", "flips")]
     table = _table("task", "documents", "model", *columns)
     table.columns[2].justify = "left"
+    called = _called(row.model for row in rows)
     for task in dict.fromkeys(row.task for row in rows):
         own = [row for row in rows if row.task == task]
         dense = own[0].dense
@@ -385,7 +435,7 @@ def task_comparison_table(rows: Sequence[TaskComparison]) -> RenderableType:
                 first = name in best and row.pruned.metrics[name].value == best[name]
                 style = "bold" if first and len(own) > 1 and _is_share(name) else ""
                 found += [Text(cell, style) for cell in _difference(name, row)]
-            table.add_row("", "", row.model, *found)
+            table.add_row("", "", called[row.model], *found)
     legend = Text("flips: answers that went from right to wrong (-) and from wrong to right (+)", style="dim")
     notes = dict.fromkeys(line for row in rows for line in _task_notes([row.dense, row.pruned]))
     return Group(table, legend, *(Text(line, style="yellow") for line in notes))
@@ -421,12 +471,13 @@ def _unit(name: str) -> str:
 def generations_table(prompts: Sequence[Sequence[Generation]]) -> RenderableType:
     """For each prompt, what the dense model and then each pruned one writes, and for how many tokens they agree."""
     parts: list[RenderableType] = []
+    called = _called(output.model for outputs in prompts for output in outputs[1:])
     for outputs in prompts:
         table = _table("model", "same tokens", "continuation")
         table.title = Text(outputs[0].prompt, style="bold")
         table.columns[2].justify = "left"
         for number, output in enumerate(outputs):
             same = f"{shared_start(outputs[0].tokens, output.tokens)} of {len(output.tokens)}" if number else ""
-            table.add_row(output.model if number else "dense", same, Text(output.text.strip()))
+            table.add_row(called[output.model] if number else "dense", same, Text(output.text.strip()))
         parts += [table, Text()]
     return Group(*parts[:-1])
