@@ -50,7 +50,7 @@ def test_in_a_pipe(model: Path, call: Call, tmp_path: Path) -> None:
     ]
     for cell in again.json["cells"]:
         assert list(cell) == [
-            *("method", "pattern", "sparsity", "folder", "status", "seconds", "figures", "error", "seed"),
+            *("method", "pattern", "sparsity", "folder", "status", "seconds", "figures", "error", "seed", "tasks"),
         ]
     manifest = json.loads((out / "cells" / "wanda-50" / "secateur.json").read_text())
     assert manifest["command"][:3] == ["secateur", "sweep", str(model)]

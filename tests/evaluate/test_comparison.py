@@ -151,7 +151,9 @@ def test_compare_everything(
     assert "same first choice" in shown.out
     assert re.search(r"^task +documents +model +acc % +- dense +flips +acc_norm % +- dense +flips$", shown.out, re.M)
     assert re.search(r"^arc_easy +10 +dense +\d", shown.out, re.M)
-    assert re.search(rf"^ +{pruned[0].name} +\d+\.\d\d ± \d+\.\d\d +[+-]\d+\.\d\d ± \d+\.\d\d +-\d+ \+\d+ ", shown.out, re.M)
+    assert re.search(
+        rf"^ +{pruned[0].name} +\d+\.\d\d ± \d+\.\d\d +[+-]\d+\.\d\d ± \d+\.\d\d +-\d+ \+\d+ ", shown.out, re.M
+    )
     assert PROMPTS[0] in shown.out  # brackets are text, not markup
     assert re.search(rf"^{pruned[1].name} +\d of 5", shown.out, re.M)
 

@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(llama, tmp_path
     assert not all(same_bytes(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_the_batch_size_changes_nothing_but_rounding(name, tmp_path):
     pruned = pruned_model(name, tmp_path)
     runs = [run(pruned, tmp_path / str(size), batch_size=size, dtype="float64") for size in (1, 2, 3, 4)]
@@ -343,10 +343,9 @@ def test_a_kept_weight_never_rounds_to_zero():
 # A model that has learnt something
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STORIES.exists(), reason=f"no {STORIES}")
-@pytest.mark.parametrize(
-    ("pattern", "margin"), [pytest.param(HALF, 0.5, marks=pytest.mark.slow), (TWO_OF_FOUR, 0.3)], ids=str
-)
+@pytest.mark.parametrize(("pattern", "margin"), [(HALF, 0.5), (TWO_OF_FOUR, 0.3)], ids=str)
 def test_perplexity_of_stories260k(pattern, margin, tmp_path):
     # Measured: dense 5.35; 50 % from 22.7 to 8.8, 2:4 from 71.8 to 13.8. Longer runs are in docs/recovery.md.
     stories = STORIES_TEXT.read_text().split("<|endoftext|>")

@@ -87,7 +87,14 @@ def trained(stories: Path, text: str) -> Callable[[str], tuple[Path, secateur.Re
 Trained = Callable[[str], tuple[Path, secateur.Recovery]]
 
 
-@pytest.mark.parametrize(("method", "share"), [("lora", 0.8), ("sparse-lora", 0.8), ("full", 0.5)])
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [
+        pytest.param("lora", 0.8, marks=pytest.mark.slow),
+        ("sparse-lora", 0.8),
+        pytest.param("full", 0.5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_few_dozen_steps_help(stories: Path, text: str, trained: Trained, method: str, share: float) -> None:
     # Measured: 19.3 before; 13.5, 13.9 and 8.4 after.
     folder, result = trained(method)
@@ -259,7 +266,9 @@ def test_kept_weights_too_small_for_the_dtype_are_not_lost(tmp_path: Path) -> No
     assert secateur.verify(tmp_path / "out").ok
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "mixtral", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["llama_tied", "mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "phi3"))]
+)
 def test_other_architectures(tmp_path: Path, name: str) -> None:
     base = pruned(tmp_path, name)
     result = tune(base, tmp_path / "out")
@@ -385,7 +394,9 @@ def test_arguments_reach_the_optimizer(base: Path, tmp_path: Path, monkeypatch: 
     assert seen == [{"momentum": 0.8, "nesterov": True, "lr": 1e-3, "weight_decay": 0.1}] * 4
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("sparse-lora", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sparse-lora", "full"))]
+)
 def test_gradient_checkpointing_changes_memory_alone(base: Path, tmp_path: Path, method: str) -> None:
     options: dict[str, Any] = {"method": method, "dropout": None if method == "full" else 0.0}
     plain = tune(base, tmp_path / "plain", **options)

@@ -439,7 +439,8 @@ print(json.dumps({"before": before, "forecast": forecast, "peak": peak[0]}))
 """
 
 
-@pytest.mark.parametrize(("method", "blocks"), [("wanda", 4), pytest.param("alps", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "blocks"), [("wanda", 4), ("alps", 2)])
 def test_the_forecast_of_memory_holds(method: str, blocks: int, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         LlamaForCausalLM(big(blocks=blocks, width=512, middle=1024)).save_pretrained(tmp_path / "model")

@@ -99,7 +99,9 @@ def stored(folder, entry):
     return (value.T if entry["transposed"] else value) != 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("gpt2", "mixtral") else ()) for name in NAMES]
+)
 def test_pictures_are_those_of_the_files(name, tmp_path):
     pruned = make(name, tmp_path)
     page = build(pruned)

@@ -66,7 +66,7 @@ def test_any_number_of_processes_makes_the_same_bytes(name: str, count: int, tmp
     [
         ("llama", {}),
         ("llama", {"targets": "pruned", "batch_size": 1, "only": ["*.mlp.*"]}),
-        ("mixtral", {"batch_size": 1}),
+        pytest.param("mixtral", {"batch_size": 1}, marks=pytest.mark.slow),
         ("gpt2", {"batch_size": 1, "minutes": 1000}),
     ],
     ids=["one batch in a step", "targets of the same inputs", "experts", "minutes"],
@@ -91,7 +91,7 @@ def test_recovery_block_by_block(architecture: str, options: dict[str, Any], tmp
 
 
 @pytest.mark.usefixtures("short_last_words")
-@pytest.mark.parametrize("counts", [(2, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("counts", [pytest.param((2, 1), marks=pytest.mark.slow), (1, 3)], ids=str)
 def test_recovery_goes_on_with_any_number(counts: tuple[int, int], tmp_path: Path) -> None:
     pruned = pruned_model("llama", tmp_path)
     options = {**OPTIONS, "batch_size": 1, "calibration": samples()}
@@ -163,7 +163,12 @@ def test_evaluations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "counts"),
-    [("wanda", (2, 3)), ("wanda", (1, 2)), ("residual targets", (3, 1)), ("gradients first", (2, 3))],
+    [
+        ("wanda", (2, 3)),
+        pytest.param("wanda", (1, 2), marks=pytest.mark.slow),
+        pytest.param("residual targets", (3, 1), marks=pytest.mark.slow),
+        ("gradients first", (2, 3)),
+    ],
     ids=str,
 )
 @pytest.mark.usefixtures("short_last_words")

@@ -701,7 +701,7 @@ def test_the_journal_tells_what_is_there(unfinished: Path) -> None:
 # Kills and faults
 
 
-@pytest.mark.parametrize(("what", "method", "count"), [("kill", "sparsegpt", 24), ("fault", "gblm", 16)])
+@pytest.mark.parametrize(("what", "method", "count"), [("kill", "sparsegpt", 12), ("fault", "gblm", 8)])
 def test_whatever_ends_a_run_it_can_be_resumed(tmp_path: Path, what: str, method: str, count: int) -> None:
     _survives(two_blocks(tmp_path / "model"), tmp_path, method, what, count)
 

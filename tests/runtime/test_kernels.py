@@ -46,8 +46,15 @@ def assert_close(y: Tensor, x: Tensor, packed: Packed, bias: Tensor | None = Non
     assert bool((((y.double() - exact).abs() <= allowed) | overflowed).all())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", VALUES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        pytest.param(dtype, shape, marks=[] if (number + place) % 2 else pytest.mark.slow)
+        for number, dtype in enumerate(VALUES)
+        for place, shape in enumerate(SHAPES)
+    ],
+    ids=str,
+)
 def test_product(path: PathName, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     rows, columns = shape
     for group_size in (None, 16) if dtype == torch.int8 else (None,):

@@ -43,7 +43,7 @@ def of_manifest(file: Path) -> dict[str, Any]:
     ("name", "propagate", "methods"),
     [
         ("llama", "dense", ("magnitude", "wanda", "l2", "sparsegpt", "wanda+least_squares")),
-        ("mixtral", "pruned", ("gblm", "wanda_plus", "sparsegpt", "published")),
+        pytest.param("mixtral", "pruned", ("gblm", "wanda_plus", "sparsegpt", "published"), marks=pytest.mark.slow),
         *(
             pytest.param(name, propagate, tuple(METHODS), marks=pytest.mark.slow)
             for name in ("llama", "mixtral")
@@ -100,6 +100,7 @@ def test_equal_to_separate_runs(
             assert figures["difference_error"] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STORIES.exists(), reason=f"no trained model in {STORIES}")
 def test_a_trained_model(run: Run, tmp_path: Path) -> None:
     text = str(tmp_path / "stories.txt")
@@ -215,6 +216,7 @@ def test_methods_without_data_draw_no_tokens(run: Run) -> None:
     assert [cell.status for cell in found.cells] == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_from_cell_to_cell(tmp_path: Path, place: Path) -> None:
     config = LlamaConfig(
         vocab_size=128,

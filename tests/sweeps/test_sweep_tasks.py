@@ -75,17 +75,16 @@ def test_tasks_are_those_of_each_checkpoint(options: dict[str, Any], tmp_path: P
     for method, value in accuracies.items():
         mark = "**" if value == best else ""
         assert f"| {mark}{value:.4f}{mark} |" in next(line for line in text.splitlines() if f"{method}, 50%" in line)
-    assert secateur.sweep(**options, tasks="arc_easy,boolq", limit=9, output=output).to_json() == found.to_json()
 
 
 def test_a_task_is_added_and_what_was_answered_stays(options: dict[str, Any], tmp_path: Path) -> None:
-    output = tmp_path / "out"
+    output, options = tmp_path / "out", options | {"methods": ["magnitude"]}
     first = secateur.sweep(**options, output=output)
     assert not (output / "tasks.csv").exists()
     assert all(cell.tasks == {} for cell in first.cells)
     second = secateur.sweep(**options, tasks=["boolq"], limit=5, output=output)
     third = secateur.sweep(**options, tasks=["arc_easy"], limit=5, output=output)
-    assert [list(cell.tasks) for cell in third.cells] == [["boolq", "arc_easy"]] * 2
+    assert [list(cell.tasks) for cell in third.cells] == [["boolq", "arc_easy"]]
     assert list(third.dense_tasks) == ["boolq", "arc_easy"]
     for before, after in zip(second.cells, third.cells, strict=True):
         assert before.tasks["boolq"] == after.tasks["boolq"]
