@@ -52,7 +52,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return path.removeprefix("docs/")
         return f"{config.extra['repository']}/blob/main/{path}" if (ROOT / path).exists() else match[1]
 
-    markdown = markdown.replace("][:", "]\\[:")  # [:CONFIG][:SPLIT] is no reference
     return LINK.sub(lead, markdown) if "/" not in uri else markdown
 
 
@@ -74,6 +73,7 @@ def command_page(name: str) -> str:
     )
     text = text.replace(" -m mkdocs", "", 1)  # which cyclopts takes for the name of the program
     text = text.replace("```console", "```")  # what is typed, and no output
+    text = text.replace("][", "]\\[")  # [:CONFIG][:SPLIT] is no reference
     whole = f"{text.strip()}\n\n{cli.app[name].help_epilogue}\n"
     return f"# secateur {name}\n\n" + re.sub(r"^\*\*(.+?)\*\*:?$", r"## \1", whole, flags=re.MULTILINE)
 
