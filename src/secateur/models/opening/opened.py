@@ -324,7 +324,7 @@ def gguf_tokenizer(file: Path) -> Any:
 
 def _write_configuration(model: Any, target: Path) -> None:
     config = copy(model.config)
-    if not config.architectures:  # by which other engines choose their code
+    if not getattr(config, "architectures", None):  # by which other engines choose their code
         config.architectures = [type(model).__name__]
     config.save_pretrained(target)
     file = target / CONFIGURATION
