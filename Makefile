@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 SECONDS_EACH ?= 60
 DEMO := $(VENV)/demo-ready
 
-.PHONY: help demo test test-slow test-browser test-sanitizers test-valgrind test-lowest test-newest fuzz release-check audit check format benchmarks clean
+.PHONY: help demo test test-slow test-browser test-sanitizers test-valgrind test-lowest test-newest fuzz release-check docs audit check format benchmarks clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -65,15 +65,19 @@ fuzz:  ## Fuzz every parser for SECONDS_EACH (60), with atheris in a virtual env
 release-check: $(READY)  ## Build sdist and wheel, and check what PyPI will show and what the sdist holds
 	.ci/release $(BIN)/python
 
+docs: $(READY)  ## The documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 audit: $(READY)  ## Known vulnerabilities of the dependencies, as far as the index of PyPI can be asked
 	$(BIN)/python .ci/audit $(BIN)/python
 
-check: $(READY)  ## Linters, types, import rules, security
+check: $(READY)  ## Linters, types, import rules, security, links of the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src native
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	$(BIN)/python .ci/audit $(BIN)/python
 
 format: $(READY)  ## Format the code

@@ -69,6 +69,9 @@ def test_a_file_is_pruned(model: Path, file: Path, tmp_path: Path) -> None:
     # An ordinary checkpoint, without a word of quantisation.
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not {key for key in config if "quant" in key or "gguf" in key or "compress" in key}
+    # Other engines choose their code by the first, and some know the second by its older name alone.
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     loaded, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(notes.values())
     assert torch.isfinite(loaded(tokens()).logits).all()

@@ -99,6 +99,11 @@ def _alone(function: Function, name: str) -> Function:
     return cast("Function", run)
 
 
+def exit_code(kind: type[SecateurError]) -> int:
+    """What a command exits with that such an error ends: 2 for a mistake in what was asked, 1 for a failure."""
+    return 1 if issubclass(kind, NumericalError) else 2
+
+
 @contextmanager
 def _signals() -> Iterator[Callable[[], signal.Signals]]:
     """Let Ctrl-C, SIGTERM and SIGHUP end a command: at the next safe point of long work, elsewhere at once.
@@ -216,7 +221,7 @@ def _once(arguments: list[str]) -> int:
             if debug:
                 raise
             tell(f"Error: {error}")
-            return 1 if isinstance(error, NumericalError) else 2
+            return exit_code(type(error))
         except (MemoryError, RuntimeError) as error:
             # torch.OutOfMemoryError, without importing torch for commands that do without
             if debug or not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from secateur.files.folders import companions, copy_files, locate
 from secateur.files.reading import read_json, read_text
 from secateur.launched import devices_named, launched
 from secateur.models.opening.bars import without_bars
-from secateur.models.opening.configuration import PACKING_ENTRIES, reason
+from secateur.models.opening.configuration import CONFIGURATION, PACKING_ENTRIES, reason
 from secateur.models.opening.wrapped import plain_module
 from secateur.models.shape.skeleton import Skeleton, Source
 from secateur.models.shape.structure import build_skeleton, prepare, weightless
@@ -324,7 +325,16 @@ def gguf_tokenizer(file: Path) -> Any:
 
 
 def _write_configuration(model: Any, target: Path) -> None:
-    model.config.save_pretrained(target)
+    config = copy(model.config)
+    if not getattr(config, "architectures", None):  # by which other engines choose their code
+        config.architectures = [type(model).__name__]
+    config.save_pretrained(target)
+    file = target / CONFIGURATION
+    written = read_json(file, dict[str, Any])
+    rotation = written.get("rope_parameters")
+    if isinstance(rotation, dict) and "rope_theta" in rotation:  # the older name, which others still read alone
+        written = {"rope_theta": rotation["rope_theta"], **written}
+        file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(target)
