@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.documents import Corpus
 from secateur.calibration.images import Images
 from secateur.calibration.windows import Windows
 from secateur.collect.model_windows import model_evaluation_windows
@@ -135,7 +136,7 @@ def _perplexity(settings: PerplexitySettings, processes: Processes) -> Perplexit
 def described(cut: Windows | Images, data: object) -> dict[str, Any]:
     """What a result says of the windows that it was measured on."""
     return {
-        "data": data if isinstance(data, str) else "token ids",
+        "data": str(data) if isinstance(data, str | Corpus) else "token ids",
         "windows": cut.samples,
         "length": cut.length,
         "tokens": cut.tokens - cut.samples,

@@ -1,6 +1,6 @@
 """What `recover`, `reconstruct` and `merge` take, and the presets of training. Nothing heavy is imported."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ from secateur.collect.settings import (
     DtypeSettings,
     File,
     SelectionSettings,
+    take_in,
 )
 from secateur.errors import CalibrationError, PatternError, ProcessError
 from secateur.launched import launched
@@ -21,11 +22,12 @@ from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from secateur.calibration.documents import Corpus
     from secateur.calibration.windows import Windows
     from secateur.recover.forecast import Forecast
     from secateur.runs.events import OnEvent, Progress
 
-    TrainingText = str | Tensor | Windows
+    TrainingText = str | Tensor | Windows | Corpus | Iterable[Any]
     Announce = Callable[[Forecast], None]
 else:
     TrainingText = str
@@ -202,6 +204,7 @@ class RecoverSettings(DeviceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        take_in(self, "data", None)
         for name, most in (("warmup", "below 1"), ("dropout", "below 1"), ("distill_weight", "at most 1")):
             value = getattr(self, name)
             if value is not None and not (0 <= value < 1 or (value == 1 and most == "at most 1")):
@@ -308,6 +311,10 @@ class MergeSettings(DeviceSettings):
     evaluate: bool = True
     command: Sequence[str] | None = None
     progress: Progress = lambda stage, done, total: None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        take_in(self, "data", self.windows)
 
 
 def require_one_process() -> None:

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     Seeds: TypeAlias = int | str | Sequence[int | str]
     Sparsities: TypeAlias = float | str | Sequence[float | str]
     Words: TypeAlias = str | Sequence[str]
+    Texts: TypeAlias = Words | Mapping[str, Any]
     OnEstimate: TypeAlias = Callable[[SweepEstimate], None]
     OnSweepEvent: TypeAlias = Callable[[SweepEvent], None]
 else:
-    Methods = Patterns = Seeds = Sparsities = Words = tuple[str, ...]
+    Methods = Patterns = Seeds = Sparsities = Texts = Words = tuple[str, ...]
     OnEstimate = OnSweepEvent = Any
 
 EVALUATION = "Evaluation"
@@ -94,7 +95,7 @@ class SweepSettings(SharedSettings, CalibrationSettings, SelectionSettings, Grid
             "means and standard deviations over draws [default: --seed alone].",
         ),
     ] = ()
-    data: Annotated[Words, Option(EVALUATION, "As for eval; repeat it for several texts.", "-d")] = ("wikitext2",)
+    data: Annotated[Texts, Option(EVALUATION, "As for eval; repeat it for several texts.", "-d")] = ("wikitext2",)
     eval_length: Annotated[
         int | None, Option(EVALUATION, "Tokens in each window of the evaluation [default: 2048].", least=2)
     ] = None
@@ -125,3 +126,11 @@ class SweepSettings(SharedSettings, CalibrationSettings, SelectionSettings, Grid
     command: Sequence[str] | None = None
     on_estimate: OnEstimate = lambda estimate: None
     on_event: OnSweepEvent = lambda event: None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.data, Mapping):
+            from secateur.calibration.given import taken
+
+            held = {name: taken(own, self.windows, f"data[{name!r}]") for name, own in self.data.items()}
+            object.__setattr__(self, "data", held)
