@@ -23,10 +23,11 @@ from secateur.runs.forward import after_the_last_block
 from secateur.runs.journal import common_facts
 from secateur.runs.options import shared, taking
 from secateur.runs.processes import Processes, shared_run
+from secateur.shown import Shown
 
 
-@dataclass(frozen=True)
-class Perplexity:
+@dataclass(frozen=True, repr=False)
+class Perplexity(Shown):
     """The result of an evaluation.
 
     `nats` is the mean over windows of the mean cross-entropy of a window's length - 1 predictions (windows of different

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from secateur.errors import CalibrationError
+from secateur.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class TaskResult:
         return value
 
 
-@dataclass(frozen=True)
-class TaskResults:
+@dataclass(frozen=True, repr=False)
+class TaskResults(Shown):
     """The tasks in the order in which they were asked for, then the groups.
 
     `reused` maps the names that were not run again to the time (UTC) at which they had been.

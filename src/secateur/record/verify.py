@@ -26,6 +26,7 @@ from secateur.record.manifest import (
 )
 from secateur.record.packed import file_problems, has_manifest, readable, tensor_problems
 from secateur.record.reordered import orders_of, reordered
+from secateur.shown import Shown
 
 # Methods that only choose which weights stay, by the names under which manifests record them.
 CHOOSING = frozenset(
@@ -33,8 +34,8 @@ CHOOSING = frozenset(
 )
 
 
-@dataclass
-class Verification:
+@dataclass(repr=False)
+class Verification(Shown):
     """The result of `verify`: what was checked, and every problem found."""
 
     folder: Path

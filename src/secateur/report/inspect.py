@@ -11,6 +11,7 @@ from secateur.files.packed import PackedCheckpoint
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Source
+from secateur.shown import Shown
 
 # Patterns worth a name, the strictest first.
 KNOWN_PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32))
@@ -38,8 +39,8 @@ class MatrixSparsity:
         return self.zeros / max(self.weights, 1)
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """Every prunable matrix of a model, with its sparsity, and how much of the checkpoint is packed."""
 
     model: str

@@ -22,6 +22,7 @@ from secateur.files.scratch import delete
 from secateur.files.writer import writing
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.output import check_apart, check_writable
+from secateur.shown import Shown
 from secateur.sweeps.draws import Mean, means
 
 SWEEP_FILE = "sweep.json"
@@ -112,8 +113,8 @@ class _Written(TypedDict):
     cells: list[Cell]
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Shown):
     """A grid of prunings: the dense model's figures by data set, the settings, and the cells."""
 
     folder: Path
