@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from secateur.core.choices import Bos, Granularity, Norm, OnNonfinite, Sampling, Scope, Unseen
 from secateur.errors import CalibrationError
-from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option, ProgressSettings, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -183,7 +183,9 @@ class ExemptSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GradientSettings(ExemptSettings, BatchSettings, ModelSettings, CalibrationSettings, SelectionSettings):
+class GradientSettings(
+    ProgressSettings, ExemptSettings, BatchSettings, ModelSettings, CalibrationSettings, SelectionSettings
+):
     """What `gradients` takes."""
 
     output: Annotated[File, Option(OPTIONS, "File for the gradients.", "-o")] = field(kw_only=False)
@@ -205,4 +207,3 @@ class GradientSettings(ExemptSettings, BatchSettings, ModelSettings, Calibration
     ] = "model"
     overwrite: Annotated[bool, Option(OPTIONS, "Replace an existing file.")] = False
     resume: Resume = False
-    progress: Progress = lambda stage, done, total: None

@@ -115,12 +115,12 @@ def _perplexity(settings: PerplexitySettings, processes: Processes) -> Perplexit
         whole = cut.batches(settings.batch_size or default_batch_size(cut.length, opened.skeleton.device))
         processes.agree({**common_facts(opened), "dtype": str(opened.skeleton.dtype), "tokens": cut.digest})
         batches = processes.share(whole).batches
-        forward = partial(after_the_last_block, offload_states=settings.offload_states, progress=settings.progress)
+        forward = partial(after_the_last_block, offload_states=settings.offload_states, progress=settings.tell)
         means = []  # the cross-entropy of each window in nats, in float64
         with forward(opened.skeleton, batches) as stream:
             for batch in range(len(batches)):
                 means.append(stream.window_losses(batch))
-                settings.progress("head", batch + 1, len(batches))
+                settings.tell("head", batch + 1, len(batches))
     finally:
         opened.restore()
     losses = torch.cat([own for part in processes.gather(means) for own in part])

@@ -72,7 +72,7 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
     anything that cannot work.
     """
     asked_length, settings = settings.length, with_preset(settings)
-    method, progress = settings.method, settings.progress
+    method, progress = settings.method, settings.tell
     data: Any = settings.data
     require_one_process()
     if method != "full":

@@ -17,7 +17,7 @@ from secateur.collect.settings import (
 )
 from secateur.errors import CalibrationError, PatternError, ProcessError
 from secateur.launched import launched
-from secateur.runs.options import ARGUMENTS, OPTIONS, Option
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option, ProgressSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,7 +200,7 @@ class RecoverSettings(DeviceSettings):
     windows: int = PRESET  # the budget where neither steps nor minutes are given, and the most that minutes draw from
     command: Sequence[str] | None = None
     announce: Announce = lambda forecast: None
-    progress: TrainingProgress = lambda stage, done, total, note: None
+    progress: TrainingProgress | bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,6 +211,11 @@ class RecoverSettings(DeviceSettings):
                 raise PatternError(f"--{name.replace('_', '-')}: got {value:g}, expected at least 0 and {most}.")
         if self.weight_decay is not None and self.weight_decay < 0:
             raise PatternError(f"--weight-decay: got {self.weight_decay:g}, expected at least 0.")
+
+    def tell(self, stage: str, done: int, total: int, note: str) -> None:
+        """Tell how far it is."""
+        if callable(self.progress):
+            self.progress(stage, done, total, note)
 
     @property
     def total_steps(self) -> int | None:
@@ -250,7 +255,7 @@ def with_preset(settings: RecoverSettings) -> RecoverSettings:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BlockSettings(BatchSettings, DtypeSettings, CalibrationSettings, SelectionSettings):
+class BlockSettings(ProgressSettings, BatchSettings, DtypeSettings, CalibrationSettings, SelectionSettings):
     """What `reconstruct` takes."""
 
     pruned: File = field(kw_only=False)
@@ -283,7 +288,7 @@ class BlockSettings(BatchSettings, DtypeSettings, CalibrationSettings, Selection
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MergeSettings(DeviceSettings):
+class MergeSettings(ProgressSettings, DeviceSettings):
     """What `merge` takes."""
 
     adapter: Annotated[File, Option(ARGUMENTS, "A LoRA adapter that peft saved.")] = field(kw_only=False)
@@ -310,7 +315,6 @@ class MergeSettings(DeviceSettings):
     overwrite: Annotated[bool, OVERWRITE] = False
     evaluate: bool = True
     command: Sequence[str] | None = None
-    progress: Progress = lambda stage, done, total: None
 
     def __post_init__(self) -> None:
         super().__post_init__()

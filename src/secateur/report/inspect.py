@@ -11,7 +11,7 @@ from secateur.files.packed import PackedCheckpoint
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Source
-from secateur.shown import Shown
+from secateur.shown import Shown, counted
 
 # Patterns worth a name, the strictest first.
 KNOWN_PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32))
@@ -71,17 +71,18 @@ def inspect(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> Inspection:
     """The sparsity and the detected pattern of every prunable matrix, read block by block."""
     opened = open_model(model, device="cpu", revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
     rows = []
-    for block in skeleton.blocks:
-        matrices = [matrix for matrix in skeleton.matrices if matrix.block == block.index]
-        tensors = skeleton.source.read(sorted({matrix.tensor for matrix in matrices}))
-        rows += [_measure(matrix, matrix.view(tensors)) for matrix in matrices]
-        progress(block.index + 1, len(skeleton.blocks))
+    with counted(progress, "reading") as tell:
+        for block in skeleton.blocks:
+            matrices = [matrix for matrix in skeleton.matrices if matrix.block == block.index]
+            tensors = skeleton.source.read(sorted({matrix.tensor for matrix in matrices}))
+            rows += [_measure(matrix, matrix.view(tensors)) for matrix in matrices]
+            tell(block.index + 1, len(skeleton.blocks))
     return Inspection(str(opened.origin.get("path")), rows, _packed(skeleton.source))
 
 

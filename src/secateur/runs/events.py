@@ -24,6 +24,20 @@ class Event:
     total: int = 0
     matrix: str | None = None
 
+    @property
+    def place(self) -> tuple[str, int, int, str] | None:
+        """Where a bar stands: a stage, how much of it is done, how much there is, a note; None where it stays."""
+        if self.stage == "calibrate":
+            return "calibration", self.done, self.total, ""
+        if self.stage == "record":
+            return "recording calls", self.done, self.total, ""
+        if self.stage.startswith(("gradients", "allocation")):
+            return self.stage, self.done, self.total, ""
+        if not self.blocks:
+            return None
+        note = self.matrix or f"{self.stage} {self.done}/{self.total}" if self.total else self.stage
+        return "blocks", self.block + (self.stage == "write"), self.blocks, note
+
 
 OnEvent = Callable[[Event], None]
 

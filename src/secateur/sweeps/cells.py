@@ -53,6 +53,18 @@ class SweepEvent:
     cells: int = 0
     seconds_left: float | None = None
 
+    @property
+    def where(self) -> str:
+        """The name of the cell that it is about."""
+        return self.cell.name if self.cell is not None else "all cells"
+
+    @property
+    def place(self) -> tuple[str, int, int, str]:
+        """Where a bar stands, as of an `Event`."""
+        stage = self.stage.rpartition("/")[2]  # of a file, the name alone
+        note = f"{self.where}: {stage} {self.done}/{self.total}" if self.total else stage
+        return "cells", self.finished, self.cells, note
+
 
 @dataclass(kw_only=True)
 class CellRunner:

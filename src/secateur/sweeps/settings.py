@@ -15,7 +15,7 @@ from secateur.collect.settings import (
 from secateur.core.choices import Group
 from secateur.errors import CheckpointError
 from secateur.pruning.settings import MethodLike, MethodOptions, SharedSettings
-from secateur.runs.options import OPTIONS, Option, Settings
+from secateur.runs.options import OPTIONS, Option, ProgressSettings, Settings
 
 if TYPE_CHECKING:
     from secateur.core.patterns import Pattern
@@ -73,7 +73,7 @@ class GridSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SweepSettings(SharedSettings, CalibrationSettings, SelectionSettings, GridSettings):
+class SweepSettings(ProgressSettings, SharedSettings, CalibrationSettings, SelectionSettings, GridSettings):
     """What `sweep` takes."""
 
     output: Annotated[File, Option(OPTIONS, "Folder for the tables and cells; started again there, goes on.", "-o")] = (
