@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.arguments import calling
 from secateur.core.checks import solved
 from secateur.core.fingerprint import fingerprint
 from secateur.core.gradients import GradientKind, GradientNorm
@@ -41,6 +42,7 @@ class Checked:
         )
 
 
+@calling
 def check_method(method: Any, *, patterns: Sequence[Any] | None = None, device: str | None = None) -> Checked:
     """What a method was tried on, and its `repr` says so in two lines; `MethodError` lists all that is wrong with it.
 

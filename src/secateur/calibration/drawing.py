@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from secateur.arguments import calling
 from secateur.calibration.corpora import Spec, is_token_file, load_corpus, weighted
 from secateur.calibration.documents import Corpus
 from secateur.calibration.given import taken
@@ -39,6 +40,7 @@ FEWEST_CHARACTERS = 16 * 2**20
 C4_EVALUATION_WINDOWS = 256
 
 
+@calling
 def calibration_windows(
     source: Source | Sequence[str | os.PathLike[str]],
     tokenizer: Any,
@@ -124,6 +126,7 @@ def _asked(
     return given, shares
 
 
+@calling
 def evaluation_windows(
     source: Source, tokenizer: Any, *, length: int | None = None, windows: int | None = None, bos: Bos = "papers"
 ) -> Windows:

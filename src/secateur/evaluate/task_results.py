@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from secateur.arguments import calling
 from secateur.errors import CalibrationError
 from secateur.shown import Shown
 
@@ -118,6 +119,7 @@ class TaskComparison:
         }
 
 
+@calling
 def task_differences(dense: TaskResults, pruned: TaskResults) -> list[TaskComparison]:
     """Every task and group of a pruned model beside the dense one's.
 

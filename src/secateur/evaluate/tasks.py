@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from secateur.arguments import calling
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.evaluate.harness import run_task, stock_manager, wrapped
 from secateur.evaluate.results import Results
@@ -34,6 +35,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 MEAN_OF = "acc"  # the metric that enters those means, as in the papers
 
 
+@calling
 def tasks(
     model: str | os.PathLike[str] | nn.Module | WholeModel,
     names: Sequence[str],

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from secateur.arguments import calling
 from secateur.evaluate.perplexity import exponential, plus_minus, without_nan
 from secateur.evaluate.task_results import TaskComparison
 from secateur.shown import Shown
@@ -140,6 +141,7 @@ class Verdict(Shown):
         }
 
 
+@calling
 def verdict(
     model: str,
     changes: Sequence[Change],

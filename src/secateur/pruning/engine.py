@@ -67,8 +67,8 @@ def prune(settings: PruneSettings) -> Manifest:
     `statistics_device` is where statistics are kept. `statistics` is a `Survey` that runs on the same model and tokens
     share, with `propagate="dense"`: the first run fills it, and the others need no forward for it.
 
-    With `progress` True a bar shows how far it is, in a terminal or a notebook; a function is called with the stage, how
-    much of it is done and how much there is. `on_event` is told more.
+    With `progress` True a bar shows how far it is, in a terminal or a notebook; a function is called with the stage,
+    how much of it is done and how much there is. `on_event` is told more.
 
     With `packed` the output holds what `pack` would make of it, and no plain checkpoint is left.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.arguments import calling
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_digest
@@ -61,6 +62,7 @@ class Verification(Shown):
         return self.zeros / max(self.weights, 1)
 
 
+@calling
 def verify(
     folder: str | os.PathLike[str],
     source: Source | str | os.PathLike[str] | None = None,

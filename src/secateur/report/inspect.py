@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.arguments import calling
 from secateur.files.packed import PackedCheckpoint
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.matrices import Matrix
@@ -66,6 +67,7 @@ class Inspection(Shown):
         return {"model": self.model, "sparsity": self.sparsity, **packed, "matrices": rows}
 
 
+@calling
 def inspect(
     model: str | os.PathLike[str] | nn.Module | OpenedModel,
     *,

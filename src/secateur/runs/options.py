@@ -13,6 +13,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from secateur.arguments import Argument, called
 from secateur.errors import CalibrationError, PatternError
 from secateur.shown import bar
 
@@ -166,9 +167,10 @@ def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P,
         @functools.wraps(function)
         def taken(*arguments: P.args, **keywords: P.kwargs) -> R:
             # A class in truth, whose arguments a `ParamSpec` tells of only where it is a function.
-            filled = cast(Any, settings).filled(keywords)
-            with watched(settings(*arguments, **filled)) as made:
-                return function(made)
+            with called(lambda: _called(settings)):
+                filled = cast(Any, settings).filled(keywords)
+                with watched(settings(*arguments, **filled)) as made:
+                    return function(made)
 
         signature = inspect.signature(settings)
         hints = get_type_hints(settings)  # without their `Option`s
@@ -178,6 +180,13 @@ def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P,
         return taken
 
     return decorate
+
+
+@cache
+def _called(taker: Any) -> Mapping[str, Argument]:
+    """The arguments of a function of settings, by the names of its options; those that no option has by their own."""
+    arguments = {name.replace("_", "-"): Argument(name) for name in inspect.signature(taker).parameters}
+    return arguments | {field.flag[2:]: Argument.of(field.name, field.kind) for field in options(taker)}
 
 
 def listed(values: Any) -> list[Any]:
@@ -192,7 +201,7 @@ def listed(values: Any) -> list[Any]:
 def written(settings: Sequence[str] | Mapping[str, object], part: str = "") -> Iterator[str]:
     """Options as text: "damping=0.02" of {"damping": 0.02}, "swaps.limit=1" of {"swaps": {"limit": 1}}."""
     if not isinstance(settings, Mapping):
-        yield from settings
+        yield from [settings] if isinstance(settings, str) else settings
         return
     for name, value in settings.items():
         if isinstance(value, Mapping):
