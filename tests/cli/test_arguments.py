@@ -21,7 +21,7 @@ from secateur import arguments
 from secateur.arguments import in_a_call
 from secateur.errors import MethodError, SecateurError
 from secateur.pruning.settings import PlanSettings
-from secateur.runs.options import Settings, _called, options
+from secateur.runs.options import Settings, called_by_name, options
 
 SOURCES = Path(secateur.__file__).parent
 
@@ -54,8 +54,8 @@ MESSAGES = {
 
 @pytest.mark.parametrize("message", MESSAGES)
 def test_messages_in_a_call(message: str) -> None:
-    assert in_a_call(message, _called(PlanSettings)) == MESSAGES[message]
-    assert in_a_call(MESSAGES[message], _called(PlanSettings)) == MESSAGES[message]  # once is enough
+    assert in_a_call(message, called_by_name(PlanSettings)) == MESSAGES[message]
+    assert in_a_call(MESSAGES[message], called_by_name(PlanSettings)) == MESSAGES[message]  # once is enough
 
 
 def _mistakes(model: Path, folder: Path) -> dict[str, tuple[Callable[[], Any], list[str], str, str]]:

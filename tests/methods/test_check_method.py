@@ -150,6 +150,26 @@ def test_what_is_wrong_is_said(fault: str) -> None:
         assert re.match(pattern, line), line
 
 
+def test_the_page_on_methods_of_ones_own_says_what_is_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "own-method.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:python)?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    file = next(block for block in blocks if block.startswith("# mine.py"))
+    assert len([line for line in file.splitlines()[1:] if line]) <= 10
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(file)
+    said = next(block for block in blocks if ">>> secateur.testing" in block)
+    assert " ".join(said.partition(':powered")')[2].split()) == " ".join(repr(check_method("mine.py:powered")).split())
+    Path("broken.py").write_text(file.replace("abs()", "abs_()").replace("* norm", "/ norm"))
+    with pytest.raises(MethodError) as caught:
+        check_method("broken.py:powered")
+    told = str(caught.value).replace(f"{tmp_path}/broken.py", "mine.py")
+    expected = next(block for block in blocks if block.startswith("secateur.errors.MethodError: "))
+    assert " ".join(expected.removeprefix("secateur.errors.MethodError: ").split()) == " ".join(told.split())
+    names: dict[str, Callable[[], Method]] = {}
+    exec(next(block for block in blocks if "def halved" in block), names)
+    assert check_method(names["halved"]).name == "halved"
+
+
 def test_no_method_and_patterns_that_it_is_not_meant_for() -> None:
     with pytest.raises(PatternError, match=r"^method: swaps refines a method and is none"):
         check_method(secateur.swaps)

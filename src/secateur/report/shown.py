@@ -10,13 +10,16 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from secateur.arguments import in_a_call, speaks_of_options
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.perplexity import Perplexity, plus_minus
+from secateur.evaluate.settings import VerdictSettings
 from secateur.evaluate.similarity import Similarity
 from secateur.evaluate.task_results import TaskResults
 from secateur.evaluate.verdict import Verdict
 from secateur.plans.allocated import Allocated, told
 from secateur.pruning.forecast import Estimate
+from secateur.pruning.settings import PlanSettings
 from secateur.record.manifest import Manifest, cautions
 from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection
@@ -34,6 +37,7 @@ from secateur.report.terminal import (
     verification_tables,
 )
 from secateur.runs.events import seconds_text
+from secateur.runs.options import called_by_name
 from secateur.shown import ShownList
 from secateur.sweeps.folder import Sweep
 from secateur.sweeps.table import sweep_tables
@@ -45,7 +49,16 @@ def lines(result: Any) -> list[str]:
     """The lines of a result."""
     if isinstance(result, ShownList):
         return [line for one in result for line in lines(one)] or ["[]"]
-    return list(_of(result)[0](result))
+    return [_said(line) for line in _of(result)[0](result)]
+
+
+def _said(text: str) -> str:
+    """A text in the words of a call."""
+    return (
+        text
+        if speaks_of_options()
+        else in_a_call(text, {**called_by_name(PlanSettings), **called_by_name(VerdictSettings)})
+    )
 
 
 def html(result: Any) -> str:
@@ -183,7 +196,7 @@ def _html(content: Any) -> Iterator[str]:
     elif isinstance(content, Table):
         yield _table(content)
     elif str(content):
-        yield f"<p>{_marked(content)}</p>"
+        yield f"<p>{_marked(content, _said(str(content)))}</p>"
 
 
 def _table(table: Table) -> str:
@@ -200,6 +213,6 @@ def _cell(tag: str, content: Any, justify: str) -> str:
     return f'<{tag} style="text-align: {justify}">{_marked(content)}</{tag}>'
 
 
-def _marked(content: Any) -> str:
-    text = escaping.escape(str(content))
+def _marked(content: Any, text: str | None = None) -> str:
+    text = escaping.escape(str(content) if text is None else text)
     return f"<strong>{text}</strong>" if isinstance(content, Text) and "bold" in str(content.style) else text

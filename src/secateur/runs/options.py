@@ -167,7 +167,7 @@ def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P,
         @functools.wraps(function)
         def taken(*arguments: P.args, **keywords: P.kwargs) -> R:
             # A class in truth, whose arguments a `ParamSpec` tells of only where it is a function.
-            with called(lambda: _called(settings)):
+            with called(lambda: called_by_name(settings)):
                 filled = cast(Any, settings).filled(keywords)
                 with watched(settings(*arguments, **filled)) as made:
                     return function(made)
@@ -183,7 +183,7 @@ def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P,
 
 
 @cache
-def _called(taker: Any) -> Mapping[str, Argument]:
+def called_by_name(taker: Any) -> Mapping[str, Argument]:
     """The arguments of a function of settings, by the names of its options; those that no option has by their own."""
     arguments = {name.replace("_", "-"): Argument(name) for name in inspect.signature(taker).parameters}
     return arguments | {field.flag[2:]: Argument.of(field.name, field.kind) for field in options(taker)}
