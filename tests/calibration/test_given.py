@@ -165,7 +165,7 @@ def test_every_call_takes_them(model: Path, tmp_path: Path) -> None:  # noqa: F8
     own, own_record = pruned("of texts", table(texts), **how)
     assert own == weights
     assert own_record["digest"] == record["digest"]
-    assert own_record["sources"][0]["corpus"] == "datasets.Dataset"
+    assert own_record["sources"][0]["corpus"] == "texts of a datasets.Dataset"
     drawn = calibration_windows(texts, AutoTokenizer.from_pretrained(model), **how)
     again, rows = pruned("of rows", DataLoader(TensorDataset(drawn.input_ids), batch_size=3), samples=4)
     assert again == weights

@@ -173,7 +173,8 @@ def _tensor(values: Any, place: str) -> torch.Tensor:
 
 
 def _corpus(documents: Sequence[str], name: str, facts: Mapping[str, Any]) -> Corpus:
-    return Corpus(f"texts of a {name}", documents, {"corpus": name, **facts})
+    told = f"texts of a {name}"
+    return Corpus(told, documents, {"corpus": told, **facts})
 
 
 def _facts(source: Any) -> dict[str, Any]:

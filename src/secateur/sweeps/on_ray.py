@@ -124,6 +124,7 @@ class _Cluster:
             loop.asked,
             device=loop.settings["device"],
             calibration=(),
+            data=tuple(loop.settings["data"]),
             tokenizer=None,
             on_event=_nothing,
             on_estimate=_nothing,
