@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +31,18 @@ def test_every_method_of_ours_keeps_its_word(name: str) -> None:
     assert str(checked).startswith(f"{name} solved 13 small problems as it should: pattern 0.5 unstructured per ")
 
 
+@pytest.fixture
+def _own_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is imported from files of a test is forgotten after it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in ("mine", "broken", "inputs_only"):
+        if name not in before:
+            sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("_own_modules")
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "inputs_only.py").write_text(
         "import secateur\n"
@@ -150,6 +163,7 @@ def test_what_is_wrong_is_said(fault: str) -> None:
         assert re.match(pattern, line), line
 
 
+@pytest.mark.usefixtures("_own_modules")
 def test_the_page_on_methods_of_ones_own_says_what_is_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "own-method.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:python)?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
