@@ -39,6 +39,16 @@ def endless(rows: list[Any]) -> Iterator[Any]:
         yield from rows
 
 
+class Rows(torch.utils.data.Dataset):
+    """A data set as many scripts write it: it has items and a length, and nothing to iterate over."""
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        return {"input_ids": torch.tensor(ROWS[at]), "labels": torch.tensor(ROWS[at])}
+
+
 GIVEN_TOKENS: dict[str, Callable[[], Any]] = {
     "rows": lambda: ROWS,
     "rows as tensors": lambda: [torch.tensor(row) for row in ROWS],
@@ -54,6 +64,7 @@ GIVEN_TOKENS: dict[str, Callable[[], Any]] = {
     ),
     "an endless stream": lambda: endless(ROWS),
     "DataFrame": lambda: pandas.DataFrame({"input_ids": ROWS}),
+    "a data set of torch": lambda: Rows(),
 }
 
 
@@ -139,6 +150,7 @@ def test_a_list_of_names_stays_one(tokenizer: Any, tmp_path: Path) -> None:
             [{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}],
             "calibration: list, item 0: attention_mask: row 0, position 1: padding lies between tokens",
         ),
+        ({"input_ids": IDS, "attention_mask": MASK[:2]}, "calibration: dict, item 0: attention_mask has 2 rows, expected 3 as in"),
         ([(torch.ones(1, 2), torch.ones(1, 2))], "item 0: got 2 tensors, and only token ids have no name. Give mappings"),
         (["two words", 3], "calibration: list, row 1: got int, expected text."),
         (table({"content": ["a"]}), "calibration: datasets.Dataset: no field 'text'; fields found: content. Name one of them"),

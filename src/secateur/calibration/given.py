@@ -57,9 +57,10 @@ def taken(source: Any, most: int | None, argument: str) -> Any:
         return _corpus(table_rows(lambda at: source[at][DEFAULT_FIELD], there, f"{argument}: {name}"), name, facts)
     if isinstance(source, Sequence) and there and isinstance(source[0], str):
         return _corpus(table_rows(lambda at: source[at], there, f"{argument}: {name}"), name, facts)
-    if isinstance(source, Iterable):
+    if isinstance(source, Iterable) or (there and hasattr(source, "__getitem__")):
+        items = iter(source) if isinstance(source, Iterable) else (source[at] for at in range(there or 0))
         whole = isinstance(source, list | tuple)
-        return _of_items(iter(source), name, None if whole else most, argument, facts, there)
+        return _of_items(items, name, None if whole else most, argument, facts, there)
     raise CalibrationError(f"{argument}: got {name}, expected {_FORMS}.")
 
 
@@ -68,12 +69,12 @@ def _are_specs(listed: Sequence[Any], argument: str) -> bool:
     if not all(isinstance(one, str | os.PathLike) for one in listed):
         # A mixture with something else in it: the mistake is told where it is read.
         return any(isinstance(one, str) and names_corpus(one) for one in listed)
-    named = [one for one in listed if isinstance(one, os.PathLike) or names_corpus(one)]
+    named = {one: None for one in listed if isinstance(one, os.PathLike) or names_corpus(one)}
     texts = [one for one in listed if isinstance(one, str) and one not in named and len(one.split()) != 1]
     if named and texts:
         raise CalibrationError(
-            f'{argument}: "{named[0]}" names a corpus, and "{texts[0][:40]}" is a text. If all of them are texts, give '
-            f"{argument}={{{DEFAULT_FIELD!r}: texts}}."
+            f'{argument}: "{next(iter(named))}" names a corpus, and "{texts[0][:40]}" is a text. If all of them are '
+            f"texts, give {argument}={{{DEFAULT_FIELD!r}: texts}}."
         )
     return not texts
 
@@ -122,7 +123,7 @@ def _rows(items: Iterable[Any], where: str) -> Iterator[torch.Tensor]:
     """The token ids of each sample, without padding, of items that are one or several samples."""
     for number, item in enumerate(items):
         place = f"{where}, item {number}"
-        for ids, mask in _samples(*_ids_of(item, place)):
+        for ids, mask in _samples(*_ids_of(item, place), place):
             found = _tensor(ids, place).unsqueeze(0)
             if found.numel() == 0:
                 raise CalibrationError(f"{place}: has no tokens. Leave it out.")
@@ -156,12 +157,14 @@ def _ids_of(item: Any, place: str) -> tuple[Any, Any]:
     return item, None
 
 
-def _samples(ids: Any, mask: Any) -> Iterator[tuple[Any, Any]]:
+def _samples(ids: Any, mask: Any, place: str) -> Iterator[tuple[Any, Any]]:
     """The samples of a batch, or the one sample, each with its mask."""
     kinds = (Sequence, torch.Tensor, numpy.ndarray)
     several = (
         ids.ndim == 2 if hasattr(ids, "ndim") else isinstance(ids, kinds) and isinstance(next(iter(ids), 0), kinds)
     )
+    if several and mask is not None and len(mask) != len(ids):
+        raise CalibrationError(f"{place}: {MASK_KEY} has {len(mask)} rows, expected {len(ids)} as in {TOKEN_KEY}.")
     yield from zip(ids, repeat(None) if mask is None else mask, strict=False) if several else [(ids, mask)]
 
 
@@ -181,7 +184,7 @@ def _facts(source: Any) -> dict[str, Any]:
     """What a data set says of itself."""
     found = {"dataset": getattr(getattr(source, "info", None), "dataset_name", None)}
     found |= {"config": getattr(source, "config_name", None), "split": getattr(source, "split", None)}
-    return {key: str(value) for key, value in found.items() if value is not None}
+    return {key: str(value) for key, value in found.items() if value is not None and not callable(value)}
 
 
 def _name(source: Any) -> str:
