@@ -40,6 +40,15 @@ def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _messages_as_they_are_written() -> Iterator[None]:
+    """Errors name options, as they do in the code; what calls of Python make of that, `test_arguments.py` shows."""
+    from secateur.arguments import command_line
+
+    with command_line():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`device="auto"` means the CPU on every machine: results are compared bit by bit."""
     import torch

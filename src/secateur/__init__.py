@@ -76,10 +76,12 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:
+    if name == "testing":
+        return import_module("secateur.testing")
     if name not in _HOMES:
         raise AttributeError(f"module 'secateur' has no attribute '{name}'")
     return getattr(import_module(f"secateur.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, "__version__", "testing"])

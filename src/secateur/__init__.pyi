@@ -1,5 +1,6 @@
 """The public names for type checkers, which read this file instead of `__init__.py`."""
 
+import secateur.testing as testing  # noqa: F401 - public
 from secateur.calibration.drawing import (
     calibration_windows as calibration_windows,
     evaluation_windows as evaluation_windows,

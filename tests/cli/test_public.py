@@ -62,7 +62,7 @@ def test_no_public_name_is_also_a_module() -> None:
 
 
 def test_dir_lists_the_public_names() -> None:
-    assert set(dir(secateur)) == {*secateur.__all__, "__version__"}
+    assert set(dir(secateur)) == {*secateur.__all__, "__version__", "testing"}
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", secateur.__version__)
 
 

@@ -41,7 +41,10 @@ _ROWS_FILE = re.compile(
 )
 
 
-def load_corpus(spec: str, role: Role) -> Corpus:
+Spec = str | Corpus  # what is one already was given as texts
+
+
+def load_corpus(spec: Spec, role: Role) -> Corpus:
     """Return the corpus that `spec` names, in its calibration or its evaluation part.
 
     Blank documents of row corpora are kept: the published samplers draw among all rows.
@@ -53,7 +56,7 @@ def load_corpus(spec: str, role: Role) -> Corpus:
     hub, a missing optional package, and a corpus without text.
     Reference: Wanda and SparseGPT, their data loaders (`get_c4`, `get_wikitext2`).
     """
-    corpus = _read(spec.strip(), role)
+    corpus = spec if isinstance(spec, Corpus) else _read(spec.strip(), role)
     if not any(document.strip() for document in corpus.documents):
         raise CalibrationError(
             f"{corpus.name}: no text in its {len(corpus.documents)} documents, expected at least one that is not blank."
@@ -61,13 +64,30 @@ def load_corpus(spec: str, role: Role) -> Corpus:
     return corpus
 
 
-def is_token_file(spec: str) -> bool:
+def names_corpus(text: str) -> bool:
+    """Return whether a text is one of `ACCEPTED_FORMS`, whether or not there is such a file."""
+    spec = match["spec"].strip() if (match := _WEIGHTED.fullmatch(text)) else text.strip()
+    name, colon, rest = spec.partition(":")
+    if "\n" in spec or rest[:1].isspace():
+        return False
+    return (
+        name in _NAMED
+        or (colon != "" and name in ("hf", "images"))
+        or spec.lower().endswith((".txt", ".raw", ".safetensors"))
+        or _ROWS_FILE.fullmatch(spec) is not None
+        or is_own_text(spec)
+    )
+
+
+def is_token_file(spec: Spec) -> bool:
     """Return whether `spec` names a file of token ids (`.safetensors`) instead of text."""
-    return spec.strip().lower().endswith(".safetensors")
+    return isinstance(spec, str) and spec.strip().lower().endswith(".safetensors")
 
 
-def weighted(spec: str) -> tuple[str, Fraction]:
+def weighted(spec: Spec) -> tuple[Spec, Fraction]:
     """A spec without its weight in a mixture, and that weight."""
+    if isinstance(spec, Corpus):
+        return spec, Fraction(1)
     match = _WEIGHTED.fullmatch(spec)
     if not match:
         return spec.strip(), Fraction(1)
@@ -147,11 +167,13 @@ def _python_docs(role: Role, local: str) -> Corpus:
 _NAMED: Mapping[str, Callable[[Role, str], Corpus]] = {"c4": _c4, "wikitext2": _wikitext2, "python-docs": _python_docs}
 
 
-def quick_to_read(spec: str, most: int) -> str | None:
+def quick_to_read(spec: Spec, most: int) -> str | None:
     """Return None where `load_corpus` reads this calibration corpus without a download and in at most `most` bytes.
 
     Otherwise a few words that say why not. Errors: what `load_corpus` would raise, as far as looking for it shows.
     """
+    if isinstance(spec, Corpus):
+        return None
     name, _, local = spec.partition(":")
     if name == "hf":
         there = Path(hub_parts(spec)[0]).is_dir() or hub_trouble() is not None

@@ -32,7 +32,7 @@ _CHAT = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corpus:
     """A named text: `documents` by position, where they came from, and the `joiner` that makes one text of them."""
 
@@ -40,6 +40,9 @@ class Corpus:
     documents: Sequence[str]
     provenance: Mapping[str, Any]
     joiner: str = "\n\n"
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class Documents(Sequence[str]):

@@ -9,8 +9,10 @@ from typing import Any, get_args
 
 import torch
 
-from secateur.calibration.corpora import is_token_file, load_corpus, weighted
+from secateur.arguments import calling
+from secateur.calibration.corpora import Spec, is_token_file, load_corpus, weighted
 from secateur.calibration.documents import Corpus
+from secateur.calibration.given import taken
 from secateur.calibration.hub import Role
 from secateur.calibration.own_text import OwnText, Write, is_own_text, own_text, own_windows
 from secateur.calibration.text import Text, check_bos
@@ -38,6 +40,7 @@ FEWEST_CHARACTERS = 16 * 2**20
 C4_EVALUATION_WINDOWS = 256
 
 
+@calling
 def calibration_windows(
     source: Source | Sequence[str | os.PathLike[str]],
     tokenizer: Any,
@@ -54,8 +57,8 @@ def calibration_windows(
 
     `source` is a corpus spec (see `load_corpus`), several of them to be mixed, each optionally weighted as `0.7*c4`,
     or token ids: a tensor, `Windows`, or a `.safetensors` file with the key `input_ids`, and `attention_mask` where
-    rows are padded. Token ids are taken as they are: `samples` keeps the first ones, and a `length` that differs is an
-    error.
+    rows are padded; or texts or token ids in memory, see `secateur.calibration.given`. Token ids are taken as they are:
+    `samples` keeps the first ones, and a `length` that differs is an error.
 
     `sampling="document"` draws a document uniformly with replacement until one is longer than `length` tokens, and a
     window in it; `"concat"` draws windows from one long token sequence; None is what the papers do: "concat" for
@@ -67,6 +70,7 @@ def calibration_windows(
     Errors: CalibrationError, also when no document is long enough after about 1000 draws for each window.
     Reference: Wanda and SparseGPT, semantics of `get_c4` (document) and `get_wikitext2` (concat) in their loaders.
     """
+    source = taken(source, samples or DEFAULT_SAMPLES, "source")
     given, shares = _asked(source, tokenizer, samples, length, sampling)
     if given is not None:
         return _as_given(given, bos)
@@ -88,7 +92,7 @@ def calibration_windows(
     return _mixed(parts, seed, text)
 
 
-def text_corpora(source: Any, tokenizer: Any, samples: int | None, length: int | None, sampling: Any) -> list[str]:
+def text_corpora(source: Any, tokenizer: Any, samples: int | None, length: int | None, sampling: Any) -> list[Spec]:
     """Return the specs of the text that calibration windows are drawn from: none where the source is token ids.
 
     Errors: CalibrationError for what `calibration_windows` refuses without looking at the text.
@@ -111,7 +115,7 @@ def own_texts(
 
 def _asked(
     source: Any, tokenizer: Any, samples: int | None, length: int | None, sampling: Any
-) -> tuple[Windows | None, list[tuple[str, Fraction, int]]]:
+) -> tuple[Windows | None, list[tuple[Spec, Fraction, int]]]:
     """Return the windows where the source is token ids, else None and the shares of the texts in the mixture."""
     require_positive(samples=samples, length=length)
     if sampling not in (*get_args(Sampling), None):
@@ -122,6 +126,7 @@ def _asked(
     return given, shares
 
 
+@calling
 def evaluation_windows(
     source: Source, tokenizer: Any, *, length: int | None = None, windows: int | None = None, bos: Bos = "papers"
 ) -> Windows:
@@ -139,6 +144,7 @@ def evaluation_windows(
     Reference: Wanda, `lib/eval.py`, and SparseGPT, `datautils.py` (`get_wikitext2`, `get_c4`).
     """
     require_positive(windows=windows, length=length)
+    source = taken(source, windows, "source")
     if (given := given_windows(source, windows, length, "windows")) is not None:
         return _as_given(given, bos)
     spec = one_spec(source, tokenizer, "evaluation")
@@ -173,17 +179,17 @@ def _as_given(windows: Windows, bos: Bos) -> Windows:
     return windows
 
 
-def _shares(source: Any, samples: int) -> list[tuple[str, Fraction, int]]:
+def _shares(source: Any, samples: int) -> list[tuple[Spec, Fraction, int]]:
     """Return (spec, weight, samples) of each source: weights sum to one, samples by largest remainder."""
     listed = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
     for spec in listed:
-        if not isinstance(spec, str | os.PathLike):
+        if not isinstance(spec, str | os.PathLike | Corpus):
             raise CalibrationError(
                 f"calibration: got {type(spec).__name__}, expected corpus specs, or alone a tensor or Windows."
             )
     if not listed:
         raise CalibrationError("calibration: got no corpus, expected at least one. Pass --calibration c4, for example.")
-    parsed = [weighted(os.fspath(spec)) for spec in listed]
+    parsed = [weighted(os.fspath(spec) if isinstance(spec, os.PathLike) else spec) for spec in listed]
     total = sum(weight for _, weight in parsed)
     quotas = [samples * weight / total for _, weight in parsed]
     counts = [int(quota) for quota in quotas]
@@ -200,11 +206,11 @@ def _shares(source: Any, samples: int) -> list[tuple[str, Fraction, int]]:
 
 
 def _sampled(
-    spec: str, text: Text, samples: int, length: int, seed: int, sampling: Sampling | None, report: Report
+    spec: Spec, text: Text, samples: int, length: int, seed: int, sampling: Sampling | None, report: Report
 ) -> Windows:
     """Return the windows of one source of a mixture."""
     if is_token_file(spec):
-        given = token_file(spec, samples, length)
+        given = token_file(str(spec), samples, length)
         if given.samples < samples:
             raise CalibrationError(
                 f"{spec}: {given.samples} windows, expected {samples} for its share of the mixture. "

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -64,9 +64,9 @@ class Written:
 Write = Callable[[OwnText], Written]
 
 
-def is_own_text(spec: str) -> bool:
+def is_own_text(spec: object) -> TypeGuard[str]:
     """Return whether `spec` asks for text of the model's own: `self`, or `self:PROMPTS`."""
-    return _OWN.fullmatch(spec.strip()) is not None
+    return isinstance(spec, str) and _OWN.fullmatch(spec.strip()) is not None
 
 
 def own_text(spec: str, tokenizer: Any, samples: int, length: int, seed: int, sampling: Sampling | None) -> OwnText:

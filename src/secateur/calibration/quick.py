@@ -85,5 +85,6 @@ def quick_windows(
         if limited.most_tokens > wanted or limited.longest_text > CHARACTERS_PER_TOKEN * wanted:
             return None, ()  # some text has, or surely has, more tokens than a window
         return None, [
-            f"{', '.join(specs)}: not checked to the end; none of the first documents has more than {wanted} tokens."
+            f"{', '.join(map(str, specs))}: not checked to the end; none of the first documents has more than {wanted} "
+            "tokens."
         ]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.corpora import is_token_file, weighted
-from secateur.calibration.documents import existing_file, file_provenance
+from secateur.calibration.corpora import Spec, is_token_file, weighted
+from secateur.calibration.documents import Corpus, existing_file, file_provenance
 from secateur.errors import CalibrationError
 
 Progress = Callable[[int, int], None]
@@ -141,7 +141,7 @@ def _padded_at_the_end(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Ten
     return moved, None if bool(kept.all()) else kept
 
 
-Source = str | os.PathLike[str] | torch.Tensor | Windows
+Source = str | os.PathLike[str] | torch.Tensor | Windows | Corpus
 
 
 def check_fits(windows: Windows, vocabulary_size: int, positions: int | None, option: str = "--length") -> None:
@@ -186,7 +186,7 @@ def given_windows(source: Any, samples: int | None, length: int | None, what: st
         return _first(Windows(_checked_ids(source, "tensor"), {"source": "tensor"}), samples, length, "tensor", what)
     if isinstance(source, str | os.PathLike) and is_token_file(os.fspath(source)):
         spec, _ = weighted(os.fspath(source))
-        return token_file(spec, samples, length, what)
+        return token_file(str(spec), samples, length, what)
     return None
 
 
@@ -246,18 +246,19 @@ def require_positive(**counts: int | None) -> None:
             raise CalibrationError(f"--{name}: got {count}, expected at least 1.")
 
 
-def one_spec(source: Any, tokenizer: Any, purpose: str) -> str:
+def one_spec(source: Any, tokenizer: Any, purpose: str) -> Spec:
     """Return the spec of the one text that a purpose takes. Raises CalibrationError for several, or no tokenizer."""
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike | Corpus):
         raise CalibrationError(f"{purpose}: got {type(source).__name__}, expected one corpus, a tensor or Windows.")
-    require_tokenizer(tokenizer, [os.fspath(source)])
-    return os.fspath(source)
+    spec = source if isinstance(source, Corpus) else os.fspath(source)
+    require_tokenizer(tokenizer, [spec])
+    return spec
 
 
-def require_tokenizer(tokenizer: Any, specs: Sequence[str]) -> None:
+def require_tokenizer(tokenizer: Any, specs: Sequence[Spec]) -> None:
     """Raise CalibrationError for text without a tokenizer."""
     if tokenizer is None and not all(map(is_token_file, specs)):
         raise CalibrationError(
-            f"{', '.join(specs)}: text needs a tokenizer, got None. Pass the model's tokenizer, or token ids: "
-            f"a (samples, length) tensor or a .safetensors file with the key {TOKEN_KEY!r}."
+            f"{', '.join(map(str, specs))}: text needs a tokenizer, got None. Pass the model's tokenizer, or token "
+            f"ids: a (samples, length) tensor or a .safetensors file with the key {TOKEN_KEY!r}."
         )

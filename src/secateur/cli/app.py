@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from cyclopts import App, CycloptsError
 
 import secateur
+from secateur.arguments import command_line
 from secateur.cli.commands import GROUPS, parsed, told
 from secateur.cli.configuration import configured, run_of_file, runs_of
 from secateur.cli.processes import alone, silent
 from secateur.cli.streams import guarded_streams, print_error
 from secateur.cli.voice import GLOBAL, debugging, log, say, speaking
-from secateur.errors import NumericalError, SecateurError
+from secateur.errors import MethodError, NumericalError, SecateurError
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 from secateur.runs.stopping import stop
 
@@ -212,7 +213,8 @@ def _once(arguments: list[str]) -> int:
 
     with _signals() as received:
         try:
-            app(arguments)
+            with command_line():
+                app(arguments)
             return 0 if arguments else 2
         except CycloptsError as error:
             tell(f"Error: {told(error)}")
@@ -220,7 +222,9 @@ def _once(arguments: list[str]) -> int:
         except SecateurError as error:
             if debug:
                 raise
-            tell(f"Error: {error}")
+            # Of somebody's own code, where it went wrong may not be enough.
+            more = " --debug shows the traceback." if isinstance(error, MethodError) and error.__cause__ else ""
+            tell(f"Error: {error}{more}")
             return exit_code(type(error))
         except (MemoryError, RuntimeError) as error:
             # torch.OutOfMemoryError, without importing torch for commands that do without

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import re
 import sys
 import time
 import warnings
@@ -32,9 +31,6 @@ def quiet_libraries() -> Iterator[None]:
         # What transformers and peft tell each other about names to come.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
         yield
-
-
-_IN_BLOCK = re.compile(r"^\S+?\.\d+\.(?=\S)")  # of a matrix, the path of its block: model.layers.3.
 
 
 class _Visible:
@@ -179,16 +175,9 @@ def progress(done: str = "pruned", note: Callable[[], str] = lambda: "") -> Iter
 
         def show(event: "Event") -> None:
             plain(event)
-            if event.stage == "calibrate":
-                update("calibration", event.done, event.total or None)
-            elif event.stage == "record":
-                update("recording calls", event.done, event.total)
-            elif event.stage.startswith(("gradients", "allocation")):
-                update(event.stage, event.done, event.total)
-            elif event.blocks:
-                detail = event.matrix or f"{event.stage} {event.done}/{event.total}" if event.total else event.stage
-                detail = _IN_BLOCK.sub("", detail).removesuffix(".weight")  # the count says which block
-                update("blocks", event.block + (event.stage == "write"), event.blocks, detail + note())
+            if event.place is not None:
+                stage, done, total, detail = event.place
+                update(stage, done, total or None, detail + note() if detail else "")
 
         yield show
 
@@ -259,11 +248,9 @@ def sweep_progress() -> Iterator[tuple[Callable[["SweepEvent"], None], Callable[
             if text is not None:
                 say(text, screen=False)
                 bar.console.print(visible(text), highlight=False)
-            where = ", ".join(filter(None, [event.model, event.cell.name if event.cell is not None else "all cells"]))
-            stage = event.stage.rpartition("/")[2]  # of a file, the name alone
-            inner = f"{where}: {stage} {event.done}/{event.total}" if event.total else stage
-            begins = not bar.tasks[0].fields["detail"].startswith(where)
-            update("cells", event.finished, event.cells or None, inner, refresh=begins)
+            _, done, total, detail = event.place
+            begins = not bar.tasks[0].fields["detail"].startswith(event.where)
+            update("cells", done, total or None, detail, refresh=begins)
 
         yield show, bar.console.print
 

@@ -91,7 +91,7 @@ def _gradients(
             check_predicts(opened.skeleton.model, opened.skeleton.blocks, "the loss whose gradients are asked for")
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
-        windows = model_windows(opened, settings, progress=partial(settings.progress, "calibrate"))
+        windows = model_windows(opened, settings, progress=partial(settings.tell, "calibrate"))
         chosen = gradient_batch_size(opened.skeleton, windows.length, settings.granularity, size.now)
         facts = _facts(settings, opened, windows, kinds, names)
         processes.agree(facts)
@@ -110,7 +110,7 @@ def _gradients(
             batch_size=size.now,
             exempt=Exempt(settings.on_nonfinite, settings.unseen),
             offload_states=settings.offload_states,
-            progress=settings.progress,
+            progress=settings.tell,
             processes=processes,
         )
         if transaction is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.corpora import is_token_file
+from secateur.calibration.documents import Corpus
 from secateur.calibration.drawing import (
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
@@ -61,7 +62,7 @@ def model_windows(
     """
     asked = with_default_text(asked)
     check_reads_tokens(opened, asked.calibration)
-    text = _is_text(asked.calibration)
+    text = is_text(asked.calibration)
     tokenizer = opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer
 
     @functools.cache  # windows are drawn twice where the model wants BOS in front of them
@@ -146,7 +147,7 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
     to_write: list[OwnText] = []
     windows, at_once = None, 1
     if asked.calibration is not None:
-        text = _is_text(asked.calibration)
+        text = is_text(asked.calibration)
         tokenizer = opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer
         author = Author(opened, tokenizer)
         kept, at_once = functools.cache(author.kept), author.at_once
@@ -165,7 +166,7 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
 
 def model_evaluation_windows(
     opened: OpenedModel,
-    data: str | os.PathLike[str] | Tensor | Windows,
+    data: Any,
     tokenizer: Any,
     *,
     length: int | None = None,
@@ -175,7 +176,7 @@ def model_evaluation_windows(
     option: str = "--length",
     predicting: bool = True,
 ) -> Windows:
-    """`evaluation_windows` for an opened model; `bos` and `known` are those of `model_windows`.
+    """`evaluation_windows` of `data` for an opened model; `bos` and `known` are those of `model_windows`.
 
     With "auto", a checkpoint of ours follows what its dense model chose for the calibration samples: pruning can move a
     window's loss by more than the margin, and both models are to read the same tokens.
@@ -186,7 +187,7 @@ def model_evaluation_windows(
     if predicting:
         check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity")
     check_reads_tokens(opened, data)
-    text = _is_text(data)
+    text = is_text(data)
     tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
     if text and bos == "auto" and known is None:
         known = _choice_of_the_dense_model(opened)
@@ -292,9 +293,9 @@ def _say_fewer(windows: Windows, what: str, asked: int | None) -> None:
         _log.warning("%s of the %s %s asked for: there are no more.", f"{windows.samples:,}", f"{asked:,}", what)
 
 
-def _is_text(source: Any) -> bool:
+def is_text(source: Any) -> bool:
     """Whether some of it has to be tokenised."""
     if isinstance(source, Tensor | Windows):
         return False
-    specs = [source] if isinstance(source, str | os.PathLike) else source
+    specs = [source] if isinstance(source, str | os.PathLike | Corpus) else source
     return not all(isinstance(spec, str | os.PathLike) and is_token_file(os.fspath(spec)) for spec in specs)

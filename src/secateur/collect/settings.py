@@ -5,17 +5,18 @@ type checkers alone; to a command line they are text.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from secateur.core.choices import Bos, Granularity, Norm, OnNonfinite, Sampling, Scope, Unseen
 from secateur.errors import CalibrationError
-from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option, ProgressSettings, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from secateur.calibration.documents import Corpus
     from secateur.calibration.windows import Windows
     from secateur.models.opening.opened import OpenedModel
     from secateur.runs.events import Progress
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     Globs = str | Sequence[str]
     Model = str | os.PathLike[str] | nn.Module | OpenedModel
     Norms = str | Sequence[Norm]
-    Text = str | Sequence[str] | Tensor | Windows | None
+    Text = str | Sequence[str] | Tensor | Windows | Corpus | Iterable[Any] | None
 else:
     File = Model = str
     Globs = Text = Norms = tuple[str, ...]
@@ -47,6 +48,20 @@ BOS = (
 )
 
 AUTO = "auto"  # the text of the papers, where this machine has it or can fetch it
+
+
+def take_in(settings: Settings, name: str, most: int | None) -> None:
+    """Read texts or token ids that a field holds in memory, once and for all; `most` rows of those that are iterated.
+
+    Raises `CalibrationError` for what is neither.
+    """
+    value = getattr(settings, name)
+    several = value if isinstance(value, tuple) else (value,)
+    if all(one is None or isinstance(one, str | os.PathLike) for one in several):
+        return
+    from secateur.calibration.given import taken
+
+    object.__setattr__(settings, name, taken(value, most, name))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,6 +141,10 @@ class CalibrationSettings(Settings):
     bos: Annotated[BosChoice, Option(CALIBRATION, BOS, error=CalibrationError)] = "auto"
     tokenizer: Any = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        take_in(self, "calibration", self.samples or 128)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SelectionSettings(Settings):
@@ -164,7 +183,9 @@ class ExemptSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GradientSettings(ExemptSettings, BatchSettings, ModelSettings, CalibrationSettings, SelectionSettings):
+class GradientSettings(
+    ProgressSettings, ExemptSettings, BatchSettings, ModelSettings, CalibrationSettings, SelectionSettings
+):
     """What `gradients` takes."""
 
     output: Annotated[File, Option(OPTIONS, "File for the gradients.", "-o")] = field(kw_only=False)
@@ -186,4 +207,3 @@ class GradientSettings(ExemptSettings, BatchSettings, ModelSettings, Calibration
     ] = "model"
     overwrite: Annotated[bool, Option(OPTIONS, "Replace an existing file.")] = False
     resume: Resume = False
-    progress: Progress = lambda stage, done, total: None

@@ -71,4 +71,4 @@ def blamed(what: str, function: Any = None, *, always: bool = False) -> Iterator
             raise
         found = error.args[0] if isinstance(error, KeyError) and error.args else error
         where = "" if place is None else f" ({place})"
-        raise MethodError(f"{what} {type(error).__name__}: {found}{where}. --debug shows the traceback.") from error
+        raise MethodError(f"{what} {type(error).__name__}: {found}{where}.") from error

@@ -25,10 +25,11 @@ from secateur.models.opening.opened import OpenedModel
 from secateur.runs.events import Progress
 from secateur.runs.options import shared, taking
 from secateur.runs.processes import Processes
+from secateur.shown import Shown, ShownList
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(Shown):
     """A pruned model beside the dense one, over the predictions of tokens 2 to length of every window.
 
     `kl` is the mean over tokens of ``KL(dense || pruned)`` in nats, `kl_error` its standard error over windows, `kl_99`
@@ -109,7 +110,7 @@ def agreement(settings: AgreementSettings) -> list[Agreement]:
         _compare,
         check=_check_vocabulary,
     )
-    return [Agreement(**figures) for figures in found]
+    return ShownList(Agreement(**figures) for figures in found)
 
 
 def _check_vocabulary(dense: OpenedModel, pruned: OpenedModel) -> None:

@@ -33,7 +33,7 @@ def beside_dense(
     `draw` makes the samples for the dense model, and `check` may refuse a pruned one before it runs. The models run one
     after the other, each in the memory of one block; between them only the dense model's last hidden states are kept.
     """
-    machine, progress = shared(settings, DtypeSettings), settings.progress
+    machine, progress = shared(settings, DtypeSettings), settings.tell
     with ExitStack() as stack:
         processes = stack.enter_context(shared_run())
         reference = open_model(settings.dense, **machine)

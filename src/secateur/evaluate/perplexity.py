@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.documents import Corpus
 from secateur.calibration.images import Images
 from secateur.calibration.windows import Windows
 from secateur.collect.model_windows import model_evaluation_windows
@@ -22,10 +23,11 @@ from secateur.runs.forward import after_the_last_block
 from secateur.runs.journal import common_facts
 from secateur.runs.options import shared, taking
 from secateur.runs.processes import Processes, shared_run
+from secateur.shown import Shown
 
 
-@dataclass(frozen=True)
-class Perplexity:
+@dataclass(frozen=True, repr=False)
+class Perplexity(Shown):
     """The result of an evaluation.
 
     `nats` is the mean over windows of the mean cross-entropy of a window's length - 1 predictions (windows of different
@@ -113,12 +115,12 @@ def _perplexity(settings: PerplexitySettings, processes: Processes) -> Perplexit
         whole = cut.batches(settings.batch_size or default_batch_size(cut.length, opened.skeleton.device))
         processes.agree({**common_facts(opened), "dtype": str(opened.skeleton.dtype), "tokens": cut.digest})
         batches = processes.share(whole).batches
-        forward = partial(after_the_last_block, offload_states=settings.offload_states, progress=settings.progress)
+        forward = partial(after_the_last_block, offload_states=settings.offload_states, progress=settings.tell)
         means = []  # the cross-entropy of each window in nats, in float64
         with forward(opened.skeleton, batches) as stream:
             for batch in range(len(batches)):
                 means.append(stream.window_losses(batch))
-                settings.progress("head", batch + 1, len(batches))
+                settings.tell("head", batch + 1, len(batches))
     finally:
         opened.restore()
     losses = torch.cat([own for part in processes.gather(means) for own in part])
@@ -135,7 +137,7 @@ def _perplexity(settings: PerplexitySettings, processes: Processes) -> Perplexit
 def described(cut: Windows | Images, data: object) -> dict[str, Any]:
     """What a result says of the windows that it was measured on."""
     return {
-        "data": data if isinstance(data, str) else "token ids",
+        "data": str(data) if isinstance(data, str | Corpus) else "token ids",
         "windows": cut.samples,
         "length": cut.length,
         "tokens": cut.tokens - cut.samples,

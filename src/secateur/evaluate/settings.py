@@ -1,21 +1,22 @@
 """What `eval` and `compare` take."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from secateur.collect.settings import BOS, BatchSettings, BosChoice, DtypeSettings, Model, ModelSettings
+from secateur.collect.settings import BOS, BatchSettings, BosChoice, DtypeSettings, Model, ModelSettings, take_in
 from secateur.errors import CalibrationError
-from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option, ProgressSettings, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from secateur.calibration.documents import Corpus
     from secateur.calibration.windows import Windows
     from secateur.runs.events import Progress
 
-    OneText: TypeAlias = str | Tensor | Windows
+    OneText: TypeAlias = str | Tensor | Windows | Corpus | Iterable[Any]
     Words: TypeAlias = str | Sequence[str]
 else:
     OneText = str
@@ -36,23 +37,29 @@ class TextSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PerplexitySettings(BatchSettings, ModelSettings, TextSettings):
+class PerplexitySettings(ProgressSettings, BatchSettings, ModelSettings, TextSettings):
     """What `perplexity` takes."""
 
     data: OneText = field(default="wikitext2", kw_only=False)
     tokenizer: Any = None
-    progress: Progress = lambda stage, done, total: None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        take_in(self, "data", self.windows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AgreementSettings(BatchSettings, DtypeSettings, TextSettings):
+class AgreementSettings(ProgressSettings, BatchSettings, DtypeSettings, TextSettings):
     """What `agreement` takes."""
 
     dense: Model = field(kw_only=False)
     pruned: Sequence[Model] = field(kw_only=False)
     data: OneText = field(default="wikitext2", kw_only=False)
     tokenizer: Any = None
-    progress: Progress = lambda stage, done, total: None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        take_in(self, "data", self.windows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

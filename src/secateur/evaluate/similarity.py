@@ -20,10 +20,11 @@ from secateur.models.shape.causality import predicts
 from secateur.runs.events import Progress
 from secateur.runs.options import shared, taking
 from secateur.runs.processes import Processes
+from secateur.shown import Shown, ShownList
 
 
-@dataclass(frozen=True)
-class Similarity:
+@dataclass(frozen=True, repr=False)
+class Similarity(Shown):
     """A pruned model's last hidden states beside the dense one's, on the same samples.
 
     Hidden states are those that the model itself returns as the last, after the final norm where it has one. `cosine`
@@ -71,7 +72,7 @@ def similarity(settings: AgreementSettings) -> list[Similarity]:
         _compare,
         predicting=False,
     )
-    return [Similarity(**figures) for figures in found]
+    return ShownList(Similarity(**figures) for figures in found)
 
 
 def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:

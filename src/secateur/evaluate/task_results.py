@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from secateur.arguments import calling
 from secateur.errors import CalibrationError
+from secateur.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class TaskResult:
         return value
 
 
-@dataclass(frozen=True)
-class TaskResults:
+@dataclass(frozen=True, repr=False)
+class TaskResults(Shown):
     """The tasks in the order in which they were asked for, then the groups.
 
     `reused` maps the names that were not run again to the time (UTC) at which they had been.
@@ -121,6 +123,7 @@ class TaskComparison:
         }
 
 
+@calling
 def task_differences(dense: TaskResults, pruned: TaskResults) -> list[TaskComparison]:
     """Every task and group of a pruned model beside the dense one's.
 

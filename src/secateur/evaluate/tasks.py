@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from secateur.arguments import calling
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.evaluate.harness import run_task, stock_manager, wrapped
 from secateur.evaluate.results import Results
@@ -23,6 +24,7 @@ from secateur.files.digest import model_digest
 from secateur.files.scratch import scratch_folder
 from secateur.models.opening.whole import WholeModel
 from secateur.runs.events import Progress
+from secateur.shown import bar
 
 COMMONSENSE = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 # The means that papers report: Wanda's over seven tasks, GBLM-Pruner's without ARC-Challenge.
@@ -33,6 +35,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 MEAN_OF = "acc"  # the metric that enters those means, as in the papers
 
 
+@calling
 def tasks(
     model: str | os.PathLike[str] | nn.Module | WholeModel,
     names: Sequence[str],
@@ -48,7 +51,7 @@ def tasks(
     trust_remote_code: bool = False,
     store: Results | None = None,
     fresh: bool = False,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress | bool | None = None,
 ) -> TaskResults:
     """The results of tasks or groups of lm-evaluation-harness, by its names, and of the groups "commonsense7" and
     "commonsense6".
@@ -68,6 +71,7 @@ def tasks(
     wanted = check_names(names)
     manager = stock_manager()
     with ExitStack() as stack:
+        tell = stack.enter_context(bar(progress)) or (lambda stage, done, total: None)
         data = dict.fromkeys(wanted, "hub")
         if task_data is not None:
             written = stack.enter_context(scratch_folder())
@@ -102,7 +106,7 @@ def tasks(
                 limit=limit,
                 shots=shots,
                 local=task_data is not None,
-                report=functools.partial(progress, stage),
+                report=functools.partial(tell, stage),
             )
             if store is not None and digest is not None:
                 rows = [result.to_json() for result in found[name]]

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from secateur.arguments import calling
 from secateur.evaluate.perplexity import exponential, plus_minus, without_nan
 from secateur.evaluate.task_results import TaskComparison
+from secateur.shown import Shown
 
 MAX_NATS = 0.05  # perplexity 5 % higher
 MIN_AGREEMENT = 0.9
@@ -43,8 +45,8 @@ class Change:
         return cls(result["data"], result["difference"], nats_error, result["top1"], agreement_error)
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(Shown):
     """What the comparison of a pruned model with the dense one comes to.
 
     `thresholds` are those that it was judged by: `max_nats`, the highest `nats` that passes, and `min_agreement`, the
@@ -139,6 +141,7 @@ class Verdict:
         }
 
 
+@calling
 def verdict(
     model: str,
     changes: Sequence[Change],

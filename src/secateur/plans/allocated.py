@@ -9,12 +9,13 @@ from typing import Any
 from secateur.errors import PatternError
 from secateur.files.reading import read_json
 from secateur.plans.plan import Plan
+from secateur.shown import Shown
 
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Allocated:
+@dataclass(frozen=True, repr=False)
+class Allocated(Shown):
     """A plan, and how it came about: what the manifest and the file of a plan say of it.
 
     `record` holds the name, unit and options of the allocation, the bounds and the extremes of its sparsities, and what

@@ -60,8 +60,8 @@ def allocate(settings: AllocateSettings) -> Allocated:
     try:
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         plan = uniform(shapes, pattern, only=settings.only, skip=settings.skip)
-        windows = model_windows(opened, settings, progress=lambda done, total: settings.progress("draw", done, total))
-        found = allocated(opened, windows, settings, plan, progress=settings.progress)
+        windows = model_windows(opened, settings, progress=lambda done, total: settings.tell("draw", done, total))
+        found = allocated(opened, windows, settings, plan, progress=settings.tell)
     finally:
         opened.restore()
     keep_json(target, found.to_json(), "the plan", indent=1)

@@ -50,7 +50,8 @@ def prune(settings: PruneSettings) -> Manifest:
     from globs to such patterns, of which the first that matches counts, or a whole `Plan`; `sparsity` and `per` say
     one in two words.
 
-    `samples` (128) windows of `length` (2048) tokens are drawn from `calibration`: corpora, or token ids of shape
+    `samples` (128) windows of `length` (2048) tokens are drawn from `calibration`: corpora by their names, or texts in
+    memory (a list, a `datasets.Dataset`, a `DataLoader`); or it is token ids in one of these, or a tensor of shape
     (samples, length). `sampling` is "document", "concat", or None for what the papers do with that corpus, and `bos`
     "papers", "always", "never" or "auto", as for `perplexity`. `gradient` is a file that `gradients` wrote for this
     model and these tokens; without it, a method that needs gradients takes them first.
@@ -65,6 +66,9 @@ def prune(settings: PruneSettings) -> Manifest:
 
     `statistics_device` is where statistics are kept. `statistics` is a `Survey` that runs on the same model and tokens
     share, with `propagate="dense"`: the first run fills it, and the others need no forward for it.
+
+    With `progress` True a bar shows how far it is, in a terminal or a notebook; a function is called with the stage,
+    how much of it is done and how much there is. `on_event` is told more.
 
     With `packed` the output holds what `pack` would make of it, and no plain checkpoint is left.
 

@@ -30,6 +30,7 @@ from secateur.pruning.settings import PlanSettings
 from secateur.runs.options import taking
 from secateur.runs.processes import Processes, too_few
 from secateur.runs.transaction import unfinished
+from secateur.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class PartRow:
     shared: float
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Shown):
     """The dry run. Bytes are totals at the peak; seconds are those of the run, from what the machine was tried at."""
 
     model: str

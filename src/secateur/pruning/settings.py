@@ -18,7 +18,7 @@ from secateur.collect.settings import (
 )
 from secateur.core.choices import Group, Norm
 from secateur.pruning.presets import with_preset
-from secateur.runs.options import OPTIONS, Option, Settings
+from secateur.runs.options import OPTIONS, Option, ProgressSettings, Settings
 
 MethodName = Literal[  # a test keeps this equal to secateur.methods.METHODS
     "magnitude",
@@ -205,7 +205,13 @@ class SharedSettings(ExemptSettings, BatchSettings, ModelSettings, PropagationSe
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PruneSettings(
-    SharedSettings, CalibrationSettings, SelectionSettings, AllocationSettings, PermutationSettings, MethodSettings
+    ProgressSettings,
+    SharedSettings,
+    CalibrationSettings,
+    SelectionSettings,
+    AllocationSettings,
+    PermutationSettings,
+    MethodSettings,
 ):
     """What `prune` takes, and its dry run."""
 
@@ -262,6 +268,7 @@ class PlanSettings(PruneSettings):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AllocateSettings(
+    ProgressSettings,
     StatisticsSettings,
     ExemptSettings,
     BatchSettings,
@@ -275,4 +282,3 @@ class AllocateSettings(
 
     output: Annotated[File, Option(OPTIONS, "File for the plan.", "-o")] = "plan.json"
     overwrite: Annotated[bool, Option(OPTIONS, "Replace an existing file.")] = False
-    progress: Progress = lambda stage, done, total: None

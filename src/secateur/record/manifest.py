@@ -21,6 +21,7 @@ from secateur.files.writer import writing
 from secateur.models.shape.skeleton import Source
 from secateur.record.manifest_schema import check_manifest
 from secateur.record.reordered import ReorderedEntry
+from secateur.shown import Shown
 
 FILE_NAME = "secateur.json"
 FORMAT = 1
@@ -28,8 +29,8 @@ FORMAT = 1
 _PROSE_SUFFIXES = (".md", ".rst", ".html", ".pdf", ".csv", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 
 
-@dataclass
-class Manifest:
+@dataclass(repr=False)
+class Manifest(Shown):
     """The record of one run. Every field is JSON; `write` adds a digest over all of it."""
 
     versions: dict[str, str]

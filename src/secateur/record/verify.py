@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.arguments import calling
 from secateur.core.patterns import pattern_from_json
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import INDEX_FILE, Checkpoint, file_digest, tensor_digest
@@ -26,6 +27,7 @@ from secateur.record.manifest import (
 )
 from secateur.record.packed import file_problems, has_manifest, readable, tensor_problems
 from secateur.record.reordered import orders_of, reordered
+from secateur.shown import Shown, counted
 
 # Methods that only choose which weights stay, by the names under which manifests record them.
 CHOOSING = frozenset(
@@ -33,8 +35,8 @@ CHOOSING = frozenset(
 )
 
 
-@dataclass
-class Verification:
+@dataclass(repr=False)
+class Verification(Shown):
     """The result of `verify`: what was checked, and every problem found."""
 
     folder: Path
@@ -60,10 +62,11 @@ class Verification:
         return self.zeros / max(self.weights, 1)
 
 
+@calling
 def verify(
     folder: str | os.PathLike[str],
     source: Source | str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> Verification:
     """Proof from the files alone that a checkpoint is what its manifest says.
 
@@ -96,19 +99,20 @@ def verify(
         for name in sorted(source_names ^ set(checkpoint.names)):
             where = "the source" if name in checkpoint.tensors else "the pruned checkpoint"
             result.problems.append(f"{name}: absent from {where}")
-    for number, name in enumerate(checkpoint.names):
-        tensor = checkpoint.read([name])[name] if packed is None else readable(packed, name)
-        if isinstance(tensor, str):
-            result.problems.append(tensor)
-            continue
-        if packed is not None:
-            result.problems += tensor_problems(packed, name, tensor)
-        result.tensors += 1
-        if check is not None:
-            check.written(name, tensor)
-        if source is not None and check is not None and name in source_names:
-            check.against(name, tensor, source.read([name])[name])
-        progress(number + 1, len(checkpoint.names))
+    with counted(progress, "verifying") as tell:
+        for number, name in enumerate(checkpoint.names):
+            tensor = checkpoint.read([name])[name] if packed is None else readable(packed, name)
+            if isinstance(tensor, str):
+                result.problems.append(tensor)
+                continue
+            if packed is not None:
+                result.problems += tensor_problems(packed, name, tensor)
+            result.tensors += 1
+            if check is not None:
+                check.written(name, tensor)
+            if source is not None and check is not None and name in source_names:
+                check.against(name, tensor, source.read([name])[name])
+            tell(number + 1, len(checkpoint.names))
     if result.reordered:
         result.notes.append(
             f"{result.reordered} tensors were compared with the source's in the order of rows and columns that the "

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from secateur.calibration.documents import Corpus
 from secateur.calibration.packing import training_windows
 from secateur.calibration.windows import check_fits, check_predictions
 from secateur.errors import CheckpointError
@@ -59,9 +60,10 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
     """Train a pruned checkpoint that Secateur wrote, with the result in `output`; returns what training did.
 
     `method` is "lora" or "sparse-lora" (the output is an adapter, as peft saves it), or "full" (the output is a pruned
-    checkpoint with the same zeros). What is left out comes from the `preset`. `data` is a corpus or token ids; its
-    first windows are held out. `distill` is a dense model to learn the predictions of as well. Products are computed in
-    `dtype`, while trained weights and the optimizer are in float32. `announce` is called before anything long begins.
+    checkpoint with the same zeros). What is left out comes from the `preset`. `data` is a corpus, texts or token ids as
+    for `prune`; its first windows are held out. `distill` is a dense model to learn the predictions of as well.
+    Products are computed in `dtype`, while trained weights and the optimizer are in float32. `announce` is called
+    before anything long begins.
 
     While it runs, the folder `OUTPUT.training` keeps the Trainer's latest and best checkpoints; it is removed when the
     output is complete. After an interruption `resume` goes on from there.
@@ -70,7 +72,8 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
     anything that cannot work.
     """
     asked_length, settings = settings.length, with_preset(settings)
-    method, data, progress = settings.method, settings.data, settings.progress
+    method, progress = settings.method, settings.tell
+    data: Any = settings.data
     require_one_process()
     if method != "full":
         require_peft(f"--method {method}")
@@ -85,7 +88,7 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
         computing = _computing(settings.dtype, device)
         made = arguments(settings, work, device, computing)
         opened = open_model(base, device=settings.device, trust_remote_code=settings.trust_remote_code)
-        text = isinstance(data, str)
+        text = isinstance(data, str | Corpus)
         if asked_length is None:
             settings = replace(settings, length=min(settings.length, opened.skeleton.positions or settings.length))
         per_step = settings.batch_size * settings.accumulation
@@ -113,7 +116,7 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
             "distill": None if distill is None else str(distill),
             "distill_digest": None if distill is None else model_digest(distill),
             "base": {"path": str(base.resolve()), "digest": manifest.digest},
-            "data": {"name": data if text else None, **train.provenance, "digest": train.digest},
+            "data": {"name": data if isinstance(data, str) else None, **train.provenance, "digest": train.digest},
             "held_out": {**held.provenance, "digest": held.digest},
         }
         start = _start(work, asked, settings.resume)

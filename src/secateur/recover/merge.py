@@ -127,7 +127,7 @@ def merge(settings: MergeSettings) -> Merge:
     """
     started = time.perf_counter()
     require_peft("merge")
-    folder, mask, progress = Path(settings.base), settings.mask, settings.progress
+    folder, mask, progress = Path(settings.base), settings.mask, settings.tell
     manifest = read_manifest(folder)
     found = read_adapter(settings.adapter)
     notes = check_base(found, manifest, folder)

@@ -1,6 +1,6 @@
 """What `recover`, `reconstruct` and `merge` take, and the presets of training. Nothing heavy is imported."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,19 +13,21 @@ from secateur.collect.settings import (
     DtypeSettings,
     File,
     SelectionSettings,
+    take_in,
 )
 from secateur.errors import CalibrationError, PatternError, ProcessError
 from secateur.launched import launched
-from secateur.runs.options import ARGUMENTS, OPTIONS, Option
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option, ProgressSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from secateur.calibration.documents import Corpus
     from secateur.calibration.windows import Windows
     from secateur.recover.forecast import Forecast
     from secateur.runs.events import OnEvent, Progress
 
-    TrainingText = str | Tensor | Windows
+    TrainingText = str | Tensor | Windows | Corpus | Iterable[Any]
     Announce = Callable[[Forecast], None]
 else:
     TrainingText = str
@@ -198,16 +200,22 @@ class RecoverSettings(DeviceSettings):
     windows: int = PRESET  # the budget where neither steps nor minutes are given, and the most that minutes draw from
     command: Sequence[str] | None = None
     announce: Announce = lambda forecast: None
-    progress: TrainingProgress = lambda stage, done, total, note: None
+    progress: TrainingProgress | bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        take_in(self, "data", None)
         for name, most in (("warmup", "below 1"), ("dropout", "below 1"), ("distill_weight", "at most 1")):
             value = getattr(self, name)
             if value is not None and not (0 <= value < 1 or (value == 1 and most == "at most 1")):
                 raise PatternError(f"--{name.replace('_', '-')}: got {value:g}, expected at least 0 and {most}.")
         if self.weight_decay is not None and self.weight_decay < 0:
             raise PatternError(f"--weight-decay: got {self.weight_decay:g}, expected at least 0.")
+
+    def tell(self, stage: str, done: int, total: int, note: str) -> None:
+        """Tell how far it is."""
+        if callable(self.progress):
+            self.progress(stage, done, total, note)
 
     @property
     def total_steps(self) -> int | None:
@@ -247,7 +255,7 @@ def with_preset(settings: RecoverSettings) -> RecoverSettings:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BlockSettings(BatchSettings, DtypeSettings, CalibrationSettings, SelectionSettings):
+class BlockSettings(ProgressSettings, BatchSettings, DtypeSettings, CalibrationSettings, SelectionSettings):
     """What `reconstruct` takes."""
 
     pruned: File = field(kw_only=False)
@@ -280,7 +288,7 @@ class BlockSettings(BatchSettings, DtypeSettings, CalibrationSettings, Selection
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MergeSettings(DeviceSettings):
+class MergeSettings(ProgressSettings, DeviceSettings):
     """What `merge` takes."""
 
     adapter: Annotated[File, Option(ARGUMENTS, "A LoRA adapter that peft saved.")] = field(kw_only=False)
@@ -307,7 +315,10 @@ class MergeSettings(DeviceSettings):
     overwrite: Annotated[bool, OVERWRITE] = False
     evaluate: bool = True
     command: Sequence[str] | None = None
-    progress: Progress = lambda stage, done, total: None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        take_in(self, "data", self.windows)
 
 
 def require_one_process() -> None:

@@ -97,7 +97,7 @@ class Budget(TrainerCallback):
         if total is None:
             total = round(60 * (self.settings.minutes or 0))
             done, parts = round(self.share * total), [f"step {done}", *parts]
-        self.settings.progress("training", done, total, ", ".join(parts))
+        self.settings.tell("training", done, total, ", ".join(parts))
 
     def _spend(self, state: Any) -> None:
         if self.settings.minutes is not None:

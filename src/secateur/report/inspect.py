@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.arguments import calling
 from secateur.files.packed import PackedCheckpoint
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.matrices import Matrix
 from secateur.models.shape.skeleton import Source
+from secateur.shown import Shown, counted
 
 # Patterns worth a name, the strictest first.
 KNOWN_PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32))
@@ -38,8 +40,8 @@ class MatrixSparsity:
         return self.zeros / max(self.weights, 1)
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """Every prunable matrix of a model, with its sparsity, and how much of the checkpoint is packed."""
 
     model: str
@@ -65,22 +67,24 @@ class Inspection:
         return {"model": self.model, "sparsity": self.sparsity, **packed, "matrices": rows}
 
 
+@calling
 def inspect(
     model: str | os.PathLike[str] | nn.Module | OpenedModel,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> Inspection:
     """The sparsity and the detected pattern of every prunable matrix, read block by block."""
     opened = open_model(model, device="cpu", revision=revision, trust_remote_code=trust_remote_code)
     skeleton = opened.skeleton
     rows = []
-    for block in skeleton.blocks:
-        matrices = [matrix for matrix in skeleton.matrices if matrix.block == block.index]
-        tensors = skeleton.source.read(sorted({matrix.tensor for matrix in matrices}))
-        rows += [_measure(matrix, matrix.view(tensors)) for matrix in matrices]
-        progress(block.index + 1, len(skeleton.blocks))
+    with counted(progress, "reading") as tell:
+        for block in skeleton.blocks:
+            matrices = [matrix for matrix in skeleton.matrices if matrix.block == block.index]
+            tensors = skeleton.source.read(sorted({matrix.tensor for matrix in matrices}))
+            rows += [_measure(matrix, matrix.view(tensors)) for matrix in matrices]
+            tell(block.index + 1, len(skeleton.blocks))
     return Inspection(str(opened.origin.get("path")), rows, _packed(skeleton.source))
 
 

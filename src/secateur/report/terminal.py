@@ -160,18 +160,19 @@ def time_line(seconds: Mapping[str, float]) -> str:
     return line + (f" In the background: {', '.join(beside)}." if beside else "")
 
 
-def allocation_tables(made: Allocated, output: str) -> RenderableType:
+def allocation_tables(made: Allocated, output: str | None) -> RenderableType:
     """A plan by kind of matrix, and what the held-out windows say of it."""
-    table = _table("matrices", "count", "mean", "lowest", "highest", title=f"Plan by {made.record['name']}")
+    table = _table("matrices", "count", "mean", "lowest", "highest", title=f"Plan by {made.record.get('name', 'hand')}")
     kinds: dict[str, list[float]] = {}
     for name, pattern in made.plan.items():
         kinds.setdefault(matrix_kind(name), []).append(pattern.sparsity)
     called = _within_block(kinds)
     for kind, own in kinds.items():
-        table.add_row(
-            called[kind], str(len(own)), *(f"{value:.4f}" for value in (sum(own) / len(own), min(own), max(own)))
-        )
-    judged = Text(told(made.record), style="" if made.record["used"] else "yellow")
+        values = (sum(own) / len(own), min(own), max(own))
+        table.add_row(called[kind], str(len(own)), *(f"{value:.4f}" for value in values))
+    judged = Text(told(made.record), style="" if made.record.get("used", True) else "yellow")
+    if output is None:
+        return Group(table, judged)
     command = f"secateur prune MODEL -o OUT --plan {shlex.quote(output)}"
     return Group(table, judged, Text(f"Written to {output}; prune with it: {command}"))
 

@@ -1,9 +1,12 @@
 """Where a run is and how long its parts take: one kind of event, one clock."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+_IN_BLOCK = re.compile(r"^\S+?\.\d+\.(?=\S)")  # of a matrix, the path of its block: model.layers.3.
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,21 @@ class Event:
     done: int = 0
     total: int = 0
     matrix: str | None = None
+
+    @property
+    def place(self) -> tuple[str, int, int, str] | None:
+        """Where a bar stands: a stage, how much of it is done, how much there is, a note; None where it stays."""
+        if self.stage == "calibrate":
+            return "calibration", self.done, self.total, ""
+        if self.stage == "record":
+            return "recording calls", self.done, self.total, ""
+        if self.stage.startswith(("gradients", "allocation")):
+            return self.stage, self.done, self.total, ""
+        if not self.blocks:
+            return None
+        note = self.matrix or f"{self.stage} {self.done}/{self.total}" if self.total else self.stage
+        note = _IN_BLOCK.sub("", note).removesuffix(".weight")  # the count says which block
+        return "blocks", self.block + (self.stage == "write"), self.blocks, note
 
 
 OnEvent = Callable[[Event], None]

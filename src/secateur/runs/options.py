@@ -7,12 +7,15 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import NoneType
 from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from secateur.arguments import Argument, called
 from secateur.errors import CalibrationError, PatternError
+from secateur.shown import bar
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -108,6 +111,41 @@ class Settings:
         return keywords
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProgressSettings(Settings):
+    """Who is told how far a call is: a function of (stage, done, in all), or with True a bar."""
+
+    progress: Callable[[str, int, int], None] | bool | None = None
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Tell it."""
+        if callable(self.progress):
+            self.progress(stage, done, total)
+
+
+@contextmanager
+def watched(settings: S) -> Iterator[S]:
+    """The settings with a bar in the place of `progress=True`, which of events shows where they are."""
+    asked: Any = settings
+    progress = getattr(asked, "progress", None)
+    if not hasattr(asked, "on_event") and progress is not True:
+        yield settings
+        return
+    with bar(progress) as tell:
+        if tell is None:
+            yield settings
+        elif hasattr(asked, "on_event"):
+
+            def on_event(event: Any) -> None:
+                asked.on_event(event)
+                if event.place is not None:
+                    tell(*event.place)
+
+            yield replace(asked, progress=None, on_event=on_event)
+        else:
+            yield replace(asked, progress=tell)
+
+
 def shared(settings: Settings, *kinds: type[Settings]) -> dict[str, Any]:
     """The values of the fields that settings have in common with these classes of settings, by name."""
     names = dict.fromkeys(field.name for kind in kinds for field in fields(kind))
@@ -129,8 +167,10 @@ def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P,
         @functools.wraps(function)
         def taken(*arguments: P.args, **keywords: P.kwargs) -> R:
             # A class in truth, whose arguments a `ParamSpec` tells of only where it is a function.
-            filled = cast(Any, settings).filled(keywords)
-            return function(settings(*arguments, **filled))
+            with called(lambda: called_by_name(settings)):
+                filled = cast(Any, settings).filled(keywords)
+                with watched(settings(*arguments, **filled)) as made:
+                    return function(made)
 
         signature = inspect.signature(settings)
         hints = get_type_hints(settings)  # without their `Option`s
@@ -140,6 +180,13 @@ def taking(settings: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P,
         return taken
 
     return decorate
+
+
+@cache
+def called_by_name(taker: Any) -> Mapping[str, Argument]:
+    """The arguments of a function of settings, by the names of its options; those that no option has by their own."""
+    arguments = {name.replace("_", "-"): Argument(name) for name in inspect.signature(taker).parameters}
+    return arguments | {field.flag[2:]: Argument.of(field.name, field.kind) for field in options(taker)}
 
 
 def listed(values: Any) -> list[Any]:
@@ -154,7 +201,7 @@ def listed(values: Any) -> list[Any]:
 def written(settings: Sequence[str] | Mapping[str, object], part: str = "") -> Iterator[str]:
     """Options as text: "damping=0.02" of {"damping": 0.02}, "swaps.limit=1" of {"swaps": {"limit": 1}}."""
     if not isinstance(settings, Mapping):
-        yield from settings
+        yield from [settings] if isinstance(settings, str) else settings
         return
     for name, value in settings.items():
         if isinstance(value, Mapping):

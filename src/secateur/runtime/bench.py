@@ -171,7 +171,7 @@ def bench(settings: BenchSettings) -> Bench:
                         one.times.setdefault(batch, []).append((read, written))
                         one.mv_times += [] if by_mv is None else [by_mv]
                         done += 1
-                        settings.progress("measuring", done, total)
+                        settings.tell("measuring", done, total)
         notes = _notes(loaded, device, choices)
         rows = [_measured(one, settings, bandwidth) for one in loaded]
     return Bench(settings.prompt, settings.decode, settings.repetitions, count, bandwidth, rows, choices, notes)

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from secateur.arguments import calling
 from secateur.errors import CheckpointError, SecateurError
 from secateur.files.ahead import ahead
 from secateur.files.checkpoint import DTYPES, Checkpoint
@@ -23,6 +24,7 @@ from secateur.runtime.semi_structured import ROWS, Choice, check_rows, convert, 
 from secateur.runtime.settings import Backend
 
 
+@calling
 def load(
     model: "str | os.PathLike[str]",
     *,
@@ -143,6 +145,7 @@ def memory_of(module: nn.Module) -> int:
 
 
 @torch.no_grad()
+@calling
 def pack_module(module: nn.Module, *, least_zeros: float = 0.1) -> int:
     """Replace the linear layers of a module in memory by packed ones where enough weights are zero; returns how many.
 

@@ -85,7 +85,7 @@ def pack(settings: PackSettings) -> Packing:
             "smaller."
         )
     manifest = read_manifest(folder) if (folder / FILE_NAME).exists() else None
-    plan = plan_packing(source, settings.values, settings.progress)
+    plan = plan_packing(source, settings.values, settings.tell)
     if not plan.packed:
         raise CheckpointError(
             f"{folder}: no tensor in it would become smaller: none has enough zeros. Is it the pruned checkpoint? "
@@ -111,7 +111,7 @@ def pack(settings: PackSettings) -> Packing:
                 target.name,
                 values=settings.values,
                 compressed=settings.compress,
-                progress=settings.progress,
+                progress=settings.tell,
                 pack=compact,
             )
             transaction.commit()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from secateur.collect.settings import HOW, File, Model, ModelSettings, Revision, Trust
 from secateur.errors import SecateurError
-from secateur.runs.options import ARGUMENTS, OPTIONS, Option, Settings
+from secateur.runs.options import ARGUMENTS, OPTIONS, Option, ProgressSettings
 
 if TYPE_CHECKING:
     from secateur.runs.events import Progress
@@ -20,7 +20,7 @@ Threads = Annotated[int | None, Option(HOW, "Threads to compute with [default: w
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PackSettings(Settings):
+class PackSettings(ProgressSettings):
     """What `pack` takes."""
 
     model: Annotated[File, Option(ARGUMENTS, "A pruned checkpoint: a folder or a hub id.", name="pruned")] = field(
@@ -40,11 +40,10 @@ class PackSettings(Settings):
     ] = False
     revision: Revision = None
     overwrite: Annotated[bool, OVERWRITE] = False
-    progress: Progress = lambda stage, done, total: None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class UnpackSettings(Settings):
+class UnpackSettings(ProgressSettings):
     """What `unpack` takes."""
 
     model: Annotated[File, Option(ARGUMENTS, "A packed checkpoint: a folder or a hub id.", name="packed")] = field(
@@ -53,7 +52,6 @@ class UnpackSettings(Settings):
     output: Annotated[File, Option(OPTIONS, "Folder for the plain checkpoint.", "-o")] = field(kw_only=False)
     revision: Revision = None
     overwrite: Annotated[bool, OVERWRITE] = False
-    progress: Progress = lambda stage, done, total: None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +79,7 @@ class GenerateSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BenchSettings(Settings):
+class BenchSettings(ProgressSettings):
     """What `bench` takes."""
 
     models: Annotated[Sequence[Model], Option(ARGUMENTS, "Folders, plain or packed, hub ids or GGUF files.")] = field(
@@ -102,7 +100,6 @@ class BenchSettings(Settings):
     device: Annotated[str, Option(HOW, "cpu, cuda, cuda:1, ...")] = "cpu"
     threads: Threads = None
     trust_remote_code: Trust = False
-    progress: Progress = lambda stage, done, total: None
 
     @property
     def batches(self) -> list[int]:

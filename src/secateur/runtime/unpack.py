@@ -86,7 +86,7 @@ def unpack(settings: UnpackSettings) -> Unpacking:
                         f"{folder}: {name}: what it stands for has the sha256 {digest[:12]}, expected {expected[:12]}. "
                         "The file is damaged; copy or download it again."
                     )
-                settings.progress("unpack", number + 1, len(source.names))
+                settings.tell("unpack", number + 1, len(source.names))
             writer.close()
         finally:
             writer.abandon()

@@ -61,6 +61,18 @@ class SweepEvent:
     seconds_left: float | None = None
     model: str = ""  # in a sweep of several models
 
+    @property
+    def where(self) -> str:
+        """The name of the cell that it is about, and of its model where there are several."""
+        return ", ".join(filter(None, [self.model, self.cell.name if self.cell is not None else "all cells"]))
+
+    @property
+    def place(self) -> tuple[str, int, int, str]:
+        """Where a bar stands, as of an `Event`."""
+        stage = self.stage.rpartition("/")[2]  # of a file, the name alone
+        note = f"{self.where}: {stage} {self.done}/{self.total}" if self.total else stage
+        return "cells", self.finished, self.cells, note
+
 
 @dataclass(kw_only=True)
 class CellRunner:

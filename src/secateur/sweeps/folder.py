@@ -22,6 +22,7 @@ from secateur.files.scratch import delete
 from secateur.files.writer import writing
 from secateur.record.manifest import FILE_NAME
 from secateur.runs.output import check_apart, check_writable
+from secateur.shown import Shown
 from secateur.sweeps.answers import Answered, Answers, TaskMean, task_means
 from secateur.sweeps.draws import Mean, means
 
@@ -120,8 +121,8 @@ class _Written(TypedDict):
     dense_tasks: NotRequired[_Answers]
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Shown):
     """A grid of prunings: the dense model's figures by data set and its results of tasks, the settings, the cells."""
 
     folder: Path

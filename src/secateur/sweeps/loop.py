@@ -9,12 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.corpora import is_token_file
 from secateur.calibration.windows import Windows
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import gradients
-from secateur.collect.model_windows import Foreseen, foreseen_windows, model_evaluation_windows, model_windows
+from secateur.collect.model_windows import Foreseen, foreseen_windows, is_text, model_evaluation_windows, model_windows
 from secateur.collect.settings import (
     BatchSettings,
     CalibrationSettings,
@@ -116,11 +115,12 @@ class SweepLoop(CellRunner):
             if data in self.dense and not any(data in self.lacking(task.cell) for task in self.pending):
                 continue
             bos = self.settings["bos"]
+            held = self.asked.data[data] if isinstance(self.asked.data, Mapping) and data in self.asked.data else data
             windows = model_evaluation_windows(
                 opened,
-                data,
+                held,
                 self.drawing.tokenizer,
-                length=None if is_token_file(data) else self.settings["eval_length"],
+                length=self.settings["eval_length"] if is_text(held) else None,
                 windows=self.settings["windows"],
                 bos=bos if decide or bos != "auto" else "papers",
                 known=self.settings["bos_choices"].get(f"data set {data}"),

@@ -9,10 +9,11 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from secateur.arguments import command_line, speaks_of_options
 from secateur.collect.survey import Survey
 from secateur.errors import CheckpointError, SecateurError
 from secateur.record.manifest import FILE_NAME
@@ -39,6 +40,7 @@ class Place:
     path: Sequence[str]  # where modules are found
     versions: Mapping[str, str]
     cores: int
+    typed: bool  # as a command, whose options errors speak of
 
 
 def require_ray() -> None:
@@ -122,6 +124,7 @@ class _Cluster:
             loop.asked,
             device=loop.settings["device"],
             calibration=(),
+            data=tuple(loop.settings["data"]),
             tokenizer=None,
             on_event=_nothing,
             on_estimate=_nothing,
@@ -142,7 +145,7 @@ class _Cluster:
             )
         cores = self._cores(able, cells)
         self.memory = int(max(node.get("memory", 0) for node in able if node["CPU"] >= cores))
-        self.place = Place(os.getcwd(), list(sys.path), _versions(), cores)
+        self.place = Place(os.getcwd(), list(sys.path), _versions(), cores, speaks_of_options())
         self.remote = ray.remote(_run)
 
     def _cores(self, nodes: Sequence[Mapping[str, float]], cells: int) -> int:
@@ -242,7 +245,7 @@ def _run(runner: bytes, cell: Cell, survey: bytes | None, place: Place) -> tuple
     taken = shared is not None and not shared.complete
     if shared is not None:
         own.statistics[own.sharing(task)] = shared
-    with threads(place.cores):
+    with threads(place.cores), command_line() if place.typed else nullcontext():
         done = own.run_cell(task)
     return done, shared if taken and shared is not None and shared.complete else None
 

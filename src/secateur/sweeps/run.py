@@ -1,17 +1,16 @@
 """`sweep`: a grid of prunings and their evaluation, in one folder."""
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.calibration.corpora import is_token_file
+from secateur.calibration.documents import Corpus
 from secateur.calibration.drawing import DEFAULT_LENGTH, DEFAULT_SAMPLES, calibration_windows
 from secateur.calibration.hub import default_text
 from secateur.calibration.windows import Windows
-from secateur.collect.model_windows import with_default_text
+from secateur.collect.model_windows import is_text, with_default_text
 from secateur.collect.settings import CalibrationSettings, ModelSettings
 from secateur.core.fingerprint import fingerprint
 from secateur.core.problem import Method
@@ -37,6 +36,7 @@ def sweep(settings: SweepSettings) -> Sweep:
     are evaluated on each data set of `data` in `windows` windows of `eval_length` tokens; with `agreement`, cells are
     also compared with the dense model's predictions. `keep` says which pruned checkpoints stay: "none", "best" (for
     each pattern the one with the lowest perplexity on the first data set) or "all".
+    `data` may also be a mapping from names to texts or token ids in memory.
     With several `seeds` each cell whose method learns from calibration samples is run once for each draw of them, and
     the tables have means, with the standard deviation between draws beside the standard error over windows. `latex`
     also writes them as LaTeX. With `tasks` the dense model and every cell also answer tasks of lm-evaluation-harness,
@@ -137,18 +137,15 @@ def sweep(settings: SweepSettings) -> Sweep:
 
 def _texts(settings: SweepSettings, folder: SweepFolder) -> list[str]:
     """The texts to evaluate on: where none is given, those of the sweep that is there, or the default one."""
-    if settings.data:
+    if len(settings.data):
         return [settings.data] if isinstance(settings.data, str) else list(dict.fromkeys(settings.data))
     known = folder.found()
     return known.data if known is not None else [default_text("evaluation")]
 
 
-def _check_draws(calibration: str | Sequence[str] | Windows, settings: SweepSettings) -> None:
+def _check_draws(calibration: Any, settings: SweepSettings) -> None:
     """Raise `CalibrationError` for several draws of tokens that are taken as they are."""
-    specs = [calibration] if isinstance(calibration, str) else calibration
-    if len(seeds_of(settings)) > 1 and (
-        isinstance(specs, Windows) or (len(specs) > 0 and all(is_token_file(os.fspath(spec)) for spec in specs))
-    ):
+    if len(seeds_of(settings)) > 1 and calibration not in ((), []) and not is_text(calibration):
         raise CalibrationError(
             f"--seeds: got {len(seeds_of(settings))} draws of token ids, which are taken as they are: all would be the "
             "same. Calibrate on a text, or leave --seeds out."
@@ -161,13 +158,15 @@ def _described(method: Method) -> dict[str, Any]:
     return {"name": method.name, "options": options, "fingerprint": fingerprint(method)}
 
 
-def _calibration_settings(calibration: str | Sequence[str] | Windows, settings: SweepSettings) -> dict[str, Any]:
+def _calibration_settings(
+    calibration: str | Corpus | Sequence[str] | Windows, settings: SweepSettings
+) -> dict[str, Any]:
     samples, length = settings.samples, settings.length
     if isinstance(calibration, Windows):
         specs, samples, length = ["token ids"], calibration.samples, calibration.length
     else:
-        specs = [calibration] if isinstance(calibration, str) else [os.fspath(spec) for spec in calibration]
-        if not all(map(is_token_file, specs)):
+        specs = list(map(str, [calibration] if isinstance(calibration, str | Corpus) else calibration))
+        if is_text(calibration):
             samples, length = samples or DEFAULT_SAMPLES, length or DEFAULT_LENGTH
     how = {"seed": settings.seed, "sampling": settings.sampling}
     return {"calibration": specs, "samples": samples, "length": length, **how}

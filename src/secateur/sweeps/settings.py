@@ -16,7 +16,7 @@ from secateur.core.choices import Group
 from secateur.errors import CheckpointError
 from secateur.evaluate.settings import TaskSettings, Words
 from secateur.pruning.settings import MethodLike, MethodOptions, SharedSettings
-from secateur.runs.options import OPTIONS, Option, Settings
+from secateur.runs.options import OPTIONS, Option, ProgressSettings, Settings
 
 if TYPE_CHECKING:
     from secateur.core.patterns import Pattern
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     Patterns: TypeAlias = Pattern | float | str | Sequence[Pattern | float | str]
     Seeds: TypeAlias = int | str | Sequence[int | str]
     Sparsities: TypeAlias = float | str | Sequence[float | str]
+    Texts: TypeAlias = Words | Mapping[str, Any]
     OnEstimate: TypeAlias = Callable[[SweepEstimate], None]
     OnSweepEvent: TypeAlias = Callable[[SweepEvent], None]
 else:
-    Methods = Patterns = Seeds = Sparsities = tuple[str, ...]
+    Methods = Patterns = Seeds = Sparsities = Texts = tuple[str, ...]
     OnEstimate = OnSweepEvent = Any
 
 EVALUATION = "Evaluation"
@@ -72,7 +73,9 @@ class GridSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SweepSettings(TaskSettings, SharedSettings, CalibrationSettings, SelectionSettings, GridSettings):
+class SweepSettings(
+    ProgressSettings, TaskSettings, SharedSettings, CalibrationSettings, SelectionSettings, GridSettings
+):
     """What `sweep` takes."""
 
     output: Annotated[File, Option(OPTIONS, "Folder for the tables and cells; started again there, goes on.", "-o")] = (
@@ -95,7 +98,7 @@ class SweepSettings(TaskSettings, SharedSettings, CalibrationSettings, Selection
         ),
     ] = ()
     data: Annotated[
-        Words,
+        Texts,
         Option(
             EVALUATION,
             "As for eval; repeat it for several texts [default: wikitext2; python-docs where the hub does not answer "
@@ -133,3 +136,11 @@ class SweepSettings(TaskSettings, SharedSettings, CalibrationSettings, Selection
     command: Sequence[str] | None = None
     on_estimate: OnEstimate = lambda estimate: None
     on_event: OnSweepEvent = lambda event: None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.data, Mapping):
+            from secateur.calibration.given import taken
+
+            held = {name: taken(own, self.windows, f"data[{name!r}]") for name, own in self.data.items()}
+            object.__setattr__(self, "data", held)
