@@ -65,6 +65,7 @@ class GradientPass(Generic[TapT]):
 
         @torch.no_grad()
         def forwards(block: Block, tensors: dict[str, Tensor]) -> None:
+            stream.reach(block)
             with loaded(skeleton, block, tensors):
                 saved[block.index] = forward_saving_inputs(stream, block, folder)
             if block.index < self.first:
@@ -115,6 +116,7 @@ class GradientPass(Generic[TapT]):
         skeleton.unload_outside()
 
         def both(block: Block, tensors: dict[str, Tensor]) -> None:
+            stream.reach(block)
             with loaded(skeleton, block, tensors):
                 taken = block.index >= self.first and block.index not in self.finished
                 tap = self.tap(self.parameters(block)) if taken else None

@@ -35,6 +35,7 @@ from secateur.files.reading import read_json
 from secateur.models.flow.inputs import input_name, reads_tokens
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.causality import check_predicts
+from secateur.models.shape.structure import is_encoder_decoder
 from secateur.runs.forward import after_the_last_block
 
 S = TypeVar("S", bound=CalibrationSettings)
@@ -80,7 +81,7 @@ def model_windows(
             write=write,
             progress=progress,
         )
-        check_fits(windows, opened.skeleton.vocabulary_size, opened.skeleton.positions)
+        _check_fits(windows, opened)
         return windows
 
     windows = _placed(draw, asked.bos, known, "calibration", dense or (lambda: opened), text)
@@ -159,7 +160,7 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
     else:
         samples, length = windows.samples, windows.length
     checked = windows or Windows(torch.zeros(1, length, dtype=torch.int64), {})
-    check_fits(checked, opened.skeleton.vocabulary_size, opened.skeleton.positions)
+    _check_fits(checked, opened)
     return Foreseen(windows, samples, length, unchecked, to_write, at_once)
 
 
@@ -174,17 +175,19 @@ def model_evaluation_windows(
     known: Mapping[str, Any] | None = None,
     option: str = "--length",
     predicting: bool = True,
+    alone: bool = True,
 ) -> Windows:
     """`evaluation_windows` for an opened model; `bos` and `known` are those of `model_windows`.
 
     With "auto", a checkpoint of ours follows what its dense model chose for the calibration samples: pruning can move a
     window's loss by more than the margin, and both models are to read the same tokens.
 
-    Raises what `evaluation_windows` raises. Where the model is to be `predicting` the next token, also
-    `ModelStructureError` for one that does not, and `CalibrationError` for windows of less than two tokens.
+    Raises what `evaluation_windows` raises. Where the model is to be `predicting` the next token (`alone`: without an
+    encoder), also `ModelStructureError` for one that does not, and `CalibrationError` for windows of less than two
+    tokens.
     """
     if predicting:
-        check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity")
+        check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity", alone=alone)
     check_reads_tokens(opened, data)
     text = _is_text(data)
     tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
@@ -193,7 +196,7 @@ def model_evaluation_windows(
 
     def cut(where: str) -> Windows:
         found = evaluation_windows(data, tokenizer, length=length, windows=windows, bos=where)  # type: ignore[arg-type]
-        check_fits(found, opened.skeleton.vocabulary_size, opened.skeleton.positions, option)
+        _check_fits(found, opened, option)
         if predicting:
             check_predictions(found, option)
         return found
@@ -285,6 +288,17 @@ def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | Non
     except ModelStructureError:  # what speaks against pruning it, the run itself will say
         return None
     return float(losses[0][1:].mean()), float(losses[1].mean())
+
+
+def _check_fits(windows: Windows, opened: OpenedModel, option: str = "--length") -> None:
+    skeleton = opened.skeleton
+    check_fits(windows, skeleton.vocabulary_size, skeleton.positions, option)
+    short = min(windows.lengths)
+    if is_encoder_decoder(skeleton.model) and short < 2:
+        raise CalibrationError(
+            f"sample {windows.lengths.index(short)}: has {short} token, expected at least 2: the encoder reads the "
+            f"first half of a window, and the decoder the rest. Use {option} 2 or more."
+        )
 
 
 def _say_fewer(windows: Windows, what: str, asked: int | None) -> None:

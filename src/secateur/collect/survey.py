@@ -221,6 +221,7 @@ class DensePass:
 
         def visit(block: Block, tensors: dict[str, Tensor]) -> None:
             own = of_block.get(block.index, [])
+            stream.reach(block)
             with loaded(skeleton, block, tensors):
                 here = self.collector.at(Place(block, own, stream, device=self.device))
                 run_batches(here.place, [here], keep_outputs=block.index < last)

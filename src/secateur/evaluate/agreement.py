@@ -31,6 +31,8 @@ from secateur.runs.processes import Processes
 class Agreement:
     """A pruned model beside the dense one, over the predictions of tokens 2 to length of every window.
 
+    After an encoder, which reads the first half of a window, these are all tokens of the rest.
+
     `kl` is the mean over tokens of ``KL(dense || pruned)`` in nats, `kl_error` its standard error over windows, `kl_99`
     the 99th percentile over tokens. `top1` is the share of tokens for which both models rank the same next token
     first. `window_kl`, `window_top1`, `window_nats` (the pruned model's loss) and `window_nats_dense` are means of
@@ -105,7 +107,7 @@ def agreement(settings: AgreementSettings) -> list[Agreement]:
     text = shared(settings, TextSettings)
     found = beside_dense(
         settings,
-        lambda dense: model_evaluation_windows(dense, settings.data, settings.tokenizer, **text),
+        lambda dense: model_evaluation_windows(dense, settings.data, settings.tokenizer, **text, alone=False),
         _compare,
         check=_check_vocabulary,
     )
@@ -145,6 +147,7 @@ def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Proce
     for who, nats in (("dense", dense_nats), ("pruned", own_nats)):
         check_finite(nats, f" in the {who} model")
     return {
+        "tokens": kl.numel(),
         "kl": float(kl.mean()),
         "kl_error": standard_error(window_kl),
         "kl_99": float(kl.kthvalue(math.ceil(0.99 * kl.numel())).values),

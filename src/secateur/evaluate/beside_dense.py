@@ -61,7 +61,5 @@ def beside_dense(
             finally:
                 opened.restore()
             facts = {"model": str(opened.origin.get("path")), "seconds": time.perf_counter() - started}
-            # Every token has a hidden state, the first of a window too, which nothing predicts.
-            tokens = {} if predicting else {"tokens": cut.tokens}
-            results.append({**facts, **described(cut, settings.data), **tokens, **figures})
+            results.append({**facts, **described(cut, settings.data), **figures})
         return results

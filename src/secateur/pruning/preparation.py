@@ -199,7 +199,8 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
     stream = Stream(skeleton, [skeleton.trial_batch(1, TRIAL_TOKENS)])
     some = False
     try:
-        for block in alike.values():
+        for block in sorted(alike.values(), key=lambda block: block.index):
+            stream.reach(block)
             with loaded(skeleton, block, skeleton.read(block)):
                 writers = residual_writers(block, by_block(skeleton.matrices)[block.index], stream)
             some = some or bool(writers)

@@ -41,6 +41,7 @@ def after_the_last_block(
 
     @torch.no_grad()
     def run(block: Block, tensors: dict[str, Tensor]) -> None:
+        stream.reach(block)
         with loaded(skeleton, block, tensors):
             for batch in range(len(stream.batches)):
                 stream.states.put(batch, stream.run(block, batch))

@@ -24,7 +24,8 @@ from secateur.core.choices import Granularity, Norm
 from secateur.core.gradients import GradientSums, Region
 from secateur.core.gram import float32_products, full_precision
 from secateur.errors import ModelStructureError, NumericalError
-from secateur.models.flow.stream import Call, HiddenStates, Stream
+from secateur.models.flow.calls import Call
+from secateur.models.flow.stream import HiddenStates, Stream
 from secateur.models.flow.tap import BackwardTap, Product
 from secateur.models.shape.structure import Block
 

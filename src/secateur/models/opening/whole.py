@@ -175,7 +175,7 @@ def load_whole(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **p
                 use_safetensors=True,  # of other formats, some are pickles
                 **placement,
             )
-            check_predicts(module, find_blocks(module)[1], "text or a loss of the next token")
+            check_predicts(module, find_blocks(module), "text or a loss of the next token")
             return module
         except (MemoryError, torch.OutOfMemoryError, ModelStructureError):
             raise
