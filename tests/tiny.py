@@ -1,6 +1,7 @@
 """Tiny random-weight versions of the architectures of transformers: three blocks, 32 wide, 128 tokens.
 
-`ARCHITECTURES` are decoders, `ENCODERS` attend in both directions, `ENCODER_DECODERS` have a stack of each kind.
+`ARCHITECTURES` are decoders, `ENCODERS` attend in both directions, `ENCODER_DECODERS` have a stack of each kind,
+`STAGED` one for each width.
 
 Every weight is random, norms and biases included, so that two computations that agree on these models agree because
 they are the same computation. Nothing here is downloaded. Entries are named after transformers' `model_type`, followed
@@ -465,7 +466,55 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-NO_DECODERS = ENCODERS | ENCODER_DECODERS
+# Blocks whose width changes from stage to stage, on images of 32 by 32.
+WINDOWS = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2, 3],
+    "num_hidden_layers": 2,
+    "num_attention_heads": [2, 4],
+    "window_size": 4,
+}
+MAPS: dict[str, Any] = {"hidden_sizes": [8, 16, 24], "depths": [2, 3, 1]}
+REDUCED = MAPS | {"image_size": 32, "num_encoder_blocks": 3, "num_attention_heads": [1, 2, 4], "mlp_ratios": [2, 2, 2]}
+STAGED: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (PLAIN, fields)
+    for name, fields in {
+        "swin": WINDOWS,
+        "swinv2": WINDOWS,
+        "donut-swin": WINDOWS,
+        "convnext": MAPS | {"num_stages": 3},
+        "convnextv2": MAPS | {"num_stages": 3},
+        "segformer": REDUCED | {"sr_ratios": [4, 2, 1], "patch_sizes": [3, 3, 3], "strides": [2, 2, 2]},
+        "pvt": REDUCED | {"sequence_reduction_ratios": [4, 2, 1], "patch_sizes": [4, 2, 2], "strides": [4, 2, 2]},
+        "pvt_v2": REDUCED | {"sr_ratios": [4, 2, 1], "patch_sizes": [3, 3, 3], "strides": [2, 2, 2]},
+        "focalnet": {
+            "image_size": 32,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [2, 3],
+            "focal_levels": [1, 1],
+            "focal_windows": [3, 3],
+        },
+        "hiera": {
+            "image_size": [32, 32],
+            "patch_size": [3, 3],
+            "patch_stride": [2, 2],
+            "patch_padding": [1, 1],
+            "embed_dim": 8,
+            "depths": [2, 3],
+            "num_heads": [1, 2],
+            "query_stride": [2, 2],
+            "num_query_pool": 1,
+            "masked_unit_size": [4, 4],
+            "masked_unit_attention": [True, False],
+        },
+    }.items()
+}
+
+NO_DECODERS = ENCODERS | ENCODER_DECODERS | STAGED
 
 
 def _config(name: str) -> PreTrainedConfig:
@@ -497,6 +546,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 ENCODERS = {name: entry for name, entry in ENCODERS.items() if _known(name)}
 ENCODER_DECODERS = {name: entry for name, entry in ENCODER_DECODERS.items() if _known(name)}
+STAGED = {name: entry for name, entry in STAGED.items() if _known(name)}
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -558,9 +608,9 @@ def pairs_by_turns(names: str, first: Iterable[Any], second: Sequence[Any]) -> A
     return pytest.mark.parametrize(names, own, ids=str)
 
 
-def pixels(samples: int = 4, seed: int = 0) -> torch.Tensor:
+def pixels(samples: int = 4, seed: int = 0, size: int = 24) -> torch.Tensor:
     """Random pixel values for the models of images."""
-    return torch.randn(samples, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(samples, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def tokens(samples: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:

@@ -43,7 +43,10 @@ def _hidden_states(opened: OpenedModel, image: torch.Tensor) -> int:
     skeleton.load_outside(head=False)
     stream = Stream(skeleton, [image])
     try:
-        return int(stream.states.get(0, stream.device).shape[-2])
+        states = stream.states.get(0, stream.device)[0]
+        # A map of channels is (channels, height, width), with which the blocks of some models begin.
+        channels = states.shape[0] if states.ndim == 3 and states.shape[1] == states.shape[2] else states.shape[-1]
+        return states.numel() // channels
     finally:
         stream.close()
         skeleton.unload_outside()

@@ -318,10 +318,15 @@ def regional_gradient(stream: Stream, block: Block, batch: int, tap: BackwardTap
     if tap is None:
         with torch.no_grad():
             return stream.run(block, batch)
-    ids = stream.batches[batch]
+    samples = len(stream.batches[batch])
     states = stream.states.get(batch, stream.device).detach().requires_grad_()
     scale = 256.0 if stream.skeleton.dtype == torch.float16 else 1.0
-    tap.begin(len(ids), ids.shape[1], scale)
+    if states.ndim < 3 or states.shape[-3] != samples:
+        raise ModelStructureError(
+            f"{block.path}: reads hidden states of shape {tuple(states.shape)}, expected ({samples} samples, tokens, "
+            "width), so that the gradients of samples cannot be told apart. Use a method without gradients."
+        )
+    tap.begin(samples, states.shape[-2], scale)
     with tap:
         output = stream.run(block, batch, states=states.clone())
     # The last three dimensions are (samples, tokens, hidden); some models have more before them.

@@ -70,27 +70,29 @@ class Probe:
         self._called.append(index)
         block = self._skeleton.blocks[index]
         stack = self._skeleton.stacks[self._skeleton.stack_of(block)]
-        if self._kind(block) not in self._structures:
-            whole = self._returned(block, states, call)
-            self._structures[self._kind(block)] = whole.without_tensors()
-            if block is stack.blocks[0]:
-                self._first = block, call, states, whole
         if block is not stack.blocks[0]:
             self._check_unchanged(stack.path, index, states)
             self._check_carried(block, states, call)
+        if self._kind(block) not in self._structures:
+            made, whole = self._returned(block, states, call)
+            self._structures[self._kind(block)] = whole.without_tensors()
+            if block is stack.blocks[0]:
+                self._first = block, call, states, whole
+                states = made  # whose width can be another
         self._passed = [states]
         first = self._first
         same = first is not None and self._kind(first[0]) == self._kind(block)
         return (first[3] if first is not None and same else self.structure(block)).filled(states)
 
-    def _returned(self, block: Block, states: Tensor, call: Call) -> Structure:
+    def _returned(self, block: Block, states: Tensor, call: Call) -> tuple[Tensor, Structure]:
         with loaded(self._skeleton, block, self._skeleton.read(block)):
             last = self._skeleton.stack_of(block) == len(self._skeleton.stacks) - 1
             if self._predicting and last and states.shape[-2] > 1:
                 apart = call.with_copies()
                 if sees_later_tokens(block, states, partial(replay, block, apart)):
                     raise bidirectional(self._skeleton.model, block)
-            return Structure.of(call.of(block.module, states), block)
+            output = call.of(block.module, states)
+            return output if isinstance(output, Tensor) else output[0], Structure.of(output, block)
 
     def _check_unchanged(self, path: str, index: int, states: Tensor) -> None:
         previous = self._passed[0] if self._passed else states

@@ -300,20 +300,26 @@ class Stream:
         hook = bare.register_forward_hook(keep)
         try:
             with (
-                stubbed(self.skeleton, self._giving(self.states.get(batch, self.device))),
+                stubbed(self.skeleton, self._giving(self.states.get(batch, self.device), batch)),
                 contextlib.suppress(Finished),
             ):
                 forward(model, named(model, self.batches[batch].to(self.device)))
         finally:
             hook.remove()
-        return found[0]
+        # Of an image some models return a map of channels, (samples, channels, height, width).
+        return found[0].flatten(2).transpose(1, 2) if found[0].ndim == 4 else found[0]
 
-    def _giving(self, states: Tensor) -> Run:
-        """In the place of the blocks: the last one gives these states, the others hand on what they are given."""
-        last = self.skeleton.blocks[-1].index
+    def _giving(self, states: Tensor, batch: int | None = None) -> Run:
+        """In the place of the blocks: the last one gives these states, the others hand on what they are given.
+
+        Where stacks before it lead to what is asked for, their last blocks give what they have made of the `batch`.
+        """
+        last = self.skeleton.blocks[-1]
 
         def run(index: int, passed: Tensor, call: Call) -> Any:
-            return self._probe.structure(self.skeleton.blocks[index]).filled(states if index == last else passed)
+            block = self.skeleton.blocks[index]
+            given = passed if batch is None else self._made_of(batch, block, passed)
+            return self._probe.structure(block).filled(states if block is last else given)
 
         return run
 

@@ -15,7 +15,7 @@ from secateur.errors import CheckpointError, ModelStructureError
 from secateur.files.checkpoint import Layout
 from secateur.models.shape.inventory import inventory, left_out
 from secateur.models.shape.matrices import Matrix
-from secateur.models.shape.structure import Block, embeddings_of, find_stacks, towers_of
+from secateur.models.shape.structure import Block, embeddings_of, find_stacks, is_encoder_decoder, towers_of
 from secateur.models.weights.conversion import Conversion, TensorGroup
 
 
@@ -86,8 +86,8 @@ class Skeleton:
     def trial_batch(self, samples: int, tokens: int) -> Tensor:
         """A batch that shows what a forward does, whatever is in it: some token ids, or images without anything."""
         config: Any = getattr(self.model, "config", None)
-        size = getattr(config, "image_size", None)
-        if isinstance(embeddings_of(self.model, "get_input_embeddings"), nn.Embedding) or size is None:
+        size = getattr(config, "image_size", None) or 224
+        if isinstance(embeddings_of(self.model, "get_input_embeddings"), nn.Embedding) or config is None:
             return (torch.arange(samples * tokens) + 3).view(samples, tokens) % self.vocabulary_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return torch.zeros(samples, getattr(config, "num_channels", 3), height, width)
@@ -105,7 +105,8 @@ class Skeleton:
         tokens = embeddings_of(self.model, "get_input_embeddings")
         # RoBERTa and its kin count positions from the one after that of padding.
         unused = (table.padding_idx for table in tables if table is not tokens and table.num_embeddings == value)
-        return len(self.stacks) * (value - max((last + 1 for last in unused if last is not None), default=0))
+        each = value - max((last + 1 for last in unused if last is not None), default=0)
+        return 2 * each if is_encoder_decoder(self.model) else each
 
     @property
     def hidden_size(self) -> int:

@@ -37,14 +37,15 @@ class Stack:
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The stacks of a model in the order of its forward: of the encoder and the decoder, or the one that it has.
 
-    A stack is the `ModuleList` with most parameters. Raises `ModelStructureError` where there is none.
+    A stack is the `ModuleList` with most parameters, or what lies in its stages. Raises `ModelStructureError` where
+    there is none.
     """
     stacks: list[Stack] = []
     for tower in towers_of(model):
-        path, modules = _largest_list(model, tower)
-        first = sum(len(stack.blocks) for stack in stacks)
-        blocks = [Block(first + number, f"{path}.{number}", module) for number, module in enumerate(modules)]
-        stacks.append(Stack(path, blocks))
+        for path, modules in _stages(tower, *_largest_list(model, tower)):
+            first = sum(len(stack.blocks) for stack in stacks)
+            blocks = [Block(first + number, f"{path}.{number}", module) for number, module in enumerate(modules)]
+            stacks.append(Stack(path, blocks))
     return stacks
 
 
@@ -67,9 +68,32 @@ def _largest_list(model: nn.Module, tower: nn.Module) -> tuple[str, nn.ModuleLis
             f"{f', only {children}' if children else '; it has no submodules at all'}. "
             "Secateur prunes models whose blocks lie in such lists."
         )
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in candidates.items()}
-    path = max(sizes, key=lambda name: sizes[name])
-    return path, candidates[path]
+    return max(candidates.items(), key=_size)
+
+
+def _size(named: tuple[str, nn.Module]) -> int:
+    return sum(parameter.numel() for parameter in named[1].parameters())
+
+
+def _stages(tower: nn.Module, path: str, modules: nn.ModuleList) -> list[tuple[str, nn.ModuleList]]:
+    """The stacks in a list of stages, whose blocks differ in width (Swin, ConvNeXt); a list of blocks is one itself.
+
+    Stages are those whose numbers of blocks are the `depths` that the configuration names.
+    """
+    depths = getattr(getattr(tower, "config", None), "depths", None)
+    if not isinstance(depths, list | tuple) or len(depths) != len(modules):
+        return [(path, modules)]
+    found: list[tuple[str, nn.ModuleList]] = []
+    for number, depth in enumerate(depths):
+        inside = [
+            (f"{path}.{number}.{name}".strip("."), own)
+            for name, own in modules[number].named_modules()
+            if isinstance(own, nn.ModuleList) and len(own) == depth
+        ]
+        if not inside:
+            return [(path, modules)]
+        found.append(max(inside, key=_size))
+    return found
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
