@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from secateur.core.batch import Batch
 from secateur.models.flow.backward import (
     Labels,
     SavedInputs,
@@ -50,7 +51,7 @@ class GradientPass(Generic[TapT]):
     progress: Progress = lambda stage, done, total: None
     processes: Processes = ALONE
 
-    def of_model(self, batches: Sequence[Tensor], folder: Path | None = None) -> None:
+    def of_model(self, batches: Sequence[Batch], folder: Path | None = None) -> None:
         """Take gradients of the language-model loss, from the last block to the first.
 
         The loss of a sample is the mean cross-entropy of its next-token predictions. Equal to full autograd up to
@@ -102,7 +103,7 @@ class GradientPass(Generic[TapT]):
                 outgoing.states.close()
             stream.close()
 
-    def of_blocks(self, batches: Sequence[Tensor], folder: Path | None = None) -> None:
+    def of_blocks(self, batches: Sequence[Batch], folder: Path | None = None) -> None:
         """Take gradients of each block's own output norm, from the first block to the last.
 
         The loss of a sample is the Euclidean norm of the block's output for it; blocks see the outputs of the dense
@@ -133,7 +134,7 @@ class GradientPass(Generic[TapT]):
         finally:
             stream.close()
 
-    def _stream(self, batches: Sequence[Tensor], folder: Path | None, *, predicting: bool = False) -> Stream:
+    def _stream(self, batches: Sequence[Batch], folder: Path | None, *, predicting: bool = False) -> Stream:
         return Stream(
             self.skeleton,
             batches,

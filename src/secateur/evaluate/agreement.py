@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.collect.model_windows import model_evaluation_windows
+from secateur.collect.model_windows import evaluation_samples
 from secateur.errors import CheckpointError
 from secateur.evaluate.beside_dense import beside_dense
 from secateur.evaluate.perplexity import (
@@ -107,7 +107,7 @@ def agreement(settings: AgreementSettings) -> list[Agreement]:
     text = shared(settings, TextSettings)
     found = beside_dense(
         settings,
-        lambda dense: model_evaluation_windows(dense, settings.data, settings.tokenizer, **text, alone=False),
+        lambda dense: evaluation_samples(dense, settings.data, settings.tokenizer, **text, predicting=True),
         _compare,
         check=_check_vocabulary,
     )

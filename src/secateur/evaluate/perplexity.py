@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.images import Images
-from secateur.calibration.windows import Windows
-from secateur.collect.model_windows import model_evaluation_windows
+from secateur.collect.model_windows import Samples, model_evaluation_windows
 from secateur.collect.settings import ModelSettings
 from secateur.errors import NumericalError
 from secateur.evaluate.settings import PerplexitySettings, TextSettings
@@ -132,7 +130,7 @@ def _perplexity(settings: PerplexitySettings, processes: Processes) -> Perplexit
     )
 
 
-def described(cut: Windows | Images, data: object) -> dict[str, Any]:
+def described(cut: Samples, data: object) -> dict[str, Any]:
     """What a result says of the windows that it was measured on."""
     return {
         "data": data if isinstance(data, str) else "token ids",

@@ -21,6 +21,7 @@ from secateur.collect.dense_twin import DenseTwin
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.sites import sites
 from secateur.core import scores
+from secateur.core.batch import Batch
 from secateur.core.checks import check_weight, first_nonfinite, solved
 from secateur.core.gram import Gram
 from secateur.core.histogram import histogram
@@ -111,7 +112,7 @@ class BlockLoop:
         assert self.ready.windows is not None
         started = time.perf_counter()
         self.skeleton.load_outside(head=False)
-        batches = self.ready.windows.batches(self.ready.extent.chosen_batch_size)
+        batches: list[Batch] = list(self.ready.windows.batches(self.ready.extent.chosen_batch_size))
         if self.settings.within == "site" and len(batches[0]) > 1:
             # Fast: the first batch runs more often, to find out what the block multiplies. One sample shows it.
             batches = [batches[0][:1], batches[0][1:], *batches[1:]]

@@ -2,16 +2,21 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from secateur.core.batch import Batch, Named
 from secateur.models.shape.structure import embeddings_of, is_encoder_decoder
+
+DECODED, LABELS = "decoder_input_ids", "labels"
 
 
 def reads_tokens(model: nn.Module) -> bool:
-    """Whether a forward takes token ids."""
+    """Whether a forward takes token ids and nothing else."""
+    if is_encoder_decoder(model) and getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return False
     return isinstance(embeddings_of(model, "get_input_embeddings"), nn.Embedding) or not hasattr(model, "config")
 
 
@@ -20,36 +25,55 @@ def input_name(model: Any) -> str:
     return "input_ids" if reads_tokens(model) else str(getattr(model, "main_input_name", "input_ids"))
 
 
-def named(model: Any, batch: Tensor) -> dict[str, Tensor]:
+def named(model: Any, batch: Batch) -> dict[str, Tensor]:
     """What a forward is given for a batch, by name.
 
     Of a window, an encoder reads the first half, and the decoder after it the rest.
     """
+    if isinstance(batch, Named):
+        given = {name: _computed(model, value) for name, value in batch.inputs.items() if name != LABELS}
+        if is_encoder_decoder(model) and LABELS in batch.inputs and DECODED not in given:
+            given[DECODED] = _shifted(model, batch.inputs[LABELS])
+        return given
     if is_encoder_decoder(model):
-        return {"input_ids": batch[:, : batch.shape[1] // 2], "decoder_input_ids": predicting(model, batch)[0]}
-    return {input_name(model): batch.to(model.dtype) if batch.is_floating_point() else batch}
+        return {"input_ids": batch[:, : batch.shape[1] // 2], DECODED: predicting(model, batch)[0]}
+    return {input_name(model): _computed(model, batch)}
 
 
-def predicting(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
+def _computed(model: Any, value: Tensor) -> Tensor:
+    return value.to(model.dtype) if value.is_floating_point() else value
+
+
+def predicting(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """(the tokens that the last stack reads of a window, those that it is to predict, each from the one before).
 
     Of the last token nothing is predicted; a decoder after an encoder reads in its place, first of all, the token with
     which it starts.
     """
+    if isinstance(batch, Named):
+        tokens = named(model, batch)[DECODED if is_encoder_decoder(model) else "input_ids"]
+        return tokens, batch.inputs[LABELS] if LABELS in batch.inputs else tokens[:, 1:]
     if not is_encoder_decoder(model):
         return batch, batch[:, 1:]
     rest = batch[:, batch.shape[1] // 2 :]
-    return torch.cat([torch.full_like(rest[:, :1], _start_token(model)), rest[:, :-1]], dim=1), rest
+    return _shifted(model, rest), rest
 
 
-def reading(model: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """What a forward is given whose last stack is to read these tokens, whatever the stacks before it read."""
-    if is_encoder_decoder(model):
-        return {"input_ids": tokens[:, :1], "decoder_input_ids": tokens}
-    return named(model, tokens)
+def _shifted(model: Any, tokens: Tensor) -> Tensor:
+    """What a decoder after an encoder reads that is to predict these tokens."""
+    return torch.cat([torch.full_like(tokens[:, :1], start_token(model)), tokens[:, :-1]], dim=1)
 
 
-def _start_token(model: Any) -> int:
+def reading(model: Any, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """What a forward is given whose last stack is to read these tokens of a batch."""
+    if not is_encoder_decoder(model):
+        return named(model, tokens)
+    if isinstance(batch, Tensor):  # of a text, whatever the encoder reads
+        return {"input_ids": tokens[:, :1], DECODED: tokens}
+    return {**named(model, batch), DECODED: tokens}
+
+
+def start_token(model: Any) -> int:
     """The token with which a decoder after an encoder starts."""
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
     configs = (model.config, getattr(model, "generation_config", None))
@@ -69,11 +93,18 @@ def takes_cache(model: Any) -> bool:
     return "use_cache" in parameters or (handed_on and reads_tokens(model))
 
 
-def shortest(model: nn.Module, batch: Tensor) -> Tensor:
-    """A sample that shows how a model calls its blocks: two tokens for each stack, or one image."""
-    return batch[:1, : 4 if is_encoder_decoder(model) else 2] if reads_tokens(model) else batch[:1]
+def shortest(model: nn.Module, batch: Batch) -> Batch:
+    """A sample that shows how a model calls its blocks: two tokens for each stack, one image, or one of all inputs."""
+    if isinstance(batch, Named) or not reads_tokens(model):
+        return batch[:1]
+    return batch[:1, : 4 if is_encoder_decoder(model) else 2]
 
 
-def tokens_in(batches: Sequence[Tensor], length: int) -> int:
-    """The number of hidden states of all batches, where an image makes `length` of them."""
-    return sum(batch.numel() if batch.ndim == 2 else len(batch) * length for batch in batches)
+def is_tokens(batch: Batch) -> TypeGuard[Tensor]:
+    """Whether a batch is a tensor of token ids."""
+    return isinstance(batch, Tensor) and batch.ndim == 2
+
+
+def tokens_in(batches: Sequence[Batch], length: int) -> int:
+    """The number of hidden states of all batches, where one sample that is no window makes `length` of them."""
+    return sum(batch.numel() if is_tokens(batch) else len(batch) * length for batch in batches)

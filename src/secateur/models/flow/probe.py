@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.batch import Batch
 from secateur.errors import ModelStructureError, SecateurError
 from secateur.models.flow.calls import Call, Finished, Structure, replay, stubbed
 from secateur.models.flow.inputs import forward, named, shortest
@@ -26,7 +27,7 @@ class Probe:
     blocks that let a token see later ones, where the model is to be `predicting`.
     """
 
-    def __init__(self, skeleton: Skeleton, batch: Tensor, *, predicting: bool) -> None:
+    def __init__(self, skeleton: Skeleton, batch: Batch, *, predicting: bool) -> None:
         self._skeleton = skeleton
         self._predicting = predicting
         self._structures: dict[tuple[int, type[nn.Module]], Structure] = {}
@@ -43,7 +44,7 @@ class Probe:
     def _kind(self, block: Block) -> tuple[int, type[nn.Module]]:
         return self._skeleton.stack_of(block), type(block.module)
 
-    def _run(self, sample: Tensor) -> None:
+    def _run(self, sample: Batch) -> None:
         model = self._skeleton.model
         try:
             with stubbed(self._skeleton, self._reached), _up_to_the_head(model):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.batch import Batch
 from secateur.errors import CheckpointError
 from secateur.files.writer import reserve
 from secateur.models.flow.calls import Call, Finished, Run, Structure, replay, stubbed
@@ -111,14 +112,15 @@ class Stream:
     """Calibration samples at one block of the model, moved on block by block.
 
     Each of `batches` is what the model's forward takes: token ids of shape (samples, length), whose length may differ
-    from batch to batch, or images. `states` holds what goes into the next block, which has to be reached first. With
-    `predicting`, next tokens will be asked for, and a model whose tokens see later ones is refused.
+    from batch to batch, images, or several inputs by name. `states` holds what goes into the next block, which has to
+    be reached first. With `predicting`, next tokens will be asked for, and a model whose tokens see later ones is
+    refused.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         *,
         states_folder: Path | None = None,
         predicting: bool = False,
@@ -248,7 +250,7 @@ class Stream:
         Next tokens are (samples, tokens); logits are (samples, tokens, vocabulary) for them: none for the last token.
         """
         for states, ids, targets in self._parts(batch, chunk):
-            yield targets, self._logits(states, ids)[:, : targets.shape[1]]
+            yield targets, self._logits(states, ids, batch)[:, : targets.shape[1]]
 
     def losses(self, batch: int) -> Iterator[Tensor]:
         """The cross-entropy of each next token of a batch, in nats: float32 (samples, tokens), a few at a time."""
@@ -270,7 +272,7 @@ class Stream:
         """(hidden states, next tokens, logits) of a batch, a few at a time; the logits' graph leads to these states."""
         for part, ids, targets in self._parts(batch, self.chunk(batch)):
             states = part.detach().requires_grad_()
-            yield states, targets, self._logits(states, ids)[:, : targets.shape[1]]
+            yield states, targets, self._logits(states, ids, batch)[:, : targets.shape[1]]
 
     def _parts(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(hidden states, their tokens, the next tokens), of which the last part has one less."""
@@ -280,9 +282,10 @@ class Stream:
             first, last = number * chunk, (number + 1) * chunk
             yield states, ids[:, first:last], targets[:, first:last]
 
-    def _logits(self, states: Tensor, ids: Tensor) -> Tensor:
+    def _logits(self, states: Tensor, ids: Tensor, batch: int) -> Tensor:
+        given = reading(self.skeleton.model, ids, self.batches[batch].to(self.device))
         with stubbed(self.skeleton, self._giving(states)):
-            logits: Tensor = forward(self.skeleton.model, reading(self.skeleton.model, ids)).logits
+            logits: Tensor = forward(self.skeleton.model, given).logits
         return logits
 
     @torch.no_grad()

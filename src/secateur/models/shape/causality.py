@@ -28,9 +28,7 @@ def check_predicts(model: nn.Module, blocks: Sequence[Block], wanted: str, *, al
     """
     after_encoder = is_encoder_decoder(model)
     if after_encoder and alone:
-        raise ModelStructureError(
-            f"{type(model).__name__}: is an encoder-decoder, and {wanted} is for decoders without an encoder. {ADVICE}"
-        )
+        raise encoder_decoder(type(model).__name__, wanted)
     if hasattr(model, "get_output_embeddings") and embeddings_of(model, "get_output_embeddings") is None:
         raise ModelStructureError(
             f"{type(model).__name__}: has no head that predicts tokens, so that {wanted} means nothing for it. {ADVICE}"
@@ -75,6 +73,13 @@ def sees_later_tokens(block: Block, states: Tensor, run: Callable[[Tensor], Tens
             parameter.requires_grad_()
     own, other = (float(gradient[..., token, :].abs().max()) for token in (0, 1))
     return other > LEAK * own
+
+
+def encoder_decoder(name: str, wanted: str) -> ModelStructureError:
+    """The error for an encoder-decoder of this name, of which something is `wanted` that is for decoders alone."""
+    return ModelStructureError(
+        f"{name}: is an encoder-decoder, and {wanted} is for decoders without an encoder. {ADVICE}"
+    )
 
 
 ADVICE = "compare says how far the outputs of such a model are from the dense one's."

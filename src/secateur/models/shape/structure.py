@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.models.opening.classes import auto_classes
@@ -59,7 +60,7 @@ def _largest_list(model: nn.Module, tower: nn.Module) -> tuple[str, nn.ModuleLis
     candidates = {
         f"{prefix}.{name}".strip("."): module
         for name, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
+        if isinstance(module, nn.ModuleList) and len(module) and not isinstance(module, ParametrizationList)
     }
     if not candidates:
         children = ", ".join(name for name, _ in tower.named_children())
