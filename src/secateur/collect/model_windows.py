@@ -30,6 +30,7 @@ from secateur.calibration.windows import Progress, Windows, check_fits, check_pr
 from secateur.collect.author import Author
 from secateur.collect.model_audio import model_recordings
 from secateur.collect.model_images import hidden_states_of, model_images
+from secateur.collect.model_pairs import model_pairs
 from secateur.collect.settings import AUTO, CalibrationSettings
 from secateur.core.choices import Bos
 from secateur.errors import CalibrationError, ModelStructureError
@@ -37,7 +38,7 @@ from secateur.files.reading import read_json
 from secateur.models.flow.inputs import input_name, reads_tokens
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.causality import check_predicts
-from secateur.models.shape.structure import is_encoder_decoder
+from secateur.models.shape.structure import has_two_towers, is_encoder_decoder
 from secateur.runs.forward import after_the_last_block
 
 S = TypeVar("S", bound=CalibrationSettings)
@@ -113,6 +114,8 @@ def _other_samples(opened: OpenedModel, source: Any, *, write: bool = True, **ho
     if input_name(opened.skeleton.model) == "pixel_values" and not isinstance(source, Mapping | NamedSamples):
         return model_images(opened, source, **how)
     found = named_samples(source, how["samples"])
+    if found is None and has_two_towers(opened.skeleton.model):
+        found = model_pairs(opened, source, **how)
     if found is None:
         found = model_recordings(opened, source, **how, write=write)
     length = sum(hidden_states_of(opened, found.batches(1)[0]))

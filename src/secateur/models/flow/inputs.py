@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batch import Batch, Named
-from secateur.models.shape.structure import embeddings_of, is_encoder_decoder
+from secateur.models.shape.structure import embeddings_of, has_two_towers, is_encoder_decoder
 
 DECODED, LABELS = "decoder_input_ids", "labels"
 
@@ -16,6 +16,8 @@ DECODED, LABELS = "decoder_input_ids", "labels"
 def reads_tokens(model: nn.Module) -> bool:
     """Whether a forward takes token ids and nothing else."""
     if is_encoder_decoder(model) and getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return False
+    if has_two_towers(model):
         return False
     return isinstance(embeddings_of(model, "get_input_embeddings"), nn.Embedding) or not hasattr(model, "config")
 

@@ -295,7 +295,9 @@ class Stream:
         found: list[Tensor] = []
 
         def keep(module: nn.Module, args: object, output: Any) -> None:
-            found.append(output[0])
+            # Of images and texts side by side, what is compared is one embedding of each.
+            both = [getattr(output, f"{kind}_embeds", None) for kind in ("image", "text")]
+            found.append(output[0] if None in both else torch.stack([own for own in both if own is not None], dim=1))
             raise Finished
 
         # What transformers calls the base model is the one without a head.

@@ -1,6 +1,7 @@
 """The structure of a model, found out rather than known: its stacks of blocks, and a skeleton to fill."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,20 +99,33 @@ def _stages(tower: nn.Module, path: str, modules: nn.ModuleList) -> list[tuple[s
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a decoder reads what an encoder makes of another text."""
-    return len(towers_of(model)) > 1
+    """Whether a decoder reads what an encoder makes of another text, or of sound."""
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) and len(towers_of(model)) > 1
+
+
+def has_two_towers(model: nn.Module) -> bool:
+    """Whether a model reads images and texts side by side, as CLIP does."""
+    return not getattr(getattr(model, "config", None), "is_encoder_decoder", False) and len(towers_of(model)) > 1
 
 
 def towers_of(model: nn.Module) -> list[nn.Module]:
-    """The parts of a model that have a stack each: encoder and decoder, a decoder, or the model itself."""
+    """The parts of a model that have a stack each: encoder and decoder, towers of images and texts, or one of them."""
+    config = getattr(model, "config", None)
     decoder = decoder_of(model)
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return [decoder]
-    encoder = _part(model, "get_encoder")
+    before: nn.Module | None = None
+    if getattr(config, "is_encoder_decoder", False):
+        before = _part(model, "get_encoder")
+    elif hasattr(config, "vision_config") and not _continues(decoder):
+        before = _part(model, "get_encoder", "image")
     # An encoder alone keeps the configuration of both, and names itself where it is asked for what it has not.
-    if encoder is None or _inside(encoder, decoder) or _inside(decoder, encoder):
+    if before is None or _inside(before, decoder) or _inside(decoder, before):
         return [decoder]
-    return [encoder, decoder]
+    return [before, decoder]
+
+
+def _continues(decoder: Any) -> bool:
+    """Whether a part goes on with what it has read before, as the language model of a multimodal decoder does."""
+    return "past_key_values" in inspect.signature(decoder.forward).parameters
 
 
 def _inside(part: nn.Module, whole: nn.Module) -> bool:
@@ -124,10 +138,10 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return model if decoder is None else decoder
 
 
-def _part(model: nn.Module, getter: str) -> nn.Module | None:
+def _part(model: nn.Module, getter: str, *of: str) -> nn.Module | None:
     """The part that a method of the model returns, where that has blocks: some models call their head `decoder`."""
-    with contextlib.suppress(AttributeError, NotImplementedError):
-        part = getattr(model, getter)()
+    with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+        part = getattr(model, getter)(*of)
         if isinstance(part, nn.Module) and any(isinstance(module, nn.ModuleList) for module in part.modules()):
             return part
     return None
