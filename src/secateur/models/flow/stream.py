@@ -130,6 +130,7 @@ class Stream:
         self.device = skeleton.device
         self.batches = batches
         self._folder = states_folder
+        self._in_calls = is_encoder_decoder(skeleton.model)  # what an encoder makes, for its decoder alone
         self._made: list[HiddenStates] = []  # of each finished stack, by its last block
         self._calls: list[dict[int, Call]] = [{} for _ in batches]  # by the number of the block
         self._intern: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -152,6 +153,8 @@ class Stream:
             self.states = self._no_states()
             with self.skeleton.outside():
                 self._record(stack)
+            if self._in_calls:
+                self._made[-1].close()  # Memory: the calls of the decoder hold it
 
     def _no_states(self) -> HiddenStates:
         return HiddenStates(len(self.batches), self._folder, pin=self.device.type == "cuda")
@@ -301,11 +304,12 @@ class Stream:
             raise Finished
 
         # What transformers calls the base model is the one without a head.
-        bare = decoder_of(model) if is_encoder_decoder(model) else getattr(model, "base_model", model)
+        states = self.states.get(batch, self.device)
+        bare = decoder_of(model) if self._in_calls else getattr(model, "base_model", model)
         hook = bare.register_forward_hook(keep)
         try:
             with (
-                stubbed(self.skeleton, self._giving(self.states.get(batch, self.device), batch)),
+                stubbed(self.skeleton, self._giving(states, None if self._in_calls else batch)),
                 contextlib.suppress(Finished),
             ):
                 forward(model, named(model, self.batches[batch].to(self.device)))
