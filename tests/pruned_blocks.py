@@ -40,7 +40,7 @@ def distance(output: Tensor, target: Tensor) -> float:
 def block_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     """What each block gives in an ordinary forward of transformers."""
     outputs: list[Tensor] = []
-    _, blocks = secateur.models.shape.structure.find_blocks(model)
+    blocks = secateur.models.shape.structure.find_blocks(model)
     handles = [
         block.module.register_forward_hook(
             lambda module, args, output: outputs.append(output if isinstance(output, Tensor) else output[0])

@@ -1,6 +1,7 @@
 """Tiny random-weight versions of the architectures of transformers: three blocks, 32 wide, 128 tokens.
 
-`ARCHITECTURES` are decoders, `ENCODERS` attend in both directions.
+`ARCHITECTURES` are decoders, `ENCODERS` attend in both directions, `ENCODER_DECODERS` have a stack of each kind,
+`STAGED` one for each width.
 
 Every weight is random, norms and biases included, so that two computations that agree on these models agree because
 they are the same computation. Nothing here is downloaded. Entries are named after transformers' `model_type`, followed
@@ -370,9 +371,154 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ENCODERS |= VISION
 
+# An encoder of three blocks and a decoder of two.
+TWO_STACKS = "AutoModelForSeq2SeqLM"
+LIKE_BART = {
+    "encoder_layers": BLOCKS,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "decoder_start_token_id": 2,
+}
+LIKE_T5 = {
+    "num_decoder_layers": 2,
+    "d_kv": 8,
+    "d_ff": 48,
+    "relative_attention_num_buckets": 8,
+    "decoder_start_token_id": 0,
+}
+GEMMA_STACK = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 8,
+}
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": (TWO_STACKS, LIKE_T5),
+    "t5_gated": (TWO_STACKS, LIKE_T5 | {"model_type": "t5", "feed_forward_proj": "gated-gelu"}),
+    "t5_base": (PLAIN, LIKE_T5 | {"model_type": "t5"}),
+    "mt5": (TWO_STACKS, LIKE_T5),
+    "umt5": (TWO_STACKS, LIKE_T5),
+    "longt5": (TWO_STACKS, LIKE_T5 | {"local_radius": 3}),
+    "longt5_global": (
+        TWO_STACKS,
+        LIKE_T5
+        | {
+            "model_type": "longt5",
+            "encoder_attention_type": "transient-global",
+            "local_radius": 3,
+            "global_block_size": 2,
+        },
+    ),
+    "switch_transformers": (
+        TWO_STACKS,
+        LIKE_T5 | {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+    ),
+    "bart": (TWO_STACKS, LIKE_BART),
+    "bart_base": (PLAIN, LIKE_BART | {"model_type": "bart"}),
+    "mbart": (TWO_STACKS, LIKE_BART),
+    "marian": (TWO_STACKS, LIKE_BART),
+    "marian_apart": (
+        TWO_STACKS,
+        LIKE_BART
+        | {"model_type": "marian", "share_encoder_decoder_embeddings": False, "decoder_vocab_size": VOCABULARY},
+    ),
+    "pegasus": (TWO_STACKS, LIKE_BART),
+    "pegasus_x": (TWO_STACKS, LIKE_BART | {"block_size": 4, "num_global_tokens": 2}),
+    "blenderbot": (TWO_STACKS, LIKE_BART),
+    "blenderbot-small": (TWO_STACKS, LIKE_BART),
+    "m2m_100": (TWO_STACKS, LIKE_BART),
+    "nllb-moe": (TWO_STACKS, LIKE_BART | {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 16}),
+    "plbart": (TWO_STACKS, LIKE_BART),
+    "mvp": (TWO_STACKS, LIKE_BART),
+    "led": (
+        TWO_STACKS,
+        LIKE_BART
+        | {"attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
+    ),
+    "bigbird_pegasus": (TWO_STACKS, LIKE_BART | {"attention_type": "original_full"}),
+    "fsmt": (TWO_STACKS, LIKE_BART | {"src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY}),
+    "prophetnet": (
+        TWO_STACKS,
+        {
+            "num_encoder_layers": BLOCKS,
+            "num_decoder_layers": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "num_encoder_attention_heads": 4,
+            "num_decoder_attention_heads": 4,
+            "num_buckets": 8,
+        },
+    ),
+    "t5gemma": (
+        TWO_STACKS,
+        {
+            "encoder": GEMMA_STACK | {"num_hidden_layers": BLOCKS, "layer_types": [SLIDING, FULL, FULL]},
+            "decoder": GEMMA_STACK | {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
+        },
+    ),
+}
+
+
+# Blocks whose width changes from stage to stage, on images of 32 by 32.
+WINDOWS = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2, 3],
+    "num_hidden_layers": 2,
+    "num_attention_heads": [2, 4],
+    "window_size": 4,
+}
+MAPS: dict[str, Any] = {"hidden_sizes": [8, 16, 24], "depths": [2, 3, 1]}
+REDUCED = MAPS | {"image_size": 32, "num_encoder_blocks": 3, "num_attention_heads": [1, 2, 4], "mlp_ratios": [2, 2, 2]}
+STAGED: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (PLAIN, fields)
+    for name, fields in {
+        "swin": WINDOWS,
+        "swinv2": WINDOWS,
+        "donut-swin": WINDOWS,
+        "convnext": MAPS | {"num_stages": 3},
+        "convnextv2": MAPS | {"num_stages": 3},
+        "segformer": REDUCED | {"sr_ratios": [4, 2, 1], "patch_sizes": [3, 3, 3], "strides": [2, 2, 2]},
+        "pvt": REDUCED | {"sequence_reduction_ratios": [4, 2, 1], "patch_sizes": [4, 2, 2], "strides": [4, 2, 2]},
+        "pvt_v2": REDUCED | {"sr_ratios": [4, 2, 1], "patch_sizes": [3, 3, 3], "strides": [2, 2, 2]},
+        "focalnet": {
+            "image_size": 32,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [2, 3],
+            "focal_levels": [1, 1],
+            "focal_windows": [3, 3],
+        },
+        "hiera": {
+            "image_size": [32, 32],
+            "patch_size": [3, 3],
+            "patch_stride": [2, 2],
+            "patch_padding": [1, 1],
+            "embed_dim": 8,
+            "depths": [2, 3],
+            "num_heads": [1, 2],
+            "query_stride": [2, 2],
+            "num_query_pool": 1,
+            "masked_unit_size": [4, 4],
+            "masked_unit_attention": [True, False],
+        },
+    }.items()
+}
+
+NO_DECODERS = ENCODERS | ENCODER_DECODERS | STAGED
+
 
 def _config(name: str) -> PreTrainedConfig:
-    fields = dict(TABLE[name] if name in TABLE else ENCODERS[name][1])
+    fields = dict(TABLE[name] if name in TABLE else NO_DECODERS[name][1])
     kind = CONFIG_MAPPING[fields.pop("model_type", name)]
     known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     return kind(**{**{key: value for key, value in COMMON.items() if key in known}, **fields})
@@ -399,6 +545,8 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     name: partial(_config, name) for name in TABLE if name not in NOT_HERE
 }
 ENCODERS = {name: entry for name, entry in ENCODERS.items() if _known(name)}
+ENCODER_DECODERS = {name: entry for name, entry in ENCODER_DECODERS.items() if _known(name)}
+STAGED = {name: entry for name, entry in STAGED.items() if _known(name)}
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -410,7 +558,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
         pytest.skip(f"transformers {transformers.__version__} cannot run {name}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        auto = getattr(transformers, ENCODERS[name][0]) if name in ENCODERS else AutoModelForCausalLM
+        auto = getattr(transformers, NO_DECODERS[name][0]) if name in NO_DECODERS else AutoModelForCausalLM
         model = auto.from_config(_config(name), dtype=dtype)
         stored = set(model.state_dict())
         with torch.no_grad():
@@ -460,9 +608,9 @@ def pairs_by_turns(names: str, first: Iterable[Any], second: Sequence[Any]) -> A
     return pytest.mark.parametrize(names, own, ids=str)
 
 
-def pixels(samples: int = 4, seed: int = 0) -> torch.Tensor:
+def pixels(samples: int = 4, seed: int = 0, size: int = 24) -> torch.Tensor:
     """Random pixel values for the models of images."""
-    return torch.randn(samples, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(samples, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def tokens(samples: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:

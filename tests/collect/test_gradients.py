@@ -146,7 +146,7 @@ def test_a_module_in_memory_gives_what_its_folder_gives(llama, ids, file, tmp_pa
 
 def regional(model: PreTrainedModel, ids: Tensor) -> list[dict[str, Tensor]]:
     """For each sample the gradient of the norm of each dense block's own output, by running the block alone."""
-    blocks = list(model.get_submodule(open_model(model).skeleton.path))
+    blocks = list(model.get_submodule(open_model(model).skeleton.stacks[0].path))
     model.requires_grad_()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     result = []

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
 
 from refused_runs import (
     FIRST,
@@ -27,7 +26,7 @@ from refused_runs import (
     refused,  # noqa: F401
 )
 from secateur.core.problem import Method
-from secateur.errors import CheckpointError, ModelStructureError, SecateurError
+from secateur.errors import CheckpointError, SecateurError
 from secateur.files.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
@@ -248,22 +247,6 @@ def test_a_quantised_checkpoint(method: str, model: Path, refused: Refused) -> N
         "does not dequantise. Use the unquantised checkpoint, or load this one with transformers, dequantise it "
         "(model.dequantize()), save it, and use that.",
         model,
-    )
-
-
-def test_an_encoder_decoder(tmp_path: Path, refused: Refused) -> None:
-    config = T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=2, num_heads=2, vocab_size=32)
-    module = T5ForConditionalGeneration(config)
-    module.save_pretrained(tmp_path / "t5")
-    refused(
-        ModelStructureError,
-        f"{tmp_path / 't5'}: t5 is an encoder-decoder; Secateur prunes models with one stack of blocks.",
-        tmp_path / "t5",
-    )
-    refused(
-        ModelStructureError,
-        "T5ForConditionalGeneration: an encoder-decoder; Secateur prunes models with one stack of blocks.",
-        module,
     )
 
 

@@ -22,7 +22,7 @@ from secateur.errors import CalibrationError, CheckpointError, ModelStructureErr
 
 
 def test_modules_without_a_block_stack(refused: Refused) -> None:
-    end = "Secateur prunes models with one stack of blocks."
+    end = "Secateur prunes models whose blocks lie in such lists."
     refused(
         ModelStructureError,
         f"Sequential: no stack of blocks (nn.ModuleList) found in it, only 0, 1. {end}",

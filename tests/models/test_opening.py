@@ -108,7 +108,7 @@ def test_a_decoder_does_not_depend_on_what_comes_at_all(name: str, monkeypatch: 
     monkeypatch.setattr("secateur.models.shape.causality.LEAK", 0.0)
     checked = []
     monkeypatch.setattr(
-        "secateur.models.flow.stream.sees_later_tokens",
+        "secateur.models.flow.probe.sees_later_tokens",
         lambda block, *given: checked.append(block.path) or sees_later_tokens(block, *given),
     )
     opened = open_model(tiny.build(name))

@@ -133,8 +133,9 @@ def test_statistics_are_those_of_the_model_itself(name, kind, tmp_path):
         batch_size=3,
     )
     skeleton = open_model(source).skeleton
+    (stack,) = skeleton.stacks
     model, pruned = load(source), load(out)
-    blocks, pruned_blocks = model.get_submodule(skeleton.path), pruned.get_submodule(skeleton.path)
+    blocks, pruned_blocks = model.get_submodule(stack.path), pruned.get_submodule(stack.path)
     seen: dict[str, Tensor] = {}
 
     def hook(parameter: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -146,7 +147,7 @@ def test_statistics_are_those_of_the_model_itself(name, kind, tmp_path):
 
     for index, block in enumerate(blocks):
         handles = [
-            module.register_forward_pre_hook(hook(f"{skeleton.path}.{index}.{path}.weight"))
+            module.register_forward_pre_hook(hook(f"{stack.path}.{index}.{path}.weight"))
             for path, module in block.named_modules()
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         ]

@@ -14,7 +14,7 @@ import tiny
 from secateur.collect.gradient_pass import ChunkSizes
 from secateur.errors import CheckpointError
 from secateur.models.flow import backward as backward_module
-from secateur.models.flow.stream import Call
+from secateur.models.flow.calls import Call
 from secateur.models.shape.structure import Block
 from secateur.record.manifest import cautions, read_manifest
 from secateur.runs.events import Event

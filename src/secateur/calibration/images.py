@@ -13,11 +13,13 @@ import numpy
 import torch
 
 from secateur.errors import CalibrationError
+from secateur.files.reading import read_text
 
 PREFIX = "images:"
 ENDINGS = (".jpg", ".jpeg", ".png")
 ARRAYS = (".npy", ".npz")
 DEFAULT_SAMPLES = 128
+CAPTION_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +110,34 @@ def read_images(
             "or scale them to one size first."
         )
     return torch.stack(values), facts
+
+
+def captioned_images(
+    source: str, processor: Any, samples: int | None, seed: int | None
+) -> tuple[list[torch.Tensor], list[str], dict[str, Any]]:
+    """Pixel values of some images of a folder, the text in the .txt file beside each, and their provenance.
+
+    Those without such a file are left out. Images are chosen as by `read_images`.
+    """
+    path = Path(source).expanduser()
+    there = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS) if path.is_dir() else []
+    found = [file for file in there if file.with_suffix(".txt").is_file()]
+    if not found:
+        raise CalibrationError(
+            f"{PREFIX}{source}: {len(there)} images, and none of them with a text. The model reads images and texts: "
+            f"give a folder of {', '.join(ENDINGS)} files with a file NAME.txt beside each."
+        )
+    if processor is None:
+        raise CalibrationError(
+            f"{path}: images need the model's image processor, and it has no preprocessor_config.json. Copy that of "
+            "the model there."
+        )
+    count = min(samples or DEFAULT_SAMPLES, len(found))
+    chosen = found[:count] if seed is None else random.Random(seed).sample(found, count)
+    texts = [read_text(file.with_suffix(".txt"), limit=CAPTION_BYTES).strip() for file in chosen]
+    facts: dict[str, Any] = {"source": "images", "sources": [{"corpus": path.name, "file": str(path)}]}
+    facts |= {"images_there": len(there), "with_text": len(found)} | ({} if seed is None else {"seed": seed})
+    return [_pixels(file, processor, str(file)) for file in chosen], texts, facts
 
 
 def _array(path: Path) -> Any:

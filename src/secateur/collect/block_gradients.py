@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from secateur.core.batch import Batch
 from secateur.models.flow.backward import (
     Labels,
     SavedInputs,
@@ -50,7 +51,7 @@ class GradientPass(Generic[TapT]):
     progress: Progress = lambda stage, done, total: None
     processes: Processes = ALONE
 
-    def of_model(self, batches: Sequence[Tensor], folder: Path | None = None) -> None:
+    def of_model(self, batches: Sequence[Batch], folder: Path | None = None) -> None:
         """Take gradients of the language-model loss, from the last block to the first.
 
         The loss of a sample is the mean cross-entropy of its next-token predictions. Equal to full autograd up to
@@ -65,6 +66,7 @@ class GradientPass(Generic[TapT]):
 
         @torch.no_grad()
         def forwards(block: Block, tensors: dict[str, Tensor]) -> None:
+            stream.reach(block)
             with loaded(skeleton, block, tensors):
                 saved[block.index] = forward_saving_inputs(stream, block, folder)
             if block.index < self.first:
@@ -101,7 +103,7 @@ class GradientPass(Generic[TapT]):
                 outgoing.states.close()
             stream.close()
 
-    def of_blocks(self, batches: Sequence[Tensor], folder: Path | None = None) -> None:
+    def of_blocks(self, batches: Sequence[Batch], folder: Path | None = None) -> None:
         """Take gradients of each block's own output norm, from the first block to the last.
 
         The loss of a sample is the Euclidean norm of the block's output for it; blocks see the outputs of the dense
@@ -115,6 +117,7 @@ class GradientPass(Generic[TapT]):
         skeleton.unload_outside()
 
         def both(block: Block, tensors: dict[str, Tensor]) -> None:
+            stream.reach(block)
             with loaded(skeleton, block, tensors):
                 taken = block.index >= self.first and block.index not in self.finished
                 tap = self.tap(self.parameters(block)) if taken else None
@@ -131,7 +134,7 @@ class GradientPass(Generic[TapT]):
         finally:
             stream.close()
 
-    def _stream(self, batches: Sequence[Tensor], folder: Path | None, *, predicting: bool = False) -> Stream:
+    def _stream(self, batches: Sequence[Batch], folder: Path | None, *, predicting: bool = False) -> Stream:
         return Stream(
             self.skeleton,
             batches,

@@ -25,6 +25,10 @@ class DenseTwin:
         self._folder = folder
         self._after = stream.states
 
+    def reach(self, block: Block) -> None:
+        """Get ready for a block."""
+        self.stream.reach(block)
+
     def enter(self, block: Block) -> None:
         """Copy a loaded block before anything in it changes."""
         # Memory: a second block on the device, for as long as the first one is there.

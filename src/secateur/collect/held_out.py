@@ -46,6 +46,8 @@ def held_out_losses(
         names = [name for group in skeleton.conversion.of(matrix.tensor for matrix in own) for name in group.names]
         # Exact: parameters may lie in the memory of the tensors that they were loaded from, which pruning overwrites.
         dense = {name: tensors[name].clone() for name in names}
+        for stream in streams:
+            stream.reach(block)
         with loaded(skeleton, block, tensors):
             try:
                 for stream, plan in zip(streams, plans, strict=True):

@@ -16,6 +16,7 @@ from secateur.core.exact import Joinable
 from secateur.core.gram import CrossGram
 from secateur.core.statistics import SquaredNorm, Statistic, cost
 from secateur.errors import CalibrationError, ModelStructureError, SecateurError
+from secateur.models.flow.inputs import is_tokens
 from secateur.models.flow.memory import LARGE_BYTES
 from secateur.models.flow.tap import Key
 from secateur.models.shape.matrices import Matrix, numbered_experts
@@ -144,7 +145,7 @@ class InputSums(Collector):
         ids = batches[self._batch]
         before = share.before + sum(len(batches[batch]) for batch in share.counted if batch < self._batch)
         value = f"first {float(x[index]):g}"
-        if ids.ndim == 2 and x.shape[0] == ids.numel():
+        if is_tokens(ids) and x.shape[0] == ids.numel():
             sample, token = divmod(index[0], ids.shape[1])
             return f"{value} in sample {before + sample}, token {token}, input {index[1]}"
         samples = f"sample {before}" if len(ids) == 1 else f"samples {before} to {before + len(ids) - 1}"

@@ -8,6 +8,7 @@ import torch
 
 from secateur.calibration.images import Images, images_of, read_images
 from secateur.calibration.windows import fewer, require_positive
+from secateur.core.batch import Batch, Named
 from secateur.errors import CalibrationError
 from secateur.models.flow.inputs import input_name
 from secateur.models.flow.stream import Stream
@@ -22,7 +23,7 @@ def model_images(
     """The images that are asked for. Raises `CalibrationError` for what is none, and for a model that reads others."""
     kind, wanted = type(opened.skeleton.model).__name__, input_name(opened.skeleton.model)
     if wanted != "pixel_values":
-        raise CalibrationError(f"{kind} reads {wanted}, which cannot be given. Only magnitude needs no samples.")
+        raise CalibrationError(f"{kind} reads {wanted}, and no images.")
     found = images_of(source)
     if found is None:
         raise CalibrationError(f"{kind} reads images, and no text. Give it some: images:FOLDER.")
@@ -31,19 +32,27 @@ def model_images(
     require_positive(samples=samples)
     processor = None if isinstance(found, torch.Tensor) else opened.load_image_processor()
     pixels, facts = read_images(found, processor, samples, seed)
-    shape = {"samples": len(pixels), "length": _hidden_states(opened, pixels[:1])}
+    shape = {"samples": len(pixels), "length": hidden_states_of(opened, pixels[:1])[0]}
     images = Images(pixels, facts, shape["length"])
     if samples is not None and images.samples < samples:
         _log.warning("%s of the %s %s asked for: there are no more.", f"{images.samples:,}", f"{samples:,}", what)
     return replace(images, provenance={**facts, **shape, **fewer(what, samples, images.samples)})
 
 
-def _hidden_states(opened: OpenedModel, image: torch.Tensor) -> int:
+def hidden_states_of(opened: OpenedModel, sample: Batch) -> list[int]:
+    """How many hidden states go into the first block of each stack for one sample; for an image, of the first stack."""
     skeleton = opened.skeleton
     skeleton.load_outside(head=False)
-    stream = Stream(skeleton, [image])
+    stream = Stream(skeleton, [sample])
+    found = []
     try:
-        return int(stream.states.get(0, stream.device).shape[-2])
+        for stack in skeleton.stacks if isinstance(sample, Named) else skeleton.stacks[:1]:
+            stream.reach(stack.blocks[0])
+            states = stream.states.get(0, stream.device)[0]
+            # A map of channels is (channels, height, width), with which the blocks of some models begin.
+            channels = states.shape[0] if states.ndim == 3 and states.shape[1] == states.shape[2] else states.shape[-1]
+            found.append(states.numel() // channels)
     finally:
         stream.close()
         skeleton.unload_outside()
+    return found

@@ -23,12 +23,15 @@ from secateur.calibration.drawing import (
 )
 from secateur.calibration.hub import default_text
 from secateur.calibration.images import Images, images_of
+from secateur.calibration.named import NamedSamples, named_samples
 from secateur.calibration.own_text import OwnText, Written
 from secateur.calibration.quick import quick_windows
 from secateur.calibration.text import bos_text
 from secateur.calibration.windows import Progress, Windows, check_fits, check_predictions
 from secateur.collect.author import Author
-from secateur.collect.model_images import model_images
+from secateur.collect.model_audio import model_recordings
+from secateur.collect.model_images import hidden_states_of, model_images
+from secateur.collect.model_pairs import model_pairs
 from secateur.collect.settings import AUTO, CalibrationSettings
 from secateur.core.choices import Bos
 from secateur.errors import CalibrationError, ModelStructureError
@@ -36,9 +39,11 @@ from secateur.files.reading import read_json
 from secateur.models.flow.inputs import input_name, reads_tokens
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.causality import check_predicts
+from secateur.models.shape.structure import has_two_towers, is_encoder_decoder
 from secateur.runs.forward import after_the_last_block
 
 S = TypeVar("S", bound=CalibrationSettings)
+Samples = Windows | Images | NamedSamples
 BOS_MARGIN = 0.1  # nats per token that a window must read better with BOS in front
 
 _log = logging.getLogger("secateur")
@@ -81,7 +86,7 @@ def model_windows(
             write=write,
             progress=progress,
         )
-        check_fits(windows, opened.skeleton.vocabulary_size, opened.skeleton.positions)
+        _check_fits(windows, opened)
         return windows
 
     windows = _placed(draw, asked.bos, known, "calibration", dense or (lambda: opened), text)
@@ -97,12 +102,26 @@ def with_default_text(asked: S) -> S:
     return replace(asked, calibration=text, sampling=asked.sampling or ("concat" if text == "python-docs" else None))
 
 
-def model_samples(opened: OpenedModel, asked: CalibrationSettings, *, progress: Progress) -> Windows | Images:
-    """The windows that are asked for, or for a model that reads pixels the images."""
-    if reads_tokens(opened.skeleton.model):
+def model_samples(opened: OpenedModel, asked: CalibrationSettings, *, progress: Progress) -> Samples:
+    """The windows that are asked for, or for a model that reads something else the images, recordings or inputs."""
+    if reads_tokens(opened.skeleton.model) and not isinstance(asked.calibration, Mapping | NamedSamples):
         return model_windows(opened, asked, progress=progress)
     how: dict[str, Any] = {name: getattr(asked, name) for name in ("samples", "length", "seed")}
-    return model_images(opened, asked.calibration, **how, what="samples")
+    return _other_samples(opened, asked.calibration, **how, what="samples")
+
+
+def _other_samples(opened: OpenedModel, source: Any, *, write: bool = True, **how: Any) -> Images | NamedSamples:
+    """Images, recordings, or inputs that are given by name."""
+    if input_name(opened.skeleton.model) == "pixel_values" and not isinstance(source, Mapping | NamedSamples):
+        return model_images(opened, source, **how)
+    found = named_samples(source, how["samples"])
+    if found is None and has_two_towers(opened.skeleton.model):
+        found = model_pairs(opened, source, **how)
+    if found is None:
+        found = model_recordings(opened, source, **how, write=write)
+    length = sum(hidden_states_of(opened, found.batches(1)[0]))
+    shape = {"samples": found.samples, "length": length}
+    return NamedSamples(found.each, {**found.provenance, **shape}, length)
 
 
 def check_reads_tokens(opened: OpenedModel, source: Any) -> None:
@@ -111,7 +130,7 @@ def check_reads_tokens(opened: OpenedModel, source: Any) -> None:
     if not reads_tokens(model):
         raise CalibrationError(
             f"{type(model).__name__} reads {input_name(model)}, and this is for models that read tokens. Models of "
-            "images are for plan, prune and compare."
+            "images and speech are for plan, prune and compare."
         )
     if images_of(source) is not None:
         raise CalibrationError(f"{type(model).__name__} reads tokens, and no images. Give it a text, such as c4.")
@@ -125,7 +144,7 @@ class Foreseen:
     `at_once` texts side by side.
     """
 
-    windows: Windows | Images | None
+    windows: Samples | None
     samples: int
     length: int
     unchecked: Sequence[str]
@@ -139,9 +158,13 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
     Without a calibration text only the length is checked.
     """
     asked = with_default_text(asked)
-    if not reads_tokens(opened.skeleton.model) and asked.calibration is not None:
-        images = model_samples(opened, asked, progress=lambda done, total: None)
-        return Foreseen(images, images.samples, images.length, ())
+    given: Any = asked.calibration
+    if isinstance(given, Mapping | NamedSamples) or (not reads_tokens(opened.skeleton.model) and given is not None):
+        how: dict[str, Any] = {name: getattr(asked, name) for name in ("samples", "length", "seed")}
+        other = _other_samples(opened, given, **how, what="samples", write=False)
+        written = other.provenance.get("transcripts_written")
+        heard = [f"what the model hears in {written:,} recordings without a transcript"] if written else []
+        return Foreseen(other, other.samples, other.length, heard)
     check_reads_tokens(opened, asked.calibration)
     unchecked: Sequence[str] = ()
     to_write: list[OwnText] = []
@@ -151,7 +174,7 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
         tokenizer = opened.load_tokenizer() if asked.tokenizer is None and text else asked.tokenizer
         author = Author(opened, tokenizer)
         kept, at_once = functools.cache(author.kept), author.at_once
-        how: dict[str, Any] = {name: getattr(asked, name) for name in ("samples", "length", "seed", "sampling")}
+        how = {name: getattr(asked, name) for name in ("samples", "length", "seed", "sampling")}
         to_write = [own for own in own_texts(asked.calibration, tokenizer, **how) if kept(own) is None]
         bos = "papers" if asked.bos == "auto" else asked.bos
         windows, unchecked = quick_windows(asked.calibration, tokenizer, bos=bos, kept=kept, **how)
@@ -160,7 +183,7 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
     else:
         samples, length = windows.samples, windows.length
     checked = windows or Windows(torch.zeros(1, length, dtype=torch.int64), {})
-    check_fits(checked, opened.skeleton.vocabulary_size, opened.skeleton.positions)
+    _check_fits(checked, opened)
     return Foreseen(windows, samples, length, unchecked, to_write, at_once)
 
 
@@ -175,17 +198,19 @@ def model_evaluation_windows(
     known: Mapping[str, Any] | None = None,
     option: str = "--length",
     predicting: bool = True,
+    alone: bool = True,
 ) -> Windows:
     """`evaluation_windows` of `data` for an opened model; `bos` and `known` are those of `model_windows`.
 
     With "auto", a checkpoint of ours follows what its dense model chose for the calibration samples: pruning can move a
     window's loss by more than the margin, and both models are to read the same tokens.
 
-    Raises what `evaluation_windows` raises. Where the model is to be `predicting` the next token, also
-    `ModelStructureError` for one that does not, and `CalibrationError` for windows of less than two tokens.
+    Raises what `evaluation_windows` raises. Where the model is to be `predicting` the next token (`alone`: without an
+    encoder), also `ModelStructureError` for one that does not, and `CalibrationError` for windows of less than two
+    tokens.
     """
     if predicting:
-        check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity")
+        check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity", alone=alone)
     check_reads_tokens(opened, data)
     text = is_text(data)
     tokenizer = opened.load_tokenizer() if tokenizer is None and text else tokenizer
@@ -194,7 +219,7 @@ def model_evaluation_windows(
 
     def cut(where: str) -> Windows:
         found = evaluation_windows(data, tokenizer, length=length, windows=windows, bos=where)  # type: ignore[arg-type]
-        check_fits(found, opened.skeleton.vocabulary_size, opened.skeleton.positions, option)
+        _check_fits(found, opened, option)
         if predicting:
             check_predictions(found, option)
         return found
@@ -205,14 +230,23 @@ def model_evaluation_windows(
 
 
 def evaluation_samples(
-    opened: OpenedModel, data: Any, tokenizer: Any, *, length: int | None, windows: int | None, bos: str
-) -> Windows | Images:
-    """The windows of `model_evaluation_windows` for a model that need not predict, or, where it reads them, images."""
-    if reads_tokens(opened.skeleton.model):
+    opened: OpenedModel,
+    data: Any,
+    tokenizer: Any,
+    *,
+    length: int | None,
+    windows: int | None,
+    bos: str,
+    predicting: bool = False,
+) -> Samples:
+    """The windows of `model_evaluation_windows`, also for encoder-decoders; where it reads them, other samples."""
+    if reads_tokens(opened.skeleton.model) and not isinstance(data, Mapping | NamedSamples):
         return model_evaluation_windows(
-            opened, data, tokenizer, length=length, windows=windows, bos=bos, predicting=False
+            opened, data, tokenizer, length=length, windows=windows, bos=bos, predicting=predicting, alone=False
         )
-    return model_images(opened, data, samples=windows, length=length, seed=None, what="windows")
+    if predicting:
+        check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity", alone=False)
+    return _other_samples(opened, data, samples=windows, length=length, seed=None, what="windows")
 
 
 class _Calibration(TypedDict):
@@ -286,6 +320,17 @@ def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | Non
     except ModelStructureError:  # what speaks against pruning it, the run itself will say
         return None
     return float(losses[0][1:].mean()), float(losses[1].mean())
+
+
+def _check_fits(windows: Windows, opened: OpenedModel, option: str = "--length") -> None:
+    skeleton = opened.skeleton
+    check_fits(windows, skeleton.vocabulary_size, skeleton.positions, option)
+    short = min(windows.lengths)
+    if is_encoder_decoder(skeleton.model) and short < 2:
+        raise CalibrationError(
+            f"sample {windows.lengths.index(short)}: has {short} token, expected at least 2: the encoder reads the "
+            f"first half of a window, and the decoder the rest. Use {option} 2 or more."
+        )
 
 
 def _say_fewer(windows: Windows, what: str, asked: int | None) -> None:

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur.calibration.images import Images
 from secateur.calibration.windows import Progress, Windows
 from secateur.collect.collector import Place, run_batches
 from secateur.collect.input_sums import InputSums, Sums
+from secateur.collect.model_windows import Samples
+from secateur.core.batch import Batch
 from secateur.core.needs import Need, input_statistics
 from secateur.core.statistics import Statistic
 from secateur.errors import CalibrationError, CheckpointError
@@ -165,7 +166,7 @@ class Survey:
 
 def facts_of(
     opened: OpenedModel,
-    windows: Windows | Images,
+    windows: Samples,
     matrices: Sequence[Matrix],
     batch_size: int,
     statistics_device: torch.device | None,
@@ -211,7 +212,7 @@ class DensePass:
         return size or default_batch_size(windows.length, skeleton.device)
 
     @torch.no_grad()
-    def run(self, batches: Sequence[Tensor], take: Take, progress: Progress = lambda done, total: None) -> None:
+    def run(self, batches: Sequence[Batch], take: Take, progress: Progress = lambda done, total: None) -> None:
         """Call `take` with each block, its matrices, their checkpoint tensors and the statistics of their inputs."""
         skeleton, of_block = self.opened.skeleton, by_block(self.matrices)
         last = max(of_block)
@@ -221,6 +222,7 @@ class DensePass:
 
         def visit(block: Block, tensors: dict[str, Tensor]) -> None:
             own = of_block.get(block.index, [])
+            stream.reach(block)
             with loaded(skeleton, block, tensors):
                 here = self.collector.at(Place(block, own, stream, device=self.device))
                 run_batches(here.place, [here], keep_outputs=block.index < last)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.collect.model_windows import model_evaluation_windows
+from secateur.collect.model_windows import evaluation_samples
 from secateur.errors import CheckpointError
 from secateur.evaluate.beside_dense import beside_dense
 from secateur.evaluate.perplexity import (
@@ -31,6 +31,8 @@ from secateur.shown import Shown, ShownList
 @dataclass(frozen=True, repr=False)
 class Agreement(Shown):
     """A pruned model beside the dense one, over the predictions of tokens 2 to length of every window.
+
+    After an encoder, which reads the first half of a window, these are all tokens of the rest.
 
     `kl` is the mean over tokens of ``KL(dense || pruned)`` in nats, `kl_error` its standard error over windows, `kl_99`
     the 99th percentile over tokens. `top1` is the share of tokens for which both models rank the same next token
@@ -106,7 +108,7 @@ def agreement(settings: AgreementSettings) -> list[Agreement]:
     text = shared(settings, TextSettings)
     found = beside_dense(
         settings,
-        lambda dense: model_evaluation_windows(dense, settings.data, settings.tokenizer, **text),
+        lambda dense: evaluation_samples(dense, settings.data, settings.tokenizer, **text, predicting=True),
         _compare,
         check=_check_vocabulary,
     )
@@ -146,6 +148,7 @@ def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Proce
     for who, nats in (("dense", dense_nats), ("pruned", own_nats)):
         check_finite(nats, f" in the {who} model")
     return {
+        "tokens": kl.numel(),
         "kl": float(kl.mean()),
         "kl_error": standard_error(window_kl),
         "kl_99": float(kl.kthvalue(math.ceil(0.99 * kl.numel())).values),

@@ -6,8 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from secateur.calibration.images import Images
-from secateur.calibration.windows import Windows
+from secateur.collect.model_windows import Samples
 from secateur.collect.settings import DtypeSettings
 from secateur.evaluate.perplexity import described
 from secateur.evaluate.settings import AgreementSettings
@@ -22,7 +21,7 @@ from secateur.runs.processes import Processes, shared_run
 
 def beside_dense(
     settings: AgreementSettings,
-    draw: Callable[[OpenedModel], Windows | Images],
+    draw: Callable[[OpenedModel], Samples],
     compare: Callable[[Stream, Stream, Progress, Processes], dict[str, Any]],
     *,
     check: Callable[[OpenedModel, OpenedModel], None] = lambda dense, pruned: None,
@@ -61,7 +60,5 @@ def beside_dense(
             finally:
                 opened.restore()
             facts = {"model": str(opened.origin.get("path")), "seconds": time.perf_counter() - started}
-            # Every token has a hidden state, the first of a window too, which nothing predicts.
-            tokens = {} if predicting else {"tokens": cut.tokens}
-            results.append({**facts, **described(cut, settings.data), **tokens, **figures})
+            results.append({**facts, **described(cut, settings.data), **figures})
         return results

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.documents import Corpus
-from secateur.calibration.images import Images
-from secateur.calibration.windows import Windows
-from secateur.collect.model_windows import model_evaluation_windows
+from secateur.collect.model_windows import Samples, model_evaluation_windows
 from secateur.collect.settings import ModelSettings
 from secateur.errors import NumericalError
 from secateur.evaluate.settings import PerplexitySettings, TextSettings
@@ -134,7 +132,7 @@ def _perplexity(settings: PerplexitySettings, processes: Processes) -> Perplexit
     )
 
 
-def described(cut: Windows | Images, data: object) -> dict[str, Any]:
+def described(cut: Samples, data: object) -> dict[str, Any]:
     """What a result says of the windows that it was measured on."""
     return {
         "data": str(data) if isinstance(data, str | Corpus) else "token ids",

@@ -27,7 +27,8 @@ from secateur.shown import Shown, ShownList
 class Similarity(Shown):
     """A pruned model's last hidden states beside the dense one's, on the same samples.
 
-    Hidden states are those that the model itself returns as the last, after the final norm where it has one. `cosine`
+    Hidden states are those that the model itself returns as the last, after the final norm where it has one: of an
+    encoder-decoder those of the decoder, which reads the rest of a window of which the encoder reads the half. `cosine`
     is the mean over tokens of their cosine, `pooled_cosine` that of the mean of each window's states, as sentence
     encoders pool them. `relative_error` is ``||pruned - dense|| / ||dense||`` over all tokens. Errors are standard
     errors over windows, whose own means are `window_cosine`, `window_pooled_cosine`. `digest` is that of the tokens.
@@ -77,7 +78,7 @@ def similarity(settings: AgreementSettings) -> list[Similarity]:
 
 def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:
     """The figures of a `Similarity`, from both models' last hidden states."""
-    # (cosine of tokens, cosine of means, squares of the difference, squares of the dense one) of each window
+    # (cosine of tokens, cosine of means, squares of the difference, of the dense one, number of tokens) of each window
     batches: list[Tensor] = []
     for batch in range(len(dense.batches)):
         expected, found = (stream.last_hidden_states(batch).double() for stream in (dense, pruned))
@@ -92,10 +93,11 @@ def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Proce
         cosine = torch.nn.functional.cosine_similarity
         squares = [value.square().flatten(1).sum(1) for value in (found - expected, expected)]
         own = [cosine(expected, found, dim=-1).mean(1), cosine(expected.mean(1), found.mean(1), dim=-1), *squares]
-        batches.append(torch.stack(own).cpu())
+        batches.append(torch.stack([*own, torch.full_like(own[0], expected[0, ..., 0].numel())]).cpu())
         progress("head", batch + 1, len(dense.batches))
-    tokens, pooled, error, norm = torch.cat([own for part in processes.gather(batches) for own in part], dim=1)
+    tokens, pooled, error, norm, counts = torch.cat([own for part in processes.gather(batches) for own in part], dim=1)
     return {
+        "tokens": int(counts.sum()),
         "cosine": float(tokens.mean()),
         "cosine_error": standard_error(tokens),
         "pooled_cosine": float(pooled.mean()),

@@ -21,6 +21,7 @@ from secateur.collect.dense_twin import DenseTwin
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.sites import sites
 from secateur.core import scores
+from secateur.core.batch import Batch
 from secateur.core.checks import check_weight, first_nonfinite, solved
 from secateur.core.gram import Gram
 from secateur.core.histogram import histogram
@@ -111,7 +112,7 @@ class BlockLoop:
         assert self.ready.windows is not None
         started = time.perf_counter()
         self.skeleton.load_outside(head=False)
-        batches = self.ready.windows.batches(self.ready.extent.chosen_batch_size)
+        batches: list[Batch] = list(self.ready.windows.batches(self.ready.extent.chosen_batch_size))
         if self.settings.within == "site" and len(batches[0]) > 1:
             # Fast: the first batch runs more often, to find out what the block multiplies. One sample shows it.
             batches = [batches[0][:1], batches[0][1:], *batches[1:]]
@@ -184,6 +185,7 @@ class BlockLoop:
         self.manifest.blocks += record["blocks"]
         self._note_reordered(record["reordered"])
         matrices, dense = self.planned.get(block.index, []), self.settings.propagate == "dense"
+        self._reach(block)
         if self.stream is not None or self.reordering is not None:
             with self.clock.timed("propagation forward"), loaded(self.skeleton, block, tensors):
                 if self.twin is not None:
@@ -206,6 +208,13 @@ class BlockLoop:
         if self.skeleton.resident:
             self._put(pruned, pruned, tensors)
 
+    def _reach(self, block: Block) -> None:
+        """Bring the streams to a block, which may be the first of a further stack."""
+        with self.clock.timed("record calls"):
+            for opened in (self.stream, self.twin, self.reordering):
+                if opened is not None:
+                    opened.reach(block)
+
     def _prune_block(self, block: Block, found: tuple[dict[str, Tensor], dict[str, Tensor] | None]) -> Finished | None:
         """The checkpoint tensors of the finished block; the streams have moved on to the next."""
         tensors, pruned = found
@@ -222,6 +231,7 @@ class BlockLoop:
             self._solve(block, matrices, tensors, None, changed)
         else:
             by_site = matrices and self.settings.within == "site"
+            self._reach(block)
             with loaded(self.skeleton, block, tensors):
                 if self.twin is not None:
                     self.twin.enter(block)

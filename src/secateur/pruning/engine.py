@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.images import Images
 from secateur.calibration.windows import Windows
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_parts import other_file
 from secateur.collect.gradient_pass import collect
+from secateur.collect.model_windows import Samples
 from secateur.collect.survey import computing, facts_of
 from secateur.core.fingerprint import recorded
 from secateur.core.needs import input_statistics
@@ -252,7 +252,7 @@ def _facts(ready: Prepared, manifest: Manifest, size: BatchSize) -> dict[str, An
     }
 
 
-def _calibration(windows: Windows | Images | None, gradient: GradientFile | None) -> dict[str, Any] | None:
+def _calibration(windows: Samples | None, gradient: GradientFile | None) -> dict[str, Any] | None:
     """Where the tokens came from: the windows, or, for a method that sees gradients only, those of their file."""
     if windows is not None:
         return dict(windows.provenance) | {"digest": windows.digest}

@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from secateur.calibration.images import Images
 from secateur.calibration.windows import Windows
 from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile
-from secateur.collect.model_windows import Foreseen, foreseen_windows, model_samples
+from secateur.collect.model_windows import Foreseen, Samples, foreseen_windows, model_samples
 from secateur.collect.settings import ModelSettings
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.needs import Drift
@@ -61,7 +60,7 @@ class Prepared:
     method: Method
     plan: Plan
     evidence: RunEvidence
-    windows: Windows | Images | None
+    windows: Samples | None
     extent: Extent
     packed_bytes: int | None  # of all tensors of the output, where that will be packed
     allocated: Allocated | None  # how the plan came about, where it is not uniform
@@ -202,7 +201,8 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
     stream = Stream(skeleton, [skeleton.trial_batch(1, TRIAL_TOKENS)])
     some = False
     try:
-        for block in alike.values():
+        for block in sorted(alike.values(), key=lambda block: block.index):
+            stream.reach(block)
             with loaded(skeleton, block, skeleton.read(block)):
                 writers = residual_writers(block, by_block(skeleton.matrices)[block.index], stream)
             some = some or bool(writers)

@@ -59,6 +59,10 @@ class Reordering:
         self.gains: dict[str, dict[str, float]] = {}
         self.refused: dict[str, str] = {}
 
+    def reach(self, block: Block) -> None:
+        """Get the trial ready for a block."""
+        self.stream.reach(block)
+
     def enter(self, block: Block) -> None:
         """Get to know a loaded block while it is dense; the trial moves on to what comes after it."""
         self.orders, self.gains, self.refused, self._by_matrix = {}, {}, {}, {}

@@ -204,6 +204,7 @@ def _zeros_in(skeleton: Skeleton, block: Block, samples: int, tokens: int) -> It
     trial.load_outside(head=False)
     stream = Stream(trial, [trial.trial_batch(samples, tokens)])
     try:
+        stream.reach(block)
         with loaded(trial, block, trial.read(block)):
             yield stream
     finally:

@@ -254,6 +254,9 @@ class BlockPass:
             return None if part is not None else Finished(own, {})
         record: dict[str, Any] = {} if part is None else part.record
         matrices, pruned = self.matrices.get(block.index, ()), self.pruned
+        for stream in (self.pruned, self.dense):
+            if stream is not None:
+                stream.reach(block)
         count = len(pruned.batches)
         with ExitStack() as stack:
             targets = Targets(HiddenStates(count, self.folder, pin=pruned.device.type == "cuda"))

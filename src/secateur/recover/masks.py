@@ -30,7 +30,7 @@ def matrix_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
     }
     experts = numbered_experts(getattr(base, "config", None))
     found: dict[str, tuple[nn.Parameter, bool]] = {}
-    for block in find_blocks(base)[1]:
+    for block in find_blocks(base):
         parameters = dict(block.module.named_parameters())
         for name, stored in prunable_parameters(block.module, experts)[0].items():
             if id(parameters[name]) not in adapters:

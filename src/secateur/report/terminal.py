@@ -181,9 +181,12 @@ def _measuring(manifest: Manifest, output: str) -> list[str]:
     """The command that compares a pruned checkpoint with its source, on windows that the source is known to take."""
     command = ["secateur", "compare", str(manifest.source.get("path")), output]
     calibration = manifest.calibration or {}
-    if calibration.get("source") == "images":
+    prefix = {"images": "images", "recordings": "audio"}.get(str(calibration.get("source")))
+    if prefix is not None:
         files = [source["file"] for source in calibration.get("sources", [])]
-        return [*command, "--data", f"images:{files[0] if files else 'FOLDER'}"]
+        return [*command, "--data", f"{prefix}:{files[0] if files else 'FOLDER'}"]
+    if calibration.get("source") == "named inputs":  # which only Python can give
+        return command
     if any(source.get("corpus") == "python-docs" for source in calibration.get("sources", [])):
         command += ["--data", "python-docs"]  # which is there without a network
     length = calibration.get("length")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.core.batch import Batch
 from secateur.models.flow.inputs import tokens_in
 from secateur.models.flow.stream import Stream, states_folder
 from secateur.models.shape.skeleton import Skeleton, loaded
@@ -18,7 +19,7 @@ from secateur.runs.events import Progress
 @contextmanager
 def after_the_last_block(
     skeleton: Skeleton,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     offload_states: str = "auto",
     predicting: bool = True,
@@ -41,6 +42,7 @@ def after_the_last_block(
 
     @torch.no_grad()
     def run(block: Block, tensors: dict[str, Tensor]) -> None:
+        stream.reach(block)
         with loaded(skeleton, block, tensors):
             for batch in range(len(stream.batches)):
                 stream.states.put(batch, stream.run(block, batch))

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from secateur.core.batch import Batch
 from secateur.core.exact import Joinable
 from secateur.errors import ProcessError, SecateurError
 from secateur.launched import launched
@@ -48,7 +49,7 @@ class Share:
     `samples` and `tokens` are those of all processes.
     """
 
-    batches: Sequence[Tensor]
+    batches: Sequence[Batch]
     probe: bool
     before: int
     samples: int
@@ -72,7 +73,7 @@ class Processes:
         """Whether this is the process that writes, and speaks."""
         return self.rank == 0
 
-    def share(self, batches: Sequence[Tensor], *, probe: bool = False, length: int = 1) -> Share:
+    def share(self, batches: Sequence[Batch], *, probe: bool = False, length: int = 1) -> Share:
         """The batches of this process: a run of whole ones, as many samples as the others have, as far as that goes.
 
         With `probe` every process has the first batch as well. `length` is the number of hidden states of an image.

@@ -278,7 +278,7 @@ def _check_memory(model: str, size: int, way: Way, dtype: str, device: torch.dev
 
 def _check_length(module: Any, model: str, settings: BenchSettings) -> None:
     """Raise for a model that cannot be timed at going on with so much text."""
-    check_predicts(module, find_blocks(module)[1], "text that it goes on with")
+    check_predicts(module, find_blocks(module), "text that it goes on with")
     positions = positions_of(module)
     if positions is not None and settings.prompt + settings.decode > positions:
         raise SecateurError(

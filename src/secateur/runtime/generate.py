@@ -55,7 +55,7 @@ def generate(settings: GenerateSettings) -> Generated:
         raise SecateurError(f"--temperature: got {settings.temperature:g}, expected 0 or more.")
     started = time.perf_counter()
     module, tokenizer, name = _opened(settings)
-    check_predicts(module, find_blocks(module)[1], "a text that goes on")
+    check_predicts(module, find_blocks(module), "a text that goes on")
     loaded = time.perf_counter() - started
     inputs = _inputs(tokenizer, settings, name).to(module.device)
     length = inputs["input_ids"].shape[1]

@@ -24,7 +24,9 @@ from secateur.core.choices import Granularity, Norm
 from secateur.core.gradients import GradientSums, Region
 from secateur.core.gram import float32_products, full_precision
 from secateur.errors import ModelStructureError, NumericalError
-from secateur.models.flow.stream import Call, HiddenStates, Stream
+from secateur.models.flow.calls import Call
+from secateur.models.flow.inputs import predicting
+from secateur.models.flow.stream import HiddenStates, Stream
 from secateur.models.flow.tap import BackwardTap, Product
 from secateur.models.shape.structure import Block
 
@@ -233,7 +235,7 @@ def head_gradients(
     """The gradient of the loss with respect to the last hidden states, through the model's own head."""
     outgoing = StateGradients(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"))
     for batch, ids in enumerate(stream.batches):
-        predictions = ids.shape[1] - 1
+        predictions = predicting(stream.skeleton.model, ids)[1].shape[1]
         # Exact: in half precision a mean over the tokens would push the logits' gradients below what float16 holds.
         scale = 256.0 * predictions if stream.skeleton.dtype == torch.float16 else 1.0
         parts = []
@@ -272,14 +274,13 @@ def backward(
     stream: Stream, block: Block, batch: int, saved: SavedInputs, outgoing: StateGradients, tap: BackwardTap
 ) -> None:
     """Take one batch back through a loaded block: from the gradient of its outputs to that of its inputs."""
-    ids = stream.batches[batch]
     call = stream.call(block, batch)
     mappings = _mappings(call)
     leaves = [pytree.tree_map_only(Tensor, _leaf, kept) for kept in saved.shared[batch]]
     fresh = [_filled(mapping, kept) for mapping, kept in zip(mappings, leaves, strict=True)]
     exchanged = {id(mapping): new for mapping, new in zip(mappings, fresh, strict=True)}
     states = saved.states.get(batch, stream.device).detach().requires_grad_()
-    tap.begin(len(ids), ids.shape[1], outgoing.scales[batch])
+    tap.begin(len(stream.batches[batch]), states.shape[-2], outgoing.scales[batch])
     with tap:
         # Exact: a copy, since a block may write into its input.
         output = stream.replay(block, call.mapped(lambda value: exchanged.get(id(value), value)), states.clone())
@@ -317,10 +318,15 @@ def regional_gradient(stream: Stream, block: Block, batch: int, tap: BackwardTap
     if tap is None:
         with torch.no_grad():
             return stream.run(block, batch)
-    ids = stream.batches[batch]
+    samples = len(stream.batches[batch])
     states = stream.states.get(batch, stream.device).detach().requires_grad_()
     scale = 256.0 if stream.skeleton.dtype == torch.float16 else 1.0
-    tap.begin(len(ids), ids.shape[1], scale)
+    if states.ndim < 3 or states.shape[-3] != samples:
+        raise ModelStructureError(
+            f"{block.path}: reads hidden states of shape {tuple(states.shape)}, expected ({samples} samples, tokens, "
+            "width), so that the gradients of samples cannot be told apart. Use a method without gradients."
+        )
+    tap.begin(samples, states.shape[-2], scale)
     with tap:
         output = stream.run(block, batch, states=states.clone())
     # The last three dimensions are (samples, tokens, hidden); some models have more before them.

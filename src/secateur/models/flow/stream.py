@@ -3,77 +3,32 @@
 The model runs once per batch with every block replaced by a stub that records the block's own call and hands the
 hidden states on unchanged. Replaying each real block with its own recorded call, on the hidden states of the block
 before it, is then exactly the model's forward, one block at a time, for any architecture.
+
+Stacks are recorded one after the other. While one is, each stack before it gives what its last block has made: what a
+decoder is called with are outputs of the pruned encoder.
 """
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from copy import copy
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import CheckpointError, ModelStructureError, SecateurError
+from secateur.core.batch import Batch
+from secateur.errors import CheckpointError
 from secateur.files.writer import reserve
-from secateur.models.flow.inputs import forward, shortest
+from secateur.models.flow.calls import Call, Finished, Run, Structure, replay, stubbed
+from secateur.models.flow.inputs import forward, named, predicting, reading
 from secateur.models.flow.memory import available_bytes
+from secateur.models.flow.probe import Probe
 from secateur.models.opening.configuration import reason
-from secateur.models.shape.causality import bidirectional, sees_later_tokens
 from secateur.models.shape.skeleton import Skeleton, loaded
-from secateur.models.shape.structure import Block, embeddings_of
+from secateur.models.shape.structure import Block, Stack, decoder_of, is_encoder_decoder
 
 LOGITS_BYTES = 64 << 20  # of float32 logits that are computed at once
-
-
-@dataclass
-class Call:
-    """How one block was called for one batch, without its hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    keyword: str | None  # the name under which the hidden states go in; None when they are the first argument
-
-    def of(self, module: nn.Module, states: Tensor) -> Any:
-        """What a block's module returns when it is called in this way on hidden states."""
-        if self.keyword is None:
-            return module(states, *self.args, **self.kwargs)
-        return module(*self.args, **{self.keyword: states, **self.kwargs})
-
-    def mapped(self, function: Callable[[Any], Any]) -> "Call":
-        """The call with `function(value)` in place of every argument."""
-        kwargs = {key: function(value) for key, value in self.kwargs.items()}
-        return Call(tuple(map(function, self.args)), kwargs, self.keyword)
-
-    def with_copies(self) -> "Call":
-        """The call with shallow copies of the mappings in which blocks leave something for later ones."""
-        return self.mapped(lambda value: copy(value) if isinstance(value, MutableMapping) else value)
-
-
-Run = Callable[[int, Tensor, Call], Any]
-"""Is given a block's number, its hidden states and the rest of its call, and returns what the block would return."""
-
-
-class _Finished(Exception):  # noqa: N818 - not an error: it ends a forward after the last block
-    """The last block has been reached; the head is not needed."""
-
-
-class _Stub(nn.Module):
-    """Stands in for a block: whatever else the model asks of the block, the block itself answers."""
-
-    def __init__(self, block: nn.Module, run: Callable[[Tensor, Call], Any]) -> None:
-        super().__init__()
-        self.__dict__["_block"] = block  # not as a submodule
-        self._run = run
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*_hidden_states(args, kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
 
 
 class HiddenStates:
@@ -157,107 +112,92 @@ class Stream:
     """Calibration samples at one block of the model, moved on block by block.
 
     Each of `batches` is what the model's forward takes: token ids of shape (samples, length), whose length may differ
-    from batch to batch, or images. `states` holds what goes into the next block. With `predicting`, next tokens will be
-    asked for, and a model whose tokens see later ones is refused.
+    from batch to batch, images, or several inputs by name. `states` holds what goes into the next block, which has to
+    be reached first. With `predicting`, next tokens will be asked for, and a model whose tokens see later ones is
+    refused.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         *,
         states_folder: Path | None = None,
         predicting: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.skeleton = skeleton
-        self._predicting = predicting
         self.device = skeleton.device
         self.batches = batches
-        self.states = HiddenStates(len(batches), states_folder, pin=skeleton.device.type == "cuda")
-        self._calls: list[list[Call]] = []
+        self._folder = states_folder
+        self._in_calls = is_encoder_decoder(skeleton.model)  # what an encoder makes, for its decoder alone
+        self._made: list[HiddenStates] = []  # of each finished stack, by its last block
+        self._calls: list[dict[int, Call]] = [{} for _ in batches]  # by the number of the block
         self._intern: dict[tuple[Any, ...], list[Tensor]] = {}
+        self.states = self._no_states()
         try:
-            self._record(progress)
+            with torch.no_grad():
+                self._probe = Probe(skeleton, batches[0], predicting=predicting)
+            self._record(skeleton.stacks[0], progress)
         except BaseException:
             self.close()
             raise
 
+    def reach(self, block: Block) -> None:
+        """Get ready to run a block, into which the states of all batches go.
+
+        Before the first block of a further stack, its calls are recorded, with the tensors outside the blocks.
+        """
+        for stack in self.skeleton.stacks[len(self._made) + 1 : self.skeleton.stack_of(block) + 1]:
+            self._made.append(self.states)
+            self.states = self._no_states()
+            with self.skeleton.outside():
+                self._record(stack)
+            if self._in_calls:
+                self._made[-1].close()  # Memory: the calls of the decoder hold it
+
+    def _no_states(self) -> HiddenStates:
+        return HiddenStates(len(self.batches), self._folder, pin=self.device.type == "cuda")
+
     @torch.no_grad()
-    def _record(self, progress: Callable[[int, int], None] | None) -> None:
-        self._structures = self._output_structures()
-        for number in range(len(self.batches)):
-            self._calls.append(self._recorded(number))
-            if progress is not None:
-                progress(number + 1, len(self.batches))
+    def _record(self, stack: Stack, progress: Callable[[int, int], None] | None = None) -> None:
+        """Learn how the model calls the blocks of a stack for each batch; what goes into the first one is kept."""
+        first = stack.blocks[0]
+        with contextlib.ExitStack() as carrying:
+            if first.index in self._probe.carriers:
+                carrying.enter_context(loaded(self.skeleton, first, self.skeleton.read(first)))
+            for number in range(len(self.batches)):
+                self._record_batch(stack, number)
+                if progress is not None:
+                    progress(number + 1, len(self.batches))
         self._intern.clear()
 
-    def _recorded(self, number: int) -> list[Call]:
-        """How the model calls its blocks for a batch; what goes into the first block is kept."""
-        calls: list[Call] = []
+    def _record_batch(self, stack: Stack, number: int) -> None:
+        first, last = stack.blocks[0], stack.blocks[-1]
         interned: dict[int, tuple[Tensor, Tensor]] = {}
+        carried: list[Structure] = []
 
         def run(index: int, states: Tensor, call: Call) -> Any:
-            calls.append(call.mapped(lambda value: self._interned(value, interned)))
-            if index == 0:
-                self.states.put(number, states)
-            if index == len(self.skeleton.blocks) - 1:
-                raise _Finished
-            return self._structures[type(self.skeleton.blocks[index].module)](states)
-
-        with _stubbed(self.skeleton, run), contextlib.suppress(_Finished):
-            forward(self.skeleton.model, self.batches[number].to(self.device))
-        return calls
-
-    def _output_structures(self) -> dict[type[nn.Module], Callable[[Tensor], Any]]:
-        """For each class of blocks, how it hands its hidden states back: learnt by running one of it on two tokens.
-
-        The forward runs to its end, or to a head that is not loaded, which shows whether every block is called exactly
-        once, in order.
-        """
-        wrappers: dict[type[nn.Module], Callable[[Tensor], Any]] = {}
-        called: list[int] = []
-        passed: list[Tensor] = []
-
-        def run(index: int, states: Tensor, call: Call) -> Any:
-            called.append(index)
             block = self.skeleton.blocks[index]
-            kind = type(block.module)
-            if kind not in wrappers:
-                with loaded(self.skeleton, block, self.skeleton.read(block)):
-                    if self._predicting and states.shape[-2] > 1:
-                        apart = partial(self.replay, block, call.with_copies())
-                        if sees_later_tokens(block, states, apart):
-                            raise bidirectional(self.skeleton.model, block)
-                    wrappers[kind] = _wrapper(call.of(block.module, states), block)
-            previous = passed.pop() if passed else states
-            in_order = called == list(range(index + 1))
-            if in_order and states is not previous and not torch.equal(states, previous):
-                raise ModelStructureError(
-                    f"{self.skeleton.path}: the model changes the hidden states between block {index - 1} and block "
-                    f"{index}, outside of any block. Such a model cannot be streamed block by block."
-                )
-            passed.append(states)
-            return wrappers[kind](states)
+            if not first.index <= index <= last.index:
+                return self._probe.structure(block).filled(self._made_of(number, block, states))
+            self._calls[number][index] = call.mapped(lambda value: self._interned(value, interned))
+            if block is first:
+                self.states.put(number, states)
+                if index in self._probe.carriers:
+                    carried.append(Structure.of(call.with_copies().of(block.module, states), block))
+            if block is last:
+                raise Finished
+            return (carried[0] if carried else self._probe.structure(block)).filled(states)
 
-        model = self.skeleton.model
-        try:
-            with _stubbed(self.skeleton, run), _up_to_the_head(model):
-                forward(model, shortest(model, self.batches[0]).to(self.device))
-        except (SecateurError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever the model's own code raises, which runs here for the first time
-            raise ModelStructureError(
-                f"{type(model).__name__}: its own forward fails on a short sample ({reason(error)}). Does its "
-                "config.json belong to the weights, and its code to this version of transformers?"
-            ) from error
-        if called != list(range(len(self.skeleton.blocks))):
-            order = ", ".join(map(str, called[:8])) + (", ..." if len(called) > 8 else "")
-            raise ModelStructureError(
-                f"{self.skeleton.path}: a forward calls the blocks in the order {order}, expected each of the "
-                f"{len(self.skeleton.blocks)} once, in order. Such a model cannot be streamed block by block."
-            )
-        return wrappers
+        with stubbed(self.skeleton, run), contextlib.suppress(Finished):
+            forward(self.skeleton.model, named(self.skeleton.model, self.batches[number].to(self.device)))
+
+    def _made_of(self, batch: int, block: Block, states: Tensor) -> Tensor:
+        """What a block of another stack gives for a batch: what its stack has made by then, or what it is given."""
+        number = self.skeleton.stack_of(block)
+        ended = number < len(self._made) and block is self.skeleton.stacks[number].blocks[-1]
+        return self._made[number].get(batch, self.device) if ended else states
 
     def _interned(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
         """The same value, with tensors that equal those of an earlier batch or block replaced by those.
@@ -295,16 +235,12 @@ class Stream:
         """How the model called a block for a batch."""
         return self._calls[batch][block.index]
 
-    @staticmethod
-    def replay(block: Block, call: Call, states: Tensor) -> Tensor:
-        """The hidden states that a loaded block makes of others, called in the given way."""
-        output = call.of(block.module, states)
-        return output if isinstance(output, Tensor) else output[0]
+    replay = staticmethod(replay)
 
     def release(self, block: Block) -> None:
         """Forget how a block was called; it will not run again."""
         for calls in self._calls:
-            calls[block.index] = Call((), {}, None)
+            calls.pop(block.index, None)
 
     def chunk(self, batch: int) -> int:
         """How many tokens of each sample of a batch the head may see at once: `LOGITS_BYTES` of logits, 16 at least."""
@@ -317,7 +253,7 @@ class Stream:
         Next tokens are (samples, tokens); logits are (samples, tokens, vocabulary) for them: none for the last token.
         """
         for states, ids, targets in self._parts(batch, chunk):
-            yield targets, self._logits(states, ids)[:, : targets.shape[1]]
+            yield targets, self._logits(states, ids, batch)[:, : targets.shape[1]]
 
     def losses(self, batch: int) -> Iterator[Tensor]:
         """The cross-entropy of each next token of a batch, in nats: float32 (samples, tokens), a few at a time."""
@@ -328,35 +264,31 @@ class Stream:
 
     def window_losses(self, batch: int) -> Tensor:
         """The mean cross-entropy of each window of a batch, in nats: float64, on the CPU."""
-        ids = self.batches[batch]
-        total = torch.zeros(len(ids), dtype=torch.float64, device=self.device)
+        total, predictions = torch.zeros(len(self.batches[batch]), dtype=torch.float64, device=self.device), 0
         for part in self.losses(batch):
             total += part.double().sum(dim=1)
-        return (total / (ids.shape[1] - 1)).cpu()
+            predictions += part.shape[1]
+        return (total / predictions).cpu()
 
     @torch.enable_grad()
     def head(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(hidden states, next tokens, logits) of a batch, a few at a time; the logits' graph leads to these states."""
         for part, ids, targets in self._parts(batch, self.chunk(batch)):
             states = part.detach().requires_grad_()
-            yield states, targets, self._logits(states, ids)[:, : targets.shape[1]]
+            yield states, targets, self._logits(states, ids, batch)[:, : targets.shape[1]]
 
     def _parts(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(hidden states, their tokens, the next tokens), of which the last part has one less."""
         # Memory: logits of a whole batch can be larger than the model; what follows the blocks is per token.
-        ids = self.batches[batch].to(self.device)
+        ids, targets = predicting(self.skeleton.model, self.batches[batch].to(self.device))
         for number, states in enumerate(torch.split(self.states.get(batch, self.device), chunk, dim=-2)):
             first, last = number * chunk, (number + 1) * chunk
-            yield states, ids[:, first:last], ids[:, first + 1 : last + 1]
+            yield states, ids[:, first:last], targets[:, first:last]
 
-    def _logits(self, states: Tensor, ids: Tensor) -> Tensor:
-        last = len(self.skeleton.blocks) - 1
-
-        def run(index: int, passed: Tensor, call: Call) -> Any:
-            return self._structures[type(self.skeleton.blocks[index].module)](states if index == last else passed)
-
-        with _stubbed(self.skeleton, run):
-            logits: Tensor = forward(self.skeleton.model, ids).logits
+    def _logits(self, states: Tensor, ids: Tensor, batch: int) -> Tensor:
+        given = reading(self.skeleton.model, ids, self.batches[batch].to(self.device))
+        with stubbed(self.skeleton, self._giving(states)):
+            logits: Tensor = forward(self.skeleton.model, given).logits
         return logits
 
     @torch.no_grad()
@@ -365,73 +297,42 @@ class Stream:
         model: Any = self.skeleton.model
         found: list[Tensor] = []
 
-        def run(index: int, passed: Tensor, call: Call) -> Any:
-            own = self.states.get(batch, self.device) if index == len(self.skeleton.blocks) - 1 else passed
-            return self._structures[type(self.skeleton.blocks[index].module)](own)
-
         def keep(module: nn.Module, args: object, output: Any) -> None:
-            found.append(output[0])
-            raise _Finished
+            # Of images and texts side by side, what is compared is one embedding of each.
+            both = [getattr(output, f"{kind}_embeds", None) for kind in ("image", "text")]
+            found.append(output[0] if None in both else torch.stack([own for own in both if own is not None], dim=1))
+            raise Finished
 
         # What transformers calls the base model is the one without a head.
-        hook = getattr(model, "base_model", model).register_forward_hook(keep)
+        states = self.states.get(batch, self.device)
+        bare = decoder_of(model) if self._in_calls else getattr(model, "base_model", model)
+        hook = bare.register_forward_hook(keep)
         try:
-            with _stubbed(self.skeleton, run), contextlib.suppress(_Finished):
-                forward(model, self.batches[batch].to(self.device))
+            with (
+                stubbed(self.skeleton, self._giving(states, None if self._in_calls else batch)),
+                contextlib.suppress(Finished),
+            ):
+                forward(model, named(model, self.batches[batch].to(self.device)))
         finally:
             hook.remove()
-        return found[0]
+        # Of an image some models return a map of channels, (samples, channels, height, width).
+        return found[0].flatten(2).transpose(1, 2) if found[0].ndim == 4 else found[0]
+
+    def _giving(self, states: Tensor, batch: int | None = None) -> Run:
+        """In the place of the blocks: the last one gives these states, the others hand on what they are given.
+
+        Where stacks before it lead to what is asked for, their last blocks give what they have made of the `batch`.
+        """
+        last = self.skeleton.blocks[-1]
+
+        def run(index: int, passed: Tensor, call: Call) -> Any:
+            block = self.skeleton.blocks[index]
+            given = passed if batch is None else self._made_of(batch, block, passed)
+            return self._probe.structure(block).filled(states if block is last else given)
+
+        return run
 
     def close(self) -> None:
         """Drop the hidden states and their files."""
-        self.states.close()
-
-
-def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The hidden states that a block is called with, and the call without them."""
-    if args and isinstance(args[0], Tensor):
-        return args[0], Call(args[1:], kwargs, None)
-    for keyword in ("hidden_states", "x", "hidden_state", "input"):
-        if isinstance(kwargs.get(keyword), Tensor):
-            return kwargs.pop(keyword), Call(args, kwargs, keyword)
-    raise ModelStructureError(
-        f"a block was called without hidden states: positional {[type(arg).__name__ for arg in args]}, "
-        f"keywords {sorted(kwargs)}."
-    )
-
-
-def _wrapper(output: Any, block: Block) -> Callable[[Tensor], Any]:
-    if isinstance(output, Tensor):
-        return lambda states: states
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        kind, rest = type(output), tuple(None if isinstance(item, Tensor) else item for item in output[1:])
-        return lambda states: kind((states, *rest))
-    raise ModelStructureError(f"{block.path}: returns {type(output).__name__}, expected hidden states or a tuple.")
-
-
-@contextlib.contextmanager
-def _up_to_the_head(model: nn.Module) -> Iterator[None]:
-    """A forward inside ends before the head, where that is a module whose weights are not loaded."""
-
-    def finish(*call: object) -> None:
-        raise _Finished
-
-    head = embeddings_of(model, "get_output_embeddings")
-    with contextlib.ExitStack() as stack:
-        if head is not None and any(parameter.is_meta for parameter in head.parameters(recurse=False)):
-            stack.callback(head.register_forward_pre_hook(finish).remove)
-            stack.enter_context(contextlib.suppress(_Finished))
-        yield
-
-
-@contextlib.contextmanager
-def _stubbed(skeleton: Skeleton, run: Run) -> Iterator[None]:
-    """The model with every block replaced by a stub that calls `run`."""
-    stack = skeleton.model.get_submodule(skeleton.path)
-    try:
-        for block in skeleton.blocks:
-            stack._modules[str(block.index)] = _Stub(block.module, partial(run, block.index))
-        yield
-    finally:
-        for block in skeleton.blocks:
-            stack._modules[str(block.index)] = block.module
+        for states in (*self._made, self.states):
+            states.close()

@@ -17,6 +17,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from secateur.errors import ModelStructureError
+from secateur.models.flow.inputs import tokens_in
 from secateur.models.flow.stream import HiddenStates, Stream, states_folder
 from secateur.models.flow.tap import InputTap, Key, Product, watched_inputs
 from secateur.models.shape.structure import Block
@@ -121,8 +122,8 @@ class WaitingForwards:
         """Move what a waiting forward holds to host memory, or to a file, where there is too much of it."""
         forward, device = self._forwards[batch], self.stream.device
         if batch == 0 and not self._moves:
-            tokens = sum(ids.numel() for ids in self.stream.batches)
-            needed = self.held_bytes(0) * tokens // self.stream.batches[0].numel()
+            batches = self.stream.batches
+            needed = self.held_bytes(0) * tokens_in(batches, 1) // tokens_in(batches[:1], 1)
             on_gpu, named = device.type == "cuda", self.offload not in ("auto", "never")
             if named or not on_gpu or needed > torch.cuda.mem_get_info(device)[0] // 2:
                 self._folder = states_folder(self.offload, needed, self.place)

@@ -10,11 +10,13 @@ def auto_classes(config: Any) -> list[Any]:
     A decoder is opened with its head, also where the configuration names none; any other model as the class that
     `architectures` names, such as BertForMaskedLM or ViTModel.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
     from transformers.models.auto import modeling_auto
 
     decoders = [AutoModelForCausalLM, AutoModelForImageTextToText]
     named = next(iter(getattr(config, "architectures", None) or ()), None)
+    if named is None and getattr(config, "is_encoder_decoder", False):
+        return [AutoModelForSeq2SeqLM]
     if named is None or any(named in _names(auto, config) for auto in decoders):
         return decoders
     every = [value for name, value in sorted(vars(modeling_auto).items()) if name.startswith("AutoModel")]

@@ -36,8 +36,9 @@ class OpenedModel:
 
     `origin` is the provenance for the manifest; `write_companions(folder)` writes configuration, tokenizer and
     licence beside new weights; `expected(folder)` builds, without weights, the model that the files written there
-    must fill; `load_tokenizer()` and `load_image_processor()` return the tokenizer and what makes pixel values of
-    images, or None when there is none; `restore()` puts a module in memory back into the mode it was in.
+    must fill; `load_tokenizer()`, `load_image_processor()` and `load_feature_extractor()` return the tokenizer, what
+    makes pixel values of images and what makes features of sound, or None when there is none; `restore()` puts a module
+    in memory back into the mode it was in.
     """
 
     skeleton: Skeleton
@@ -47,6 +48,7 @@ class OpenedModel:
     expected: Callable[[Path], nn.Module]
     restore: Callable[[], None] = lambda: None
     load_image_processor: Callable[[], Any] = lambda: None
+    load_feature_extractor: Callable[[], Any] = lambda: None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -175,6 +177,7 @@ def open_model(
         write_companions=lambda target: _copy_companions(folder, target),
         load_tokenizer=lambda: load_tokenizer(folder, trust_remote_code),
         load_image_processor=lambda: load_image_processor(folder, trust_remote_code),
+        load_feature_extractor=lambda: load_feature_extractor(folder, trust_remote_code),
         expected=lambda target: _described(target, trust_remote_code),
     )
 
@@ -396,11 +399,20 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 def load_image_processor(folder: Path, trust_remote_code: bool) -> Any:
     """The image processor of a checkpoint, or None when it has none. Raises `CheckpointError` for a damaged one."""
+    return _load_processor(folder, trust_remote_code, "AutoImageProcessor", "image processor")
+
+
+def load_feature_extractor(folder: Path, trust_remote_code: bool) -> Any:
+    """The feature extractor of a checkpoint, or None when it has none. Raises `CheckpointError` for a damaged one."""
+    return _load_processor(folder, trust_remote_code, "AutoFeatureExtractor", "feature extractor")
+
+
+def _load_processor(folder: Path, trust_remote_code: bool, kind: str, name: str) -> Any:
     if not (folder / "preprocessor_config.json").exists():
         return None
-    from transformers import AutoImageProcessor
+    import transformers
 
     try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
+        return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers, or code beside the weights raises
-        raise CheckpointError(f"{folder}: its image processor cannot be loaded: {reason(error)}") from None
+        raise CheckpointError(f"{folder}: its {name} cannot be loaded: {reason(error)}") from None

@@ -3,7 +3,7 @@
 import gc
 import math
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from secateur.models.opening.opened import (
     main_dtype,
     open_model,
 )
-from secateur.models.shape.causality import check_predicts
+from secateur.models.shape.causality import check_predicts, encoder_decoder
 from secateur.models.shape.skeleton import Source
 from secateur.models.shape.structure import find_blocks
 from secateur.models.weights.quantised import DequantisedCheckpoint, open_checkpoint
 
+WANTED = "text or a loss of the next token"
 WORKING_SHARE = 1.2  # of the weights' size must be free for a model to be loaded onto one device
 
 
@@ -161,10 +162,16 @@ def load_whole(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **p
 
     Raises `CheckpointError` when transformers cannot.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    found = read_configuration(folder)
     if not trust_remote_code:
-        check_no_code(folder, read_configuration(folder))
+        check_no_code(folder, found)
+    config: Any = None
+    with suppress(Exception):  # which the loading will meet again
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):  # whose decoder transformers would load alone
+        raise encoder_decoder(next(iter(config.architectures or ()), config.model_type), WANTED)
     failure: Exception | None = None
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         try:
@@ -175,7 +182,7 @@ def load_whole(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **p
                 use_safetensors=True,  # of other formats, some are pickles
                 **placement,
             )
-            check_predicts(module, find_blocks(module)[1], "text or a loss of the next token")
+            check_predicts(module, find_blocks(module), WANTED)
             return module
         except (MemoryError, torch.OutOfMemoryError, ModelStructureError):
             raise

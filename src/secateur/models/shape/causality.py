@@ -7,29 +7,34 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelStructureError
 from secateur.models.opening.classes import is_masked
-from secateur.models.shape.structure import Block, embeddings_of
+from secateur.models.shape.structure import Block, embeddings_of, is_encoder_decoder
 
 LEAK = 1e-4  # of the gradient with respect to the token itself; that of a causal block is exactly zero
 
 
 def predicts(model: nn.Module, blocks: Sequence[Block]) -> bool:
-    """Whether a model predicts the next token, as far as it says so itself."""
+    """Whether a model predicts the next token, as far as it says so itself; also of what an encoder goes before."""
     try:
-        check_predicts(model, blocks, "")
+        check_predicts(model, blocks, "", alone=False)
     except ModelStructureError:
         return False
     return True
 
 
-def check_predicts(model: nn.Module, blocks: Sequence[Block], wanted: str) -> None:
+def check_predicts(model: nn.Module, blocks: Sequence[Block], wanted: str, *, alone: bool = True) -> None:
     """Raise `ModelStructureError` for a model that says of itself that it predicts no next token.
 
-    `wanted` is what needs such a prediction, such as "a perplexity".
+    `wanted` is what needs such a prediction, such as "a perplexity"; `alone` says that no encoder may go before.
     """
+    after_encoder = is_encoder_decoder(model)
+    if after_encoder and alone:
+        raise encoder_decoder(type(model).__name__, wanted)
     if hasattr(model, "get_output_embeddings") and embeddings_of(model, "get_output_embeddings") is None:
         raise ModelStructureError(
             f"{type(model).__name__}: has no head that predicts tokens, so that {wanted} means nothing for it. {ADVICE}"
         )
+    if after_encoder:
+        return
     if is_masked(type(model).__name__):
         raise bidirectional(model, blocks[0], "it fills masked tokens in", wanted)
     said = {
@@ -68,6 +73,13 @@ def sees_later_tokens(block: Block, states: Tensor, run: Callable[[Tensor], Tens
             parameter.requires_grad_()
     own, other = (float(gradient[..., token, :].abs().max()) for token in (0, 1))
     return other > LEAK * own
+
+
+def encoder_decoder(name: str, wanted: str) -> ModelStructureError:
+    """The error for an encoder-decoder of this name, of which something is `wanted` that is for decoders alone."""
+    return ModelStructureError(
+        f"{name}: is an encoder-decoder, and {wanted} is for decoders without an encoder. {ADVICE}"
+    )
 
 
 ADVICE = "compare says how far the outputs of such a model are from the dense one's."

@@ -20,7 +20,7 @@ def inventory(skeleton: "Skeleton") -> list[tuple[list[Matrix], dict[str, str]]]
         planned, reasons = prunable_parameters(block.module, experts)
         for name, parameter in block.module.named_parameters():
             twin = skeleton.tied_to(f"{block.path}.{name}")
-            shared = twin.startswith(f"{skeleton.path}.") and not twin.startswith(f"{block.path}.")
+            shared = skeleton.in_a_block(twin) and not twin.startswith(f"{block.path}.")
             if (owners[id(parameter)] > 1 or shared) and name in planned:
                 del planned[name]
                 reasons[name] = "shared between blocks"

@@ -15,7 +15,7 @@ from secateur.errors import CheckpointError, ModelStructureError
 from secateur.files.checkpoint import Layout
 from secateur.models.shape.inventory import inventory, left_out
 from secateur.models.shape.matrices import Matrix
-from secateur.models.shape.structure import Block, decoder_of, embeddings_of, find_blocks
+from secateur.models.shape.structure import Block, embeddings_of, find_stacks, is_encoder_decoder, towers_of
 from secateur.models.weights.conversion import Conversion, TensorGroup
 
 
@@ -63,8 +63,10 @@ class Skeleton:
         self.device = device
         self.dtype = dtype
         self.resident = resident
+        self._outside_loaded = False
         self._where = str(getattr(source, "folder", "the checkpoint"))
-        self.path, self.blocks = find_blocks(model)
+        self.stacks = find_stacks(model)
+        self.blocks = [block for stack in self.stacks for block in stack.blocks]
         self.conversion = Conversion(model, {name: source.shape(name) for name in source.names})
         self._float32 = _float32_pattern(model, dtype)
         # The modules by path, once and for all: while a stream records, stubs stand in the place of the blocks.
@@ -84,15 +86,18 @@ class Skeleton:
     def trial_batch(self, samples: int, tokens: int) -> Tensor:
         """A batch that shows what a forward does, whatever is in it: some token ids, or images without anything."""
         config: Any = getattr(self.model, "config", None)
-        size = getattr(config, "image_size", None)
-        if isinstance(embeddings_of(self.model, "get_input_embeddings"), nn.Embedding) or size is None:
+        size = getattr(config, "image_size", None) or 224
+        if isinstance(embeddings_of(self.model, "get_input_embeddings"), nn.Embedding) or config is None:
             return (torch.arange(samples * tokens) + 3).view(samples, tokens) % self.vocabulary_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return torch.zeros(samples, getattr(config, "num_channels", 3), height, width)
 
     @property
     def positions(self) -> int | None:
-        """The longest window that the configuration allows for, or None when it names no limit."""
+        """The longest window that the configuration allows for, or None when it names no limit.
+
+        Of an encoder-decoder both read a half.
+        """
         value = getattr(self.text_config, "max_position_embeddings", None)
         if not isinstance(value, int) or value <= 0:
             return None
@@ -100,7 +105,8 @@ class Skeleton:
         tokens = embeddings_of(self.model, "get_input_embeddings")
         # RoBERTa and its kin count positions from the one after that of padding.
         unused = (table.padding_idx for table in tables if table is not tokens and table.num_embeddings == value)
-        return value - max((last + 1 for last in unused if last is not None), default=0)
+        each = value - max((last + 1 for last in unused if last is not None), default=0)
+        return 2 * each if is_encoder_decoder(self.model) else each
 
     @property
     def hidden_size(self) -> int:
@@ -119,10 +125,20 @@ class Skeleton:
         by_path = {block.path: block.index for block in self.blocks}
         names: list[list[str]] = [[] for _ in self.blocks]
         for group in self.conversion.groups.values():
-            index = by_path.get(".".join(group.target.split(".")[: self.path.count(".") + 2]))
-            if index is not None:
-                names[index].extend(group.names)
+            parts = group.target.split(".")
+            for stack in self.stacks:
+                index = by_path.get(".".join(parts[: stack.path.count(".") + 2]))
+                if index is not None:
+                    names[index].extend(group.names)
         return names
+
+    def in_a_block(self, name: str) -> bool:
+        """Whether a parameter, or a module, lies in one of the stacks."""
+        return name.startswith(tuple(f"{stack.path}." for stack in self.stacks))
+
+    def stack_of(self, block: Block) -> int:
+        """The number of the stack that a block belongs to."""
+        return next(number for number, stack in enumerate(self.stacks) if block.index <= stack.blocks[-1].index)
 
     @cached_property
     def shared_tensors(self) -> list[list[str]]:
@@ -130,24 +146,23 @@ class Skeleton:
         result = []
         for block, own in zip(self.blocks, self.block_tensors, strict=True):
             sources = (self.tied_to(f"{block.path}.{name}") for name, _ in block.module.named_parameters())
-            groups = self.conversion.making(source for source in sources if source.startswith(f"{self.path}."))
+            groups = self.conversion.making(source for source in sources if self.in_a_block(source))
             result.append([name for group in groups for name in group.names if name not in own])
         return result
 
     @cached_property
     def outside_tensors(self) -> list[str]:
-        """Names of the tensors outside the blocks that a forward over text needs: not those of other stacks."""
-        decoder = decoder_of(self.model)
-        inside = {id(module) for module in decoder.modules()}
-        other = [
-            name
+        """Names of the tensors outside the blocks that a forward needs: not those of stacks that it does not reach."""
+        inside = {id(module) for tower in towers_of(self.model) for module in tower.modules()}
+        other = tuple(
+            f"{name}."
             for name, module in self.model.named_modules()
             if isinstance(module, nn.ModuleList) and id(module) not in inside
-        ]
+        )
         return [
             name
             for group in self.conversion.groups.values()
-            if not group.target.startswith((*(f"{path}." for path in other), f"{self.path}."))
+            if not group.target.startswith(other) and not self.in_a_block(group.target)
             for name in group.names
         ]
 
@@ -219,6 +234,7 @@ class Skeleton:
 
         Without `head`, one of its own (not tied to the embeddings) is not loaded: a forward can then run up to it.
         """
+        self._outside_loaded = True
         if self.resident:
             return
         for group in self.conversion.of(self.outside_tensors):
@@ -253,6 +269,7 @@ class Skeleton:
 
     def unload_outside(self) -> None:
         """Drop what `load_outside` loaded, except what blocks share: nothing reads it once all calls are recorded."""
+        self._outside_loaded = False
         if self.resident:
             return
         shared = {id(parameter) for block in self.blocks for parameter in block.module.parameters()}
@@ -261,17 +278,27 @@ class Skeleton:
                 if parameter is not None and not parameter.is_meta and id(parameter) not in shared:
                     module._parameters[leaf] = _on_meta(parameter)
 
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """In here, what `load_outside` loads without the head is there, and at the end only where it was before."""
+        there = self._outside_loaded
+        if not there:
+            self.load_outside(head=False)
+        yield
+        if not there:
+            self.unload_outside()
+
     @property
     def _outside(self) -> list[nn.Module]:
-        """The modules outside the stack of blocks."""
-        return [module for path, module in self._modules.items() if not f"{path}.".startswith(f"{self.path}.")]
+        """The modules outside the stacks of blocks."""
+        return [module for path, module in self._modules.items() if not self.in_a_block(f"{path}.")]
 
     @cached_property
     def own_head(self) -> set[str]:
         """Names of the parameters of a head that a module of its own computes, with weights of its own."""
         head = embeddings_of(self.model, "get_output_embeddings")
         path = next((path for path, module in self._modules.items() if module is head), None)
-        if head is None or path is None:
+        if head is None or path is None or isinstance(head, nn.Embedding):  # whose rows are read as inputs too
             return set()
         names = {f"{path}.{leaf}" for leaf in head._parameters}
         elsewhere = {
@@ -301,7 +328,7 @@ class Skeleton:
         self._buffers_to_device(block.module.modules())
         for name, parameter in block.module.named_parameters():
             source = self.tied_to(f"{block.path}.{name}")
-            if parameter.is_meta and source.startswith(f"{self.path}."):
+            if parameter.is_meta and self.in_a_block(source):
                 path, _, leaf = source.rpartition(".")
                 self._assign(f"{block.path}.{name}", self._modules[path]._parameters[leaf])
         missing = [f"{block.path}.{name}" for name, value in block.module.named_parameters() if value.is_meta]
@@ -329,7 +356,7 @@ class Skeleton:
         if self.resident:
             return
         shared = [self.tied_to(f"{block.path}.{name}") for name, _ in block.module.named_parameters()]
-        owners = {path.rpartition(".")[0] for path in shared if path.startswith(f"{self.path}.")}
+        owners = {path.rpartition(".")[0] for path in shared if self.in_a_block(path)}
         for module in [*block.module.modules(), *(self._modules[path] for path in owners)]:
             for leaf, parameter in module.named_parameters(recurse=False):
                 module._parameters[leaf] = _on_meta(parameter)

@@ -1,13 +1,15 @@
-"""The structure of a model, found out rather than known: its stack of blocks, and a skeleton to fill."""
+"""The structure of a model, found out rather than known: its stacks of blocks, and a skeleton to fill."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.models.opening.classes import auto_classes
@@ -19,54 +21,130 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of the stack: its position, its path in the model, its module."""
+    """One block: its position among all blocks of the model, its path in the model, its module."""
 
     index: int
     path: str
     module: nn.Module
 
 
-def find_blocks(model: nn.Module) -> tuple[str, list[Block]]:
-    """The path of the block stack and its blocks: the `ModuleList` with most parameters, of a decoder if it has one.
+@dataclass(frozen=True)
+class Stack:
+    """A stack of blocks: its path in the model, and its blocks, each of which is called on what the one before made."""
 
-    Raises `ModelStructureError` when there is none.
+    path: str
+    blocks: Sequence[Block]
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The stacks of a model in the order of its forward: of the encoder and the decoder, or the one that it has.
+
+    A stack is the `ModuleList` with most parameters, or what lies in its stages. Raises `ModelStructureError` where
+    there is none.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelStructureError(
-            f"{type(model).__name__}: an encoder-decoder; Secateur prunes models with one stack of blocks."
-        )
-    decoder = decoder_of(model)
-    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    stacks: list[Stack] = []
+    for tower in towers_of(model):
+        for path, modules in _stages(tower, *_largest_list(model, tower)):
+            first = sum(len(stack.blocks) for stack in stacks)
+            blocks = [Block(first + number, f"{path}.{number}", module) for number, module in enumerate(modules)]
+            stacks.append(Stack(path, blocks))
+    return stacks
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The blocks of all stacks of a model."""
+    return [block for stack in find_stacks(model) for block in stack.blocks]
+
+
+def _largest_list(model: nn.Module, tower: nn.Module) -> tuple[str, nn.ModuleList]:
+    prefix = next((name for name, module in model.named_modules() if module is tower), "")
     candidates = {
         f"{prefix}.{name}".strip("."): module
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not isinstance(module, ParametrizationList)
     }
     if not candidates:
-        children = ", ".join(name for name, _ in decoder.named_children())
+        children = ", ".join(name for name, _ in tower.named_children())
         raise ModelStructureError(
             f"{type(model).__name__}: no stack of blocks (nn.ModuleList) found in it"
             f"{f', only {children}' if children else '; it has no submodules at all'}. "
-            "Secateur prunes models with one stack of blocks."
+            "Secateur prunes models whose blocks lie in such lists."
         )
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in candidates.items()}
-    path = max(sizes, key=lambda name: sizes[name])
-    return path, [Block(index, f"{path}.{index}", module) for index, module in enumerate(candidates[path])]
+    return max(candidates.items(), key=_size)
+
+
+def _size(named: tuple[str, nn.Module]) -> int:
+    return sum(parameter.numel() for parameter in named[1].parameters())
+
+
+def _stages(tower: nn.Module, path: str, modules: nn.ModuleList) -> list[tuple[str, nn.ModuleList]]:
+    """The stacks in a list of stages, whose blocks differ in width (Swin, ConvNeXt); a list of blocks is one itself.
+
+    Stages are those whose numbers of blocks are the `depths` that the configuration names.
+    """
+    depths = getattr(getattr(tower, "config", None), "depths", None)
+    if not isinstance(depths, list | tuple) or len(depths) != len(modules):
+        return [(path, modules)]
+    found: list[tuple[str, nn.ModuleList]] = []
+    for number, depth in enumerate(depths):
+        inside = [
+            (f"{path}.{number}.{name}".strip("."), own)
+            for name, own in modules[number].named_modules()
+            if isinstance(own, nn.ModuleList) and len(own) == depth
+        ]
+        if not inside:
+            return [(path, modules)]
+        found.append(max(inside, key=_size))
+    return found
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a decoder reads what an encoder makes of another text, or of sound."""
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) and len(towers_of(model)) > 1
+
+
+def has_two_towers(model: nn.Module) -> bool:
+    """Whether a model reads images and texts side by side, as CLIP does."""
+    return not getattr(getattr(model, "config", None), "is_encoder_decoder", False) and len(towers_of(model)) > 1
+
+
+def towers_of(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that have a stack each: encoder and decoder, towers of images and texts, or one of them."""
+    config = getattr(model, "config", None)
+    decoder = decoder_of(model)
+    before: nn.Module | None = None
+    if getattr(config, "is_encoder_decoder", False):
+        before = _part(model, "get_encoder")
+    elif hasattr(config, "vision_config") and not _continues(decoder):
+        before = _part(model, "get_encoder", "image")
+    # An encoder alone keeps the configuration of both, and names itself where it is asked for what it has not.
+    if before is None or _inside(before, decoder) or _inside(decoder, before):
+        return [decoder]
+    return [before, decoder]
+
+
+def _continues(decoder: Any) -> bool:
+    """Whether a part goes on with what it has read before, as the language model of a multimodal decoder does."""
+    return "past_key_values" in inspect.signature(decoder.forward).parameters
+
+
+def _inside(part: nn.Module, whole: nn.Module) -> bool:
+    return any(module is part for module in whole.modules())
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The text decoder inside a multimodal model, or the model itself."""
-    if hasattr(model, "get_decoder"):
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            getter: Any = model.get_decoder
-            decoder = getter()
-            # Some models call their head `decoder`; a decoder without blocks is not the one that is meant.
-            if isinstance(decoder, nn.Module) and any(
-                isinstance(module, nn.ModuleList) for module in decoder.modules()
-            ):
-                return decoder
-    return model
+    """The decoder inside a multimodal model or after an encoder, or the model itself."""
+    decoder = _part(model, "get_decoder")
+    return model if decoder is None else decoder
+
+
+def _part(model: nn.Module, getter: str, *of: str) -> nn.Module | None:
+    """The part that a method of the model returns, where that has blocks: some models call their head `decoder`."""
+    with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+        part = getattr(model, getter)(*of)
+        if isinstance(part, nn.Module) and any(isinstance(module, nn.ModuleList) for module in part.modules()):
+            return part
+    return None
 
 
 def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = False) -> nn.Module:
@@ -77,10 +155,6 @@ def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = 
     """
     shapes = {name: source.shape(name) for name in source.names}
     config = load_configuration(folder, shapes, trust_remote_code=trust_remote_code)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelStructureError(
-            f"{folder}: {config.model_type} is an encoder-decoder; Secateur prunes models with one stack of blocks."
-        )
     failure: Exception | None = None
     for auto in auto_classes(config):
         try:
@@ -112,6 +186,12 @@ def weightless() -> Iterator[Callable[[Any], None]]:
 
     def finish(model: Any) -> None:
         model.tie_weights()
+        # Tables that are computed and never stored (Marian's positions) are like buffers, of which others know more.
+        computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) - set(model.all_tied_weights_keys)
+        for name in computed & dict(model.named_parameters()).keys():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            module.register_buffer(leaf, torch.zeros(module._parameters.pop(leaf).shape), persistent=False)
         for parameter in model.parameters():
             parameter._is_hf_initialized = True  # transformers' mark of what is not to be drawn
         model.initialize_weights()

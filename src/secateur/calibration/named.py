@@ -1,0 +1,81 @@
+"""Samples of several inputs by name, such as the features of a recording and the tokens of what is said in it."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from secateur.core.batch import Named
+from secateur.errors import CalibrationError
+
+
+@dataclass(frozen=True, eq=False)
+class NamedSamples:
+    """The inputs of each sample by name, without a dimension for samples, on the CPU, and where they came from.
+
+    `length` is the number of hidden states that a model makes of one sample, in all of its stacks. Nothing is padded:
+    samples of one shape go through the model together.
+    """
+
+    each: Sequence[Mapping[str, torch.Tensor]]
+    provenance: Mapping[str, Any]
+    length: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Their number."""
+        return len(self.each)
+
+    @property
+    def tokens(self) -> int:
+        """The number of hidden states of all samples, were they all like the first."""
+        return self.samples * self.length
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the name, the type, the shape and the values of each input of each sample."""
+        digest = hashlib.sha256()
+        for own in self.each:
+            for name, value in sorted(own.items()):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+                digest.update(value.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int) -> list[Named]:
+        """All samples in their order: at most `batch_size` at a time, of the same shapes."""
+        found: list[Named] = []
+        for _, group in groupby(self.each, key=_shapes):
+            alike = list(group)
+            for first in range(0, len(alike), batch_size):
+                own = alike[first : first + batch_size]
+                found.append(Named({name: torch.stack([sample[name] for sample in own]) for name in own[0]}))
+        return found
+
+
+def _shapes(sample: Mapping[str, torch.Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(value.shape)) for name, value in sorted(sample.items())]
+
+
+def named_samples(source: Any, samples: int | None) -> NamedSamples | None:
+    """The first samples of a mapping from names of inputs to tensors, or None for any other source.
+
+    Raises `CalibrationError` for tensors with different numbers of samples.
+    """
+    if isinstance(source, NamedSamples):
+        return NamedSamples(source.each[:samples], source.provenance, source.length)
+    if not isinstance(source, Mapping):
+        return None
+    tensors = {str(name): value for name, value in source.items() if isinstance(value, torch.Tensor)}
+    counts = {name: len(value) if value.ndim else 0 for name, value in tensors.items()}
+    if len(tensors) < len(source) or not tensors or len(set(counts.values())) > 1 or not min(counts.values()):
+        raise CalibrationError(
+            f"named inputs: got {counts or 'no tensors'}, expected tensors that all have the same number of samples."
+        )
+    each = [
+        {name: value[number].detach().to("cpu", copy=True) for name, value in tensors.items()}
+        for number in range(min(counts.values()))[:samples]
+    ]
+    return NamedSamples(each, {"source": "named inputs", "inputs": sorted(tensors)})
