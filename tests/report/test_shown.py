@@ -117,18 +117,14 @@ def test_tables_in_a_notebook(made: dict[str, Any]) -> None:
     (manifest,) = shown["manifest"].tables
     assert shown["manifest"].captions == ["Pruned with wanda"]
     assert manifest[0] == ["matrices", "count", "sparsity", "tokens each"]
-    assert manifest[1] == ["model.layers.*.mlp.down_proj.weight", "3", "0.5000", "72"]
+    assert manifest[1] == ["mlp.down_proj", "3", "0.5000", "72"]
     assert not any("secateur verify" in line for line in shown["manifest"].lines)  # nobody knows where it was written
     ((head, row),) = shown["perplexity"].tables
     assert dict(zip(head, row, strict=True))["perplexity"] == (
         f"{made['perplexity'].perplexity:.3f} ± {made['perplexity'].perplexity_error:.3f}"
     )
     (agreement,) = shown["agreement"].tables  # one table for both models
-    assert [row[0] for row in agreement] == [
-        "model",
-        "dense",
-        *(str(made["folder"] / name) for name in ("magnitude", "wanda")),
-    ]
+    assert [row[0] for row in agreement] == ["model", "dense", "magnitude", "wanda"]
     assert shown["verification"].lines[-1] == "Verified."
     assert [table[0][0] for table in shown["inspection"].tables] == ["by kind", "by block"]
     (sweep,) = shown["sweep"].tables
@@ -150,7 +146,7 @@ def test_what_is_wrong_is_shown(made: dict[str, Any], tmp_path: Path) -> None:
     assert lines[1:] == [*(f"tensor {n}: differs" for n in range(5)), "and 2 more"]
     verdict = made["agreement"][0].verdict(max_nats=0.0)
     assert repr(verdict) == verdict.sentence
-    assert Tables(verdict._repr_html_()).strong == [verdict.sentence]
+    assert Tables(verdict._repr_html_()).strong == [verdict.sentence.replace(f"{made['folder']}/", "")]
     # A list of results stays one, and one result of it a result.
     assert repr(made["agreement"][1]) == repr(made["agreement"]).splitlines()[1]
     assert made["agreement"] == list(made["agreement"])

@@ -10,11 +10,13 @@ import torch
 
 from secateur.calibration.corpora import names_corpus
 from secateur.calibration.documents import DEFAULT_FIELD, Corpus, spooled, table_rows, wrong_field
+from secateur.calibration.named import NamedSamples
 from secateur.calibration.windows import MASK_KEY, TOKEN_KEY, Windows
 from secateur.errors import CalibrationError
 
 STREAM_CHARACTERS = 64 * 2**20  # of texts from a stream, which may have no end
 _NOTHING = object()
+_OF_TOKENIZERS = {TOKEN_KEY, MASK_KEY, "token_type_ids", "position_ids", "special_tokens_mask", "labels", "length"}
 IGNORED = -100  # what labels are where nothing is to be predicted
 _FORMS = (
     "the name of a corpus, a list of texts, token ids (a tensor, rows, Windows), a datasets.Dataset with a column text "
@@ -25,7 +27,8 @@ _FORMS = (
 def taken(source: Any, most: int | None, argument: str) -> Any:
     """Return a source of windows as a spec, several specs, a tensor, `Windows` or a `Corpus`.
 
-    Besides those it may be: a list of texts; a mapping with the key `text` or `input_ids` (and `attention_mask`), such
+    The inputs of a forward by name, such as pixel_values or decoder_input_ids, are left as they are. Besides those it
+    may be: a list of texts; a mapping with the key `text` or `input_ids` (and `attention_mask`), such
     as a tokenizer returns; rows of token ids; a `datasets.Dataset`, an `IterableDataset`, or one column of it; a
     `DataLoader`, and whatever else can be iterated over. Its items are texts, rows or batches of token ids, or mappings
     with these keys. Of token ids that are read item by item the first `most` rows are taken; of texts without a known
@@ -33,7 +36,7 @@ def taken(source: Any, most: int | None, argument: str) -> Any:
 
     Errors: CalibrationError that names the `argument` for anything else.
     """
-    known = isinstance(source, str | os.PathLike | torch.Tensor | Windows | Corpus)
+    known = isinstance(source, str | os.PathLike | torch.Tensor | Windows | Corpus | NamedSamples) or _is_inputs(source)
     if source is None or known or (isinstance(source, tuple) and all(isinstance(one, str) for one in source)):
         return source
     name, facts, there = _name(source), _facts(source), _length(source)
@@ -62,6 +65,14 @@ def taken(source: Any, most: int | None, argument: str) -> Any:
         whole = isinstance(source, list | tuple)
         return _of_items(items, name, None if whole else most, argument, facts, there)
     raise CalibrationError(f"{argument}: got {name}, expected {_FORMS}.")
+
+
+def _is_inputs(source: Any) -> bool:
+    """Whether it is the inputs of a forward by name, with some that no tokenizer makes, such as pixel_values."""
+    if not isinstance(source, Mapping) or DEFAULT_FIELD in source:
+        return False
+    others = {name: value for name, value in source.items() if name not in _OF_TOKENIZERS}
+    return any(isinstance(value, torch.Tensor) for value in others.values())
 
 
 def _are_specs(listed: Sequence[Any], argument: str) -> bool:
