@@ -61,7 +61,6 @@ class _Bar:
         if (stage, total) != self._stage:
             self._stage = stage, total
             self._bar.set_description_str(stage, refresh=False)
-            self._bar.set_postfix_str(note, refresh=False)
             self._bar.reset(total or None)
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -56,8 +56,6 @@ def model_recordings(
     if is_encoder_decoder(model):
         tokens, said = _tokens(opened, found, [own[wanted] for own in each], write=write)
         each = [{**own, LABELS: ids} for own, ids in zip(each, tokens, strict=True)]
-    if samples is not None and len(each) < samples:
-        _log.warning("%s of the %s %s asked for: there are no more.", f"{len(each):,}", f"{samples:,}", what)
     shape = {"samples": len(each), **fewer(what, samples, len(each))}
     return NamedSamples(each, {**facts, **said, **shape})
 

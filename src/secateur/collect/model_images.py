@@ -1,7 +1,5 @@
 """Images for a certain model, through its own image processor, and how many hidden states it makes of each."""
 
-import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +11,6 @@ from secateur.errors import CalibrationError
 from secateur.models.flow.inputs import input_name
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel
-
-_log = logging.getLogger("secateur")
 
 
 def model_images(
@@ -33,10 +29,7 @@ def model_images(
     processor = None if isinstance(found, torch.Tensor) else opened.load_image_processor()
     pixels, facts = read_images(found, processor, samples, seed)
     shape = {"samples": len(pixels), "length": hidden_states_of(opened, pixels[:1])[0]}
-    images = Images(pixels, facts, shape["length"])
-    if samples is not None and images.samples < samples:
-        _log.warning("%s of the %s %s asked for: there are no more.", f"{images.samples:,}", f"{samples:,}", what)
-    return replace(images, provenance={**facts, **shape, **fewer(what, samples, images.samples)})
+    return Images(pixels, {**facts, **shape, **fewer(what, samples, len(pixels))}, shape["length"])
 
 
 def hidden_states_of(opened: OpenedModel, sample: Batch) -> list[int]:

@@ -1,6 +1,5 @@
 """Images with their texts for a model that reads both, through its own image processor and tokenizer."""
 
-import logging
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from secateur.models.opening.opened import OpenedModel
 
 # Facts that a model does not tell about itself: what texts are padded to their longest length, and read with it.
 PADDED_TEXTS = {"siglip", "siglip2"}
-
-_log = logging.getLogger("secateur")
 
 
 def model_pairs(
@@ -50,6 +47,4 @@ def model_pairs(
     padding = "max_length" if model.config.model_type in PADDED_TEXTS else False
     ids = [tokenizer(text, truncation=True, max_length=longest, padding=padding)["input_ids"] for text in texts]
     each = [{"pixel_values": image, "input_ids": torch.tensor(own)} for image, own in zip(pixels, ids, strict=True)]
-    if samples is not None and len(each) < samples:
-        _log.warning("%s of the %s %s asked for: there are no more.", f"{len(each):,}", f"{samples:,}", what)
     return NamedSamples(each, {**facts, **fewer(what, samples, len(each))})

@@ -113,12 +113,15 @@ def model_samples(opened: OpenedModel, asked: CalibrationSettings, *, progress: 
 def _other_samples(opened: OpenedModel, source: Any, *, write: bool = True, **how: Any) -> Images | NamedSamples:
     """Images, recordings, or inputs that are given by name."""
     if input_name(opened.skeleton.model) == "pixel_values" and not isinstance(source, Mapping | NamedSamples):
-        return model_images(opened, source, **how)
+        images = model_images(opened, source, **how)
+        _say_fewer(images, how["what"], how["samples"])
+        return images
     found = named_samples(source, how["samples"])
     if found is None and has_two_towers(opened.skeleton.model):
         found = model_pairs(opened, source, **how)
     if found is None:
         found = model_recordings(opened, source, **how, write=write)
+    _say_fewer(found, how["what"], how["samples"])
     length = sum(hidden_states_of(opened, found.batches(1)[0]))
     shape = {"samples": found.samples, "length": length}
     return NamedSamples(found.each, {**found.provenance, **shape}, length)
@@ -333,7 +336,7 @@ def _check_fits(windows: Windows, opened: OpenedModel, option: str = "--length")
         )
 
 
-def _say_fewer(windows: Windows, what: str, asked: int | None) -> None:
+def _say_fewer(windows: Samples, what: str, asked: int | None) -> None:
     if asked is not None and windows.samples < asked:
         _log.warning("%s of the %s %s asked for: there are no more.", f"{windows.samples:,}", f"{asked:,}", what)
 

@@ -363,17 +363,14 @@ def _corpus_name(source: Mapping[str, Any]) -> str:
 
 def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The result of a perplexity or an agreement, with the name of its text and the hub's names of it."""
-    result = evaluation["result"]
-    sources = (result.get("provenance") or {}).get("sources") or [{}]
-    corpus = str(sources[0].get("corpus") or "")
-    name = _corpus_name(sources[0]) if corpus else str(result["data"])
-    return {**result, "name": name, "dataset": _dataset(corpus) or (name, None, None)}
+    result, source = evaluation["result"], _first_source(evaluation)
+    name = _corpus_name(source) if source.get("corpus") else str(result["data"])
+    return {**result, "name": name, "dataset": hub_dataset(evaluation) or (name, None, None)}
 
 
 def hub_dataset(evaluation: Mapping[str, Any]) -> tuple[str, str | None, str | None] | None:
     """The hub's data set that a text comes from: its id, configuration and split; None for any other text."""
-    sources = (evaluation["result"].get("provenance") or {}).get("sources") or [{}]
-    return _dataset(str(sources[0].get("corpus") or ""))
+    return _dataset(str(_first_source(evaluation).get("corpus") or ""))
 
 
 def _dataset(corpus: str) -> tuple[str, str | None, str | None] | None:
@@ -381,6 +378,12 @@ def _dataset(corpus: str) -> tuple[str, str | None, str | None] | None:
     if corpus.startswith("hf:"):
         return corpus.removeprefix("hf:").split(":")[0], None, None
     return DATASETS.get(corpus)
+
+
+def _first_source(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where the text of an evaluation came from, or the first one of several."""
+    source: Mapping[str, Any] = ((evaluation["result"].get("provenance") or {}).get("sources") or [{}])[0]
+    return source
 
 
 def _eval_results(figures: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[str, Any]]) -> "Iterator[EvalResult]":

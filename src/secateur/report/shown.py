@@ -2,7 +2,7 @@
 
 import html as escaping
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -32,6 +32,7 @@ from secateur.report.terminal import (
     perplexity_table,
     similarity_table,
     sweep_table_groups,
+    sweeps_table_groups,
     tasks_table,
     verdict_lines,
     verification_tables,
@@ -40,7 +41,8 @@ from secateur.runs.events import seconds_text
 from secateur.runs.options import called_by_name
 from secateur.shown import ShownList
 from secateur.sweeps.folder import Sweep
-from secateur.sweeps.table import sweep_tables
+from secateur.sweeps.several import Sweeps, models_tables
+from secateur.sweeps.table import SweepTable, sweep_tables
 
 PROBLEMS = 5  # that a verification shows in lines
 
@@ -131,13 +133,27 @@ def _inspection(result: Inspection) -> Iterator[str]:
 
 
 def _sweep(sweep: Sweep) -> Iterator[str]:
-    states = Counter(cell.status for cell in sweep.cells)
-    yield f"{len(sweep.cells)} cells in {sweep.folder}: {', '.join(f'{n} {state}' for state, n in states.items())}."
-    for table in sweep_tables(sweep):
-        yield f"{table.title}:"
-        for column, pattern in enumerate(table.columns):
-            yield f"  {pattern}: " + ", ".join(f"{name} {entries[column].text}" for name, entries in table.rows)
+    yield _cells(sweep)
+    yield from _columns(sweep_tables(sweep))
     yield from (f"{cell.name} failed: {cell.error}" for cell in sweep.failed)
+
+
+def _sweeps(sweeps: Sweeps) -> Iterator[str]:
+    yield from (f"{name}: {_cells(own)}" for name, own in sweeps.sweeps.items())
+    yield from _columns(models_tables(sweeps))
+    yield from (f"{name}, {cell.name} failed: {cell.error}" for name, cell in sweeps.failed)
+
+
+def _cells(sweep: Sweep) -> str:
+    states = Counter(cell.status for cell in sweep.cells)
+    return f"{len(sweep.cells)} cells in {sweep.folder}: {', '.join(f'{n} {state}' for state, n in states.items())}."
+
+
+def _columns(tables: Sequence[SweepTable]) -> Iterator[str]:
+    for table in tables:
+        yield f"{table.title}:"
+        for column, heading in enumerate(table.columns):
+            yield f"  {heading}: " + ", ".join(f"{name} {entries[column].text}" for name, entries in table.rows)
 
 
 def _allocated(made: Allocated) -> Iterator[str]:
@@ -178,6 +194,7 @@ SHOWN: dict[type, tuple[Callable[[Any], Iterator[str]], Callable[[Any], Any]]] =
     Verification: (_verification, verification_tables),
     Inspection: (_inspection, inspection_tables),
     Sweep: (_sweep, sweep_table_groups),
+    Sweeps: (_sweeps, sweeps_table_groups),
     Allocated: (_allocated, lambda made: allocation_tables(made, None)),
     Estimate: (_estimate, estimate_tables),
     TaskResults: (_tasks, tasks_table),

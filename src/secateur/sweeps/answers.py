@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from secateur.evaluate.task_results import TaskResult, TaskResults, task_differences
-from secateur.sweeps.draws import Figure
+from secateur.sweeps.draws import Figure, drawn_cells
 
 if TYPE_CHECKING:
     from secateur.sweeps.folder import Cell, Sweep
@@ -94,11 +94,8 @@ def shown(row: Mapping[str, Any]) -> str:
 
 def task_means(cells: "Sequence[Cell]") -> list[TaskMean]:
     """Every metric of every task for every method in every pattern, in the order of the cells."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.method, cell.pattern), []).append(cell)
     found = []
-    for (method, pattern), group in groups.items():
+    for (method, pattern), group in drawn_cells(cells).items():
         answers = [by_task(cell.tasks) for cell in group]
         metrics = [(task, metric) for own in answers for task, row in own.items() for metric in row["metrics"]]
         for task, metric in dict.fromkeys(metrics):

@@ -44,10 +44,15 @@ class Mean:
 
 def means(cells: "Sequence[Cell]", dense: "Figures", texts: Sequence[str]) -> list[Mean]:
     """Every method in every pattern on every text, in the order of the cells."""
+    return [_mean(group, data, dense.get(data, {})) for data in texts for group in drawn_cells(cells).values()]
+
+
+def drawn_cells(cells: "Sequence[Cell]") -> "dict[tuple[str, str], list[Cell]]":
+    """By method and pattern, the cells that differ in their draw alone."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.method, cell.pattern), []).append(cell)
-    return [_mean(group, data, dense.get(data, {})) for data in texts for group in groups.values()]
+    return groups
 
 
 def _mean(group: "Sequence[Cell]", data: str, dense: Mapping[str, Any]) -> Mean:

@@ -11,21 +11,21 @@ from typing import Any, TypedDict
 from secateur.errors import CheckpointError
 from secateur.files.cache import keep_json
 from secateur.files.reading import read_json
+from secateur.shown import Shown
 from secateur.sweeps.answers import best, by_task, shown
 from secateur.sweeps.cells import SweepEvent
-from secateur.sweeps.draws import Figure, figure_text
+from secateur.sweeps.draws import Figure
 from secateur.sweeps.folder import Cell, Sweep, SweepFolder, legal_name, write_whole
 from secateur.sweeps.run import sweep
-from secateur.sweeps.table import Entry, SweepTable, in_latex, in_markdown
+from secateur.sweeps.table import DENSE, Kind, SweepTable, in_latex, in_markdown, is_drawn, table_of_kinds
 
 SWEEPS_FILE = "sweeps.json"
 
 Model = str | os.PathLike[str]
-Values = Mapping[tuple[str, str], Figure]  # by method and pattern
 
 
-@dataclass(frozen=True)
-class Sweeps:
+@dataclass(frozen=True, repr=False)
+class Sweeps(Shown):
     """The sweeps of several models, by the models' names."""
 
     folder: Path
@@ -132,53 +132,35 @@ def models_tables(found: Sweeps) -> list[SweepTable]:
     """
     sweeps, made = found.sweeps, []
     for data in dict.fromkeys(data for own in sweeps.values() for data in own.dense):
-        perplexities, lengths = {}, []
+        perplexities: dict[str, Mapping[Kind, Figure]] = {}
+        lengths = []
         for name, own in sweeps.items():
             if (dense := own.dense.get(data)) is None:
+                perplexities[name] = {}
                 continue
             level = Figure(dense["perplexity"], None, dense.get("perplexity_error"))
             means = {(mean.method, mean.pattern): mean.perplexity for mean in own.means if mean.data == data}
-            perplexities[name] = {("dense", ""): level, **means}
+            perplexities[name] = {DENSE: level, **means}
             lengths.append(f"{dense['windows']} windows of {dense['length']} tokens")
-        where = ", ".join(dict.fromkeys(lengths))
-        made.append(_table(f"Perplexity, {data}, {where}", list(sweeps), perplexities, 2, min))
+        made.append(_table(f"Perplexity, {data}, {', '.join(dict.fromkeys(lengths))}", perplexities, 2, min))
     answered = {name: by_task(own.dense_tasks) for name, own in sweeps.items()}
     rows = {task: row for own in answered.values() for task, row in own.items()}
     for task in [task for task, row in rows.items() if row["members"]] or list(rows):
         metric, values = shown(rows[task]), {}
         for name, own in sweeps.items():
             level = answered[name].get(task, {"metrics": {}})["metrics"].get(metric, {"value": None, "error": None})
-            values[name] = {("dense", ""): Figure(level["value"], None, level["error"])} | {
+            values[name] = {DENSE: Figure(level["value"], None, level["error"])} | {
                 (mean.method, mean.pattern): mean.value
                 for mean in own.task_means
                 if (mean.task, mean.metric) == (task, metric)
             }
-        made.append(_table(f"{task}, {metric}", list(sweeps), values, 4, partial(best, metric=metric)))
+        made.append(_table(f"{task}, {metric}", values, 4, partial(best, metric=metric)))
     return made
 
 
 def _table(
-    title: str,
-    models: Sequence[str],
-    figures: Mapping[str, Values],
-    decimals: int,
-    winner: Callable[[list[float]], float],
+    title: str, figures: Mapping[str, Mapping[Kind, Figure]], decimals: int, winner: Callable[[list[float]], float]
 ) -> SweepTable:
-    known = list(dict.fromkeys(key for own in figures.values() for key in own))
-    patterns = list(dict.fromkeys(pattern for _, pattern in known))
-    keys = sorted(known, key=lambda key: patterns.index(key[1]))
-    drawn = any(figure.deviation is not None for own in figures.values() for figure in own.values())
-    if drawn:
+    if is_drawn(figures):
         title += ", mean ± standard deviation over draws, in brackets the standard error of the evaluation"
-
-    def entry(model: str, key: tuple[str, str]) -> Entry:
-        own = figures.get(model, {})
-        figure = own.get(key, Figure())
-        if figure.mean is None:
-            return Entry("")
-        rivals = [held.mean for (_, pattern), held in own.items() if pattern == key[1] and held.mean is not None]
-        text = figure_text(figure if drawn else Figure(figure.mean), decimals)
-        return Entry(text, len(rivals) > 1 and figure.mean == winner(rivals))
-
-    rows = [(", ".join(filter(None, key)), [entry(model, key) for model in models]) for key in keys]
-    return SweepTable(title, list(models), rows, "method, pattern")
+    return table_of_kinds(title, figures, decimals, [winner] * len(figures))

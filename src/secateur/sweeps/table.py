@@ -2,14 +2,15 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from secateur.calibration.text import bos_text
 from secateur.sweeps.answers import best, by_task, shown
-from secateur.sweeps.draws import Figure, Mean, figure_text, seeds_text
-from secateur.sweeps.folder import Cell, Sweep
+from secateur.sweeps.draws import Figure, Mean, drawn_cells, figure_text, seeds_text
+from secateur.sweeps.folder import Sweep
 
 # The figures of a mean over draws, and the columns of their standard errors.
 ERRORS = {
@@ -24,6 +25,10 @@ CSV_COLUMNS = (
     *("nats", "difference", "difference_error", "kl", "kl_error", "top1", "top1_error", "error", "seed", "draws"),
     *(f"{name}_deviation" for name in ERRORS),
 )
+
+
+Kind = tuple[str, str]  # a method and a pattern
+DENSE: Kind = ("dense", "")
 
 
 @dataclass(frozen=True)
@@ -81,38 +86,54 @@ def sweep_tables(sweep: Sweep) -> list[SweepTable]:
 
 
 def _tasks_table(title: str, sweep: Sweep, dense: Mapping[str, Any]) -> SweepTable:
-    # A task, and the metric that is shown of it.
-    columns = {task: shown(row) for task, row in dense.items()}
-    means = [mean for mean in sweep.task_means if columns.get(mean.task) == mean.metric]
-    drawn = any(mean.draws > 1 for mean in means)
-    values = {(mean.method, mean.pattern, mean.task): mean.value for mean in means}
-    kinds = list(dict.fromkeys((cell.method, cell.pattern) for cell in sweep.cells))
+    metrics = {task: shown(row) for task, row in dense.items()}
+    figures: dict[str, dict[Kind, Figure]] = {}
+    for task, metric in metrics.items():
+        level = dense[task]["metrics"][metric]
+        figures[f"{task}, {metric}"] = {DENSE: Figure(level["value"], None, level["error"])} | {
+            (mean.method, mean.pattern): mean.value
+            for mean in sweep.task_means
+            if (mean.task, mean.metric) == (task, metric)
+        }
+    return table_of_kinds(title, figures, 4, [partial(best, metric=metric) for metric in metrics.values()])
 
-    def entry(method: str, pattern: str, task: str) -> Entry:
-        figure = values.get((method, pattern, task), Figure())
+
+def table_of_kinds(
+    title: str,
+    figures: Mapping[str, Mapping[Kind, Figure]],
+    decimals: int,
+    winners: Sequence[Callable[[list[float]], float]],
+) -> SweepTable:
+    """A table with a row for each method in each pattern, patterns together, and these columns of figures.
+
+    The best of a column is that of its own `winners` among all methods in a pattern. Deviations between draws and
+    errors are shown where any figure has one of several draws.
+    """
+    known = list(dict.fromkeys(kind for own in figures.values() for kind in own))
+    patterns = list(dict.fromkeys(pattern for _, pattern in known))
+    drawn = is_drawn(figures)
+
+    def entry(own: Mapping[Kind, Figure], kind: Kind, winner: Callable[[list[float]], float]) -> Entry:
+        figure = own.get(kind, Figure())
         if figure.mean is None:
             return Entry("")
-        rivals = [
-            held.mean
-            for (_, own, other), held in values.items()
-            if (own, other) == (pattern, task) and held.mean is not None
-        ]
-        text = figure_text(figure if drawn else Figure(figure.mean), 4)
-        return Entry(text, figure.mean == best(rivals, columns[task]))
+        rivals = [held.mean for (_, pattern), held in own.items() if pattern == kind[1] and held.mean is not None]
+        text = figure_text(figure if drawn else Figure(figure.mean), decimals)
+        return Entry(text, len(rivals) > 1 and figure.mean == winner(rivals))
 
-    level = [row["metrics"][columns[task]] for task, row in dense.items()]
-    rows = [("dense", [Entry(_task_text(own["value"], own["error"] if drawn else None)) for own in level])]
-    rows += [
-        (f"{method}, {pattern}", [entry(method, pattern, task) for task in columns])
-        for pattern in dict.fromkeys(pattern for _, pattern in kinds)
-        for method, own in kinds
-        if own == pattern and any((method, pattern, task) in values for task in columns)
+    rows = [
+        (
+            ", ".join(filter(None, kind)),
+            [entry(own, kind, winner) for own, winner in zip(figures.values(), winners, strict=True)],
+        )
+        for kind in sorted(known, key=lambda kind: patterns.index(kind[1]))
     ]
-    return SweepTable(title, [f"{task}, {metric}" for task, metric in columns.items()], rows, "method, pattern")
+    return SweepTable(title, list(figures), rows, "method, pattern")
 
 
-def _task_text(value: float | None, error: float | None) -> str:
-    return figure_text(Figure(value, None, error), 4)
+def is_drawn(figures: Mapping[str, Mapping[Kind, Figure]]) -> bool:
+    """Whether any of them is that of several draws."""
+    return any(figure.deviation is not None for own in figures.values() for figure in own.values())
 
 
 def _table(
@@ -224,11 +245,8 @@ def table_csv(sweep: Sweep) -> str:
     writer.writeheader()
     for data, figures in sweep.dense.items():
         writer.writerow({"method": "dense", "sparsity": 0.0, "status": "done", **figures, "data": data})
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in sweep.cells:
-        groups.setdefault((cell.method, cell.pattern), []).append(cell)
     means = sweep.means
-    for key, group in groups.items():
+    for key, group in drawn_cells(sweep.cells).items():
         for cell in group:
             for data in sweep.data if cell.status != "done" else cell.figures:
                 own = cell.figures.get(data, {})
