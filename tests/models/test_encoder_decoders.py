@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_encoders import as_transformers_loads_it
 from torch import Tensor, nn
 
 import secateur
 import tiny
+from plain_forwards import as_transformers_loads_it, block_outputs, streamed
 from secateur.calibration.windows import Windows
 from secateur.errors import CalibrationError, ModelStructureError
 from secateur.files.checkpoint import Checkpoint
-from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import open_model
-from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.record.verify import verify
 from secateur.report.inspect import inspect
 
@@ -39,28 +37,6 @@ def halves(model: Any, ids: Tensor) -> dict[str, Any]:
     return {"input_ids": ids[:, :encoded], "decoder_input_ids": decoded, "use_cache": False}
 
 
-@torch.no_grad()
-def block_outputs(model: nn.Module, paths: list[str], ids: Tensor) -> list[Tensor]:
-    """What each block returns in a plain forward."""
-    found: dict[str, Tensor] = {}
-
-    def keep(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = (output if isinstance(output, Tensor) else output[0]).clone()
-
-        return hook
-
-    handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
-    model(**halves(model, ids))
-    for handle in handles:
-        handle.remove()
-    return [found[path] for path in paths]
-
-
-def loaded_blocks(skeleton: Skeleton) -> list[int]:
-    return [block.index for block in skeleton.blocks if not any(own.is_meta for own in block.module.parameters())]
-
-
 @tiny.by_turns([name for name in tiny.ENCODER_DECODERS if name not in NOT_STREAMED], 0)
 def test_replay_is_the_forward_with_one_block_in_memory(name: str, tmp_path: Path) -> None:
     skeleton = open_model(tiny.save(name, tmp_path / "model")).skeleton
@@ -69,21 +45,10 @@ def test_replay_is_the_forward_with_one_block_in_memory(name: str, tmp_path: Pat
     assert [len(stack.blocks) for stack in skeleton.stacks] == [tiny.BLOCKS, 2]
     batches = [ids[:2], ids[2:, :18]]
     paths = [block.path for block in skeleton.blocks]
-    expected = [block_outputs(model, paths, batch) for batch in batches]
-    skeleton.load_outside(head=False)
-    stream = Stream(skeleton, batches)
-    skeleton.unload_outside()
-    with torch.no_grad():
-        for block in skeleton.blocks:
-            stream.reach(block)
-            assert all(parameter.is_meta for parameter in skeleton.model.parameters())
-            with loaded(skeleton, block, skeleton.read(block)):
-                assert loaded_blocks(skeleton) == [block.index]
-                for batch in range(len(batches)):
-                    output, own = stream.run(block, batch), expected[batch][block.index]
-                    stream.states.put(batch, output)
-                    assert float((output - own).norm()) <= 1e-6 * float(own.norm()), block.path
-            stream.release(block)
+    expected = [block_outputs(model, paths, **halves(model, batch)) for batch in batches]
+    for block, batch, output in streamed(skeleton, batches):
+        own = expected[batch][block.index]
+        assert float((output - own).norm()) <= 1e-6 * float(own.norm()), block.path
 
 
 @tiny.by_turns([name for name in tiny.ENCODER_DECODERS if name not in NOT_PRUNED], 1, of=12)

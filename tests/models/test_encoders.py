@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedModel, RobertaConfig, RobertaModel
+from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import tiny
+from plain_forwards import as_transformers_loads_it, block_outputs, streamed
 from secateur.calibration.windows import Windows
 from secateur.collect.gradient_pass import gradients
 from secateur.errors import CalibrationError, ModelStructureError
@@ -22,38 +22,12 @@ from secateur.evaluate.perplexity import perplexity
 from secateur.files.checkpoint import Checkpoint
 from secateur.methods.magnitude import magnitude
 from secateur.methods.wanda import wanda
-from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import open_model
-from secateur.models.shape.skeleton import loaded
 from secateur.pruning.engine import prune
 from secateur.pruning.forecast import estimate
 from secateur.record.verify import verify
 from secateur.report.inspect import inspect
 from secateur.runtime.generate import generate
-
-
-def as_transformers_loads_it(folder: Path) -> PreTrainedModel:
-    name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model: PreTrainedModel = getattr(transformers, name).from_pretrained(folder)
-    return model.eval()
-
-
-@torch.no_grad()
-def block_outputs(model: nn.Module, paths: list[str], batch: Tensor) -> list[Tensor]:
-    """What each block returns in a plain forward."""
-    found: dict[str, Tensor] = {}
-
-    def keep(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = (output if isinstance(output, Tensor) else output[0]).clone()
-
-        return hook
-
-    handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
-    model(batch)
-    for handle in handles:
-        handle.remove()
-    return [found[path] for path in paths]
 
 
 def batches_for(name: str) -> list[Tensor]:
@@ -69,15 +43,8 @@ def test_replay_is_the_forward_to_the_last_bit(name: str, tmp_path: Path) -> Non
     paths = [block.path for block in skeleton.blocks]
     assert len(paths) == tiny.BLOCKS
     expected = [block_outputs(model, paths, batch) for batch in batches]
-    skeleton.load_outside(head=False)
-    stream = Stream(skeleton, batches)
-    skeleton.unload_outside()
-    with torch.no_grad():
-        for block in skeleton.blocks:
-            with loaded(skeleton, block, skeleton.read(block)):
-                for batch in range(len(batches)):
-                    stream.states.put(batch, stream.run(block, batch))
-                    assert torch.equal(stream.states.get(batch, stream.device), expected[batch][block.index])
+    for block, batch, output in streamed(skeleton, batches):
+        assert torch.equal(output, expected[batch][block.index])
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 

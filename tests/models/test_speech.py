@@ -11,7 +11,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from test_encoders import as_transformers_loads_it
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 import secateur
+from plain_forwards import as_transformers_loads_it
 from secateur.errors import CalibrationError
 from secateur.files.checkpoint import Checkpoint
 from secateur.record.verify import verify

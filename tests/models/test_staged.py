@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_encoders import as_transformers_loads_it, block_outputs
 from torch import Tensor, nn
 
 import secateur
 import tiny
+from plain_forwards import as_transformers_loads_it, block_outputs, streamed
 from secateur.files.checkpoint import Checkpoint
-from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import open_model
-from secateur.models.shape.skeleton import loaded
 from secateur.record.verify import verify
 
 
@@ -27,18 +25,9 @@ def test_replay_is_the_forward_with_one_block_in_memory(name: str, tmp_path: Pat
     assert [len(stack.blocks) for stack in skeleton.stacks] == list(model.config.depths)
     batches, paths = [images[:2], images[2:]], [block.path for block in skeleton.blocks]
     expected = [block_outputs(model, paths, batch) for batch in batches]
-    skeleton.load_outside(head=False)
-    stream = Stream(skeleton, batches)
-    skeleton.unload_outside()
-    with torch.no_grad():
-        for block in skeleton.blocks:
-            stream.reach(block)
-            assert all(parameter.is_meta for parameter in skeleton.model.parameters())
-            with loaded(skeleton, block, skeleton.read(block)):
-                for batch in range(len(batches)):
-                    output, own = stream.run(block, batch), expected[batch][block.index]
-                    stream.states.put(batch, output)
-                    assert float((output - own).norm()) <= 1e-6 * float(own.norm()), block.path
+    for block, batch, output in streamed(skeleton, batches):
+        own = expected[batch][block.index]
+        assert float((output - own).norm()) <= 1e-6 * float(own.norm()), block.path
 
 
 def magnitudes(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:

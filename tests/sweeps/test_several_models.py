@@ -53,6 +53,10 @@ def test_each_model_is_swept_as_by_itself(models: list[Path], options: dict[str,
         for cell in sweep.cells:
             assert float(rows[f"{cell.method}, {cell.pattern}"][column]) == round(cell.figures[data]["perplexity"], 2)
     assert r"\begin{tabular}{lrr}" in (tmp_path / "out/table.tex").read_text()
+    shown = repr(found).splitlines()
+    assert [line.split(":")[0] for line in shown[:2]] == ["model", "second"]
+    assert shown[-2].startswith(f"  model: dense {rows['dense'][0].strip()}, ")
+    assert found._repr_html_().count("<table") == 1
 
 
 def test_the_command(call: Call, models: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
