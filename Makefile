@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 SECONDS_EACH ?= 60
 DEMO := $(VENV)/demo-ready
 
-.PHONY: help demo test test-slow test-browser test-sanitizers test-valgrind test-lowest test-newest fuzz release-check docs audit check format benchmarks clean
+.PHONY: help demo test test-slow test-browser test-sanitizers test-valgrind test-lowest test-newest fuzz release-check docs audit check lint types security format benchmarks clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -71,14 +71,18 @@ docs: $(READY)  ## The documentation as a site, in build/site
 audit: $(READY)  ## Known vulnerabilities of the dependencies, as far as the index of PyPI can be asked
 	$(BIN)/python .ci/audit $(BIN)/python
 
-check: $(READY)  ## Linters, types, import rules, security, links of the documentation
+check: lint types security docs audit  ## Linters, types, import rules, security, links of the documentation; quicker with `make -j2`
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: $(READY)
+	$(BIN)/mypy
+
+security: $(READY)
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src native
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	$(BIN)/python .ci/audit $(BIN)/python
 
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .
