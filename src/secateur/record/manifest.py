@@ -336,5 +336,5 @@ def mask_digest(kept: Tensor) -> str:
 
 def view_of(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
     """The (out, in) view of a checkpoint tensor that a matrix's entry in the manifest names."""
-    view = tensor if entry["index"] is None else tensor[entry["index"]]
+    view = (tensor if entry["index"] is None else tensor[entry["index"]]).flatten(1)
     return view.t() if entry["transposed"] else view

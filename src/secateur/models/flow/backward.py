@@ -46,7 +46,7 @@ class GradientTap(BackwardTap):
         self._norms = sorted(norms, reverse=True)  # l1 overwrites the gradient with its absolute value, so it is last
         self._granularity = granularity
         self.sums: dict[tuple[str, Norm], GradientSums] = {
-            (name, norm): GradientSums(parameter, norm)
+            (name, norm): GradientSums(parameter.flatten(1) if parameter.dim() > 3 else parameter, norm)
             for name, (parameter, _) in parameters.items()
             for norm in self._norms
         }

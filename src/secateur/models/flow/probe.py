@@ -19,7 +19,7 @@ from secateur.models.shape.structure import Block, embeddings_of
 
 
 class Probe:
-    """A forward on two tokens or one image, in which one block of each class and stack runs.
+    """A forward on two tokens or one image, in which one block of each class and stack runs, of maps one of each shape.
 
     It goes to its end, or to a head that is not loaded. `carriers` are the numbers of blocks, each the first of its
     stack, that make something beside hidden states for all blocks after them, such as T5's position biases. Raises
@@ -31,6 +31,7 @@ class Probe:
         self._skeleton = skeleton
         self._predicting = predicting
         self._structures: dict[tuple[int, type[nn.Module]], Structure] = {}
+        self._seen: set[tuple[Any, ...]] = set()  # class and shapes of what blocks have run
         self.carriers: set[int] = set()
         self._called: list[int] = []
         self._passed: list[Tensor] = []
@@ -74,11 +75,15 @@ class Probe:
         if block is not stack.blocks[0]:
             self._check_unchanged(stack.path, index, states)
             self._check_carried(block, states, call)
-        if self._kind(block) not in self._structures:
+        is_map = states.ndim == 4  # of channels: each block can make another number of them
+        alike = (self._kind(block), *(tuple(parameter.shape) for parameter in block.module.parameters()))
+        if self._kind(block) not in self._structures or (is_map and alike not in self._seen):
+            self._seen.add(alike)
             made, whole = self._returned(block, states, call)
-            self._structures[self._kind(block)] = whole.without_tensors()
+            self._structures.setdefault(self._kind(block), whole.without_tensors())
             if block is stack.blocks[0]:
                 self._first = block, call, states, whole
+            if block is stack.blocks[0] or is_map:
                 states = made  # whose width can be another
         self._passed = [states]
         first = self._first

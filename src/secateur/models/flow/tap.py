@@ -5,7 +5,7 @@ that is multiplied is recognised by its storage instead, whichever module or fun
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +35,15 @@ class Product:
     """One multiplication with a parameter, or with a part of one."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     transposed: bool  # the module stores (in, out)
     weight: Tensor  # what was multiplied: the parameter, a slice of it, or a transposed view
     contracted: int  # the dimension of `weight` that runs over the inputs
     x: Tensor  # (..., in)
     is_left: bool  # weight @ x.T rather than x @ weight
+    is_convolution: bool = (
+        False  # parameter and weight are (out, in * height * width), and x (images, places, the same)
+    )
 
     @property
     def batched(self) -> bool:
@@ -61,9 +64,10 @@ class ProductTap(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
         """`parameters`: name -> (parameter, whether the module stores it (in, out))."""
         super().__init__()
-        self._targets: dict[int, list[tuple[str, nn.Parameter, bool]]] = {}
+        self._targets: dict[int, list[tuple[str, Tensor, bool]]] = {}
         for name, (parameter, transposed) in parameters.items():
-            self._targets.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter, transposed))
+            flat = parameter.detach().flatten(1) if parameter.dim() > 3 else parameter
+            self._targets.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, flat, transposed))
 
     def before(self, product: Product) -> None:
         """Told of a multiplication that is about to be performed."""
@@ -80,13 +84,19 @@ class ProductTap(TorchFunctionMode):
         if product is None:
             return func(*args, **kwargs)
         self.before(product)
-        return self.after(product, func(*args, **kwargs), float(kwargs.get("alpha", 1)))
+        result = func(*args, **kwargs)
+        if product.is_convolution:  # what it makes of a place is a row, as it is of a token
+            rows = self.after(product, result.flatten(2).transpose(1, 2), 1.0)
+            return rows.transpose(1, 2).reshape(result.shape)
+        return self.after(product, result, float(kwargs.get("alpha", 1)))
 
     def product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
         """The multiplication that a torch function performs with one of the parameters, if it does.
 
         Raises `ModelStructureError` when it does not run along the parameter's inputs.
         """
+        if name == "conv2d":
+            return self._convolution(*args, **kwargs)
         if name not in MULTIPLICATIONS:
             return None
         named = ("input", "mat1", "batch1", "mat2", "batch2", "other", "weight")
@@ -109,12 +119,53 @@ class ProductTap(TorchFunctionMode):
             return product
         return None
 
-    def _target(self, weight: Tensor) -> tuple[str, nn.Parameter, bool] | None:
+    def _convolution(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Product | None:
+        target = None if weight.device.type == "meta" else self._target(weight)
+        if target is None:
+            return None
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        patches = _patches(images.detach(), weight.shape[2:], stride, padding, dilation)
+        return Product(*target, weight.flatten(1), 1, patches, is_left=False, is_convolution=True)
+
+    def _target(self, weight: Tensor) -> tuple[str, Tensor, bool] | None:
         for target in self._targets.get(weight.untyped_storage().data_ptr(), ()):
             start = target[1].storage_offset()
             if start <= weight.storage_offset() < start + target[1].numel():
                 return target
         return None
+
+
+def _patches(
+    images: Tensor,
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+) -> Tensor:
+    """What a kernel multiplies at each place it takes: (images, places, in * height * width)."""
+    stride, dilation = _pair(stride), _pair(dilation)
+    if padding == "same":
+        total = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
+        (above, left), (below, right) = [n // 2 for n in total], [n - n // 2 for n in total]
+        images, padding = nn.functional.pad(images, (left, right, above, below)), 0
+    around = _pair(0 if isinstance(padding, str) else padding)
+    if (*kernel, *stride, *around) == (1, 1, 1, 1, 0, 0):
+        return images.flatten(2).transpose(1, 2)
+    return nn.functional.unfold(images, tuple(kernel), dilation, around, stride).transpose(1, 2)
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else (value[0], value[-1])
+    return first, second
 
 
 def _check_inputs(product: Product) -> None:
@@ -181,7 +232,7 @@ class InputTap(ProductTap):
         self.leader: dict[Key, Key] = {}  # in the order of the products
         self.calls: dict[Key, int] = {}  # products of this forward
         self._count = len(parameters)
-        self._can_stop = all(parameter.dim() == 2 for parameter, _ in parameters.values())
+        self._can_stop = all(parameter.dim() != 3 for parameter, _ in parameters.values())
         # Memory: a few inputs are kept alive, just long enough for the other matrices that read the same one.
         self._recent: deque[tuple[Tensor, int, Key]] = deque(maxlen=4)
         self._updates: dict[Key, int] = {}

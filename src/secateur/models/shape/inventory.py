@@ -1,5 +1,6 @@
 """Which matrices of a model are prunable, block by block, and why every other tensor is not."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ def inventory(skeleton: "Skeleton") -> list[tuple[list[Matrix], dict[str, str]]]
             for name, places in placed.items():
                 shape = skeleton.source.shape(name)
                 fused = len(shape) == 3
+                if len(shape) > 3:  # a convolution
+                    shape = (shape[0], math.prod(shape[1:]))
                 for index, place in enumerate(places):
                     matrix = Matrix(
                         name=f"{name}.{index}" if fused else name,

@@ -1,13 +1,13 @@
 """Every prunable weight as an (out, in) matrix.
 
-What is prunable is read off the module: linear layers, transposed `Conv1D`, and fused expert tensors, one matrix per
-expert.
+What is prunable is read off the module: linear layers, transposed `Conv1D`, fused expert tensors, one matrix per
+expert, and two-dimensional convolutions, (out, in * height * width), which multiply the patches of their input.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,12 @@ class Matrix(Placement):
         """The matrix as an (out, in) view of its checkpoint tensor."""
         value = tensors[self.tensor]
         value = value if self.index is None else value[self.index]
+        value = value.flatten(1)
         return value.t() if self.transposed else value
 
     def of_parameter(self, value: Tensor, transposed: bool) -> Tensor:
         """The (out, in) part of a tensor laid out like the parameter, which stores (in, out) when `transposed`."""
-        value = value if self.expert is None else value[self.expert]
+        value = (value if self.expert is None else value[self.expert]).flatten(1)
         value = value.t() if transposed else value
         value = value if self.rows is None else value[self.rows.to(value.device)]
         return value if self.columns is None else value[:, self.columns.to(value.device)]
@@ -46,6 +47,7 @@ class Matrix(Placement):
     def place(self, value: Tensor, parameter: Tensor, transposed: bool) -> None:
         """Write an (out, in) value where `of_parameter` reads it from a tensor laid out like the parameter."""
         part = parameter if self.expert is None else parameter[self.expert]
+        part = part.view(len(part), -1)
         part = part.t() if transposed else part
         if self.rows is None and self.columns is None:
             part.copy_(value)
@@ -92,6 +94,11 @@ def prunable_parameters(block: nn.Module, experts: int | None) -> tuple[dict[str
                 left_out[name] = "router"
             elif isinstance(module, nn.Linear) and leaf == "weight":
                 planned[name] = False
+            elif _is_plain_convolution(module) and leaf == "weight":
+                if module.groups == 1:
+                    planned[name] = False
+                else:  # such as depthwise ones: each group has inputs of its own, few of them
+                    left_out[name] = "convolution in groups"
             elif class_name in TRANSPOSED_CLASSES and leaf == "weight":
                 planned[name] = True
             elif parameter.dim() == 3 and (hasattr(module, "is_transposed") or "expert" in class_name.lower()):
@@ -128,6 +135,16 @@ def _is_router(module_name: str, module: nn.Module, parameter: nn.Parameter, exp
     # A plain linear layer called `gate` may be a projection; a router has one output per expert.
     is_plain = isinstance(module, nn.Linear) and parameter.shape[0] not in (1, experts)
     return module_name.rpartition(".")[2] in ROUTER_NAMES and not is_plain
+
+
+def _is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module convolves with its weight as it is: some standardise it first."""
+    own = type(module)
+    return (
+        isinstance(module, nn.Conv2d)
+        and own.forward is nn.Conv2d.forward
+        and getattr(own, "_conv_forward", None) is nn.Conv2d._conv_forward
+    )
 
 
 def numbered_experts(config: Any) -> int | None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from secateur.models.shape.skeleton import Source
 
 
+Modules = nn.ModuleList | nn.Sequential
+
+
 @dataclass(frozen=True)
 class Block:
     """One block: its position among all blocks of the model, its path in the model, its module."""
@@ -77,7 +80,7 @@ def _size(named: tuple[str, nn.Module]) -> int:
     return sum(parameter.numel() for parameter in named[1].parameters())
 
 
-def _stages(tower: nn.Module, path: str, modules: nn.ModuleList) -> list[tuple[str, nn.ModuleList]]:
+def _stages(tower: nn.Module, path: str, modules: nn.ModuleList) -> list[tuple[str, Modules]]:
     """The stacks in a list of stages, whose blocks differ in width (Swin, ConvNeXt); a list of blocks is one itself.
 
     Stages are those whose numbers of blocks are the `depths` that the configuration names.
@@ -85,12 +88,12 @@ def _stages(tower: nn.Module, path: str, modules: nn.ModuleList) -> list[tuple[s
     depths = getattr(getattr(tower, "config", None), "depths", None)
     if not isinstance(depths, list | tuple) or len(depths) != len(modules):
         return [(path, modules)]
-    found: list[tuple[str, nn.ModuleList]] = []
+    found: list[tuple[str, Modules]] = []
     for number, depth in enumerate(depths):
         inside = [
             (f"{path}.{number}.{name}".strip("."), own)
             for name, own in modules[number].named_modules()
-            if isinstance(own, nn.ModuleList) and len(own) == depth
+            if isinstance(own, nn.ModuleList | nn.Sequential) and len(own) == depth
         ]
         if not inside:
             return [(path, modules)]
