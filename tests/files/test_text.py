@@ -155,6 +155,7 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interprete
         yield own
 
 
+@pytest.mark.slow
 def test_in_a_locale_of_seven_bits(model: Path, interpreter: Interpreter, tmp_path: Path) -> None:  # noqa: F811
     text = "Il était une fois une petite fille – elle aimait lire. " * 40
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8")
@@ -205,6 +206,7 @@ def test_output_of_an_interpreter_that_nobody_takes(tmp_path: Path) -> None:
     assert (piped.returncode in (0, 141), piped.stderr) == (True, "")
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed(interpreter: Interpreter, place: Path, tmp_path: Path) -> None:
     """Also from the start, as files that an interpreter opens on its way may get the numbers of the streams."""
     options: dict[str, Any] = {"cwd": place, "env": {"SECATEUR_CACHE": str(tmp_path)}}
