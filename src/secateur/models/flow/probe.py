@@ -36,6 +36,7 @@ class Probe:
         self._called: list[int] = []
         self._passed: list[Tensor] = []
         self._first: tuple[Block, Call, Tensor, Structure] | None = None  # of the stack at hand
+        self._of_images = isinstance(batch, Tensor) and batch.ndim == 4
         self._run(shortest(skeleton.model, batch).to(skeleton.device))
 
     def structure(self, block: Block) -> Structure:
@@ -75,7 +76,7 @@ class Probe:
         if block is not stack.blocks[0]:
             self._check_unchanged(stack.path, index, states)
             self._check_carried(block, states, call)
-        is_map = states.ndim == 4  # of channels: each block can make another number of them
+        is_map = self._of_images and states.ndim == 4  # of channels: each block can make another number of them
         alike = (self._kind(block), *(tuple(parameter.shape) for parameter in block.module.parameters()))
         if self._kind(block) not in self._structures or (is_map and alike not in self._seen):
             self._seen.add(alike)
