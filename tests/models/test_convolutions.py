@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BitConfig,
+    BitModel,
+    EfficientNetConfig,
+    EfficientNetModel,
+    LevitConfig,
+    LevitModel,
+    MobileNetV1Config,
+    MobileNetV1Model,
     MobileNetV2Config,
     MobileNetV2Model,
+    PoolFormerConfig,
+    PoolFormerModel,
     PreTrainedConfig,
     PreTrainedModel,
     RegNetConfig,
@@ -22,6 +32,7 @@ from transformers import (
 import secateur
 import tiny
 from plain_forwards import as_transformers_loads_it, block_outputs, streamed
+from secateur.errors import ModelStructureError, PatternError
 from secateur.files.checkpoint import Checkpoint
 from secateur.models.flow.backward import GradientTap
 from secateur.models.flow.tap import InputRecorder
@@ -159,18 +170,30 @@ OF_CONVOLUTIONS: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
         RegNetConfig(embedding_size=8, hidden_sizes=[16, 32, 32], depths=[1, 2, 1], groups_width=8),
     ),
     "mobilenet_v2": (MobileNetV2Model, MobileNetV2Config(image_size=32, depth_multiplier=0.25)),
+    "mobilenet_v1": (MobileNetV1Model, MobileNetV1Config(image_size=32, depth_multiplier=0.25)),
+    "efficientnet": (
+        EfficientNetModel,
+        EfficientNetConfig(image_size=32, width_coefficient=0.5, depth_coefficient=0.5, hidden_dim=640),
+    ),
+    "poolformer": (PoolFormerModel, PoolFormerConfig(hidden_sizes=[8, 16, 16, 16], depths=[1, 2, 1, 1])),
+    "levit": (
+        LevitModel,
+        LevitConfig(
+            image_size=64, hidden_sizes=[16, 32, 32], depths=[1] * 3, num_attention_heads=[2] * 3, key_dim=[8] * 3
+        ),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", OF_CONVOLUTIONS)
+@tiny.by_turns(OF_CONVOLUTIONS, 0)
 def test_models_of_convolutions(name: str, tmp_path: Path) -> None:
     """Their replay is their own forward, with one block in memory, and what is pruned is verified."""
     kind, config = OF_CONVOLUTIONS[name]
     torch.manual_seed(0)
     model = kind(config).eval()
-    for key, value in model.named_buffers():
-        if key.endswith("running_var"):
-            value.uniform_(0.5, 1.5)
+    for key, value in [*model.named_parameters(), *model.named_buffers()]:
+        if "norm" in key or key.endswith("running_var"):  # nothing is left of an image where all norms are new
+            value.data.copy_(torch.rand(value.shape) + 0.5)
     model.save_pretrained(tmp_path / "model")
     images = tiny.pixels(3, size=64)
     batches, skeleton = [images[:2], images[2:]], open_model(tmp_path / "model").skeleton
@@ -185,6 +208,27 @@ def test_models_of_convolutions(name: str, tmp_path: Path) -> None:
     (found,) = secateur.similarity(tmp_path / "model", [tmp_path / "out"], images)
     pruned = as_transformers_loads_it(tmp_path / "out")
     with torch.no_grad():
-        last = [getattr(own, "resnet", own)(images)[0].double().flatten(2) for own in (plain, pruned)]
-    cosine = nn.functional.cosine_similarity(*last, dim=1)
+        last = [getattr(own, "resnet", own)(images)[0].double() for own in (plain, pruned)]
+    last = [own.flatten(2).transpose(1, 2) if own.ndim == 4 else own for own in last]
+    cosine = nn.functional.cosine_similarity(*last, dim=-1)
     assert found.cosine == pytest.approx(float(cosine.mean()), rel=1e-6)
+
+
+def test_targets_that_are_those_of_tokens(tmp_path: Path) -> None:
+    """A spatial reduction in a block of tokens is no writer to them; where all adds to maps there is none."""
+    how: dict[str, Any] = {"method": "sparsegpt", "within": "site", "targets": "residual"}
+    source = tiny.save("pvt", tmp_path / "pvt")
+    secateur.prune(source, calibration=tiny.pixels(4, size=32), output=tmp_path / "out", **how)
+    assert verify(tmp_path / "out", Checkpoint(source)).ok
+    kind, config = OF_CONVOLUTIONS["resnet"]
+    kind(config).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ModelStructureError, match=r"--targets residual: no matrix of resnet\.encoder"):
+        secateur.prune(tmp_path / "resnet", calibration=tiny.pixels(4, size=64), output=tmp_path / "none", **how)
+
+
+def test_a_model_without_any_matrix(tmp_path: Path) -> None:
+    """BiT standardises its weights before they multiply."""
+    config = BitConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], num_groups=8)
+    BitModel(config).save_pretrained(tmp_path / "bit")
+    with pytest.raises(PatternError, match="nothing is left to prune"):
+        secateur.prune(tmp_path / "bit", method="magnitude", output=tmp_path / "out")

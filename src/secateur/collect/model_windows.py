@@ -336,9 +336,9 @@ def _check_fits(windows: Windows, opened: OpenedModel, option: str = "--length")
         )
 
 
-def _say_fewer(windows: Samples, what: str, asked: int | None) -> None:
-    if asked is not None and windows.samples < asked:
-        _log.warning("%s of the %s %s asked for: there are no more.", f"{windows.samples:,}", f"{asked:,}", what)
+def _say_fewer(samples: Samples, what: str, asked: int | None) -> None:
+    if asked is not None and samples.samples < asked:
+        _log.warning("%s of the %s %s asked for: there are no more.", f"{samples.samples:,}", f"{asked:,}", what)
 
 
 def is_text(source: Any) -> bool:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur.calibration.windows import Windows
@@ -197,14 +198,23 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
     """
     kinds = {index: frozenset(matrix.kind for matrix in own) for index, own in by_block(planned).items()}
     alike = {found: skeleton.blocks[index] for index, found in reversed(kinds.items())}
+    tried = {block.index for block in alike.values()}
+    batch = skeleton.trial_batch(1, TRIAL_TOKENS)
+    images = batch.ndim == 4  # what a block makes of one can have another shape, which the next one needs
     skeleton.load_outside(head=False)
-    stream = Stream(skeleton, [skeleton.trial_batch(1, TRIAL_TOKENS)])
+    stream = Stream(skeleton, [batch])
     some = False
     try:
-        for block in sorted(alike.values(), key=lambda block: block.index):
+        for block in skeleton.blocks[: max(tried) + 1]:
+            if not images and block.index not in tried:
+                continue
             stream.reach(block)
             with loaded(skeleton, block, skeleton.read(block)):
-                writers = residual_writers(block, by_block(skeleton.matrices)[block.index], stream)
+                own = by_block(skeleton.matrices)[block.index] if block.index in tried else []
+                writers = residual_writers(block, own, stream)
+                if images:
+                    with torch.no_grad():
+                        stream.states.put(0, stream.run(block, 0))
             some = some or bool(writers)
             if any(matrix.name in writers for matrix in planned):
                 return

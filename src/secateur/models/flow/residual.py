@@ -87,14 +87,18 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
     """Those of all matrices of a loaded block that write to the residual stream, by name; experts never do.
 
     Found by one forward of the first batch. Between a matrix and the sum may lie dropout, reshaping and multiplication
-    with a constant, but no norm, gate or router.
+    with a constant, but no norm, gate or router. Convolutions add to a map of channels, which is no row for each token.
     """
     parameters, _ = tapped(block, matrices)
     weights = {f"{block.path}.{name}": value for name, value in block.module.named_parameters()}
     others = [value for name, value in weights.items() if value.dim() > 1 and name not in parameters]
     states = stream.states.get(0, stream.device).detach().requires_grad_()
     width = states.shape[-1]
-    candidates = {m.name: m.parameter for m in matrices if m.expert is None and m.rows is None and m.shape[0] == width}
+    candidates = {
+        m.name: m.parameter
+        for m in matrices
+        if m.expert is None and m.rows is None and m.shape[0] == width and parameters[m.parameter][0].dim() == 2
+    }
     cut = _Cut(parameters, others, set(candidates.values()))
     paths = [path for path, _ in block.module.named_modules() if path]
     with torch.enable_grad(), cut, first_inputs(block.module, paths) as inputs:
@@ -124,7 +128,7 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
         for name, part in zip(single, parts, strict=True):
             factor = _constant(part, signs)
             if in_stream and factor and name not in found:
-                added = factor * cut.results[candidates[name]][0].view_as(value)
+                added = factor * cut.results[candidates[name]][0].reshape(value.shape)
                 # The latest one: an earlier one is as good only while nothing is added in between.
                 bases = (place for place, own in reversed(places.items()) if _sums_to(own, added, value))
                 found[name] = ResidualWriter(at, factor, next(bases, None))
@@ -138,7 +142,7 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
 
 def _sums_to(one: Tensor, other: Tensor, value: Tensor) -> bool:
     """Whether the value is the sum of both, to the last bit."""
-    return one.numel() == value.numel() and torch.equal(one.view_as(value) + other, value)
+    return one.numel() == value.numel() and torch.equal(one.reshape(value.shape) + other, value)
 
 
 def _constant(derivative: Tensor | None, signs: Tensor) -> float:

@@ -58,6 +58,11 @@ class Product:
         return int(self.weight.storage_offset() - self.parameter.storage_offset()) // self.parameter.stride(0)
 
 
+def as_multiplied(parameter: Tensor) -> Tensor:
+    """A parameter as it multiplies: that of a convolution as (out, in * height * width), any other as it is."""
+    return parameter.detach().flatten(1) if parameter.dim() > 3 else parameter
+
+
 class ProductTap(TorchFunctionMode):
     """Finds the multiplications with given parameters while it is active, for `before` and `after`."""
 
@@ -66,8 +71,8 @@ class ProductTap(TorchFunctionMode):
         super().__init__()
         self._targets: dict[int, list[tuple[str, Tensor, bool]]] = {}
         for name, (parameter, transposed) in parameters.items():
-            flat = parameter.detach().flatten(1) if parameter.dim() > 3 else parameter
-            self._targets.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, flat, transposed))
+            target = (name, as_multiplied(parameter), transposed)
+            self._targets.setdefault(parameter.untyped_storage().data_ptr(), []).append(target)
 
     def before(self, product: Product) -> None:
         """Told of a multiplication that is about to be performed."""

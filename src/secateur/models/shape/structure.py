@@ -42,8 +42,8 @@ class Stack:
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The stacks of a model in the order of its forward: of the encoder and the decoder, or the one that it has.
 
-    A stack is the `ModuleList` with most parameters, or what lies in its stages. Raises `ModelStructureError` where
-    there is none.
+    A stack is the `ModuleList` with most parameters, or the lists and sequences in its stages. Raises
+    `ModelStructureError` where there is none.
     """
     stacks: list[Stack] = []
     for tower in towers_of(model):
