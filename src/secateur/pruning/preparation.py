@@ -210,8 +210,9 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
                 continue
             stream.reach(block)
             with loaded(skeleton, block, skeleton.read(block)):
-                own = by_block(skeleton.matrices)[block.index] if block.index in tried else []
-                writers = residual_writers(block, own, stream)
+                writers = {}
+                if block.index in tried:
+                    writers = residual_writers(block, by_block(skeleton.matrices)[block.index], stream)
                 if images:
                     with torch.no_grad():
                         stream.states.put(0, stream.run(block, 0))
