@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import tiny
 from command_line import process
 from process_groups import die_at, group
 from pruned_blocks import pruned_model
+from secateur.collect.exempt import Exempt
 from secateur.collect.survey import computing
 from secateur.errors import CalibrationError, CheckpointError, NumericalError, PatternError, ProcessError
 from secateur.launched import Launched, launched
@@ -143,8 +145,27 @@ def test_gradients(scope: Any, tmp_path: Path) -> None:
     expected = take(0, tmp_path / "alone")
     for count in (2, 3):
         for found in group(count, lambda rank, count=count: take(rank, tmp_path / str(count))):
+            assert isinstance(found, dict), found
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_slow_process_finds_its_gradients(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+
+    def take(rank: int) -> Any:
+        add = Exempt.add
+
+        def late(exempt: Exempt, found: Any) -> None:
+            time.sleep(0.5)
+            add(exempt, found)
+
+        if rank:
+            Exempt.add = late  # type: ignore[method-assign]
+        return secateur.gradients(model, output=tmp_path / "out", calibration=ids(), batch_size=2).matrices
+
+    one, other = group(2, take)
+    assert one == other
 
 
 def test_evaluations(tmp_path: Path) -> None:

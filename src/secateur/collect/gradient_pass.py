@@ -269,12 +269,17 @@ def collect(
         if written is not None:
             written.abandon()
     exempt.add(processes.gather(exempt.to_json())[0])
-    if not target.exists():
-        raise CheckpointError(
-            f"{target}: process {processes.rank} does not see what process 0 has written there. All processes need a "
-            "file system in common for the output."
+    file, unseen = None, None
+    try:
+        file = GradientFile(target)
+    except CheckpointError as error:
+        unseen = CheckpointError(
+            f"process {processes.rank} does not see what process 0 has written there. All processes need a file system "
+            f"in common for the output. ({error})"
         )
-    return GradientFile(target)
+    processes.gather(None, unseen)  # the first process moves the file away when all have looked
+    assert file is not None
+    return file
 
 
 def _go_on(journal: Journal, provenance: dict[str, Any]) -> tuple[dict[str, Any], int]:
