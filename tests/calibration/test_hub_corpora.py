@@ -210,6 +210,12 @@ def test_the_text_where_none_is_named(offline, call, caplog):  # noqa: F811
     assert found.json["data"] == "python-docs"
     assert "wikitext2 is not on this machine" in caplog.text
     assert call("compare", model, out, "--length", "32", "--windows", "2").out.count("python-docs") == 1
+    recovered = ("--length", "32", "--held-out", "2")
+    assert call("recover", out, "-o", out.with_name("full"), "-m", "full", "--steps", "1", *recovered).code == 0
+    assert call("recover", out, "-o", out.with_name("block"), "-m", "block", "--samples", "4", *recovered).code == 0
+    assert read_manifest(out.with_name("full")).recovery["data"]["name"] == "python-docs"
+    (source,) = read_manifest(out.with_name("block")).recovery["calibration"]["sources"]
+    assert source["corpus"] == "python-docs"
     named = call("eval", out, "--data", "wikitext2")
     assert (named.code, named.message.startswith("Error: wikitext2: needs the Hugging Face Hub")) == (2, True)
     default_text.cache_clear()

@@ -13,8 +13,10 @@ from torch import nn
 from transformers import set_seed
 
 from secateur.calibration.documents import Corpus
+from secateur.calibration.hub import default_text
 from secateur.calibration.packing import training_windows
 from secateur.calibration.windows import check_fits, check_predictions
+from secateur.collect.settings import AUTO
 from secateur.errors import CheckpointError
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.files.digest import model_digest
@@ -74,6 +76,8 @@ def fine_tune(settings: RecoverSettings) -> Recovery:
     asked_length, settings = settings.length, with_preset(settings)
     method, progress = settings.method, settings.tell
     data: Any = settings.data
+    if isinstance(data, str) and data == AUTO:
+        data = default_text("calibration")
     require_one_process()
     if method != "full":
         require_peft(f"--method {method}")

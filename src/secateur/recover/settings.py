@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from secateur.collect.settings import (
+    AUTO,
     HOW,
     BatchSettings,
     BosChoice,
@@ -124,8 +125,10 @@ class RecoverSettings(DeviceSettings):
     temperature: Annotated[float, Option(TRAIN, "Of both predictions there [default: 1].", positive=True)] = PRESET
     data: Annotated[
         TrainingText,
-        Option(TEXT, "Text to train on: as --calibration of prune. A part of its windows is held out.", "-d"),
-    ] = "c4"
+        Option(
+            TEXT, "Text to train on: as --calibration of prune, auto included. A part of its windows is held out.", "-d"
+        ),
+    ] = AUTO
     length: Annotated[
         int,
         Option(TEXT, "Tokens in each window [default: 1024, or what the model takes; block: 2048].", "-l", least=2),
