@@ -83,7 +83,10 @@ def test_a_task_is_added_and_what_was_answered_stays(options: dict[str, Any], tm
     assert not (output / "tasks.csv").exists()
     assert all(cell.tasks == {} for cell in first.cells)
     second = secateur.sweep(**options, tasks=["boolq"], limit=5, output=output)
-    third = secateur.sweep(**options, tasks=["arc_easy"], limit=5, output=output)
+    estimates: list[Any] = []
+    third = secateur.sweep(**options, tasks=["arc_easy"], limit=5, output=output, on_estimate=estimates.append)
+    (note,) = (note for note in estimates[0].notes if "tasks" in note)
+    assert note.startswith("The time is without tasks (arc_easy), which 2 models answer: ")
     assert [list(cell.tasks) for cell in third.cells] == [["boolq", "arc_easy"]]
     assert list(third.dense_tasks) == ["boolq", "arc_easy"]
     for before, after in zip(second.cells, third.cells, strict=True):

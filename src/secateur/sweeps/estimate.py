@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,13 @@ def estimate_sweep(loop: "SweepLoop", opened: OpenedModel, options: Mapping[str,
     if disk > free:
         notes.append("This needs more disk than is free now: use --keep none, or another folder.")
     notes += dict.fromkeys(note for own in alone.values() for note in own.notes if "Gram" not in note)
+    asked = [loop.unanswered(task.cell) for task in tasks if refusals[task.cell.folder] is None]
+    if names := dict.fromkeys(chain.from_iterable(asked)):
+        count = sum(map(bool, asked)) + bool(names.keys() - loop.known_answers.keys())
+        notes.append(
+            f"The time is without tasks ({', '.join(names)}), which {count} models answer: how long that takes depends "
+            "on questions that are not loaded yet."
+        )
     some = next(iter(alone.values()), None)
     if loop.asked.ray is not False:
         notes.append("On Ray, each further cell that runs at once takes as much memory, and the disk of a checkpoint.")
