@@ -271,7 +271,7 @@ def test_a_table_with_empty_cells_sorts_them_last(show, sweep_file):
 
     folder = sweep_file.parents[1]
     content = json.loads((folder / "sweep.json").read_text())
-    content["cells"][1]["status"] = "failed"
+    content["cells"][1] |= {"status": "failed", "figures": {}}
     (folder / "sweep.json").write_text(json.dumps(content))
     page = show(build_sweep(folder))
     heading = page.locator("#grid-1 thead th >> nth=2 >> button")
