@@ -1,7 +1,9 @@
 """Every command in a block of a page can be given; those of marked blocks are run, page by page, on little text."""
 
+import random
 import re
 import shlex
+import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +11,23 @@ import pytest
 from cyclopts import CycloptsError
 
 import secateur
+import tiny
 from command_line import Call, save_model
+from hub_server import Hub, Repository
 from real_data import some_docs
 from secateur import cli
+from task_files import boolq, lines
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- Every command in this block is run by a test\. -->\n)?^```\w*\n(.*?)^```$", re.M | re.S)
-MARKED = {"allocations.md", "evaluation.md", "methods.md", "packed.md", "recovery.md", "where-it-runs.md"}
+FILE = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```$", re.M | re.S)
+MARKED = {
+    *("allocations.md", "evaluation.md", "methods.md", "own-method.md", "packed.md", "recovery.md", "report.md"),
+    *("sweep.md", "tutorial.md", "where-it-runs.md"),
+}
+OWN_METHOD = ROOT / "docs" / "own-method.md"  # whose file other pages name
+HUB_MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B")
 
 LITTLE = {"--length": "32"}
 TEXT = {"--calibration": some_docs(), "--sampling": "concat", "--samples": "4", **LITTLE}
@@ -27,6 +38,8 @@ INSTEAD = {
     "gradients": TEXT,
     "recover": {"--data": some_docs(), "--held-out": "2", "--steps": "2", "--minutes": "", **LITTLE},
     "compare": {**JUDGED, "--max-nats": "9", "--min-agreement": "0"},
+    "plan": TEXT,
+    "sweep": {**TEXT, "--data": some_docs(), "--eval-length": "32", "--windows": "2"},
     "generate": {"--max-tokens": "4"},
     "bench": {"--prompt": "4", "--decode": "2", "--repetitions": "2"},
 }
@@ -66,6 +79,11 @@ def on_little_text(arguments: list[str]) -> list[str]:
     """The same command with the options that make it take a second."""
     command, *words = arguments
     instead = INSTEAD.get(command, {})
+    if "--tasks" in words:
+        instead = (instead if command == "sweep" else {}) | {"--tasks": "boolq", "--task-data": ".", "--limit": "2"}
+    if "block" in words:
+        instead = {name: value for name, value in instead.items() if name not in ("--steps", "--minutes")}
+        instead["--samples"] = "4"
     shorts = {
         name: argument.name for argument in cli.app[command].assemble_argument_collection() for name in argument.names
     }
@@ -75,6 +93,7 @@ def on_little_text(arguments: list[str]) -> list[str]:
             next(left)
         else:
             kept.append(word)
+    kept = [path for word in kept for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
     given = [word for name, value in instead.items() if value for word in (name, value)]
     again = ["--overwrite"] if "--overwrite" in shorts and "--dry-run" not in kept else []
     return [command, *kept, *given, *again]
@@ -85,15 +104,28 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("documented") / "dense")
 
 
+@pytest.mark.usefixtures("some_tasks")
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name in MARKED], ids=lambda page: page.stem)
 def test_the_marked_commands_run(
-    page: Path, dense: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    page: Path, dense: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("MODEL", "dense", "llama"):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(webbrowser, "open", lambda address: True)
+    for name in ("MODEL", "dense", "llama", "llama-1b", "llama-3b"):
         (tmp_path / name).symlink_to(dense)
-    for name in ("PRUNED", "pruned"):
-        secateur.prune(dense, method=secateur.magnitude(), output=tmp_path / name)
+    for name in HUB_MODELS:
+        hub.repositories[name] = Repository()
+        hub.repositories[name].files().update({file.name: file.read_bytes() for file in dense.iterdir()})
+    published = page.stem == "report"  # what is pushed comes from the hub
+    for name in ("PRUNED", "pruned", "wanda", "gblm"):
+        secateur.prune(HUB_MODELS[-1] if published else dense, method="magnitude", output=tmp_path / name)
+    if page.stem == "recovery":
+        secateur.fine_tune("pruned", "adapter", data=tiny.tokens(8, 16), held_out=2, steps=1, targets=["q_proj"])
+    for name, text in FILE.findall(page.read_text(encoding="utf-8") + OWN_METHOD.read_text(encoding="utf-8")):
+        (tmp_path / name).write_text(text)
+    for part in ("train", "validation"):
+        lines(tmp_path / f"boolq_{part}.jsonl", boolq(random.Random(0), 8))
     found = list(commands(page, marked=True))
     assert found
     for arguments in found:
