@@ -66,7 +66,7 @@ release-check: $(READY)  ## Build sdist and wheel, and check what PyPI will show
 	.ci/release $(BIN)/python
 
 docs: $(READY)  ## The documentation as a site, in build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 audit: $(READY)  ## Known vulnerabilities of the dependencies, as far as the index of PyPI can be asked
 	$(BIN)/python .ci/audit $(BIN)/python
