@@ -38,7 +38,7 @@ from secateur.models.shape.skeleton import Skeleton
 from secateur.models.shape.structure import Block
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest
-from secateur.runs.events import Progress
+from secateur.runs.events import PLACING, Progress
 from secateur.runs.journal import TAKING, AnotherRunError, Journal, Part, common_facts
 from secateur.runs.options import shared, taking
 from secateur.runs.out_of_memory import BatchSize, with_smaller_batches
@@ -91,7 +91,9 @@ def _gradients(
             check_predicts(opened.skeleton.model, opened.skeleton.blocks, "the loss whose gradients are asked for")
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
-        windows = model_windows(opened, settings, progress=partial(settings.tell, "calibrate"))
+        windows = model_windows(
+            opened, settings, progress=partial(settings.tell, "calibrate"), placing=partial(settings.tell, PLACING)
+        )
         chosen = gradient_batch_size(opened.skeleton, windows.length, settings.granularity, size.now)
         facts = _facts(settings, opened, windows, kinds, names)
         processes.agree(facts)

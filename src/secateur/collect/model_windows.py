@@ -54,6 +54,7 @@ def model_windows(
     asked: CalibrationSettings,
     *,
     progress: Progress,
+    placing: Progress = lambda done, total: None,
     known: Mapping[str, Any] | None = None,
     dense: Callable[[], OpenedModel] | None = None,
 ) -> Windows:
@@ -61,7 +62,8 @@ def model_windows(
 
     BOS is where they ask for it. "auto" means as in the papers, unless the first window reads more than 0.1 nats better
     with BOS in front, which means "always". The model itself decides, or the one that `dense` opens; `known` is what
-    was decided and recorded before. That, and fewer samples than asked for, are said in a line each.
+    was decided and recorded before. That, and fewer samples than asked for, are said in a line each. `placing` is
+    called with the blocks that the model has run to decide.
 
     Raises `CalibrationError` for token ids outside its vocabulary, and for windows longer than its positions.
     """
@@ -89,7 +91,7 @@ def model_windows(
         _check_fits(windows, opened)
         return windows
 
-    windows = _placed(draw, asked.bos, known, "calibration", dense or (lambda: opened), text)
+    windows = _placed(draw, asked.bos, known, "calibration", dense or (lambda: opened), text, placing)
     _say_fewer(windows, "samples", asked.samples)
     return windows
 
@@ -102,10 +104,10 @@ def with_default_text(asked: S) -> S:
     return replace(asked, calibration=text, sampling=asked.sampling or ("concat" if text == "python-docs" else None))
 
 
-def model_samples(opened: OpenedModel, asked: CalibrationSettings, *, progress: Progress) -> Samples:
+def model_samples(opened: OpenedModel, asked: CalibrationSettings, *, progress: Progress, placing: Progress) -> Samples:
     """The windows that are asked for, or for a model that reads something else the images, recordings or inputs."""
     if reads_tokens(opened.skeleton.model) and not isinstance(asked.calibration, Mapping | NamedSamples):
-        return model_windows(opened, asked, progress=progress)
+        return model_windows(opened, asked, progress=progress, placing=placing)
     how: dict[str, Any] = {name: getattr(asked, name) for name in ("samples", "length", "seed")}
     return _other_samples(opened, asked.calibration, **how, what="samples")
 
@@ -279,6 +281,7 @@ def _placed(
     name: str,
     model: Callable[[], OpenedModel],
     text: bool,
+    progress: Progress = lambda done, total: None,
 ) -> Windows:
     """Windows with BOS where that word wants it, or where the model reads them better; recorded as `bos`."""
     if not text:
@@ -288,7 +291,7 @@ def _placed(
         return replace(windows, provenance={**windows.provenance, "bos": dict(known)})
     windows, nats = cut("papers" if bos == "auto" else bos), None
     if bos == "auto":
-        nats = bos_nats(model(), windows)
+        nats = bos_nats(model(), windows, progress)
     if nats is not None and nats[1] - nats[0] > BOS_MARGIN:
         windows = cut("always")
     known_nats = [value if math.isfinite(value) else None for value in nats or ()]
@@ -300,7 +303,9 @@ def _placed(
     return windows
 
 
-def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | None:
+def bos_nats(
+    opened: OpenedModel, windows: Windows, progress: Progress = lambda done, total: None
+) -> tuple[float, float] | None:
     """The loss of the first window of text with BOS in front and without, in nats for each of the same tokens.
 
     These are the window's tokens after the first; BOS takes the place of its own first token, or of its last. None
@@ -318,7 +323,13 @@ def bos_nats(opened: OpenedModel, windows: Windows) -> tuple[float, float] | Non
     batches = [torch.cat([torch.tensor([bos]), own]).unsqueeze(0), own.unsqueeze(0)]
     try:
         check_predicts(skeleton.model, skeleton.blocks, "a perplexity")
-        with torch.no_grad(), after_the_last_block(skeleton, batches, offload_states="never") as stream:
+        streamed = after_the_last_block(
+            skeleton,
+            batches,
+            offload_states="never",
+            progress=lambda stage, done, total: progress(done, total) if stage == "blocks" else None,
+        )
+        with torch.no_grad(), streamed as stream:
             losses = [torch.cat(list(stream.losses(batch)), dim=1)[0].double() for batch in range(2)]
     except ModelStructureError:  # what speaks against pruning it, the run itself will say
         return None

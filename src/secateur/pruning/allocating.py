@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from secateur.plans.plan import Plan
 from secateur.plans.uniform import uniform
 from secateur.pruning.named import allocation_of, as_pattern
 from secateur.pruning.settings import AllocateSettings, PruneSettings
-from secateur.runs.events import Progress
+from secateur.runs.events import PLACING, Progress
 from secateur.runs.options import shared, taking
 from secateur.runs.output import check_writable, resolved
 
@@ -60,7 +61,9 @@ def allocate(settings: AllocateSettings) -> Allocated:
     try:
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         plan = uniform(shapes, pattern, only=settings.only, skip=settings.skip)
-        windows = model_windows(opened, settings, progress=lambda done, total: settings.tell("draw", done, total))
+        windows = model_windows(
+            opened, settings, progress=partial(settings.tell, "draw"), placing=partial(settings.tell, PLACING)
+        )
         found = allocated(opened, windows, settings, plan, progress=settings.tell)
     finally:
         opened.restore()

@@ -39,7 +39,7 @@ from secateur.pruning.allocating import check_divisible
 from secateur.pruning.named import resolved
 from secateur.pruning.settings import PropagationSettings, PruneSettings
 from secateur.record.manifest import source_digest
-from secateur.runs.events import Clock, Progress, named
+from secateur.runs.events import PLACING, Clock, Progress, named
 from secateur.runs.options import shared
 from secateur.runs.output import check_output
 from secateur.runs.packing import expected_bytes
@@ -134,7 +134,9 @@ def prepared(
         elif evidence.looks_at_samples or to_allocate:
             progress("calibrate", 0, 0)
             with clock.timed("draw calibration samples"):
-                windows = model_samples(opened, settings, progress=partial(progress, "calibrate"))
+                windows = model_samples(
+                    opened, settings, progress=partial(progress, "calibrate"), placing=partial(progress, PLACING)
+                )
             seen = Foreseen(windows, windows.samples, windows.length, ())
         if to_allocate and not dry:
             assert isinstance(seen.windows, Windows)  # whatever has a loss reads tokens

@@ -38,7 +38,7 @@ from secateur.recover.settings import BlockSettings
 from secateur.recover.written import check_unchanged
 from secateur.runs.checkpoint import checkpoint_output
 from secateur.runs.conveyor import Conveyor, Finished
-from secateur.runs.events import Clock, Event
+from secateur.runs.events import PLACING, Clock, Event
 from secateur.runs.journal import common_facts
 from secateur.runs.options import taking
 from secateur.runs.output import check_output
@@ -115,6 +115,7 @@ def reconstruct(settings: BlockSettings) -> Manifest:
                     trust_remote_code=settings.trust_remote_code,
                 ),
                 progress=lambda done, total: on_event(Event("calibrate", done=done, total=total)),
+                placing=lambda done, total: on_event(Event(PLACING, done=done, total=total)),
             )
         most = settings.batch_size or default_batch_size(windows.length, skeleton.device)
         split = Split.of(windows, settings.held_out, settings.step, most)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+PLACING = "placing BOS"  # while a model is asked whether it reads text better behind it
+
 _IN_BLOCK = re.compile(r"^\S+?\.\d+\.(?=\S)")  # of a matrix, the path of its block: model.layers.3.
 
 
@@ -15,7 +17,8 @@ class Event:
 
     A block that an earlier process has finished has the stages read, forward and replayed.
 
-    Gradients that are taken first have stages of their own, such as "gradients: backward", without a block.
+    Gradients that are taken first have stages of their own, such as "gradients: backward", without a block; so has the
+    choice of where BOS stands, "placing BOS".
     """
 
     stage: str
@@ -32,7 +35,7 @@ class Event:
             return "calibration", self.done, self.total, ""
         if self.stage == "record":
             return "recording calls", self.done, self.total, ""
-        if self.stage.startswith(("gradients", "allocation")):
+        if self.stage.startswith(("gradients", "allocation", PLACING)):
             return self.stage, self.done, self.total, ""
         if not self.blocks:
             return None

@@ -27,6 +27,7 @@ from secateur.core.statistics import Statistic
 from secateur.errors import CheckpointError, SecateurError
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel
+from secateur.runs.events import PLACING
 from secateur.runs.journal import AnotherRunError
 from secateur.runs.options import shared
 from secateur.sweeps.answers import dense_rows, tasks_csv
@@ -138,6 +139,7 @@ class SweepLoop(CellRunner):
                 replace(self.drawing, seed=seed),
                 known=self.settings["bos_choices"].get("calibration"),
                 progress=partial(self._stage, None, "calibration"),
+                placing=partial(self._stage, None, PLACING),
             )
             self._note("calibration" + (f", seed {seed}" if self._suffix(seed) else ""), windows, "calibration")
             self.calibrations[seed] = windows
