@@ -22,7 +22,7 @@ PLAIN = {str(inspect.Parameter.empty): "required", "None": "none", "()": "none",
 def row(field: Field) -> str:
     """One option."""
     text, _, stated = field.option.help.partition(" [default: ")
-    text = text.replace("][", "]\\[")  # [:CONFIG][:SPLIT] is no reference
+    text = text.replace("][", "]\\[").replace("*", "\\*")  # [:CONFIG][:SPLIT] is no reference, and * no emphasis
     default = stated.removesuffix("].") or PLAIN.get(str(field.default), f"`{field.default}`")
     name = field.name.upper() if field.option.panel == ARGUMENTS else field.flag
     names = f"`{name}`" + (f", `{field.option.short}`" if field.option.short else "")

@@ -135,8 +135,11 @@ def test_the_help(call: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> 
     result = call(command, "--help")
     assert (result.code, result.err) == (0, "")
     text = re.sub(r"\x1b\[[0-9;]*m", "", result.out)
+    written = re.sub(r"[│\s]", "", text)
     for name, option in options(command).items():
         assert (f" {name} " in text) == option.show
+        whole = re.sub(r"\s", "", (option.parameter.help or "").replace(r"\*", "*"))
+        assert not option.show or whole.partition("[default:")[0] in written  # Markdown has eaten none of it
         assert (option.parameter.help or "").strip().endswith((".", "].", ".."))
     examples = text[text.index("Examples") :]
     assert len(re.findall(rf"^ *secateur {command} \S+", examples, re.MULTILINE)) >= 2

@@ -73,7 +73,7 @@ def _parameter(field: Field, required: bool, hidden: bool, common: bool) -> insp
     positional = option.panel == ARGUMENTS
     shown = Parameter(
         name=option.name.upper() or None if positional else [field.flag, *filter(None, [option.short])],
-        help=option.help,
+        help=option.help.replace("*", r"\*"),  # which is no emphasis
         group=GROUPS[COMMON if common else option.panel],
         negative="",
         converter=_whole if field.kind in (int, int | None) else None,
