@@ -55,6 +55,12 @@ class Text:
         return {"used": self.bos, "token": self.token, "added": bool(first) and list(first) == [self.token]}
 
 
+def bos_note(provenance: Mapping[str, Any]) -> str:
+    """What to add to the windows of an evaluation where BOS does not stand as published; nothing where it does."""
+    used = (provenance.get("bos") or {}).get("used")
+    return {"always": ", BOS before each", "never": ", no BOS"}.get(str(used), "")
+
+
 def bos_text(provenance: Mapping[str, Any]) -> str | None:
     """Where BOS stands in windows of text with this provenance, in words; None for windows of given token ids."""
     bos = provenance.get("bos")

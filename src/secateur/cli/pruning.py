@@ -74,7 +74,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
             settings = replace(settings, device=devices[0], processes=count)
         started = time.time() - psutil.Process().create_time()  # Python and its libraries, also for `prune`
         result = estimate(**vars(settings))
-        result = replace(result, seconds=result.seconds + started)
+        result = replace(result, seconds=result.seconds + started, notes=[*result.notes, *_better(settings)])
     print_result(result, estimate_tables, as_json)
 
 
@@ -109,6 +109,7 @@ def prune(
     if started_for(settings.device):
         return
     _tell_preset(settings)
+    started = time.perf_counter()  # as the bar's clock
     with logged(log_dir) as log, progress() as on_event, quiet_libraries():
         from secateur.pruning.engine import prune as run
         from secateur.report.terminal import manifest_tables
@@ -116,8 +117,9 @@ def prune(
         _tell_of_zeros(settings.model)
         if push_to is not None and launched().rank == 0:
             _check_push(str(settings.model), push_to)
+        loading = time.perf_counter() - started
         manifest = run(**vars(settings) | {"on_event": log.beside(on_event)})
-    print_result(manifest, partial(manifest_tables, output=str(settings.output)), as_json)
+    print_result(manifest, partial(manifest_tables, output=str(settings.output), loading=loading), as_json)
     if push_to is not None and launched().rank == 0:
         with status("Verifying and pushing"), quiet_libraries():
             from secateur.cli.evaluation import evaluation_store
@@ -211,6 +213,17 @@ def _finished(settings: PruneSettings) -> bool:
 
     output = Path(str(settings.output)).expanduser()
     return (output / FILE_NAME).is_file() and read_manifest(output).command == settings.command
+
+
+def _better(settings: PruneSettings) -> list[str]:
+    """What somebody who chose no way of pruning should know of the default."""
+    default = PruneSettings(settings.model)
+    same = all(getattr(settings, name) == getattr(default, name) for name in ("preset", "method", "within", "targets"))
+    advice = (
+        "Wanda, the default, is quick and leaves every kept weight as it was, bit for bit. --preset best loses less "
+        "quality: it updates them too, and takes longer."
+    )
+    return [advice] if same else []
 
 
 def _tell_preset(settings: PruneSettings) -> None:

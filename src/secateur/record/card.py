@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.calibration.text import bos_note
 from secateur.core.patterns import NM, pattern_from_json
 from secateur.errors import CheckpointError
 from secateur.files.checkpoint import CARD_FILE
@@ -365,7 +366,14 @@ def _figure(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The result of a perplexity or an agreement, with the name of its text and the hub's names of it."""
     result, source = evaluation["result"], _first_source(evaluation)
     name = _corpus_name(source) if source.get("corpus") else str(result["data"])
-    return {**result, "name": name, "dataset": hub_dataset(evaluation) or (name, None, None)}
+    note = bos_note(result.get("provenance") or {})
+    return {**result, "name": name, "dataset": hub_dataset(evaluation) or (name, None, None), "bos_note": note}
+
+
+def perplexity_name(result: Mapping[str, Any]) -> str:
+    """What a perplexity is of, so that two which differ on one text have two names."""
+    note = bos_note(result.get("provenance") or {})
+    return f"perplexity, {result['windows']} windows of {result['length']} tokens{note}"
 
 
 def hub_dataset(evaluation: Mapping[str, Any]) -> tuple[str, str | None, str | None] | None:
@@ -399,7 +407,7 @@ def _eval_results(figures: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[
             dataset_config=config,
             dataset_split=split,
             metric_type="perplexity",
-            metric_name=f"perplexity, {figure['windows']} windows of {figure['length']} tokens",
+            metric_name=perplexity_name(figure),
             metric_value=figure["perplexity"],
         )
     for task in tasks:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration.text import bos_note
 from secateur.errors import CheckpointError
 from secateur.evaluate.results import RESULTS, Kind, Record
 from secateur.evaluate.verdict import Change, Verdict, verdict
@@ -122,7 +123,8 @@ def _perplexity(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _windows(result: Mapping[str, Any]) -> Cell:
-    return Cell(f"{result['windows']:,} × {result['length']:,}", result["windows"])
+    note = bos_note(result.get("provenance") or {})
+    return Cell(f"{result['windows']:,} × {result['length']:,}{note}", result["windows"])
 
 
 def _agreement(results: Sequence[Mapping[str, Any]]) -> Table:

@@ -14,7 +14,7 @@ from secateur.files.checkpoint import CARD_FILE
 from secateur.files.digest import model_digest
 from secateur.files.packed import is_packed
 from secateur.files.reading import read_text
-from secateur.record.card import COPIED, hub_dataset, public_card, source_name
+from secateur.record.card import COPIED, hub_dataset, perplexity_name, public_card, source_name
 from secateur.record.manifest import FILE_NAME, Manifest, harmless, paths_below, read_manifest, text_of
 from secateur.record.publication import base_of, hub_id, last_part, published
 from secateur.record.verify import verify
@@ -119,7 +119,7 @@ def eval_results(found: Sequence[Evaluation]) -> str:
             entries.append(EvalResultEntry(dataset, task, metric["value"], notes=notes))
         elif item["kind"] in ("perplexity", "agreement") and (known := hub_dataset(item)) is not None:
             dataset, config, _ = known
-            notes = f"perplexity, {result['windows']} windows of {result['length']} tokens"
+            notes = perplexity_name(result)
             entries.append(EvalResultEntry(dataset, config or "default", result["perplexity"], notes=notes))
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
 

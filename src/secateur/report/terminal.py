@@ -113,8 +113,11 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
     return Group(planned, "", left, "", cost, *shared, *(Text(note, style="yellow") for note in estimate.notes))
 
 
-def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
-    """What a run did: by kind of matrix, how far the blocks moved, and where the time went."""
+def manifest_tables(manifest: Manifest, output: str | None, loading: float = 0.0) -> RenderableType:
+    """What a run did: by kind of matrix, how far the blocks moved, and where the time went.
+
+    `loading` are seconds before the run, in which a command has loaded its libraries.
+    """
     table = _table("matrices", "count", "sparsity", "tokens each", title=f"Pruned with {manifest.method}")
     called = _within_block(manifest.kinds)
     for kind, entries in manifest.kinds.items():
@@ -135,7 +138,8 @@ def manifest_tables(manifest: Manifest, output: str | None) -> RenderableType:
             f"Block outputs moved by {sum(changes) / len(changes):.3f} of their norm on average, most in block {worst} "
             f"({changes[worst]:.3f})."
         )
-    lines.append(time_line(manifest.seconds))
+    seconds = {"load libraries": loading, **manifest.seconds}
+    lines.append(time_line(seconds | {"total": seconds["total"] + loading}))
     if allocation := manifest.settings.get("allocation"):
         lines.append(told(allocation))
     if ordered := order_line(manifest):
@@ -281,7 +285,8 @@ def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
         what = "cannot be pruned" if own.refusal is not None else "prune, evaluate" if own.prune else "evaluate"
         table.add_row(own.cell.name, what, f"about {seconds_text(own.seconds)}" if own.refusal is None else "")
     cost = _table("estimate", "")
-    cost.add_row("for all cells together", f"about {seconds_text(estimate.shared_seconds)}")
+    if estimate.shared_seconds:
+        cost.add_row("for all cells together", f"about {seconds_text(estimate.shared_seconds)}")
     cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
     cost.add_row("disk", f"{decimal(estimate.disk_bytes)} ({decimal(estimate.free_disk_bytes)} free)")
     if estimate.host_bytes:
