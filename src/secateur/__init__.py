@@ -3,7 +3,14 @@
 A name is loaded when it is first used, so that `import secateur` costs nothing; type checkers read `__init__.pyi`.
 """
 
+import sys
 from importlib import import_module
+
+if sys.platform == "win32":
+    raise ImportError(
+        "Secateur runs on Linux, and on other systems of the POSIX family: files are locked and written in their way. "
+        "On Windows, install it in the Windows Subsystem for Linux (wsl --install)."
+    )
 
 __version__ = "0.1.0"
 
@@ -73,13 +80,22 @@ _NAMES = {
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOMES)
+# Commands that have another name in Python, for whoever types theirs.
+_OF_COMMANDS = {
+    "compare": "agreement",
+    "eval": "perplexity",
+    "plan": "estimate",
+    "push": "push_to_hub",
+    "recover": "fine_tune",
+}
 
 
 def __getattr__(name: str) -> object:
     if name == "testing":
         return import_module("secateur.testing")
     if name not in _HOMES:
-        raise AttributeError(f"module 'secateur' has no attribute '{name}'")
+        other = f"; the command {name} is secateur.{_OF_COMMANDS[name]}" if name in _OF_COMMANDS else ""
+        raise AttributeError(f"module 'secateur' has no attribute '{name}'{other}")
     return getattr(import_module(f"secateur.{_HOMES[name]}"), name)
 
 

@@ -1,6 +1,7 @@
 """The command line, as a person and as a program see it."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from command_line import CALIBRATION, FIRST, Call, interpreter, process, termina
 from secateur import cli
 from secateur.errors import CheckpointError, NumericalError
 from secateur.files.checkpoint import SINGLE_FILE
+from secateur.record.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,17 @@ def test_what_was_pruned_or_zero_before(call: Call, pruned: Path, tmp_path: Path
     assert "these weights were zero before, and stay so." in " ".join(again.out.split())
     more = call("prune", pruned, "-o", tmp_path / "more", "--method", "magnitude", "--sparsity", "0.75")
     assert "more zeros than were asked for" not in more.out
+    assert f"What it cost: secateur compare {read_manifest(pruned).source['path']} " in more.out  # with the dense model
+
+
+def test_zeros_beyond_a_pattern_are_told_one_by_one(call: Call, model: Path, tmp_path: Path) -> None:
+    dense = Path(shutil.copytree(model, tmp_path / "dense"))
+    tensors = load_file(dense / "model.safetensors")
+    tensors[FIRST][3, :3] = 0
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    done = call("prune", dense, "-o", tmp_path / "out", "--method", "magnitude", "--pattern", "2:4")
+    words = f"1 of 21 matrices have more zeros than were asked for, 1 in all, most {FIRST} (1): these weights were zero"
+    assert words in " ".join(done.out.split())
 
 
 def test_devices_that_are_not_there(call: Call, model: Path) -> None:
@@ -353,6 +366,13 @@ def test_completion() -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
+    shell = {**os.environ, "SHELL": "/usr/bin/zsh"}
+    asked = [script(), "--show-completion"]
+    named = subprocess.run([*asked, "zsh"], capture_output=True, text=True, timeout=60)
+    assert subprocess.run(asked, env=shell, capture_output=True, text=True, timeout=60).stdout == named.stdout
+    unknown = subprocess.run(asked, env={**shell, "SHELL": "/bin/dash"}, capture_output=True, text=True, timeout=60)
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "Name one, of bash, zsh, fish, powershell." in unknown.stderr
     assert completed("secateur", "p") == ["plan", "prune", "pack", "push"]
     assert sorted(completed("secateur", "prune", "--sam")) == ["--samples", "--sampling"]
     assert completed("secateur", "prune", "--targets", "") == ["pruned", "dense", "residual"]

@@ -1,6 +1,7 @@
 """`--config`: options from a file, which those of the command line overrule."""
 
 import itertools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,10 @@ def test_several_runs(call: Call, model: Path, config: Config, tmp_path: Path) -
     result = call("prune", "--config", file, "--dtype", "float32")
     assert result.message.count("finished already by this command, and left alone") == 2
     assert (one / "secateur.json").stat().st_mtime_ns == before
+    told = call("prune", "--config", file, "--dtype", "float32", "--json")  # which makes it no other command
+    assert told.message.count("finished already by this command, and left alone") == 2
+    manifest, _ = json.JSONDecoder().raw_decode(told.out)
+    assert manifest["tensors"] == manifests[0].tensors
     result = call("prune", "--config", file, "--dtype", "float32", "--method", "wanda")
     assert result.message.count("exists already") == 2
 

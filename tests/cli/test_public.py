@@ -69,6 +69,16 @@ def test_dir_lists_the_public_names() -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(AttributeError, match=r"^module 'secateur' has no attribute 'sparsify'$"):
         secateur.sparsify  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'compare'; the command compare is secateur.agreement$"):
+        secateur.compare  # noqa: B018
+    for name in secateur._OF_COMMANDS.values():
+        assert callable(getattr(secateur, name))
+
+
+def test_windows_is_told_of_at_the_start() -> None:
+    code = "import sys; sys.platform = 'win32'; import secateur"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: Secateur runs on Linux, and on other systems of the ")
 
 
 def modules_after(code: str) -> set[str]:

@@ -16,7 +16,9 @@ import secateur
 import tiny
 from command_line import CALIBRATION, Call, call, save_model  # noqa: F401 - fixtures
 from secateur.errors import CalibrationError
+from secateur.evaluate.verdict import ADVICE
 from secateur.report.sweep_page import build_sweep
+from secateur.sweeps.best import best_lines
 from secateur.sweeps.cells import SweepEvent
 from secateur.sweeps.folder import Cell, Sweep
 from secateur.sweeps.table import latex, markdown, sweep_tables, table_csv
@@ -67,7 +69,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
         "mean ± standard deviation over 3 draws (seeds 0, 1, 2), in brackets the standard error over windows"
     )
     lines = markdown(sweep).splitlines()
-    assert lines[4:] == ["| dense | 8.00 (0.25) |", f"| wanda | **{shown}** |", "| magnitude | 20.00 (0.50) |"]
+    assert lines[4:7] == ["| dense | 8.00 (0.25) |", f"| wanda | **{shown}** |", "| magnitude | 20.00 (0.50) |"]
     assert f"\nwanda & \\textbf{{{shown.replace('±', '$' + chr(92) + 'pm$')}}} \\\\\n" in latex(sweep)
     assert "method & 50\\% \\\\\n\\midrule\ndense & 8.00 (0.25) \\\\\n" in latex(sweep)
     rows = list(csv.DictReader(table_csv(sweep).splitlines()))
@@ -196,3 +198,27 @@ def test_from_the_command_line(call: Call, tmp_path: Path) -> None:  # noqa: F81
     assert "table.csv, table.tex and the cells." in done.out
     assert re.search(r"^[-\d]+ [:\d]+ wanda 50%, seed 1: perplexity \d", done.err, re.M)
     assert [len(mean["perplexity"]) for mean in call(*arguments, "--json").json["means"]] == [3]
+
+
+def test_what_a_sweep_comes_to(tmp_path: Path) -> None:
+    """Mean perplexities of 13 and 20 beside 8: factors of 1.625 and 2.5."""
+    sweep = by_hand(tmp_path)
+    sentence, advice = best_lines(sweep)
+    assert sentence == "50%: wanda costs least, perplexity +62.5 % (+0.4855 nats): not a replacement."
+    assert advice == ADVICE
+    assert f"- {sentence}\n- {advice}\n" in markdown(sweep)
+    close = Sweep(tmp_path, "m", {"text": {**sweep.dense["text"], "perplexity": 12.7}}, sweep.settings, sweep.cells)
+    assert best_lines(close) == [
+        "50%: wanda costs least, perplexity +2.4 % (+0.0233 nats): close enough to replace the dense model here."
+    ]
+    alike = {"kl": 0.1, "top1": 0.75, "window_kl": [0.1] * 4, "window_top1": [0.75] * 4}
+    # A method is judged where it costs most: on another text wanda is the worse one.
+    for cell in sweep.cells:
+        other = {"perplexity": 40.0 if cell.method == "wanda" else 21.0}
+        cell.figures["other"] = {**cell.figures["text"], **other, "agreement": alike}
+    dense = {**sweep.dense, "other": {**sweep.dense["text"], "perplexity": 10.0}}
+    both = Sweep(tmp_path, "m", dense, {**sweep.settings, "data": ["text", "other"]}, sweep.cells)
+    words = "perplexity +150.0 % (+0.9163 nats) on text, 25.0 % of first choices differ: not a replacement."
+    assert best_lines(both)[0] == f"50%: magnitude costs least, {words}"
+    pending = [Cell("wanda", "50%", 0.5, "cells/wanda-50")]
+    assert best_lines(Sweep(tmp_path, "m", sweep.dense, sweep.settings, pending)) == []

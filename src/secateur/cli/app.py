@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
-from typing import Annotated, Any, Literal, TypeVar, cast
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from cyclopts import App, CycloptsError
 
@@ -19,11 +20,12 @@ from secateur.cli.configuration import configured, run_of_file, runs_of
 from secateur.cli.processes import alone, silent
 from secateur.cli.streams import guarded_streams, print_error
 from secateur.cli.voice import GLOBAL, debugging, log, say, speaking
-from secateur.errors import MethodError, NumericalError, SecateurError
+from secateur.errors import CheckpointError, MethodError, NumericalError, SecateurError
 from secateur.runs.options import ARGUMENTS, OPTIONS, Option
 from secateur.runs.stopping import stop
 
 Function = TypeVar("Function", bound=Callable[..., None])
+Shell = Literal["bash", "zsh", "fish", "powershell"]
 Json = Annotated[bool, Option(OPTIONS, "Print the result as JSON.", name="json")]
 Config = Annotated[
     str | None,
@@ -56,9 +58,12 @@ app["--install-completion"].group = GROUPS[OPTIONS]
 
 
 @app.command(name="--show-completion", group=GROUPS[OPTIONS])
-def _show_completion(shell: Literal["bash", "zsh", "fish", "powershell"]) -> None:
-    """Print the script that completes commands in this shell."""
-    print(app.generate_completion(shell=shell))  # nosec B604 # the name of a shell, no command
+def _show_completion(shell: Shell | None = None) -> None:
+    """Print the script that completes commands in this shell: bash, zsh, fish or powershell [default: $SHELL]."""
+    asked: Any = shell or Path(os.environ.get("SHELL", "")).name
+    if asked not in (known := get_args(Shell)):
+        raise CheckpointError(f"--show-completion: in which shell? Name one, of {', '.join(known)}.")
+    print(app.generate_completion(shell=asked))  # nosec B604 # the name of a shell, no command
 
 
 def command(

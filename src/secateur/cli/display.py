@@ -55,10 +55,16 @@ def _console(**options: Any) -> Any:
 
 def print_tables(content: Any, *, error: bool = False) -> None:
     """Print tables to standard output, or to standard error."""
+    from rich.console import Group
+    from rich.text import Text
+
     # A pipe has no width; lines are then as long as they need to be.
     terminal = (sys.stderr if error else sys.stdout).isatty()
-    console = _console(width=None if terminal else 200, soft_wrap=not terminal, stderr=error)
-    console.print(_Visible(content))
+    console = _console(width=None if terminal else 200, stderr=error)
+    for part in content.renderables if isinstance(content, Group) else (content,):
+        # A command stays in one line, however long, so that it can be copied.
+        whole = not terminal or (isinstance(part, Text) and bool(part.no_wrap))
+        console.print(_Visible(part), soft_wrap=whole)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

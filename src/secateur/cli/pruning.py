@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from secateur.cli.app import Config, Json, command
 from secateur.cli.configuration import several_runs
@@ -26,6 +26,9 @@ from secateur.launched import launched
 from secateur.pruning.presets import preset_options, spelled
 from secateur.pruning.settings import AllocateSettings, PlanSettings, PruneSettings
 from secateur.runs.options import OPTIONS, Option
+
+if TYPE_CHECKING:
+    from secateur.record.manifest import Manifest
 
 PushTo = Annotated[
     str | None,
@@ -74,7 +77,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
             settings = replace(settings, device=devices[0], processes=count)
         started = time.time() - psutil.Process().create_time()  # Python and its libraries, also for `prune`
         result = estimate(**vars(settings))
-        result = replace(result, seconds=result.seconds + started, notes=[*result.notes, *_better(settings)])
+        result = replace(result, seconds=result.seconds + started)
     print_result(result, estimate_tables, as_json)
 
 
@@ -103,8 +106,10 @@ def prune(
 
     The source is never changed, and the output appears under its name only when it is complete.
     """
-    if several_runs() and _finished(settings):
+    if several_runs() and (finished := _finished(settings)) is not None:
         say(f"{settings.output}: finished already by this command, and left alone.")
+        if as_json:
+            print_json(finished.to_json())
         return
     if started_for(settings.device):
         return
@@ -131,7 +136,6 @@ def prune(
 
 def _tell_of_zeros(model: Any) -> None:
     """Say in a line that a model was pruned before."""
-    from secateur.core.patterns import pattern_from_json
     from secateur.errors import CheckpointError
     from secateur.record.manifest import FILE_NAME, read_manifest
 
@@ -140,9 +144,7 @@ def _tell_of_zeros(model: Any) -> None:
         return
     with suppress(CheckpointError):  # opening the model tells of it
         manifest = read_manifest(folder)
-        # A checkpoint that a GGUF file was unpacked into is none that was pruned: its pattern removes nothing.
-        asked = any(pattern_from_json(entry["pattern"]).sparsity for entry in manifest.matrices.values())
-        if asked and manifest.totals["zeros"]:
+        if manifest.removes:
             say(
                 f"{folder} was pruned already, with {manifest.method}, to sparsity {manifest.totals['sparsity']:.4f}: "
                 "its zeros count among those that are asked for now. For a lower sparsity, or another method, prune "
@@ -207,12 +209,18 @@ def gradients(settings: GradientSettings, config: Config = None, as_json: Json =
         print_tables(gradient_table(file))
 
 
-def _finished(settings: PruneSettings) -> bool:
-    """Whether the output is there already, made by the same command."""
+def _finished(settings: PruneSettings) -> "Manifest | None":
+    """The manifest of the output where that is there already, made by the same command, however it was told."""
     from secateur.record.manifest import FILE_NAME, read_manifest
 
     output = Path(str(settings.output)).expanduser()
-    return (output / FILE_NAME).is_file() and read_manifest(output).command == settings.command
+    if not (output / FILE_NAME).is_file():
+        return None
+    manifest = read_manifest(output)
+    made, asked = (
+        [word for word in command or () if word != "--json"] for command in (manifest.command, settings.command)
+    )
+    return manifest if made == asked else None
 
 
 def _better(settings: PruneSettings) -> list[str]:
@@ -230,3 +238,5 @@ def _tell_preset(settings: PruneSettings) -> None:
     """Say what a preset stands for, before the work starts."""
     if settings.preset is not None:
         print(f"--preset {settings.preset} is {spelled(preset_options(vars(settings)))}", file=sys.stderr)
+    for advice in _better(settings):
+        say(advice)

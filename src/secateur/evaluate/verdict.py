@@ -108,7 +108,7 @@ class Verdict(Shown):
             f"differs from the dense model in {100 * (1 - choices.agreement):.1f}"
             f"{plus_minus(100 * choices.agreement_error, '.1f')} % of first choices"
             + (f" on {choices.data}" if several else ""),
-            f"perplexity {_growth(loss.perplexity_ratio)} ({loss.nats:+.4f}{plus_minus(loss.nats_error, '.4f')} nats)"
+            f"perplexity {growth(loss.perplexity_ratio)} ({loss.nats:+.4f}{plus_minus(loss.nats_error, '.4f')} nats)"
             + (f" on {loss.data}" if several else ""),
         ]
 
@@ -182,7 +182,7 @@ def _answers(rows: Sequence[TaskComparison]) -> list[dict[str, Any]]:
     return found
 
 
-def _growth(ratio: float) -> str:
+def growth(ratio: float) -> str:
     """By how much a perplexity grew: +61.0 %, or 19.9 times as high."""
     return f"{ratio:.3g} times as high" if ratio >= 10 else f"{100 * (ratio - 1):+.1f} %"
 

@@ -98,6 +98,12 @@ class Manifest(Shown):
         }
 
     @property
+    def removes(self) -> bool:
+        """Whether weights were removed: a checkpoint that a GGUF file was read into has a pattern that removes none."""
+        asked = any(pattern_from_json(entry["pattern"]).sparsity for entry in self.matrices.values())
+        return asked and bool(self.totals["zeros"])
+
+    @property
     def kinds(self) -> dict[str, list[dict[str, Any]]]:
         """The entries of the matrices of each kind, in order."""
         result: dict[str, list[dict[str, Any]]] = {}
@@ -196,7 +202,9 @@ def cautions(manifest: Manifest) -> list[str]:
         if entry["pattern"].get("per") != "search"  # whose count is only close to what was asked for
     }
     # Rows that are rounded each for themselves differ from the whole by less than one weight a row.
-    more = {name: extra for name, extra in more.items() if extra > matrices[name]["shape"][0]}
+    # N:M counts exactly.
+    slack = {name: 0 if "n" in entry["pattern"] else entry["shape"][0] for name, entry in matrices.items()}
+    more = {name: extra for name, extra in more.items() if extra > slack[name]}
     if more and manifest.recovery is None:
         worst = max(more, key=lambda name: more[name])
         found.append(

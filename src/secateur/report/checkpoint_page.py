@@ -101,7 +101,8 @@ def _content(
             ("Pattern", "; ".join(patterns(manifest.matrices.values()))),
             ("Calibration", f"{text.get('samples')} × {text.get('length')} tokens" if text is not None else "none"),
             ("Size of the weights", _size(folder)),
-            ("Time", seconds_text(manifest.seconds.get("total", 0.0))),
+            *([] if is_packed(folder) else [("Speed", "that of the dense model")]),  # zeros are multiplied like others
+            ("Time to prune", seconds_text(manifest.seconds.get("total", 0.0))),
         ],
         "warnings": [*_warnings(folder, matrices), *cautions(manifest)],
         "contents": [(anchor, name) for anchor, name, there in contents if there],

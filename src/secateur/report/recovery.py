@@ -9,7 +9,7 @@ from rich.text import Text
 
 from secateur.evaluate.perplexity import Perplexity, plus_minus
 from secateur.report.terminal import _table
-from secateur.runs.events import seconds_text
+from secateur.runs.events import about, seconds_text
 
 if TYPE_CHECKING:
     from secateur.record.manifest import Manifest
@@ -30,7 +30,7 @@ def forecast_table(forecast: "Forecast") -> RenderableType:
     budget = f"{settings.minutes:g} minutes" if steps is None else f"{steps:,} steps"
     table.add_row("budget", f"{budget}, {tokens:,} tokens each step")
     if forecast.seconds is not None:
-        table.add_row("time", f"about {seconds_text(forecast.seconds)}, and evaluations")
+        table.add_row("time", f"{about(forecast.seconds)}, and evaluations")
     passes = "" if forecast.passes is None else f", each seen {forecast.passes:.3g} times"
     if forecast.passes == 1:
         passes = ", each seen once"

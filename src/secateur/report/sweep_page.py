@@ -11,6 +11,7 @@ from secateur.report.page import FOLDER, PAGE, render, report_folder
 from secateur.report.tables import Cell, Table, count, number, percent, text
 from secateur.runs.events import Progress, seconds_text
 from secateur.sweeps.answers import by_task, shown
+from secateur.sweeps.best import best_lines
 from secateur.sweeps.draws import Figure, figure_text
 from secateur.sweeps.folder import SWEEP_FILE, Sweep
 
@@ -22,14 +23,17 @@ def build_sweep(folder: Path, progress: Progress = lambda stage, done, total: No
     reports are missing.
     """
     check_installed()
-    sweep = Sweep.read(folder / SWEEP_FILE).to_json()
+    found = Sweep.read(folder / SWEEP_FILE)
+    sweep = found.to_json()
     with report_folder(folder) as made:
         charts: dict[str, Drawn | None] = {}
         for place, data in enumerate(_texts(sweep)):
             chart = _chart(sweep, data, place)
             charts[data] = None if chart is None else chart.draw(made)
             progress("charts", place + 1, len(_texts(sweep)))
-        (made / PAGE).write_text(render("sweep.html", _content(sweep, charts)), encoding="utf-8")
+        (made / PAGE).write_text(
+            render("sweep.html", _content(sweep, charts) | {"best": best_lines(found)}), encoding="utf-8"
+        )
     return folder / FOLDER / PAGE
 
 
@@ -112,7 +116,7 @@ def _content(sweep: Mapping[str, Any], charts: Mapping[str, Drawn | None]) -> di
     return {
         "kind": "Sweep of prunings",
         "title": f"{model}, {len(methods)} methods by {len(kinds)} patterns",
-        "lead": f"{len(done)} of {len(sweep['cells'])} prunings of {sweep['model']}, each from the dense model and "
+        "lead": f"{len(done)} of {len(sweep['cells'])} prunings of {model}, each from the dense model and "
         "evaluated on the same tokens.",
         "key_facts": [
             ("Methods", ", ".join(methods)),

@@ -16,6 +16,7 @@ from rich.text import Text
 from secateur.calibration.text import bos_text
 from secateur.collect.gradient_file import GradientFile
 from secateur.core.gradients import GradientKind
+from secateur.errors import CheckpointError
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.perplexity import Perplexity, plus_minus
@@ -25,10 +26,11 @@ from secateur.evaluate.verdict import Verdict
 from secateur.models.shape.matrices import matrix_kind
 from secateur.plans.allocated import Allocated, told
 from secateur.pruning.forecast import Estimate
-from secateur.record.manifest import Manifest, cautions, order_line, sparsity
+from secateur.record.manifest import FILE_NAME, Manifest, cautions, order_line, read_manifest, sparsity
 from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection, MatrixSparsity
-from secateur.runs.events import BACKGROUND, seconds_text
+from secateur.runs.events import BACKGROUND, about, seconds_text
+from secateur.sweeps.best import best_lines
 from secateur.sweeps.estimate import SweepEstimate
 from secateur.sweeps.folder import Sweep
 from secateur.sweeps.several import Sweeps, models_tables
@@ -102,7 +104,7 @@ def estimate_tables(estimate: Estimate) -> RenderableType:
     cost.add_row("disk", decimal(estimate.disk_bytes))
     if estimate.packed_bytes is not None:
         cost.add_row("packed tensors", decimal(estimate.packed_bytes))
-    cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
+    cost.add_row("time", about(estimate.seconds))
     shared: list[RenderableType] = []
     if estimate.parts:
         parts = _table("time of", "one process", "each of several")
@@ -147,11 +149,14 @@ def manifest_tables(manifest: Manifest, output: str | None, loading: float = 0.0
     if left := manifest.source.get("not_copied"):
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         lines.append(f"Not copied from the source: {', '.join(left[:8])}{more}.")
+    commands = []
     if output is not None:
-        lines.append(f"Written to {output}; check it with: secateur verify {shlex.quote(output)}")
-        lines.append(f"What it cost: {shlex.join(_measuring(manifest, output))}")
+        commands = [
+            f"Written to {output}; check it with: secateur verify {shlex.quote(output)}",
+            f"What it cost: {shlex.join(_measuring(manifest, output))}",
+        ]
     warnings = [Text(caution, style="yellow") for caution in cautions(manifest)]
-    return Group(table, *(Text(line) for line in lines), *warnings)
+    return Group(table, *map(Text, lines), *(Text(line, no_wrap=True) for line in commands), *warnings)
 
 
 def time_line(seconds: Mapping[str, float]) -> str:
@@ -183,7 +188,16 @@ def allocation_tables(made: Allocated, output: str | None) -> RenderableType:
 
 def _measuring(manifest: Manifest, output: str) -> list[str]:
     """The command that compares a pruned checkpoint with its source, on windows that the source is known to take."""
-    command = ["secateur", "compare", str(manifest.source.get("path")), output]
+    source = manifest
+    while (before := Path(str(source.source.get("path"))) / FILE_NAME).is_file():  # the pruned one may be gone on from
+        try:
+            earlier = read_manifest(before.parent)
+        except CheckpointError:
+            break
+        if not earlier.removes or earlier.source.get("path") in (None, source.source.get("path")):
+            break
+        source = earlier
+    command = ["secateur", "compare", str(source.source.get("path")), output]
     calibration = manifest.calibration or {}
     prefix = {"images": "images", "recordings": "audio"}.get(str(calibration.get("source")))
     if prefix is not None:
@@ -283,11 +297,11 @@ def sweep_estimate_tables(estimate: SweepEstimate) -> RenderableType:
     table = _table("cell", "", "time", title=f"{len(estimate.cells)} cells to run, {estimate.finished} finished")
     for own in estimate.cells:
         what = "cannot be pruned" if own.refusal is not None else "prune, evaluate" if own.prune else "evaluate"
-        table.add_row(own.cell.name, what, f"about {seconds_text(own.seconds)}" if own.refusal is None else "")
+        table.add_row(own.cell.name, what, about(own.seconds) if own.refusal is None else "")
     cost = _table("estimate", "")
     if estimate.shared_seconds:
-        cost.add_row("for all cells together", f"about {seconds_text(estimate.shared_seconds)}")
-    cost.add_row("time", f"about {seconds_text(estimate.seconds)}")
+        cost.add_row("for all cells together", about(estimate.shared_seconds))
+    cost.add_row("time", about(estimate.seconds))
     cost.add_row("disk", f"{decimal(estimate.disk_bytes)} ({decimal(estimate.free_disk_bytes)} free)")
     if estimate.host_bytes:
         free = decimal(estimate.available_host_bytes)
@@ -300,7 +314,7 @@ def sweep_table_groups(sweep: Sweep) -> RenderableType:
     tex = ", table.tex" if (sweep.folder / "table.tex").exists() else ""
     csv = ", tasks.csv" if sweep.dense_tasks else ""
     written = f"Written to {sweep.folder}: sweep.json, table.md, table.csv{csv}{tex} and the cells."
-    return Group(*_sweep_tables(sweep_tables(sweep)), Text(written))
+    return Group(*_sweep_tables(sweep_tables(sweep)), Text(written), *map(Text, best_lines(sweep)))
 
 
 def sweeps_table_groups(sweeps: Sweeps) -> RenderableType:

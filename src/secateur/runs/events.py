@@ -55,6 +55,11 @@ def named(progress: Progress, name: str) -> Progress:
     return lambda stage, done, total: progress(f"{name}: {stage}", done, total)
 
 
+def about(seconds: float) -> str:
+    """A duration that is estimated: about 4.2 s, under 1 s."""
+    return f"about {seconds_text(seconds)}" if seconds >= 1 else "under 1 s"
+
+
 def seconds_text(seconds: float) -> str:
     """A duration: 4.2 s, 3 min 10 s, 2 h 5 min."""
     if seconds < 60:

@@ -45,8 +45,9 @@ class Unpacking:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
+        """All fields; `format` is that of the object in what commands print, so the format unpacked is `packing`."""
+        fields = asdict(self)
+        return {"packing": fields.pop("format"), **fields}
 
 
 @taking(UnpackSettings)

@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.calibration.text import bos_text
 from secateur.sweeps.answers import best, by_task, shown
+from secateur.sweeps.best import best_lines
 from secateur.sweeps.draws import Figure, Mean, drawn_cells, figure_text, seeds_text
 from secateur.sweeps.folder import Sweep
 
@@ -171,20 +172,21 @@ def _table(
 
 
 def markdown(sweep: Sweep) -> str:
-    """The tables in Markdown, the best of each column bold, and under them what failed and why."""
-    return in_markdown(sweep_tables(sweep), [f"{cell.name} failed: {cell.error}" for cell in sweep.failed])
+    """The tables in Markdown, the best of each column bold; under them what they come to, and what failed and why."""
+    failures = [f"{cell.name} failed: {cell.error}" for cell in sweep.failed]
+    return in_markdown(sweep_tables(sweep), [*best_lines(sweep), *failures])
 
 
-def in_markdown(tables: Sequence[SweepTable], failures: Sequence[str]) -> str:
-    """Tables in Markdown, the best of each column bold, and under them what failed and why."""
+def in_markdown(tables: Sequence[SweepTable], remarks: Sequence[str]) -> str:
+    """Tables in Markdown, the best of each column bold, and under them a list of remarks."""
     parts = []
     for table in tables:
         lines = [table.title, "", _line([table.first, *table.columns]), "|---|" + "---:|" * len(table.columns)]
         for name, entries in table.rows:
             lines.append(_line([name, *(f"**{entry.text}**" if entry.best else entry.text for entry in entries)]))
         parts.append("\n".join(lines))
-    if failures:
-        parts.append("\n".join(f"- {failure}" for failure in failures))
+    if remarks:
+        parts.append("\n".join(f"- {remark}" for remark in remarks))
     return "\n\n".join(parts) + "\n"
 
 
