@@ -9,7 +9,7 @@ from importlib import import_module
 if sys.platform == "win32":
     raise ImportError(
         "Secateur runs on Linux, and on other systems of the POSIX family: files are locked and written in their way. "
-        "On Windows, install it in the Windows Subsystem for Linux (wsl --install)."
+        "On Windows, install it in the Windows Subsystem for Linux (WSL)."
     )
 
 __version__ = "0.1.0"

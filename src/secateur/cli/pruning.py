@@ -77,7 +77,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
             settings = replace(settings, device=devices[0], processes=count)
         started = time.time() - psutil.Process().create_time()  # Python and its libraries, also for `prune`
         result = estimate(**vars(settings))
-        result = replace(result, seconds=result.seconds + started)
+        result = replace(result, seconds=result.seconds + started, notes=[*result.notes, *_better(settings)])
     print_result(result, estimate_tables, as_json)
 
 
@@ -238,5 +238,3 @@ def _tell_preset(settings: PruneSettings) -> None:
     """Say what a preset stands for, before the work starts."""
     if settings.preset is not None:
         print(f"--preset {settings.preset} is {spelled(preset_options(vars(settings)))}", file=sys.stderr)
-    for advice in _better(settings):
-        say(advice)
