@@ -57,10 +57,11 @@ def test_pictures_go_through_the_models_processor(vit: Path, pictures: Path, tmp
     assert "4 images of 10 tokens of pictures" in (tmp_path / "out" / "README.md").read_text()
 
     processor = ViTImageProcessorPil.from_pretrained(vit)
-    pixels, _ = read_images(str(pictures), processor, 4, 3)
+    pixels, _, chosen = read_images(str(pictures), processor, 4, 3)
     files = sorted(file for file in pictures.iterdir() if file.suffix != ".txt")
     each = [processor(images=Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"][0] for file in files]
     assert pixels.shape == (4, 3, 24, 24)
+    assert torch.equal(pixels[0], each[files.index(chosen[0])])
     assert all(any(torch.equal(own, value) for value in each) for own in pixels)
     again = secateur.prune(vit, calibration=pixels, output=tmp_path / "again", **settings)
     assert again.calibration is not None

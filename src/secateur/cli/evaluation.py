@@ -25,6 +25,7 @@ from secateur.runs.options import shared
 if TYPE_CHECKING:
     from secateur.evaluate.agreement import Agreement
     from secateur.evaluate.generations import Generation
+    from secateur.evaluate.labelled import Labelled
     from secateur.evaluate.perplexity import Perplexity
     from secateur.evaluate.results import Kind, Results
     from secateur.evaluate.similarity import Similarity
@@ -122,17 +123,22 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             answers = [task_differences(answered[0], own) for own in answered[1:]]
     agreements: list[list[Agreement]] = []
     similarities: list[list[Similarity]] = []
+    labelled: list[list[Labelled]] = []
     if settings.texts:
         with logged(log_dir) as log, stage_progress() as show, quiet_libraries():
             from secateur.evaluate.agreement import agreement
-            from secateur.evaluate.similarity import predicts_tokens, similarity
+            from secateur.evaluate.labelled import with_states
+            from secateur.evaluate.similarity import predicts_tokens
 
             own = shared(settings, AgreementSettings) | {"progress": log.stages_beside(show)}
             if predicts_tokens(AgreementSettings(**own)):
                 agreements = [agreement(**own | {"data": text}) for text in settings.texts]
             else:
                 check_no_limits(settings)
-                similarities = [similarity(**own | {"data": text}) for text in settings.texts]
+                for text in settings.texts:
+                    similar, chosen = with_states(AgreementSettings(**own | {"data": text}))
+                    similarities.append(similar)
+                    labelled += [chosen] if chosen else []
     rows = [row for text in agreements for row in text]
     compared = [row for text in similarities for row in text]
     task_rows = [row for own in answers for row in own]
@@ -148,7 +154,8 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     if settings.csv is not None and launched().rank == 0:
         on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
         states = [{"model": row.model, "kind": "states", "name": row.data, **row.to_json()} for row in compared]
-        write_csv(Path(settings.csv), [*on_texts, *states, *map(_task_row, task_rows)])
+        answers_csv = [_labelled_row(row) for text in labelled for row in text]
+        write_csv(Path(settings.csv), [*on_texts, *states, *answers_csv, *map(_task_row, task_rows)])
     from secateur.evaluate.verdict import verdict
 
     verdicts = [
@@ -166,6 +173,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             {
                 "dense": dense,
                 "results": [*(row.to_json() for row in rows), *(row.to_json() for row in compared)],
+                "labelled": [row.to_json() for text in labelled for row in text],
                 "tasks": [row.to_json() for row in task_rows],
                 "generations": prompts,
                 "verdicts": [own.to_json() for own in verdicts],
@@ -175,6 +183,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
         from secateur.report.terminal import (
             comparison_table,
             generations_table,
+            labelled_table,
             similarity_table,
             task_comparison_table,
             verdict_lines,
@@ -182,6 +191,8 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
 
         if similarities:
             print_tables(similarity_table(similarities))
+        if labelled:
+            print_tables(labelled_table(labelled))
         if agreements:
             print_tables(comparison_table(agreements))
         if answers:
@@ -220,6 +231,17 @@ def _task_row(row: "TaskComparison") -> dict[str, Any]:
             f"{metric}_right_to_wrong": difference.right_to_wrong,
             f"{metric}_wrong_to_right": difference.wrong_to_right,
         }
+    return cells
+
+
+def _labelled_row(row: "Labelled") -> dict[str, Any]:
+    """One row of the table: what needs no labels, and of every figure both models' values and their difference."""
+    value = row.to_json()
+    cells = {"kind": "labelled", "name": row.data, "windows": row.samples}
+    cells |= {name: value[name] for name in ("model", "agreement", "agreement_error", "kl", "kl_error")}
+    for name, figure in value["figures"].items():
+        own = {"pruned": name, "pruned_error": f"{name}_error"}
+        cells |= {own.get(part, f"{name}_{part}"): number for part, number in figure.items()}
     return cells
 
 

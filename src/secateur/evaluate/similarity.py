@@ -70,13 +70,13 @@ def similarity(settings: AgreementSettings) -> list[Similarity]:
     found = beside_dense(
         settings,
         lambda dense: evaluation_samples(dense, settings.data, settings.tokenizer, **text),
-        _compare,
+        compare_states,
         predicting=False,
     )
     return ShownList(Similarity(**figures) for figures in found)
 
 
-def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:
+def compare_states(dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:
     """The figures of a `Similarity`, from both models' last hidden states."""
     # (cosine of tokens, cosine of means, squares of the difference, of the dense one, number of tokens) of each window
     batches: list[Tensor] = []

@@ -18,6 +18,7 @@ from secateur.collect.gradient_file import GradientFile
 from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
+from secateur.evaluate.labelled import Labelled
 from secateur.evaluate.perplexity import Perplexity, plus_minus
 from secateur.evaluate.similarity import Similarity
 from secateur.evaluate.task_results import Difference, Metric, TaskComparison, TaskResult, TaskResults
@@ -390,6 +391,40 @@ def similarity_table(results: Sequence[Sequence[Similarity]]) -> RenderableType:
             )
         tables += [table, Text()]
     return Group(*tables[:-1])
+
+
+def labelled_table(results: Sequence[Sequence[Labelled]]) -> RenderableType:
+    """One table for each data set: the dense model first, then what each pruned one answers beside it."""
+    tables: list[RenderableType] = []
+    called = _called(row.model for rows in results for row in rows)
+    for rows in results:
+        first = rows[0]
+        figures = [column for name in first.figures for column in (_LABELLED[name], "- dense")]
+        title = f"{first.data}, {first.samples:,} samples: choices of {first.classes:,} classes"
+        table = _table("model", *figures, "same choice %", "KL", title=title)
+        if first.figures:
+            own = (_share(one.dense, one.dense_error) for one in first.figures.values())
+            table.add_row("dense", *(cell for value in own for cell in (value, "")), "", "")
+        for row in rows:
+            pairs = (
+                (_share(one.pruned, one.pruned_error), _share(one.difference, one.difference_error, "+"))
+                for one in row.figures.values()
+            )
+            table.add_row(
+                called[row.model],
+                *(cell for pair in pairs for cell in pair),
+                _share(row.agreement, row.agreement_error),
+                f"{row.kl:.4f}{plus_minus(row.kl_error, '.4f')}",
+            )
+        tables += [table, Text()]
+    return Group(*tables[:-1])
+
+
+_LABELLED = {"top1": "top-1 %", "top5": "top-5 %", "accuracy": "accuracy %"}
+
+
+def _share(value: float, error: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}{plus_minus(100 * error, '.1f')}"
 
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> RenderableType:

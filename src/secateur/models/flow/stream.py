@@ -292,6 +292,15 @@ class Stream:
         return logits
 
     @torch.no_grad()
+    def predictions(self, batch: int) -> Tensor:
+        """The logits that the model returns for a batch after the last block, of whatever it predicts."""
+        model: Any = self.skeleton.model
+        giving = self._giving(self.states.get(batch, self.device), None if self._in_calls else batch)
+        with stubbed(self.skeleton, giving):
+            logits: Tensor = forward(model, named(model, self.batches[batch].to(self.device))).logits
+        return logits
+
+    @torch.no_grad()
     def last_hidden_states(self, batch: int) -> Tensor:
         """The hidden states of a batch that the model returns as the last, after the last block and a final norm."""
         model: Any = self.skeleton.model

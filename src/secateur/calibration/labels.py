@@ -1,0 +1,78 @@
+"""What samples are labelled with: the folders that pictures lie in, and the tables beside them."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import CalibrationError
+from secateur.files.reading import json_lines, read_text
+
+TABLES = ("metadata.csv", "metadata.jsonl", "labels.csv")
+FILE_NAME, LABEL = "file_name", "label"
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a sample is said to be, as it is written, and where that stands."""
+
+    value: str
+    where: str
+
+
+def picture_labels(folder: Path, files: Sequence[Path]) -> list[Label] | None:
+    """The label of each picture of a folder, or None where it has none.
+
+    They stand in a table `labels.csv`, `metadata.csv` or `metadata.jsonl` of the folder, with the columns file_name and
+    label, or else are the names of the folders that the pictures lie in. Raises `CalibrationError` for a picture that
+    is not in the table.
+    """
+    for name in TABLES:
+        if (folder / name).is_file():
+            rows = [row for row in table_rows(folder / name) if LABEL in row[1]]
+            if rows:
+                return _from_table(folder, files, folder / name, rows)
+    if any(file.parent == folder for file in files):
+        return None
+    return [Label(file.relative_to(folder).parts[0], str(file)) for file in files]
+
+
+def _from_table(
+    folder: Path, files: Sequence[Path], table: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[Label]:
+    known = {}
+    for where, row in rows:
+        if FILE_NAME not in row:
+            raise CalibrationError(f"{where}: has no {FILE_NAME}; columns found: {', '.join(row)}.")
+        known[(folder / str(row[FILE_NAME])).resolve()] = Label(str(row[LABEL]), f"{where}, {row[FILE_NAME]}")
+    missing = [file for file in files if file.resolve() not in known]
+    if missing:
+        raise CalibrationError(
+            f"{table}: has labels of {len(known):,} pictures, and none of {missing[0].relative_to(folder)} "
+            f"({len(missing):,} of {len(files):,} are missing). Add a row {FILE_NAME},{LABEL} for each picture."
+        )
+    return [known[file.resolve()] for file in files]
+
+
+def table_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(where it stands, its values by column) of every row of a .csv file with a head line, or a .jsonl file."""
+    if file.suffix.lower() == ".csv":
+        text = read_text(file, error=CalibrationError).removeprefix("\ufeff")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            found = []
+            for row in reader:
+                if None in row or None in row.values():
+                    raise CalibrationError(
+                        f"{file}, line {reader.line_num}: has another number of values than the head line, which has "
+                        f"{len(reader.fieldnames or ())}. Values with commas stand in quotes."
+                    )
+                found.append((f"{file}, line {reader.line_num}", row))
+            return found
+        except csv.Error as error:
+            raise CalibrationError(f"{file}, line {reader.line_num}: cannot be read as .csv: {error}.") from None
+    advice = "Expected one JSON object per line."
+    rows = json_lines(file, dict[str, Any], error=CalibrationError, advice=advice)
+    return [(f"{file}, entry {number}", row) for number, (row, _) in enumerate(rows, 1)]
