@@ -92,6 +92,10 @@ def test_compare_on_images(vit: Path, pictures: Path, tmp_path: Path) -> None:
     (row,) = secateur.similarity(vit, [tmp_path / "out"], f"images:{pictures}", batch_size=2)
     assert (row.windows, row.length, row.tokens) == (5, 10, 50)
     assert 0 < row.cosine < 1
+    assert f"{pictures}, 5 images of 10 places:" in repr(row)
+    assert "5 images of 10 places: last hidden states" in row._repr_html_()
+    (row,) = secateur.similarity(vit, [tmp_path / "out"], tiny.pixels(1))
+    assert "pixel values, 1 image of 10 places:" in repr(row)
 
 
 def test_within_a_site_and_residual_targets(vit: Path, tmp_path: Path) -> None:

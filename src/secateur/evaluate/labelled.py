@@ -166,10 +166,10 @@ class _Judge:
         most = min(CHOICES, _classes(dense.skeleton.model))
         for batch in range(len(dense.batches)):
             p, q = (_chances(stream.predictions(batch), who) for stream, who in ((dense, "dense"), (pruned, "pruned")))
-            # A divergence is never negative; rounding in float32 can make it so by a little.
+            # A divergence is never negative; rounding can make it so by a little.
             divergence = (p.exp() * (p - q)).sum(-1, keepdim=True).clamp(min=0)
             first = [own.topk(most).indices.double() for own in (p, q)]
-            batches.append(torch.cat([*first, divergence.double()], dim=1).cpu())
+            batches.append(torch.cat([*first, divergence], dim=1).cpu())
         rows = torch.cat([own for part in processes.gather(batches) for own in part])
         first_dense, first_pruned = rows[:, :most].long(), rows[:, most:-1].long()
         same, divergence = (first_dense[:, 0] == first_pruned[:, 0]).double(), rows[:, -1]
@@ -214,7 +214,7 @@ def _chances(logits: Tensor, who: str) -> Tensor:
     """The logarithms of the chances that a model gives its classes."""
     if not logits.isfinite().all():
         raise NumericalError(f"The logits of the {who} model are not finite; try --dtype float32.")
-    return logits.float().log_softmax(-1)
+    return logits.double().log_softmax(-1)
 
 
 def chosen_task(model: Any) -> Task | None:

@@ -96,6 +96,11 @@ def compare_states(dense: Stream, pruned: Stream, progress: Progress, processes:
         batches.append(torch.stack([*own, torch.full_like(own[0], expected[0, ..., 0].numel())]).cpu())
         progress("head", batch + 1, len(dense.batches))
     tokens, pooled, error, norm, counts = torch.cat([own for part in processes.gather(batches) for own in part], dim=1)
+    if not norm.any():
+        raise NumericalError(
+            f"The dense model's last hidden states of all {len(norm)} samples are zero: nothing can be compared "
+            "with them. Is the model damaged, or are its weights those of another class?"
+        )
     return {
         "tokens": int(counts.sum()),
         "cosine": float(tokens.mean()),

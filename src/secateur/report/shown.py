@@ -13,7 +13,7 @@ from rich.text import Text
 from secateur.arguments import in_a_call, speaks_of_options
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.labelled import Labelled
-from secateur.evaluate.perplexity import Perplexity, plus_minus
+from secateur.evaluate.perplexity import Perplexity, counted, plus_minus
 from secateur.evaluate.settings import VerdictSettings
 from secateur.evaluate.similarity import Similarity
 from secateur.evaluate.task_results import TaskResults
@@ -99,8 +99,7 @@ def _perplexity(result: Perplexity) -> Iterator[str]:
 
 
 def _windows(result: Any) -> str:
-    several = "window" if result.windows == 1 else "windows"
-    return f"{result.data}, {result.windows:,} {several} of {result.length:,} tokens"
+    return f"{result.data}, {counted(result.windows, result.length, result.provenance)}"
 
 
 def _agreement(result: Agreement) -> Iterator[str]:

@@ -19,7 +19,7 @@ from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.labelled import Labelled
-from secateur.evaluate.perplexity import Perplexity, plus_minus
+from secateur.evaluate.perplexity import Perplexity, counted, plus_minus
 from secateur.evaluate.similarity import Similarity
 from secateur.evaluate.task_results import Difference, Metric, TaskComparison, TaskResult, TaskResults
 from secateur.evaluate.verdict import Verdict
@@ -352,7 +352,7 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
     called = _called(row.model for rows in results for row in rows)
     for rows in results:
         first = rows[0]
-        title = f"{first.data}, {first.windows} windows of {first.length} tokens"
+        title = f"{first.data}, {counted(first.windows, first.length, first.provenance)}"
         table = _table(
             "model", "perplexity", "nats - dense", "KL per token", "KL 99 %", "same first choice", title=title
         )
@@ -380,7 +380,8 @@ def similarity_table(results: Sequence[Sequence[Similarity]]) -> RenderableType:
     tables: list[RenderableType] = []
     called = _called(row.model for rows in results for row in rows)
     for rows in results:
-        title = f"{rows[0].data}, {rows[0].windows} windows of {rows[0].length} tokens: last hidden states"
+        samples = counted(rows[0].windows, rows[0].length, rows[0].provenance)
+        title = f"{rows[0].data}, {samples}: last hidden states"
         table = _table("model", "cosine of tokens", "cosine of means", "relative error", title=title)
         for row in rows:
             table.add_row(
