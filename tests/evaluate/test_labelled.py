@@ -11,7 +11,18 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
 
 import secateur
 import tiny
@@ -167,3 +178,110 @@ def test_compare_of_classifiers(call: Call, classifiers: tuple[Path, Path], tmp_
     head, *lines = (tmp_path / "table.csv").read_text().splitlines()
     own = dict(zip(head.split(","), lines[1].split(","), strict=True))
     assert (own["kind"], float(own["top1"])) == ("labelled", row["figures"]["top1"]["pruned"])
+
+
+WORDS = ["a", "bed", "sat", "at", "the", "desk", "and", "never", "again"]
+MOODS = {0: "good", 1: "bad", 2: "so so"}
+
+
+def reader(limit: int = 24) -> PreTrainedTokenizerFast:
+    """A tokenizer of nine words that marks the two texts of a pair."""
+    known = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", model_input_names=names, model_max_length=limit
+    )
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A classifier of texts with three classes, and the same pruned."""
+    folder = tmp_path_factory.mktemp("readers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = BertConfig(
+            vocab_size=16, max_position_embeddings=24, **sizes, initializer_range=0.6, id2label=dict(MOODS)
+        )
+        BertForSequenceClassification(config).save_pretrained(folder / "dense")
+    reader().save_pretrained(folder / "dense")
+    secateur.prune(folder / "dense", method="magnitude", sparsity=0.6, output=folder / "pruned")
+    return folder / "dense", folder / "pruned"
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    random = numpy.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, random.integers(1, 9))) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("ending", "pairs"), [("jsonl", False), ("csv", True)])
+def test_texts_and_pairs(readers: tuple[Path, Path], tmp_path: Path, ending: str, pairs: bool) -> None:
+    """Each text by itself through transformers' own pipeline; labels are names in one file, numbers in the other."""
+    one, other, moods = sentences(17, 0), sentences(17, 1), [number % 3 for number in range(17)]
+    file, columns = tmp_path / f"texts.{ending}", ("premise", "hypothesis") if pairs else ("text",)
+    rows = [
+        {**dict(zip(columns, texts, strict=False)), "label": mood if pairs else MOODS[mood]}
+        for *texts, mood in zip(one, other, moods, strict=True)
+    ]
+    if ending == "csv":
+        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+    else:
+        lines = [json.dumps(row) for row in rows]
+    file.write_text("\n".join(lines) + "\n")
+    (found,) = secateur.labelled(readers[0], [readers[1]], f"labelled:{file}", batch_size=3)
+    numbers = {name: number for number, name in MOODS.items()}
+    given = [{"text": text, "text_pair": second} if pairs else text for text, second in zip(one, other, strict=True)]
+    choices = []
+    for model in readers:
+        classify = pipeline("text-classification", model=str(model), device="cpu")
+        choices.append(numpy.array([numbers[classify([text])[0]["label"]] for text in given]))
+    right = [(own == numpy.array(moods)).astype(float) for own in choices]
+    assert 0 < found.agreement < 1
+    assert found.agreement == pytest.approx((choices[0] == choices[1]).mean())
+    figure = found.figures["accuracy"]
+    assert (figure.dense, figure.pruned) == pytest.approx((right[0].mean(), right[1].mean()))
+    difference = right[1] - right[0]
+    assert figure.difference_error == pytest.approx(difference.std(ddof=1) / 17**0.5)
+    assert sorted(found.answers) == sorted(choices[1].tolist())
+    assert "17 samples: accuracy" in repr(found)
+
+
+def test_columns_by_name_and_texts_that_are_cut(
+    readers: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    rows = [{"said": text, "mood": "Bad", "idx": 1} for text in [*sentences(3, 0), " ".join(WORDS * 4)]]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    (found,) = secateur.labelled(readers[0], [readers[0]], f"labelled:{file}:said:mood")
+    assert found.labels == [1] * 4
+    assert "1 of the 4 texts" in caplog.text
+    assert "longer than 24 tokens" in caplog.text
+    (found,) = secateur.labelled(readers[0], [readers[0]], f"labelled:{file}:said", windows=2)
+    assert (found.samples, found.labels, found.figures) == (2, None, {})
+    (row,) = secateur.similarity(readers[0], [readers[1]], f"labelled:{file}:said:mood")
+    assert "4 texts: cosine" in repr(row)
+    for spec, match in {
+        "": r"which columns are texts\? Columns found: said, mood, idx\. Name one or two: labelled:FILE",
+        ":say": r'texts\.jsonl, entry 1: has no text under "say"',
+        ":said:label": r'texts\.jsonl, entry 1: has no text under "label"',
+        ":said:idx:more": r"is no file of labelled texts",
+    }.items():
+        with pytest.raises(CalibrationError, match=match):
+            secateur.labelled(readers[0], [readers[0]], f"labelled:{file}{spec}")
+
+
+def test_decoders_with_a_head_for_classes(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=16, n_embd=32, n_layer=2, n_head=4, n_positions=24, num_labels=3)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    reader().save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "texts.csv").write_text("text,label\na bed,0\na desk,1\nthe bed,2\n")
+    (found,) = secateur.labelled(tmp_path / "gpt2", [tmp_path / "gpt2"], f"labelled:{tmp_path / 'texts.csv'}")
+    assert (found.labels, found.agreement) == ([0, 1, 2], 1)
+    model = tiny.save("llama", tmp_path / "llama")
+    with pytest.raises(CalibrationError, match="LlamaForCausalLM predicts the next token"):
+        secateur.agreement(model, [model], f"labelled:{tmp_path / 'texts.csv'}")

@@ -1,7 +1,9 @@
-"""What samples are labelled with: the folders that pictures lie in, and the tables beside them."""
+"""What samples are labelled with: the folders that pictures lie in, tables beside them, and tables of texts."""
 
 import csv
 import io
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,22 @@ from typing import Any
 from secateur.errors import CalibrationError
 from secateur.files.reading import json_lines, read_text
 
+PREFIX = "labelled:"
+FORM = (
+    f"{PREFIX}FILE.jsonl or {PREFIX}FILE.csv, with columns as {PREFIX}FILE:TEXT:LABEL or {PREFIX}FILE:TEXT,TEXT:LABEL"
+)
+_SPEC = re.compile(r"(?P<file>.+\.(?:csv|jsonl))(?::(?P<texts>[^:]*))?(?::(?P<label>[^:]*))?", re.IGNORECASE)
+# Columns that data sets call their texts, and what is to be said of them, where nobody names others.
+TEXTS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("source",),
+    ("text",),
+    ("sentence",),
+)
+LABELS = ("label", "target")
 TABLES = ("metadata.csv", "metadata.jsonl", "labels.csv")
 FILE_NAME, LABEL = "file_name", "label"
 
@@ -20,6 +38,56 @@ class Label:
 
     value: str
     where: str
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts of a table in their order, each alone or with a second one, and their labels where it has some."""
+
+    file: Path
+    texts: Sequence[tuple[str, ...]]
+    labels: Sequence[Label] | None
+
+
+def texts_of(source: Any) -> str | None:
+    """The file after `labelled:`, with its columns, or None for another source."""
+    if isinstance(source, Sequence) and not isinstance(source, str) and len(source) == 1:
+        source = source[0]
+    if isinstance(source, str | os.PathLike) and os.fspath(source).startswith(PREFIX):
+        return os.fspath(source).removeprefix(PREFIX)
+    return None
+
+
+def read_texts(spec: str) -> Texts:
+    """The texts of a file after `labelled:`. Raises `CalibrationError` for columns that it does not have."""
+    found = _SPEC.fullmatch(spec)
+    if found is None:
+        raise CalibrationError(f"{PREFIX}{spec}: is no file of labelled texts. Expected {FORM}.")
+    file = Path(found["file"]).expanduser()
+    rows = table_rows(file)
+    if not rows:
+        raise CalibrationError(f"{file}: has no rows. Expected a text and a label in each.")
+    there = list(rows[0][1])
+    named = tuple(name.strip() for name in (found["texts"] or "").split(",") if name.strip())
+    columns = named or next((known for known in TEXTS if all(name in there for name in known)), ())
+    label = found["label"] or next((known for known in LABELS if known in there and known not in columns), None)
+    if not 1 <= len(columns) <= 2:
+        raise CalibrationError(
+            f"{file}: which columns are texts? Columns found: {', '.join(there)}. Name one or two: {FORM}."
+        )
+    texts = [tuple(_cell(where, row, column) for column in columns) for where, row in rows]
+    labels = None if label is None else [Label(_cell(where, row, label), where) for where, row in rows]
+    return Texts(file, texts, labels)
+
+
+def _cell(where: str, row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str | int | float):
+        raise CalibrationError(
+            f'{where}: has no text under "{column}" ({type(value).__name__}). Columns found: {", ".join(row)}. Name '
+            f"others: {FORM}."
+        )
+    return str(value)
 
 
 def picture_labels(folder: Path, files: Sequence[Path]) -> list[Label] | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secateur.calibration.images import Images
 from secateur.calibration.labels import Label, picture_labels
+from secateur.calibration.named import NamedSamples
 from secateur.collect.model_windows import Samples, evaluation_samples
 from secateur.errors import CheckpointError, ModelStructureError, NumericalError
 from secateur.evaluate.beside_dense import beside_dense
@@ -16,6 +17,7 @@ from secateur.evaluate.classes import class_numbers
 from secateur.evaluate.perplexity import standard_error, without_nan
 from secateur.evaluate.settings import AgreementSettings, TextSettings
 from secateur.evaluate.similarity import Similarity, compare_states
+from secateur.models.flow.inputs import LABELS
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.classes import Task, task_of
 from secateur.models.opening.opened import OpenedModel
@@ -91,8 +93,9 @@ def labelled(settings: AgreementSettings) -> list[Labelled]:
     """What each pruned model answers beside the dense one, and how often both are right where there are labels.
 
     For models that choose between classes. Pictures of ``"images:FOLDER"`` have as labels the names of the folders that
-    they lie in, or those of a table `labels.csv` or `metadata.csv` there: names of the model's classes, or their
-    numbers. The models run one after the other, each in the memory of one block.
+    they lie in, or those of a table `labels.csv` or `metadata.csv` there; ``"labelled:FILE"`` is a table of texts, or
+    pairs of texts, and their labels. Labels are names of the model's classes, or their numbers. The models run one
+    after the other, each in the memory of one block.
 
     Raises `ModelStructureError` for models that choose between no classes, `CheckpointError` for models with different
     numbers of classes, `NumericalError` for outputs that are not finite, and `CalibrationError` for labels that the
@@ -234,4 +237,9 @@ def labels_of(samples: Samples) -> list[Label] | None:
     """What the samples are labelled with, in their order; None where nothing says so."""
     if isinstance(samples, Images) and samples.folder is not None:
         return picture_labels(samples.folder, samples.files)
-    return None
+    if not isinstance(samples, NamedSamples):
+        return None
+    given = [sample[LABELS] for sample in samples.each if LABELS in sample]
+    if given and len(given) == samples.samples and all(value.numel() == 1 for value in given):
+        return [Label(str(int(value)), f"sample {number}") for number, value in enumerate(given)]
+    return None if samples.labels is None else list(samples.labels)

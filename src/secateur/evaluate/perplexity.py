@@ -153,6 +153,7 @@ def counted(windows: int, length: int, provenance: Mapping[str, Any]) -> str:
     kinds = {
         "images": ("image", f" of {length:,} places"),
         "recordings": ("recording", ""),
+        "labelled texts": ("text", ""),
         "named inputs": ("sample", ""),
     }
     name, size = kinds.get(str(provenance.get("source")), ("window", f" of {length:,} tokens"))
