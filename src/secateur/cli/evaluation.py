@@ -123,22 +123,24 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             answers = [task_differences(answered[0], own) for own in answered[1:]]
     agreements: list[list[Agreement]] = []
     similarities: list[list[Similarity]] = []
-    labelled: list[list[Labelled]] = []
+    answers_to: list[list[Labelled]] = []
     if settings.texts:
         with logged(log_dir) as log, stage_progress() as show, quiet_libraries():
             from secateur.evaluate.agreement import agreement
-            from secateur.evaluate.labelled import with_states
+            from secateur.evaluate.labelled import by_generation, labelled, with_states
             from secateur.evaluate.similarity import predicts_tokens
 
             own = shared(settings, AgreementSettings) | {"progress": log.stages_beside(show)}
             if predicts_tokens(AgreementSettings(**own)):
                 agreements = [agreement(**own | {"data": text}) for text in settings.texts]
+                writing = [text for text in settings.texts if by_generation(AgreementSettings(**own | {"data": text}))]
+                answers_to = [labelled(**own | {"data": text}) for text in writing]
             else:
                 check_no_limits(settings)
                 for text in settings.texts:
                     similar, chosen = with_states(AgreementSettings(**own | {"data": text}))
                     similarities.append(similar)
-                    labelled += [chosen] if chosen else []
+                    answers_to += [chosen] if chosen else []
     rows = [row for text in agreements for row in text]
     compared = [row for text in similarities for row in text]
     task_rows = [row for own in answers for row in own]
@@ -154,7 +156,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     if settings.csv is not None and launched().rank == 0:
         on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
         states = [{"model": row.model, "kind": "states", "name": row.data, **row.to_json()} for row in compared]
-        answers_csv = [_labelled_row(row) for text in labelled for row in text]
+        answers_csv = [_labelled_row(row) for text in answers_to for row in text]
         write_csv(Path(settings.csv), [*on_texts, *states, *answers_csv, *map(_task_row, task_rows)])
     from secateur.evaluate.verdict import verdict
 
@@ -173,7 +175,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             {
                 "dense": dense,
                 "results": [*(row.to_json() for row in rows), *(row.to_json() for row in compared)],
-                "labelled": [row.to_json() for text in labelled for row in text],
+                "labelled": [row.to_json() for text in answers_to for row in text],
                 "tasks": [row.to_json() for row in task_rows],
                 "generations": prompts,
                 "verdicts": [own.to_json() for own in verdicts],
@@ -191,10 +193,10 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
 
         if similarities:
             print_tables(similarity_table(similarities))
-        if labelled:
-            print_tables(labelled_table(labelled))
         if agreements:
             print_tables(comparison_table(agreements))
+        if answers_to:
+            print_tables(labelled_table(answers_to))
         if answers:
             print_tables(task_comparison_table(task_rows))
         if written:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.audio import PREFIX, Recording, audio_of, recordings
+from secateur.calibration.labels import Label
 from secateur.calibration.named import NamedSamples
 from secateur.calibration.windows import fewer, require_positive
 from secateur.errors import CalibrationError
@@ -57,11 +58,13 @@ def model_recordings(
         tokens, said = _tokens(opened, found, [own[wanted] for own in each], write=write)
         each = [{**own, LABELS: ids} for own, ids in zip(each, tokens, strict=True)]
     shape = {"samples": len(each), **fewer(what, samples, len(each))}
-    return NamedSamples(each, {**facts, **said, **shape})
+    heard = [Label(own.transcript, str(own.file)) for own in found if own.transcript is not None]
+    # Of some alone nobody can say how many are right.
+    return NamedSamples(each, {**facts, **said, **shape}, labels=heard if len(heard) == len(found) else None)
 
 
 @contextmanager
-def _whole(opened: OpenedModel) -> Iterator[Any]:
+def loaded_whole(opened: OpenedModel) -> Iterator[Any]:
     """The model with all of its weights in it."""
     skeleton = opened.skeleton
     if skeleton.resident:
@@ -115,7 +118,7 @@ def _tokens(
             len(unheard),
             len(found),
         )
-        with torch.no_grad(), _whole(opened) as module:
+        with torch.no_grad(), loaded_whole(opened) as module:
             for number in unheard:
                 value = features[number].unsqueeze(0).to(opened.skeleton.device, opened.skeleton.dtype)
                 texts[number] = module.generate(**{input_name(model): value})[0].tolist()

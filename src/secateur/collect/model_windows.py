@@ -252,7 +252,7 @@ def evaluation_samples(
     """The windows of `model_evaluation_windows`, also for encoder-decoders; where it reads them, other samples."""
     spec = texts_of(data)
     if spec is not None and reads_tokens(opened.skeleton.model):
-        if predicting:
+        if predicting and not is_encoder_decoder(opened.skeleton.model):
             raise CalibrationError(
                 f"{data}: labelled texts are for models that choose between classes, and "
                 f"{type(opened.skeleton.model).__name__} predicts the next token. Give it a text, or tasks."

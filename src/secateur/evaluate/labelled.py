@@ -1,29 +1,36 @@
 """What pruned models answer beside the dense one, and how often they are right where samples have labels."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.calibration.audio import audio_of
 from secateur.calibration.images import Images
-from secateur.calibration.labels import Label, picture_labels
+from secateur.calibration.labels import Label, picture_labels, texts_of
 from secateur.calibration.named import NamedSamples
 from secateur.collect.model_windows import Samples, evaluation_samples
-from secateur.errors import CheckpointError, ModelStructureError, NumericalError
+from secateur.collect.settings import DtypeSettings
+from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, NumericalError
 from secateur.evaluate.beside_dense import beside_dense
 from secateur.evaluate.classes import class_numbers
-from secateur.evaluate.perplexity import standard_error, without_nan
+from secateur.evaluate.measured import Measured, share_right
+from secateur.evaluate.perplexity import described, standard_error, without_nan
 from secateur.evaluate.settings import AgreementSettings, TextSettings
 from secateur.evaluate.similarity import Similarity, compare_states
+from secateur.evaluate.written import JUDGED, check_package, judged_by, normaliser, text_figures, text_of, write
 from secateur.models.flow.inputs import LABELS
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.classes import Task, task_of
-from secateur.models.opening.opened import OpenedModel
-from secateur.runs.events import Progress
+from secateur.models.opening.opened import OpenedModel, open_model
+from secateur.runs.events import Progress, named
+from secateur.runs.journal import common_facts
 from secateur.runs.options import shared, taking
-from secateur.runs.processes import Processes
+from secateur.runs.processes import Processes, shared_run
 from secateur.shown import Shown, ShownList
 
 # How many choices of a class count, by what the share of samples is called whose label is among them.
@@ -33,50 +40,34 @@ SHARES: Mapping[Task, Mapping[str, int]] = {
     "AUDIO_CLASSIFICATION": {"accuracy": 1},
 }
 CHOICES = 5
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A figure of both models on the same labelled samples, and the pruned model's minus the dense one's.
-
-    Errors are standard errors over samples, that of the difference over the differences of samples; NaN for a single
-    one. `right_to_wrong` and `wrong_to_right` count the samples whose answer flipped, where it is right or wrong.
-    """
-
-    dense: float
-    dense_error: float
-    pruned: float
-    pruned_error: float
-    difference: float
-    difference_error: float
-    right_to_wrong: int | None = None
-    wrong_to_right: int | None = None
+AT_ONCE = 8  # samples that a model writes for, where nobody says how many
 
 
 @dataclass(frozen=True, repr=False)
 class Labelled(Shown):
     """A pruned model's answers beside the dense one's, on the same samples.
 
-    `agreement` is the share of samples with the same answer, `kl` the mean of ``KL(dense || pruned)`` over the classes,
-    in nats; errors are standard errors over samples, NaN for a single one. `figures` are those that need labels, by
-    name: `top1` and `top5` for images, `accuracy` for texts and recordings, as shares of samples; empty without labels.
-    `answers`, `answers_dense` and `labels` are numbers of classes, in the order in which the samples ran. `digest` is
-    that of the samples.
+    An answer is a class, or a text. `agreement` is the share of samples with the same answer, `kl` the mean of
+    ``KL(dense || pruned)`` in nats over the `classes` (with CTC over the tokens of a place; None for what `generate`
+    writes); errors are standard errors over samples, NaN for a single one. `figures` are those that need labels, by
+    name: the shares `top1` and `top5` for images, `accuracy` for texts and recordings, or `wer`, the word error rate
+    of speech, or `chrf`, from 0 to 100; empty without labels. `answers`, `answers_dense` and `labels` are numbers of
+    classes, or texts as they are compared, in the order in which the samples ran. `digest` is that of the samples.
     """
 
     model: str
     data: str
     task: Task
     samples: int
-    classes: int
+    classes: int | None
     agreement: float
     agreement_error: float
-    kl: float
-    kl_error: float
+    kl: float | None
+    kl_error: float | None
     figures: Mapping[str, Measured]
-    answers: Sequence[int]
-    answers_dense: Sequence[int]
-    labels: Sequence[int] | None
+    answers: Sequence[int] | Sequence[str]
+    answers_dense: Sequence[int] | Sequence[str]
+    labels: Sequence[int] | Sequence[str] | None
     digest: str
     seconds: float
     provenance: Mapping[str, Any]
@@ -92,15 +83,18 @@ class Labelled(Shown):
 def labelled(settings: AgreementSettings) -> list[Labelled]:
     """What each pruned model answers beside the dense one, and how often both are right where there are labels.
 
-    For models that choose between classes. Pictures of ``"images:FOLDER"`` have as labels the names of the folders that
-    they lie in, or those of a table `labels.csv` or `metadata.csv` there; ``"labelled:FILE"`` is a table of texts, or
-    pairs of texts, and their labels. Labels are names of the model's classes, or their numbers. The models run one
-    after the other, each in the memory of one block.
+    For models that choose between classes, and those that write texts. Pictures of ``"images:FOLDER"`` have as labels
+    the names of the folders that they lie in, or those of a table `labels.csv` or `metadata.csv` there;
+    ``"labelled:FILE"`` is a table of texts, or pairs of texts, and their labels: names of the model's classes, or their
+    numbers, or the texts that should be written. Of ``"audio:FOLDER"`` they are the transcripts. The models run one
+    after the other, each in the memory of one block, or for `generate` as a whole.
 
-    Raises `ModelStructureError` for models that choose between no classes, `CheckpointError` for models with different
-    numbers of classes, `NumericalError` for outputs that are not finite, and `CalibrationError` for labels that the
-    model does not know.
+    Raises `ModelStructureError` for models that do neither, `CheckpointError` for models with different numbers of
+    classes, `NumericalError` for outputs that are not finite, and `CalibrationError` for labels that the model does not
+    know, and where the package is missing that judges texts.
     """
+    if by_generation(settings):
+        return _written(settings)
     found = _beside(settings, states=False)
     return ShownList(own for _, own in found if own is not None)
 
@@ -112,44 +106,84 @@ def with_states(settings: AgreementSettings) -> tuple[list[Similarity], list[Lab
     return [own for own, _ in found if own is not None], [own for _, own in found if own is not None]
 
 
-def _beside(settings: AgreementSettings, *, states: bool) -> list[tuple[Similarity | None, Labelled | None]]:
-    judge = _Judge(settings, needed=not states)
-
-    def compare(*both: Any) -> dict[str, Any]:
-        return {"answers": judge.compare(*both), "states": compare_states(*both) if states else None}
-
-    made = []
-    for figures in beside_dense(settings, judge.draw, compare, check=judge.check, predicting=False):
-        answers, own = figures.pop("answers"), figures.pop("states")
-        similar = None if own is None else Similarity(**{**figures, **own})
-        facts = {name: figures[name] for name in ("model", "data", "digest", "seconds", "provenance")}
-        said = None if answers is None else Labelled(**facts, samples=figures["windows"], **answers)
-        made.append((similar, said))
-    return made
+def by_generation(settings: AgreementSettings) -> bool:
+    """Whether the dense model answers by `generate`, to recordings or labelled texts; no weights are read for it."""
+    asked = audio_of(settings.data) is not None or texts_of(settings.data) is not None
+    if not asked or str(settings.dense).endswith(".gguf"):  # which are decoders
+        return False
+    opened = open_model(settings.dense, **shared(settings, DtypeSettings))
+    try:
+        return answering_task(opened.skeleton.model) in ("SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM")
+    finally:
+        opened.restore()
 
 
-@dataclass
+def answering_task(model: Any) -> Task | None:
+    """What a model is for, where its answers can be right or wrong; None for all others.
+
+    A head with one output, or whose outputs do not exclude each other, makes no choice between classes.
+    """
+    task = task_of(type(model).__name__)
+    if task in SHARES:
+        several = getattr(model.config, "problem_type", None) in (None, "single_label_classification")
+        return task if several and _classes(model) > 1 else None
+    return task
+
+
+def _classes(model: Any) -> int:
+    """How many there are to choose from: classes, or with CTC tokens."""
+    name = "vocab_size" if task_of(type(model).__name__) == "CTC" else "num_labels"
+    return int(getattr(model.config, name, 0))
+
+
+def labels_of(samples: Samples) -> list[Label] | None:
+    """What the samples are labelled with, in their order; None where nothing says so."""
+    if isinstance(samples, Images) and samples.folder is not None:
+        return picture_labels(samples.folder, samples.files)
+    if not isinstance(samples, NamedSamples):
+        return None
+    if samples.labels is not None:
+        return list(samples.labels)
+    given = [sample[LABELS] for sample in samples.each if LABELS in sample]
+    if given and len(given) == samples.samples and all(value.numel() == 1 for value in given):
+        return [Label(str(int(value)), f"sample {number}") for number, value in enumerate(given)]
+    return None
+
+
 class _Judge:
     """What the answers of models are judged by: known once the samples are drawn for the dense model."""
 
-    settings: AgreementSettings
-    needed: bool
-    task: Task | None = None
-    labels: list[int] | None = field(default=None)
+    def __init__(self, settings: AgreementSettings, *, needed: bool) -> None:
+        self.settings, self.needed = settings, needed
+        self.task: Task | None = None
+        self.labels: list[Label] | None = None
+        self.numbers: list[int] | None = None
+        self.tokenizer: Any = None
+        self.normaliser: tuple[str, Callable[[str], str]] = ("", str)
 
     def draw(self, dense: OpenedModel) -> Samples:
         """The samples. Raises for labels that the model does not know, and for a model that is to answer and cannot."""
         model: Any = dense.skeleton.model
-        self.task = chosen_task(model)
+        self.task = answering_task(model)
+        if self.task in JUDGED:
+            self.tokenizer = self.settings.tokenizer or dense.load_tokenizer()
+            if self.tokenizer is None and self.needed:
+                raise CalibrationError(f"{type(model).__name__}: to read what it writes needs its tokenizer.")
+            self.task = None if self.tokenizer is None else self.task
         if self.task is None and self.needed:
             raise ModelStructureError(
-                f"{type(model).__name__}: chooses between no classes, so that there is nothing to be right or wrong. "
+                f"{type(model).__name__}: chooses between no classes and writes nothing that can be right or wrong. "
                 "secateur.similarity compares the hidden states of such a model with the dense one's."
             )
         settings = self.settings
         samples = evaluation_samples(dense, settings.data, settings.tokenizer, **shared(settings, TextSettings))
-        said = None if self.task is None else labels_of(samples)
-        self.labels = None if said is None else class_numbers(model, said)
+        self.labels = None if self.task is None else labels_of(samples)
+        if self.task in JUDGED:
+            self.normaliser = normaliser(model, self.tokenizer)
+            if self.labels is not None:
+                check_package(self.task)
+        elif self.labels is not None:
+            self.numbers = class_numbers(model, self.labels)
         return samples
 
     def check(self, dense: OpenedModel, pruned: OpenedModel) -> None:
@@ -161,85 +195,148 @@ class _Judge:
                 "cannot be compared."
             )
 
-    def compare(self, dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any] | None:
-        """The figures of a `Labelled`, from both models' logits; None where they choose between no classes."""
-        if self.task is None:
-            return None
-        batches: list[Tensor] = []  # (first choices of the dense model, of the pruned one, divergence) of each sample
-        most = min(CHOICES, _classes(dense.skeleton.model))
-        for batch in range(len(dense.batches)):
-            p, q = (_chances(stream.predictions(batch), who) for stream, who in ((dense, "dense"), (pruned, "pruned")))
-            # A divergence is never negative; rounding can make it so by a little.
-            divergence = (p.exp() * (p - q)).sum(-1, keepdim=True).clamp(min=0)
-            first = [own.topk(most).indices.double() for own in (p, q)]
-            batches.append(torch.cat([*first, divergence], dim=1).cpu())
-        rows = torch.cat([own for part in processes.gather(batches) for own in part])
-        first_dense, first_pruned = rows[:, :most].long(), rows[:, most:-1].long()
-        same, divergence = (first_dense[:, 0] == first_pruned[:, 0]).double(), rows[:, -1]
-        shares = {name: count for name, count in SHARES[self.task].items() if count < _classes(dense.skeleton.model)}
-        figures = {}
-        if self.labels is not None:
-            wanted = torch.tensor(self.labels).unsqueeze(1)
-            figures = {
-                name: _measured(*((own[:, :count] == wanted).any(1) for own in (first_dense, first_pruned)))
-                for name, count in shares.items()
-            }
-        return {
-            "task": self.task,
-            "classes": _classes(dense.skeleton.model),
-            "agreement": float(same.mean()),
-            "agreement_error": standard_error(same),
-            "kl": float(divergence.mean()),
-            "kl_error": standard_error(divergence),
-            "figures": figures,
-            "answers": first_pruned[:, 0].tolist(),
-            "answers_dense": first_dense[:, 0].tolist(),
-            "labels": self.labels,
+    def texts(self, dense: Sequence[str], pruned: Sequence[str]) -> dict[str, Any]:
+        """The figures of a `Labelled` for texts that two models have written."""
+        assert self.task is not None
+        name, plain = self.normaliser
+        found = text_figures(self.task, dense, pruned, self.labels, plain)
+        same = found.pop("same")
+        errors = {"agreement": float(same.mean()), "agreement_error": standard_error(same)}
+        how = {"judged_by": judged_by(self.task, name)} if self.labels is not None else {}
+        return {"task": self.task, "classes": None, "kl": None, "kl_error": None, **errors, **found, "how": how}
+
+
+def _beside(settings: AgreementSettings, *, states: bool) -> list[tuple[Similarity | None, Labelled | None]]:
+    judge = _Judge(settings, needed=not states)
+
+    def compare(*both: Any) -> dict[str, Any]:
+        answers = None if judge.task not in COMPARED else COMPARED[judge.task](judge, *both)
+        return {"answers": answers, "states": compare_states(*both) if states else None}
+
+    made = []
+    for figures in beside_dense(settings, judge.draw, compare, check=judge.check, predicting=False):
+        answers, own = figures.pop("answers"), figures.pop("states")
+        similar = None if own is None else Similarity(**{**figures, **own})
+        made.append((similar, None if answers is None else _made(figures, answers)))
+    return made
+
+
+def _made(facts: Mapping[str, Any], answers: Mapping[str, Any]) -> Labelled:
+    """What a model answers, with what it was measured on."""
+    own = dict(answers)
+    provenance = {**facts["provenance"], **own.pop("how", {})}
+    shown = {name: facts[name] for name in ("model", "data", "digest", "seconds")}
+    return Labelled(**shown, **own, samples=facts["windows"], provenance=provenance)
+
+
+# By what a model predicts for each sample after its last block
+
+
+def _choices(judge: _Judge, dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:
+    """The figures of a `Labelled` for models that choose one class for each sample."""
+    assert judge.task is not None
+    batches: list[Tensor] = []  # (first choices of the dense model, of the pruned one, divergence) of each sample
+    classes = _classes(dense.skeleton.model)
+    most = min(CHOICES, classes)
+    for batch in range(len(dense.batches)):
+        p, q = _chances(dense, pruned, batch)
+        first = [own.topk(most).indices.double() for own in (p, q)]
+        batches.append(torch.cat([*first, _divergence(p, q).unsqueeze(1)], dim=1).cpu())
+    rows = torch.cat([own for part in processes.gather(batches) for own in part])
+    first_dense, first_pruned = rows[:, :most].long(), rows[:, most:-1].long()
+    same, divergence = (first_dense[:, 0] == first_pruned[:, 0]).double(), rows[:, -1]
+    figures = {}
+    if judge.numbers is not None:
+        wanted = torch.tensor(judge.numbers).unsqueeze(1)
+        figures = {
+            name: share_right(*((own[:, :count] == wanted).any(1) for own in (first_dense, first_pruned)))
+            for name, count in SHARES[judge.task].items()
+            if count < classes
         }
+    return {
+        "task": judge.task,
+        "classes": classes,
+        "agreement": float(same.mean()),
+        "agreement_error": standard_error(same),
+        "kl": float(divergence.mean()),
+        "kl_error": standard_error(divergence),
+        "figures": figures,
+        "answers": first_pruned[:, 0].tolist(),
+        "answers_dense": first_dense[:, 0].tolist(),
+        "labels": judge.numbers,
+    }
 
 
-def _measured(dense: Tensor, pruned: Tensor) -> Measured:
-    """The shares of samples for which the models are right."""
-    own, reference = pruned.double(), dense.double()
-    return Measured(
-        dense=float(reference.mean()),
-        dense_error=standard_error(reference),
-        pruned=float(own.mean()),
-        pruned_error=standard_error(own),
-        difference=float((own - reference).mean()),
-        difference_error=standard_error(own - reference),
-        right_to_wrong=int((dense & ~pruned).sum()),
-        wrong_to_right=int((pruned & ~dense).sum()),
-    )
+def _heard(judge: _Judge, dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:
+    """The figures of a `Labelled` for models that choose one token for each place (CTC), of which a text is made."""
+    found: list[tuple[str, str, float]] = []  # (text of the dense model, of the pruned one, divergence) of each sample
+    for batch in range(len(dense.batches)):
+        p, q = _chances(dense, pruned, batch)
+        texts = [[text_of(judge.tokenizer, ids) for ids in own.argmax(-1).tolist()] for own in (p, q)]
+        found += zip(*texts, _divergence(p, q).mean(1).tolist(), strict=True)
+    each = [own for part in processes.gather(found) for own in part]
+    divergence = torch.tensor([own[2] for own in each], dtype=torch.float64)
+    answers = judge.texts([own[0] for own in each], [own[1] for own in each])
+    return {
+        **answers,
+        "classes": _classes(dense.skeleton.model),
+        "kl": float(divergence.mean()),
+        "kl_error": standard_error(divergence),
+    }
 
 
-def _chances(logits: Tensor, who: str) -> Tensor:
-    """The logarithms of the chances that a model gives its classes."""
-    if not logits.isfinite().all():
-        raise NumericalError(f"The logits of the {who} model are not finite; try --dtype float32.")
-    return logits.double().log_softmax(-1)
+def _chances(dense: Stream, pruned: Stream, batch: int) -> list[Tensor]:
+    """The logarithms of the chances that both models give to what they choose from."""
+    found = []
+    for who, stream in (("dense", dense), ("pruned", pruned)):
+        logits = stream.predictions(batch)
+        if not logits.isfinite().all():
+            raise NumericalError(f"The logits of the {who} model are not finite; try --dtype float32.")
+        found.append(logits.double().log_softmax(-1))
+    return found
 
 
-def chosen_task(model: Any) -> Task | None:
-    """What a model is for, where it chooses one of several classes; None for all others.
-
-    A head with one output, or whose outputs do not exclude each other, makes no such choice.
-    """
-    several = getattr(model.config, "problem_type", None) in (None, "single_label_classification")
-    return task_of(type(model).__name__) if several and _classes(model) > 1 else None
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    # It is never negative; rounding can make it so by a little.
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
-def _classes(model: Any) -> int:
-    return int(getattr(model.config, "num_labels", 0))
+COMPARED: Mapping[Task | None, Callable[..., dict[str, Any]]] = {
+    "IMAGE_CLASSIFICATION": _choices,
+    "SEQUENCE_CLASSIFICATION": _choices,
+    "AUDIO_CLASSIFICATION": _choices,
+    "CTC": _heard,
+}
 
 
-def labels_of(samples: Samples) -> list[Label] | None:
-    """What the samples are labelled with, in their order; None where nothing says so."""
-    if isinstance(samples, Images) and samples.folder is not None:
-        return picture_labels(samples.folder, samples.files)
-    if not isinstance(samples, NamedSamples):
-        return None
-    given = [sample[LABELS] for sample in samples.each if LABELS in sample]
-    if given and len(given) == samples.samples and all(value.numel() == 1 for value in given):
-        return [Label(str(int(value)), f"sample {number}") for number, value in enumerate(given)]
-    return None if samples.labels is None else list(samples.labels)
+# By what it writes, with the whole model in memory
+
+
+def _written(settings: AgreementSettings) -> list[Labelled]:
+    judge, machine = _Judge(settings, needed=True), shared(settings, DtypeSettings)
+    with ExitStack() as stack:
+        processes = stack.enter_context(shared_run())
+        reference = open_model(settings.dense, **machine)
+        stack.callback(reference.restore)
+        samples = judge.draw(reference)
+        whole: Any = samples.batches(settings.batch_size or AT_ONCE)
+        processes.agree({**common_facts(reference), "dtype": str(reference.skeleton.dtype), "tokens": samples.digest})
+        batches: Any = processes.share(whole).batches
+
+        def texts(opened: OpenedModel, name: str) -> list[str]:
+            own = write(opened, judge.tokenizer, batches, named(settings.tell, name))
+            return [text for part in processes.gather(own) for text in part]
+
+        dense = texts(reference, "dense")
+        made = []
+        for number, model in enumerate(settings.pruned):
+            started = time.perf_counter()
+            opened = open_model(model, **machine)
+            try:
+                judge.check(reference, opened)
+                found = texts(opened, f"pruned {number + 1}" if len(settings.pruned) > 1 else "pruned")
+            finally:
+                opened.restore()
+            facts = {"model": str(opened.origin.get("path")), "seconds": time.perf_counter() - started}
+            made.append(_made({**facts, **described(samples, settings.data)}, judge.texts(dense, found)))
+    return ShownList(made)

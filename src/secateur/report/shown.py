@@ -25,6 +25,7 @@ from secateur.record.manifest import Manifest, cautions
 from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection
 from secateur.report.terminal import (
+    LABELLED,
     allocation_tables,
     comparison_table,
     estimate_tables,
@@ -120,13 +121,14 @@ def _similarity(result: Similarity) -> Iterator[str]:
 
 def _labelled(result: Labelled) -> Iterator[str]:
     figures = "".join(
-        f"{name} {own.pruned:.1%}{plus_minus(100 * own.pruned_error, '.1f')} (dense {own.dense:.1%}), "
+        f"{LABELLED[name].heading} {LABELLED[name].cell(own.pruned, own.pruned_error)} "
+        f"(dense {LABELLED[name].cell(own.dense, own.dense_error)}), "
         for name, own in result.figures.items()
     )
+    kl = "" if result.kl is None else f", KL {result.kl:.4f}{plus_minus(result.kl_error or 0.0, '.4f')}"
     yield (
-        f"{result.model} beside the dense model on {result.data}, {result.samples:,} samples: {figures}the same choice "
-        f"for {result.agreement:.1%}{plus_minus(100 * result.agreement_error, '.1f')}, KL {result.kl:.4f}"
-        f"{plus_minus(result.kl_error, '.4f')}."
+        f"{result.model} beside the dense model on {result.data}, {result.samples:,} samples: {figures}the same answer "
+        f"for {result.agreement:.1%}{plus_minus(100 * result.agreement_error, '.1f')}{kl}."
     )
 
 

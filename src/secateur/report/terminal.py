@@ -4,7 +4,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -400,32 +400,57 @@ def labelled_table(results: Sequence[Sequence[Labelled]]) -> RenderableType:
     called = _called(row.model for rows in results for row in rows)
     for rows in results:
         first = rows[0]
-        figures = [column for name in first.figures for column in (_LABELLED[name], "- dense")]
-        title = f"{first.data}, {first.samples:,} samples: choices of {first.classes:,} classes"
-        table = _table("model", *figures, "same choice %", "KL", title=title)
+        kinds = [LABELLED[name] for name in first.figures]
+        what = "what they write" if first.classes is None else f"choices of {first.classes:,} classes"
+        title = f"{first.data}, {first.samples:,} samples: {what}"
+        head = [column for kind in kinds for column in (kind.heading, "- dense")]
+        table = _table("model", *head, "same answer %", "KL", title=title)
         if first.figures:
-            own = (_share(one.dense, one.dense_error) for one in first.figures.values())
-            table.add_row("dense", *(cell for value in own for cell in (value, "")), "", "")
+            cells = [
+                kind.cell(own.dense, own.dense_error) for kind, own in zip(kinds, first.figures.values(), strict=True)
+            ]
+            table.add_row("dense", *(cell for own in cells for cell in (own, "")), "", "")
         for row in rows:
-            pairs = (
-                (_share(one.pruned, one.pruned_error), _share(one.difference, one.difference_error, "+"))
-                for one in row.figures.values()
-            )
-            table.add_row(
-                called[row.model],
-                *(cell for pair in pairs for cell in pair),
-                _share(row.agreement, row.agreement_error),
-                f"{row.kl:.4f}{plus_minus(row.kl_error, '.4f')}",
-            )
-        tables += [table, Text()]
+            figures = zip(kinds, row.figures.values(), strict=True)
+            pairs = [
+                (kind.cell(own.pruned, own.pruned_error), kind.cell(own.difference, own.difference_error, "+"))
+                for kind, own in figures
+            ]
+            kl = "" if row.kl is None or row.kl_error is None else f"{row.kl:.4f}{plus_minus(row.kl_error, '.4f')}"
+            same = f"{row.agreement:.1%}".removesuffix("%") + plus_minus(100 * row.agreement_error, ".1f")
+            table.add_row(called[row.model], *(cell for pair in pairs for cell in pair), same, kl)
+        tables += [table, *_judged_lines(first.provenance), Text()]
     return Group(*tables[:-1])
 
 
-_LABELLED = {"top1": "top-1 %", "top5": "top-5 %", "accuracy": "accuracy %"}
+def _judged_lines(provenance: Mapping[str, Any]) -> list[Text]:
+    own = provenance.get("judged_by")
+    if own is None:
+        return []
+    plain = f"; texts are normalised: {own['normaliser']}" if "normaliser" in own else ""
+    return [Text(f"By {own['package']}{plain}.", style="dim")]
 
 
-def _share(value: float, error: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}{plus_minus(100 * error, '.1f')}"
+@dataclass(frozen=True)
+class _Kind:
+    """How a figure of labelled samples is shown: its heading, what it is multiplied by, its decimals."""
+
+    heading: str
+    scale: float = 100
+    form: str = ".1f"
+
+    def cell(self, value: float, error: float, sign: str = "") -> str:
+        """A value and its error."""
+        return f"{self.scale * value:{sign}{self.form}}{plus_minus(self.scale * error, self.form)}"
+
+
+LABELLED = {
+    "top1": _Kind("top-1 %"),
+    "top5": _Kind("top-5 %"),
+    "accuracy": _Kind("accuracy %"),
+    "wer": _Kind("word errors %"),
+    "chrf": _Kind("chrF", scale=1),
+}
 
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> RenderableType:

@@ -44,7 +44,14 @@ def is_masked(architecture: str) -> bool:
 
 
 # What the models are for of which the figures that people judge them by are known, by transformers' names.
-Task = Literal["IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION", "AUDIO_CLASSIFICATION"]
+Task = Literal[
+    "IMAGE_CLASSIFICATION",
+    "SEQUENCE_CLASSIFICATION",
+    "AUDIO_CLASSIFICATION",
+    "CTC",
+    "SPEECH_SEQ_2_SEQ",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+]
 
 
 def task_of(architecture: str) -> Task | None:
