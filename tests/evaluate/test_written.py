@@ -151,13 +151,19 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_texts_are_normalised_as_whispers_authors_do() -> None:
     class English:
-        language = "english"
+        language, english_spelling_normalizer = "english", {"colour": "color"}
         normalize, basic_normalize = staticmethod(str.upper), staticmethod(str.lower)
+
+    class WithoutFile(English):
+        english_spelling_normalizer = None
 
     class German(English):
         language = "german"
 
     assert normaliser(None, English())[0] == "Whisper's for English"
+    name, plain_text = normaliser(None, WithoutFile())
+    assert "no normalizer.json" in name
+    assert plain_text("Mr. Brown's colour, [music] it's 20!") == "mister brown is colour it is 20"
     assert normaliser(None, German())[1]("Ja") == "ja"
     assert normaliser(None, object())[1]("It's -- A_B!") == "it's a b"
 

@@ -159,11 +159,11 @@ class _Judge:
         self.labels: list[Label] | None = None
         self.numbers: list[int] | None = None
         self.tokenizer: Any = None
-        self.normaliser: tuple[str, Callable[[str], str]] = ("", str)
+        self.model: Any = None
 
     def draw(self, dense: OpenedModel) -> Samples:
         """The samples. Raises for labels that the model does not know, and for a model that is to answer and cannot."""
-        model: Any = dense.skeleton.model
+        self.model = model = dense.skeleton.model
         self.task = answering_task(model)
         if self.task in JUDGED:
             self.tokenizer = self.settings.tokenizer or dense.load_tokenizer()
@@ -178,11 +178,11 @@ class _Judge:
         settings = self.settings
         samples = evaluation_samples(dense, settings.data, settings.tokenizer, **shared(settings, TextSettings))
         self.labels = None if self.task is None else labels_of(samples)
+        if self.labels is None:
+            return samples
         if self.task in JUDGED:
-            self.normaliser = normaliser(model, self.tokenizer)
-            if self.labels is not None:
-                check_package(self.task)
-        elif self.labels is not None:
+            check_package(self.task)
+        else:
             self.numbers = class_numbers(model, self.labels)
         return samples
 
@@ -198,7 +198,7 @@ class _Judge:
     def texts(self, dense: Sequence[str], pruned: Sequence[str]) -> dict[str, Any]:
         """The figures of a `Labelled` for texts that two models have written."""
         assert self.task is not None
-        name, plain = self.normaliser
+        name, plain = normaliser(self.model, self.tokenizer)
         found = text_figures(self.task, dense, pruned, self.labels, plain)
         same = found.pop("same")
         errors = {"agreement": float(same.mean()), "agreement_error": standard_error(same)}

@@ -102,7 +102,11 @@ def normaliser(model: Any, tokenizer: Any) -> tuple[str, Callable[[str], str]]:
     alone = getattr(getattr(model, "generation_config", None), "is_multilingual", None) is False
     language = str(getattr(tokenizer, "language", None) or "").casefold()
     if language in ("en", "english") or (alone and not language):
-        return "Whisper's for English", tokenizer.normalize
+        if getattr(tokenizer, "english_spelling_normalizer", None) is not None:
+            return "Whisper's for English", tokenizer.normalize
+        from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+        return "Whisper's for English, spellings as they are (no normalizer.json)", EnglishTextNormalizer({})  # type: ignore[no-untyped-call]
     return "Whisper's for any language", tokenizer.basic_normalize
 
 

@@ -404,21 +404,22 @@ def labelled_table(results: Sequence[Sequence[Labelled]]) -> RenderableType:
         what = "what they write" if first.classes is None else f"choices of {first.classes:,} classes"
         title = f"{first.data}, {first.samples:,} samples: {what}"
         head = [column for kind in kinds for column in (kind.heading, "- dense")]
-        table = _table("model", *head, "same answer %", "KL", title=title)
+        last = ["same answer %", *(["KL"] if first.kl is not None else [])]
+        table = _table("model", *head, *last, title=title)
         if first.figures:
             cells = [
                 kind.cell(own.dense, own.dense_error) for kind, own in zip(kinds, first.figures.values(), strict=True)
             ]
-            table.add_row("dense", *(cell for own in cells for cell in (own, "")), "", "")
+            table.add_row("dense", *(cell for own in cells for cell in (own, "")), *("" for _ in last))
         for row in rows:
             figures = zip(kinds, row.figures.values(), strict=True)
             pairs = [
                 (kind.cell(own.pruned, own.pruned_error), kind.cell(own.difference, own.difference_error, "+"))
                 for kind, own in figures
             ]
-            kl = "" if row.kl is None or row.kl_error is None else f"{row.kl:.4f}{plus_minus(row.kl_error, '.4f')}"
+            kl = [] if row.kl is None else [f"{row.kl:.4f}{plus_minus(row.kl_error or 0.0, '.4f')}"]
             same = f"{row.agreement:.1%}".removesuffix("%") + plus_minus(100 * row.agreement_error, ".1f")
-            table.add_row(called[row.model], *(cell for pair in pairs for cell in pair), same, kl)
+            table.add_row(called[row.model], *(cell for pair in pairs for cell in pair), same, *kl)
         tables += [table, *_judged_lines(first.provenance), Text()]
     return Group(*tables[:-1])
 
