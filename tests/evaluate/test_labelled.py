@@ -21,6 +21,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
     pipeline,
 )
 
@@ -28,6 +31,7 @@ import secateur
 import tiny
 from command_line import Call, call  # noqa: F401
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError
+from speech_files import record
 
 NAMES = ["Pear", "red apple", "tench, Tinca tinca", "crane", "crane, bird", "plum", "fig", "quince"]
 
@@ -126,6 +130,46 @@ def test_without_labels_there_is_agreement_alone(classifiers: tuple[Path, Path],
     assert (found.labels, found.figures) == (None, {})
 
 
+def test_inputs_by_name_with_labels(classifiers: tuple[Path, Path]) -> None:
+    given = {"pixel_values": tiny.pixels(4), "labels": torch.tensor([3, 0, 7, 1])}
+    (found,) = secateur.labelled(classifiers[0], [classifiers[1]], given)
+    with torch.no_grad():
+        first = ViTForImageClassification.from_pretrained(classifiers[0])(given["pixel_values"]).logits.argmax(-1)
+    assert found.labels == [3, 0, 7, 1]
+    assert found.figures["top1"].dense == float((first == given["labels"]).double().mean())
+
+
+def test_recordings_in_folders_by_class(tmp_path: Path) -> None:
+    layers: dict[str, Any] = {"conv_dim": [16, 16], "conv_stride": [40, 8], "conv_kernel": [80, 16]}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Wav2Vec2Config(**sizes, **layers, num_conv_pos_embedding_groups=4, num_labels=3)
+        model = Wav2Vec2ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    extractor, sounds = Wav2Vec2FeatureExtractor(), []
+    extractor.save_pretrained(tmp_path / "dense")
+    for number in range(5):
+        (tmp_path / "in" / str(number % 3)).mkdir(parents=True, exist_ok=True)
+        sounds.append(record(tmp_path / "in" / str(number % 3) / f"{number}.wav", 6000, number))
+    (found,) = secateur.labelled(tmp_path / "dense", [tmp_path / "dense"], f"audio:{tmp_path / 'in'}")
+    with torch.no_grad():
+        first = [
+            int(model(extractor(own, sampling_rate=16000, return_tensors="pt").input_values).logits.argmax())
+            for own in sounds
+        ]
+    assert found.labels == [0, 1, 2, 0, 1]
+    assert found.answers == first
+    assert found.figures["accuracy"].dense == pytest.approx(
+        numpy.mean([own == label for own, label in zip(first, found.labels, strict=True)])
+    )
+    config.use_weighted_layer_sum = True
+    Wav2Vec2ForSequenceClassification(config).save_pretrained(tmp_path / "weighted")
+    extractor.save_pretrained(tmp_path / "weighted")
+    with pytest.raises(ModelStructureError, match="chooses between no classes"):
+        secateur.labelled(tmp_path / "weighted", [tmp_path / "dense"], f"audio:{tmp_path / 'in'}")
+
+
 def test_synsets_are_classes_in_their_order_where_all_are_there(classifiers: tuple[Path, Path], tmp_path: Path) -> None:
     for number in range(len(NAMES)):
         paint(tmp_path / f"n0144076{number}" / "a.jpg", number)
@@ -149,7 +193,7 @@ def test_what_cannot_be_is_said(classifiers: tuple[Path, Path], tmp_path: Path) 
     (tmp_path / "in" / "labels.csv").write_text("file_name,label\nb.png,grape\n")
     refused(r'labels\.csv, line 2, b\.png: has the label "grape"')
     paint(tmp_path / "in" / "c.png", 0)
-    refused(r"has labels of 1 pictures, and none of c\.png \(1 of 2 are missing\)")
+    refused(r"has labels of 1 files, and none of c\.png \(1 of 2 are missing\)")
     (tmp_path / "in" / "labels.csv").write_text("file,label\nb.png,grape\n")
     refused(r"labels\.csv, line 2: has no file_name; columns found: file, label")
     (tmp_path / "in" / "labels.csv").write_text("file_name,label\nb.png,grape,9\n")

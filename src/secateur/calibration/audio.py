@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 
 from secateur.calibration.images import chosen_count
+from secateur.calibration.labels import files_in
 from secateur.errors import CalibrationError
 from secateur.files.reading import read_text
 
@@ -57,7 +58,7 @@ def recordings(source: str, samples: int | None, seed: int | None) -> tuple[list
     path = Path(source).expanduser()
     if not path.is_dir():
         raise CalibrationError(f"{PREFIX}{source}: no such folder. Give a folder of {' and '.join(ENDINGS)} files.")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+    found = files_in(path, ENDINGS)
     if not found:
         raise CalibrationError(f"{path}: no recording in it. Give a folder of {' and '.join(ENDINGS)} files.")
     count = chosen_count(len(found), samples, seed)

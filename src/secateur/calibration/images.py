@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import torch
 
+from secateur.calibration.labels import files_in
 from secateur.errors import CalibrationError
 from secateur.files.reading import read_text
 
@@ -87,7 +88,7 @@ def read_images(
     if path.suffix.lower() in ARRAYS and path.is_file():
         found: Sequence[Any] = _array(path)
     elif path.is_dir():
-        found = pictures_in(path)
+        found = files_in(path, ENDINGS)
     else:
         raise CalibrationError(
             f"{PREFIX}{source}: no such folder or array. Give a folder of {', '.join(ENDINGS)} files, or a file "
@@ -114,20 +115,6 @@ def read_images(
         )
     files = [] if isinstance(found, numpy.ndarray) else [found[number] for number in numbers]
     return torch.stack(values), facts, files
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """The files of pictures in a folder in the order of their names, or else those in its folders, by turns."""
-
-    def is_picture(file: Path) -> bool:
-        return file.suffix.lower() in ENDINGS and file.is_file()
-
-    found = sorted(filter(is_picture, folder.iterdir()))
-    if found:
-        return found
-    # One of each folder after the other: where folders are classes, the first few pictures are of many.
-    turns = [enumerate(sorted(filter(is_picture, inner.rglob("*")))) for inner in folder.iterdir() if inner.is_dir()]
-    return [file for _, file in sorted(pair for inner in turns for pair in inner)]
 
 
 def chosen_count(there: int, samples: int | None, seed: int | None) -> int:

@@ -1,4 +1,4 @@
-"""What samples are labelled with: the folders that pictures lie in, tables beside them, and tables of texts."""
+"""What samples are labelled with: the folders that files lie in, tables beside them, and tables of texts."""
 
 import csv
 import io
@@ -38,6 +38,20 @@ class Label:
 
     value: str
     where: str
+
+
+def files_in(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """The files of a folder that end so in the order of their names, or else those in its folders, by turns."""
+
+    def fits(file: Path) -> bool:
+        return file.suffix.lower() in endings and file.is_file()
+
+    found = sorted(filter(fits, folder.iterdir()))
+    if found:
+        return found
+    # One of each folder after the other: where folders are classes, the first few files are of many.
+    turns = [enumerate(sorted(filter(fits, inner.rglob("*")))) for inner in folder.iterdir() if inner.is_dir()]
+    return [file for _, file in sorted(pair for inner in turns for pair in inner)]
 
 
 @dataclass(frozen=True)
@@ -90,12 +104,12 @@ def _cell(where: str, row: Mapping[str, Any], column: str) -> str:
     return str(value)
 
 
-def picture_labels(folder: Path, files: Sequence[Path]) -> list[Label] | None:
-    """The label of each picture of a folder, or None where it has none.
+def file_labels(folder: Path, files: Sequence[Path]) -> list[Label] | None:
+    """The label of each picture or recording of a folder, or None where it has none.
 
     They stand in a table `labels.csv`, `metadata.csv` or `metadata.jsonl` of the folder, with the columns file_name and
-    label, or else are the names of the folders that the pictures lie in. Raises `CalibrationError` for a picture that
-    is not in the table.
+    label, or else are the names of the folders that the files lie in. Raises `CalibrationError` for a file that is not
+    in the table.
     """
     for name in TABLES:
         if (folder / name).is_file():
@@ -118,8 +132,8 @@ def _from_table(
     missing = [file for file in files if file.resolve() not in known]
     if missing:
         raise CalibrationError(
-            f"{table}: has labels of {len(known):,} pictures, and none of {missing[0].relative_to(folder)} "
-            f"({len(missing):,} of {len(files):,} are missing). Add a row {FILE_NAME},{LABEL} for each picture."
+            f"{table}: has labels of {len(known):,} files, and none of {missing[0].relative_to(folder)} "
+            f"({len(missing):,} of {len(files):,} are missing). Add a row {FILE_NAME},{LABEL} for each file."
         )
     return [known[file.resolve()] for file in files]
 

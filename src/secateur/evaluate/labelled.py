@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.calibration.audio import audio_of
 from secateur.calibration.images import Images
-from secateur.calibration.labels import Label, picture_labels, texts_of
+from secateur.calibration.labels import Label, file_labels, texts_of
 from secateur.calibration.named import NamedSamples
 from secateur.collect.model_windows import Samples, evaluation_samples
 from secateur.collect.settings import DtypeSettings
@@ -121,8 +121,11 @@ def by_generation(settings: AgreementSettings) -> bool:
 def answering_task(model: Any) -> Task | None:
     """What a model is for, where its answers can be right or wrong; None for all others.
 
-    A head with one output, or whose outputs do not exclude each other, makes no choice between classes.
+    A head with one output, or whose outputs do not exclude each other, makes no choice between classes. One that reads
+    the states of all blocks is not seen as it is, where only those after the last are at hand.
     """
+    if getattr(model.config, "use_weighted_layer_sum", False):
+        return None
     task = task_of(type(model).__name__)
     if task in SHARES:
         several = getattr(model.config, "problem_type", None) in (None, "single_label_classification")
@@ -139,7 +142,7 @@ def _classes(model: Any) -> int:
 def labels_of(samples: Samples) -> list[Label] | None:
     """What the samples are labelled with, in their order; None where nothing says so."""
     if isinstance(samples, Images) and samples.folder is not None:
-        return picture_labels(samples.folder, samples.files)
+        return file_labels(samples.folder, samples.files)
     if not isinstance(samples, NamedSamples):
         return None
     if samples.labels is not None:
