@@ -30,7 +30,9 @@ from transformers import (
 import secateur
 import tiny
 from command_line import Call, call  # noqa: F401
+from secateur.cli.evaluation import evaluation_store
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError
+from secateur.report.evaluations import read_evaluations, tables
 from speech_files import record
 
 NAMES = ["Pear", "red apple", "tench, Tinca tinca", "crane", "crane, bird", "plum", "fig", "quince"]
@@ -214,8 +216,15 @@ def test_compare_of_classifiers(call: Call, classifiers: tuple[Path, Path], tmp_
     assert shown.code == 0, shown.err
     assert "3 samples: choices of 8 classes" in shown.out
     assert "top-1 %" in shown.out
-    printed = json.loads(call("compare", *models, "--json").out)
+    (tmp_path / "compare.json").write_text(call("compare", *models, "--json").out)
+    printed = json.loads((tmp_path / "compare.json").read_text())
     (row,) = printed["labelled"]
+    # As kept, and as read from that file, the report has them.
+    (kept,) = (record for record in evaluation_store().of(secateur.model_digest(classifiers[1])))
+    assert (kept.kind, kept.result["figures"]) == ("labelled", row["figures"])
+    (table,) = tables(read_evaluations(tmp_path / "compare.json", classifiers[1]))
+    assert [cells[2].text for cells in table.rows] == ["top-1 %", "top-5 %"]
+    assert table.rows[0][4].value == pytest.approx(100 * row["figures"]["top1"]["pruned"])
     assert printed["format"] == 1
     assert row["figures"]["top1"].keys() >= {"dense", "pruned", "difference", "difference_error"}
     assert row["samples"] == 3

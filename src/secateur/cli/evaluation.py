@@ -146,6 +146,10 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     task_rows = [row for own in answers for row in own]
     for row, name in zip(rows, pruned * len(agreements), strict=True):
         _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
+    answered_rows = [row for text in answers_to for row in text]
+    for said, name in zip(answered_rows, pruned * len(answers_to), strict=True):
+        how = {"dense": dense, "dtype": settings.dtype, "data": said.data, "digest": said.digest}
+        _store(name, None, "labelled", how, said.to_json())
     prompts = [_prompt(outputs) for outputs in zip(*written, strict=True)]
     for place, name in enumerate(pruned, 1) if prompts else ():
         from secateur.report.evaluations import continued
@@ -156,8 +160,10 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     if settings.csv is not None and launched().rank == 0:
         on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
         states = [{"model": row.model, "kind": "states", "name": row.data, **row.to_json()} for row in compared]
-        answers_csv = [_labelled_row(row) for text in answers_to for row in text]
-        write_csv(Path(settings.csv), [*on_texts, *states, *answers_csv, *map(_task_row, task_rows)])
+        write_csv(
+            Path(settings.csv),
+            [*on_texts, *states, *map(_labelled_row, answered_rows), *map(_task_row, task_rows)],
+        )
     from secateur.evaluate.verdict import verdict
 
     verdicts = [
@@ -175,7 +181,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             {
                 "dense": dense,
                 "results": [*(row.to_json() for row in rows), *(row.to_json() for row in compared)],
-                "labelled": [row.to_json() for text in answers_to for row in text],
+                "labelled": [row.to_json() for row in answered_rows],
                 "tasks": [row.to_json() for row in task_rows],
                 "generations": prompts,
                 "verdicts": [own.to_json() for own in verdicts],

@@ -1,10 +1,10 @@
-"""A figure of the dense and of a pruned model on the same labelled samples."""
+"""A figure of the dense and of a pruned model on the same labelled samples, and how it is shown."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from secateur.evaluate.perplexity import standard_error
+from secateur.evaluate.perplexity import plus_minus, standard_error
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,25 @@ def share_right(dense: Tensor, pruned: Tensor) -> Measured:
         right_to_wrong=int((dense & ~pruned).sum()),
         wrong_to_right=int((pruned & ~dense).sum()),
     )
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a figure is shown: its heading, what it is multiplied by, the format of its decimals."""
+
+    heading: str
+    scale: float = 100
+    form: str = ".1f"
+
+    def cell(self, value: float, error: float, sign: str = "") -> str:
+        """A value and its error."""
+        return f"{self.scale * value:{sign}{self.form}}{plus_minus(self.scale * error, self.form)}"
+
+
+FIGURES = {
+    "top1": Form("top-1 %"),
+    "top5": Form("top-5 %"),
+    "accuracy": Form("accuracy %"),
+    "wer": Form("word errors %"),
+    "chrf": Form("chrF", scale=1),
+}

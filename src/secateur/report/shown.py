@@ -13,6 +13,7 @@ from rich.text import Text
 from secateur.arguments import in_a_call, speaks_of_options
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.labelled import Labelled
+from secateur.evaluate.measured import FIGURES
 from secateur.evaluate.perplexity import Perplexity, counted, plus_minus
 from secateur.evaluate.settings import VerdictSettings
 from secateur.evaluate.similarity import Similarity
@@ -25,7 +26,6 @@ from secateur.record.manifest import Manifest, cautions
 from secateur.record.verify import Verification
 from secateur.report.inspect import Inspection
 from secateur.report.terminal import (
-    LABELLED,
     allocation_tables,
     comparison_table,
     estimate_tables,
@@ -121,8 +121,8 @@ def _similarity(result: Similarity) -> Iterator[str]:
 
 def _labelled(result: Labelled) -> Iterator[str]:
     figures = "".join(
-        f"{LABELLED[name].heading} {LABELLED[name].cell(own.pruned, own.pruned_error)} "
-        f"(dense {LABELLED[name].cell(own.dense, own.dense_error)}), "
+        f"{FIGURES[name].heading} {FIGURES[name].cell(own.pruned, own.pruned_error)} "
+        f"(dense {FIGURES[name].cell(own.dense, own.dense_error)}), "
         for name, own in result.figures.items()
     )
     kl = "" if result.kl is None else f", KL {result.kl:.4f}{plus_minus(result.kl_error or 0.0, '.4f')}"

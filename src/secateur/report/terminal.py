@@ -4,7 +4,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from secateur.core.gradients import GradientKind
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
 from secateur.evaluate.labelled import Labelled
+from secateur.evaluate.measured import FIGURES
 from secateur.evaluate.perplexity import Perplexity, counted, plus_minus
 from secateur.evaluate.similarity import Similarity
 from secateur.evaluate.task_results import Difference, Metric, TaskComparison, TaskResult, TaskResults
@@ -400,7 +401,7 @@ def labelled_table(results: Sequence[Sequence[Labelled]]) -> RenderableType:
     called = _called(row.model for rows in results for row in rows)
     for rows in results:
         first = rows[0]
-        kinds = [LABELLED[name] for name in first.figures]
+        kinds = [FIGURES[name] for name in first.figures]
         what = "what they write" if first.classes is None else f"choices of {first.classes:,} classes"
         title = f"{first.data}, {first.samples:,} samples: {what}"
         head = [column for kind in kinds for column in (kind.heading, "- dense")]
@@ -430,28 +431,6 @@ def _judged_lines(provenance: Mapping[str, Any]) -> list[Text]:
         return []
     plain = f"; texts are normalised: {own['normaliser']}" if "normaliser" in own else ""
     return [Text(f"By {own['package']}{plain}.", style="dim")]
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How a figure of labelled samples is shown: its heading, what it is multiplied by, its decimals."""
-
-    heading: str
-    scale: float = 100
-    form: str = ".1f"
-
-    def cell(self, value: float, error: float, sign: str = "") -> str:
-        """A value and its error."""
-        return f"{self.scale * value:{sign}{self.form}}{plus_minus(self.scale * error, self.form)}"
-
-
-LABELLED = {
-    "top1": _Kind("top-1 %"),
-    "top5": _Kind("top-5 %"),
-    "accuracy": _Kind("accuracy %"),
-    "wer": _Kind("word errors %"),
-    "chrf": _Kind("chrF", scale=1),
-}
 
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> RenderableType:
