@@ -199,7 +199,7 @@ def test_what_a_translator_writes(call: Call, marian: Path, tmp_path: Path) -> N
     secateur.prune(marian, method="magnitude", output=out)
     (found,) = secateur.labelled(marian, [out], f"labelled:{file}")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(marian)
-    order = sorted(range(6), key=lambda number: len(sources[number].split()))
+    order = sorted(range(6), key=lambda number: -len(sources[number].split()))
     texts = []
     for model in (marian, out):
         module = MarianMTModel.from_pretrained(model).eval()

@@ -86,6 +86,7 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
     "secateur compare ./llama ./pruned --data wikitext2",
     "secateur compare ./llama ./wanda ./gblm --data wikitext2 --data c4 --windows 40 --csv table.csv",
     "secateur compare ./llama ./wanda --max-nats 0.05 --min-agreement 0.9",
+    "secateur compare ./vit ./wanda --data images:FOLDER",
     "secateur compare ./llama ./wanda --tasks boolq,hellaswag --limit 500 --prompts prompts.txt",
     processes=True,
 )
@@ -95,7 +96,8 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     Differences are paired, window by window or document by document. The models run one after the other: texts in the
     memory of one block, tasks and prompts with one whole model in memory. Ends with a sentence for each pruned model:
     whether it can take the dense one's place. Exits with 3 where one misses --max-nats or --min-agreement. Of models
-    that predict no next token, such as encoders, it compares the last hidden states, without that sentence.
+    that predict no next token, such as encoders, it compares the last hidden states, without that sentence. Of models
+    that choose between classes, of speech, and translators it shows what they get right beside labels.
     """
     if settings.tasks or settings.prompts is not None:
         alone("compare with --tasks or --prompts")
@@ -132,9 +134,9 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
 
             own = shared(settings, AgreementSettings) | {"progress": log.stages_beside(show)}
             if predicts_tokens(AgreementSettings(**own)):
-                agreements = [agreement(**own | {"data": text}) for text in settings.texts]
                 writing = [text for text in settings.texts if by_generation(AgreementSettings(**own | {"data": text}))]
                 answers_to = [labelled(**own | {"data": text}) for text in writing]
+                agreements = [agreement(**own | {"data": text}) for text in settings.texts]
             else:
                 check_no_limits(settings)
                 for text in settings.texts:

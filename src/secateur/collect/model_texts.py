@@ -20,7 +20,7 @@ _log = logging.getLogger("secateur")
 def model_texts(
     opened: OpenedModel, spec: str, tokenizer: Any, *, samples: int | None, length: int | None, what: str
 ) -> NamedSamples:
-    """The first texts of a table as its tokenizer has them, sorted by their length so that those of one run together.
+    """The first texts of a table as its tokenizer has them, the longest first: those of one length run together.
 
     They are cut at `length` tokens, or where the model has no more positions. Where a decoder writes, their labels are
     the tokens that it is to predict. Raises `CalibrationError` for a model without a tokenizer.
@@ -55,7 +55,8 @@ def model_texts(
         _log.warning(
             "%s of the %s texts of %s are longer than %s tokens, and are cut.", cut, len(each), table.file, most
         )
-    order = sorted(range(len(each)), key=lambda number: len(each[number]["input_ids"]))
+    # Memory: how many run at once is chosen by the first.
+    order = sorted(range(len(each)), key=lambda number: -len(each[number]["input_ids"]))
     facts = {
         "source": "labelled texts",
         "sources": [{"corpus": table.file.name, "file": str(table.file)}],
