@@ -35,6 +35,7 @@ _NAMES = {
         "SecateurError",
     ),
     "evaluate.agreement": ("Agreement", "agreement"),
+    "evaluate.labelled": ("Labelled", "labelled"),
     "evaluate.perplexity": ("Perplexity", "perplexity"),
     "evaluate.results": ("Results",),
     "evaluate.similarity": ("Similarity", "similarity"),

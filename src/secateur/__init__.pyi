@@ -37,6 +37,7 @@ from secateur.errors import (
     SecateurError as SecateurError,
 )
 from secateur.evaluate.agreement import Agreement as Agreement, agreement as agreement
+from secateur.evaluate.labelled import Labelled as Labelled, labelled as labelled
 from secateur.evaluate.perplexity import Perplexity as Perplexity, perplexity as perplexity
 from secateur.evaluate.results import Results as Results
 from secateur.evaluate.similarity import Similarity as Similarity, similarity as similarity

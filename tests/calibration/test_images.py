@@ -57,10 +57,11 @@ def test_pictures_go_through_the_models_processor(vit: Path, pictures: Path, tmp
     assert "4 images of 10 tokens of pictures" in (tmp_path / "out" / "README.md").read_text()
 
     processor = ViTImageProcessorPil.from_pretrained(vit)
-    pixels, _ = read_images(str(pictures), processor, 4, 3)
+    pixels, _, chosen = read_images(str(pictures), processor, 4, 3)
     files = sorted(file for file in pictures.iterdir() if file.suffix != ".txt")
     each = [processor(images=Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"][0] for file in files]
     assert pixels.shape == (4, 3, 24, 24)
+    assert torch.equal(pixels[0], each[files.index(chosen[0])])
     assert all(any(torch.equal(own, value) for value in each) for own in pixels)
     again = secateur.prune(vit, calibration=pixels, output=tmp_path / "again", **settings)
     assert again.calibration is not None
@@ -91,6 +92,10 @@ def test_compare_on_images(vit: Path, pictures: Path, tmp_path: Path) -> None:
     (row,) = secateur.similarity(vit, [tmp_path / "out"], f"images:{pictures}", batch_size=2)
     assert (row.windows, row.length, row.tokens) == (5, 10, 50)
     assert 0 < row.cosine < 1
+    assert f"{pictures}, 5 images of 10 places:" in repr(row)
+    assert "5 images of 10 places: last hidden states" in row._repr_html_()
+    (row,) = secateur.similarity(vit, [tmp_path / "out"], tiny.pixels(1))
+    assert "pixel values, 1 image of 10 places:" in repr(row)
 
 
 def test_within_a_site_and_residual_targets(vit: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import secateur
 import tiny
 from command_line import Call, call  # noqa: F401
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, NumericalError
 
 
 def last_hidden_states(folder: Path, ids: Tensor) -> Tensor:
@@ -52,6 +52,15 @@ def test_models_of_other_widths(tmp_path: Path) -> None:
     transformers.BertModel(config).save_pretrained(tmp_path / "narrow")
     with pytest.raises(CheckpointError, match=r"a width of 16, the dense model's of 32"):
         secateur.similarity(source, [tmp_path / "narrow"], tiny.tokens())
+
+
+def test_hidden_states_that_are_all_zero(tmp_path: Path) -> None:
+    model = tiny.build("bert_embeddings")
+    with torch.no_grad():
+        for parameter in model.encoder.layer[-1].output.LayerNorm.parameters():
+            parameter.zero_()
+    with pytest.raises(NumericalError, match=r"last hidden states of all 4 samples are zero"):
+        secateur.similarity(model, [tiny.save("bert_embeddings", tmp_path / "pruned")], tiny.tokens())
 
 
 def test_compare_of_encoders(call: Call, tmp_path: Path) -> None:  # noqa: F811

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy
 
-from secateur.calibration.images import DEFAULT_SAMPLES
+from secateur.calibration.images import chosen_count
+from secateur.calibration.labels import files_in
 from secateur.errors import CalibrationError
 from secateur.files.reading import read_text
 
@@ -52,15 +53,15 @@ def audio_of(source: Any) -> str | None:
 def recordings(source: str, samples: int | None, seed: int | None) -> tuple[list[Recording], Mapping[str, Any]]:
     """Some recordings of a folder, and their provenance.
 
-    Of more than `samples` as many are drawn with the seed; without a seed the first ones are taken.
+    Of more than `samples` as many are drawn with the seed; without a seed the first ones are taken, or all.
     """
     path = Path(source).expanduser()
     if not path.is_dir():
         raise CalibrationError(f"{PREFIX}{source}: no such folder. Give a folder of {' and '.join(ENDINGS)} files.")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+    found = files_in(path, ENDINGS)
     if not found:
         raise CalibrationError(f"{path}: no recording in it. Give a folder of {' and '.join(ENDINGS)} files.")
-    count = min(samples or DEFAULT_SAMPLES, len(found))
+    count = chosen_count(len(found), samples, seed)
     chosen = found[:count] if seed is None else random.Random(seed).sample(found, count)
     facts = {
         "source": "recordings",

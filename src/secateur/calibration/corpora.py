@@ -72,7 +72,7 @@ def names_corpus(text: str) -> bool:
         return False
     return (
         name in _NAMED
-        or (colon != "" and name in ("hf", "images"))
+        or (colon != "" and name in ("hf", "images", "audio", "labelled"))
         or spec.lower().endswith((".txt", ".raw", ".safetensors"))
         or _ROWS_FILE.fullmatch(spec) is not None
         or is_own_text(spec)

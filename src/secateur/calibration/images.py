@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import torch
 
+from secateur.calibration.labels import files_in
 from secateur.errors import CalibrationError
 from secateur.files.reading import read_text
 
@@ -26,12 +27,15 @@ CAPTION_BYTES = 1 << 16
 class Images:
     """Pixel values of shape (samples, channels, height, width), float32 on the CPU, and where they came from.
 
-    `length` is the number of hidden states that the model makes of an image.
+    `length` is the number of hidden states that the model makes of an image. `folder` and `files` are where they lie,
+    where they are files of pictures.
     """
 
     pixels: torch.Tensor
     provenance: Mapping[str, Any]
     length: int
+    folder: Path | None = None
+    files: Sequence[Path] = ()
 
     @property
     def samples(self) -> int:
@@ -68,23 +72,23 @@ def images_of(source: Any) -> str | torch.Tensor | None:
 
 def read_images(
     source: str | torch.Tensor, processor: Any, samples: int | None, seed: int | None
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Pixel values of some images, and their provenance.
+) -> tuple[torch.Tensor, dict[str, Any], list[Path]]:
+    """Pixel values of some images, their provenance, and their files where they are pictures.
 
     `source` is a folder of .jpg and .png files, a .npy or .npz file with one array, or pixel values. Whole numbers of
     8 bits, of shape (samples, height, width, channels), are images for the processor; floating-point numbers of shape
     (samples, channels, height, width) are pixel values already. Of more images than `samples` as many are drawn with
-    the seed; without a seed the first ones are taken.
+    the seed; without a seed the first ones are taken, or all.
     """
     if isinstance(source, torch.Tensor):
         kept = source[: samples or len(source)]
-        return kept.detach().to("cpu", torch.float32, copy=True), {"source": "images"}
+        return kept.detach().to("cpu", torch.float32, copy=True), {"source": "images"}, []
     path = Path(source).expanduser()
     facts: dict[str, Any] = {"source": "images", "sources": [{"corpus": path.name, "file": str(path)}]}
     if path.suffix.lower() in ARRAYS and path.is_file():
         found: Sequence[Any] = _array(path)
     elif path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+        found = files_in(path, ENDINGS)
     else:
         raise CalibrationError(
             f"{PREFIX}{source}: no such folder or array. Give a folder of {', '.join(ENDINGS)} files, or a file "
@@ -92,11 +96,11 @@ def read_images(
         )
     if not len(found):
         raise CalibrationError(f"{path}: no image in it. Give a folder of {', '.join(ENDINGS)} files.")
-    count = min(samples or DEFAULT_SAMPLES, len(found))
+    count = chosen_count(len(found), samples, seed)
     numbers = range(count) if seed is None else random.Random(seed).sample(range(len(found)), count)
     facts |= {"images_there": len(found)} | ({} if seed is None else {"seed": seed})
     if isinstance(found, numpy.ndarray) and found.dtype != numpy.uint8:
-        return torch.from_numpy(found[list(numbers)].astype(numpy.float32)), facts
+        return torch.from_numpy(found[list(numbers)].astype(numpy.float32)), facts, []
     if processor is None:
         raise CalibrationError(
             f"{path}: images need the model's image processor, and it has no preprocessor_config.json. Copy that of "
@@ -109,7 +113,13 @@ def read_images(
             f"{path}: the image processor makes images of different sizes of them, {shapes[0]} and {shapes[-1]}. Cut "
             "or scale them to one size first."
         )
-    return torch.stack(values), facts
+    files = [] if isinstance(found, numpy.ndarray) else [found[number] for number in numbers]
+    return torch.stack(values), facts, files
+
+
+def chosen_count(there: int, samples: int | None, seed: int | None) -> int:
+    """How many samples are taken of those that there are: as many as asked for; else, where none are drawn, all."""
+    return min(samples or (there if seed is None else DEFAULT_SAMPLES), there)
 
 
 def captioned_images(
@@ -132,7 +142,7 @@ def captioned_images(
             f"{path}: images need the model's image processor, and it has no preprocessor_config.json. Copy that of "
             "the model there."
         )
-    count = min(samples or DEFAULT_SAMPLES, len(found))
+    count = chosen_count(len(found), samples, seed)
     chosen = found[:count] if seed is None else random.Random(seed).sample(found, count)
     texts = [read_text(file.with_suffix(".txt"), limit=CAPTION_BYTES).strip() for file in chosen]
     facts: dict[str, Any] = {"source": "images", "sources": [{"corpus": path.name, "file": str(path)}]}

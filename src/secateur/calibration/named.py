@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.labels import Label
 from secateur.core.batch import Named
 from secateur.errors import CalibrationError
 
@@ -17,12 +18,13 @@ class NamedSamples:
     """The inputs of each sample by name, without a dimension for samples, on the CPU, and where they came from.
 
     `length` is the number of hidden states that a model makes of one sample, in all of its stacks. Nothing is padded:
-    samples of one shape go through the model together.
+    samples of one shape go through the model together. `labels` are what the samples are said to be.
     """
 
     each: Sequence[Mapping[str, torch.Tensor]]
     provenance: Mapping[str, Any]
     length: int = 1
+    labels: Sequence[Label] | None = None
 
     @property
     def samples(self) -> int:
@@ -65,7 +67,8 @@ def named_samples(source: Any, samples: int | None) -> NamedSamples | None:
     Raises `CalibrationError` for tensors with different numbers of samples.
     """
     if isinstance(source, NamedSamples):
-        return NamedSamples(source.each[:samples], source.provenance, source.length)
+        labels = None if source.labels is None else source.labels[:samples]
+        return NamedSamples(source.each[:samples], source.provenance, source.length, labels)
     if not isinstance(source, Mapping):
         return None
     tensors = {str(name): value for name, value in source.items() if isinstance(value, torch.Tensor)}

@@ -25,6 +25,7 @@ from secateur.runs.options import shared
 if TYPE_CHECKING:
     from secateur.evaluate.agreement import Agreement
     from secateur.evaluate.generations import Generation
+    from secateur.evaluate.labelled import Labelled
     from secateur.evaluate.perplexity import Perplexity
     from secateur.evaluate.results import Kind, Results
     from secateur.evaluate.similarity import Similarity
@@ -85,6 +86,7 @@ def evaluate(settings: EvalSettings, config: Config = None, as_json: Json = Fals
     "secateur compare ./llama ./pruned --data wikitext2",
     "secateur compare ./llama ./wanda ./gblm --data wikitext2 --data c4 --windows 40 --csv table.csv",
     "secateur compare ./llama ./wanda --max-nats 0.05 --min-agreement 0.9",
+    "secateur compare ./vit ./wanda --data images:FOLDER",
     "secateur compare ./llama ./wanda --tasks boolq,hellaswag --limit 500 --prompts prompts.txt",
     processes=True,
 )
@@ -94,7 +96,8 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     Differences are paired, window by window or document by document. The models run one after the other: texts in the
     memory of one block, tasks and prompts with one whole model in memory. Ends with a sentence for each pruned model:
     whether it can take the dense one's place. Exits with 3 where one misses --max-nats or --min-agreement. Of models
-    that predict no next token, such as encoders, it compares the last hidden states, without that sentence.
+    that predict no next token, such as encoders, it compares the last hidden states, without that sentence. Of models
+    that choose between classes, of speech, and translators it shows what they get right beside labels.
     """
     if settings.tasks or settings.prompts is not None:
         alone("compare with --tasks or --prompts")
@@ -122,22 +125,33 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             answers = [task_differences(answered[0], own) for own in answered[1:]]
     agreements: list[list[Agreement]] = []
     similarities: list[list[Similarity]] = []
+    answers_to: list[list[Labelled]] = []
     if settings.texts:
         with logged(log_dir) as log, stage_progress() as show, quiet_libraries():
             from secateur.evaluate.agreement import agreement
-            from secateur.evaluate.similarity import predicts_tokens, similarity
+            from secateur.evaluate.labelled import by_generation, labelled, with_states
+            from secateur.evaluate.similarity import predicts_tokens
 
             own = shared(settings, AgreementSettings) | {"progress": log.stages_beside(show)}
             if predicts_tokens(AgreementSettings(**own)):
+                writing = [text for text in settings.texts if by_generation(AgreementSettings(**own | {"data": text}))]
+                answers_to = [labelled(**own | {"data": text}) for text in writing]
                 agreements = [agreement(**own | {"data": text}) for text in settings.texts]
             else:
                 check_no_limits(settings)
-                similarities = [similarity(**own | {"data": text}) for text in settings.texts]
+                for text in settings.texts:
+                    similar, chosen = with_states(AgreementSettings(**own | {"data": text}))
+                    similarities.append(similar)
+                    answers_to += [chosen] if chosen else []
     rows = [row for text in agreements for row in text]
     compared = [row for text in similarities for row in text]
     task_rows = [row for own in answers for row in own]
     for row, name in zip(rows, pruned * len(agreements), strict=True):
         _keep(name, None, "agreement", row, {"dense": dense, "dtype": settings.dtype})
+    answered_rows = [row for text in answers_to for row in text]
+    for said, name in zip(answered_rows, pruned * len(answers_to), strict=True):
+        how = {"dense": dense, "dtype": settings.dtype, "data": said.data, "digest": said.digest}
+        _store(name, None, "labelled", how, said.to_json())
     prompts = [_prompt(outputs) for outputs in zip(*written, strict=True)]
     for place, name in enumerate(pruned, 1) if prompts else ():
         from secateur.report.evaluations import continued
@@ -148,7 +162,10 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
     if settings.csv is not None and launched().rank == 0:
         on_texts = [{"model": row.model, "kind": "text", "name": row.data, **row.to_json()} for row in rows]
         states = [{"model": row.model, "kind": "states", "name": row.data, **row.to_json()} for row in compared]
-        write_csv(Path(settings.csv), [*on_texts, *states, *map(_task_row, task_rows)])
+        write_csv(
+            Path(settings.csv),
+            [*on_texts, *states, *map(_labelled_row, answered_rows), *map(_task_row, task_rows)],
+        )
     from secateur.evaluate.verdict import verdict
 
     verdicts = [
@@ -166,6 +183,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             {
                 "dense": dense,
                 "results": [*(row.to_json() for row in rows), *(row.to_json() for row in compared)],
+                "labelled": [row.to_json() for row in answered_rows],
                 "tasks": [row.to_json() for row in task_rows],
                 "generations": prompts,
                 "verdicts": [own.to_json() for own in verdicts],
@@ -175,6 +193,7 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
         from secateur.report.terminal import (
             comparison_table,
             generations_table,
+            labelled_table,
             similarity_table,
             task_comparison_table,
             verdict_lines,
@@ -184,6 +203,8 @@ def compare(settings: CompareSettings, config: Config = None, as_json: Json = Fa
             print_tables(similarity_table(similarities))
         if agreements:
             print_tables(comparison_table(agreements))
+        if answers_to:
+            print_tables(labelled_table(answers_to))
         if answers:
             print_tables(task_comparison_table(task_rows))
         if written:
@@ -220,6 +241,17 @@ def _task_row(row: "TaskComparison") -> dict[str, Any]:
             f"{metric}_right_to_wrong": difference.right_to_wrong,
             f"{metric}_wrong_to_right": difference.wrong_to_right,
         }
+    return cells
+
+
+def _labelled_row(row: "Labelled") -> dict[str, Any]:
+    """One row of the table: what needs no labels, and of every figure both models' values and their difference."""
+    value = row.to_json()
+    cells = {"kind": "labelled", "name": row.data, "windows": row.samples}
+    cells |= {name: value[name] for name in ("model", "agreement", "agreement_error", "kl", "kl_error")}
+    for name, figure in value["figures"].items():
+        own = {"pruned": name, "pruned_error": f"{name}_error"}
+        cells |= {own.get(part, f"{name}_{part}"): number for part, number in figure.items()}
     return cells
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.audio import PREFIX, Recording, audio_of, recordings
+from secateur.calibration.labels import Label, file_labels
 from secateur.calibration.named import NamedSamples
 from secateur.calibration.windows import fewer, require_positive
 from secateur.errors import CalibrationError
 from secateur.models.flow.inputs import LABELS, input_name, start_token
+from secateur.models.opening.classes import task_of
 from secateur.models.opening.configuration import reason
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.opening.whole import read_generation_config
@@ -57,11 +59,19 @@ def model_recordings(
         tokens, said = _tokens(opened, found, [own[wanted] for own in each], write=write)
         each = [{**own, LABELS: ids} for own, ids in zip(each, tokens, strict=True)]
     shape = {"samples": len(each), **fewer(what, samples, len(each))}
-    return NamedSamples(each, {**facts, **said, **shape})
+    return NamedSamples(each, {**facts, **said, **shape}, labels=_labels(model, Path(folder).expanduser(), found))
+
+
+def _labels(model: Any, folder: Path, found: Sequence[Recording]) -> list[Label] | None:
+    """The classes of recordings for a model that chooses between some, else what is said where that is known of all."""
+    if task_of(type(model).__name__) == "AUDIO_CLASSIFICATION":
+        return file_labels(folder, [recording.file for recording in found])
+    heard = [Label(own.transcript, str(own.file)) for own in found if own.transcript is not None]
+    return heard if len(heard) == len(found) else None  # of some alone nobody can say how many are right
 
 
 @contextmanager
-def _whole(opened: OpenedModel) -> Iterator[Any]:
+def loaded_whole(opened: OpenedModel) -> Iterator[Any]:
     """The model with all of its weights in it."""
     skeleton = opened.skeleton
     if skeleton.resident:
@@ -115,7 +125,7 @@ def _tokens(
             len(unheard),
             len(found),
         )
-        with torch.no_grad(), _whole(opened) as module:
+        with torch.no_grad(), loaded_whole(opened) as module:
             for number in unheard:
                 value = features[number].unsqueeze(0).to(opened.skeleton.device, opened.skeleton.dtype)
                 texts[number] = module.generate(**{input_name(model): value})[0].tolist()

@@ -1,5 +1,6 @@
 """Images for a certain model, through its own image processor, and how many hidden states it makes of each."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ def model_images(
         raise CalibrationError("--length: an image has as many tokens as the model makes of it. Leave --length out.")
     require_positive(samples=samples)
     processor = None if isinstance(found, torch.Tensor) else opened.load_image_processor()
-    pixels, facts = read_images(found, processor, samples, seed)
+    pixels, facts, files = read_images(found, processor, samples, seed)
     shape = {"samples": len(pixels), "length": hidden_states_of(opened, pixels[:1])[0]}
-    return Images(pixels, {**facts, **shape, **fewer(what, samples, len(pixels))}, shape["length"])
+    folder = Path(found).expanduser() if files and isinstance(found, str) else None
+    return Images(pixels, {**facts, **shape, **fewer(what, samples, len(pixels))}, shape["length"], folder, files)
 
 
 def hidden_states_of(opened: OpenedModel, sample: Batch) -> list[int]:

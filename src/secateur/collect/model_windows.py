@@ -23,6 +23,7 @@ from secateur.calibration.drawing import (
 )
 from secateur.calibration.hub import default_text
 from secateur.calibration.images import Images, images_of
+from secateur.calibration.labels import texts_of
 from secateur.calibration.named import NamedSamples, named_samples
 from secateur.calibration.own_text import OwnText, Written
 from secateur.calibration.quick import quick_windows
@@ -32,6 +33,7 @@ from secateur.collect.author import Author
 from secateur.collect.model_audio import model_recordings
 from secateur.collect.model_images import hidden_states_of, model_images
 from secateur.collect.model_pairs import model_pairs
+from secateur.collect.model_texts import model_texts
 from secateur.collect.settings import AUTO, CalibrationSettings
 from secateur.core.choices import Bos
 from secateur.errors import CalibrationError, ModelStructureError
@@ -124,9 +126,14 @@ def _other_samples(opened: OpenedModel, source: Any, *, write: bool = True, **ho
     if found is None:
         found = model_recordings(opened, source, **how, write=write)
     _say_fewer(found, how["what"], how["samples"])
+    return _measured(opened, found)
+
+
+def _measured(opened: OpenedModel, found: NamedSamples) -> NamedSamples:
+    """The samples with the number of hidden states that the model makes of the first."""
     length = sum(hidden_states_of(opened, found.batches(1)[0]))
-    shape = {"samples": found.samples, "length": length}
-    return NamedSamples(found.each, {**found.provenance, **shape}, length)
+    provenance = {**found.provenance, "samples": found.samples, "length": length}
+    return replace(found, provenance=provenance, length=length)
 
 
 def check_reads_tokens(opened: OpenedModel, source: Any) -> None:
@@ -245,6 +252,16 @@ def evaluation_samples(
     predicting: bool = False,
 ) -> Samples:
     """The windows of `model_evaluation_windows`, also for encoder-decoders; where it reads them, other samples."""
+    spec = texts_of(data)
+    if spec is not None and reads_tokens(opened.skeleton.model):
+        if predicting and not is_encoder_decoder(opened.skeleton.model):
+            raise CalibrationError(
+                f"{data}: labelled texts are for models that choose between classes, and "
+                f"{type(opened.skeleton.model).__name__} predicts the next token. Give it a text, or tasks."
+            )
+        found = model_texts(opened, spec, tokenizer, samples=windows, length=length, what="windows")
+        _say_fewer(found, "windows", windows)
+        return _measured(opened, found)
     if reads_tokens(opened.skeleton.model) and not isinstance(data, Mapping | NamedSamples):
         return model_evaluation_windows(
             opened, data, tokenizer, length=length, windows=windows, bos=bos, predicting=predicting, alone=False

@@ -1,6 +1,7 @@
 """Perplexity in the convention of the pruning papers, streamed block by block."""
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.documents import Corpus
+from secateur.calibration.images import Images
+from secateur.calibration.windows import Windows
 from secateur.collect.model_windows import Samples, model_evaluation_windows
 from secateur.collect.settings import ModelSettings
 from secateur.errors import NumericalError
@@ -133,15 +136,30 @@ def _perplexity(settings: PerplexitySettings, processes: Processes) -> Perplexit
 
 
 def described(cut: Samples, data: object) -> dict[str, Any]:
-    """What a result says of the windows that it was measured on."""
+    """What a result says of the windows, images or other samples that it was measured on."""
+    given = "token ids" if isinstance(cut, Windows) else "pixel values" if isinstance(cut, Images) else "named inputs"
     return {
-        "data": str(data) if isinstance(data, str | Corpus) else "token ids",
+        "data": str(data) if isinstance(data, str | os.PathLike | Corpus) else given,
         "windows": cut.samples,
         "length": cut.length,
         "tokens": cut.tokens - cut.samples,
         "digest": cut.digest,
         "provenance": cut.provenance,
     }
+
+
+def counted(windows: int, length: int, provenance: Mapping[str, Any]) -> str:
+    """How many samples of which size: "5 windows of 12 tokens", "5 images of 10 places"; recordings have any size."""
+    kinds = {
+        "images": ("image", f" of {length:,} places"),
+        "recordings": ("recording", ""),
+        "labelled texts": ("text", ""),
+        "named inputs": ("sample", ""),
+    }
+    name, size = kinds.get(str(provenance.get("source")), ("window", f" of {length:,} tokens"))
+    if "with_text" in provenance:
+        size = " with a text"
+    return f"{windows:,} {name}{'' if windows == 1 else 's'}{size}"
 
 
 def check_finite(losses: Tensor, where: str = "") -> None:

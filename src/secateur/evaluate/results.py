@@ -17,7 +17,7 @@ from secateur.files.reading import checked, read_json
 
 REVISION = 1  # of how evaluations are made; raise it when the same key leads to other figures
 
-Kind = Literal["perplexity", "agreement", "tasks", "continuations"]
+Kind = Literal["perplexity", "agreement", "labelled", "tasks", "continuations"]
 
 
 _Count = Annotated[int, Meta(ge=0)]
@@ -49,6 +49,26 @@ class _AgreementResult(_OnText):
     kl_99: float
     top1: float
     top1_error: NotRequired[float | None]
+
+
+class _MeasuredFigure(TypedDict):
+    dense: float | None
+    dense_error: float | None
+    pruned: float | None
+    pruned_error: float | None
+    difference: float | None
+    difference_error: float | None
+
+
+class _LabelledResult(TypedDict):
+    data: str
+    digest: str
+    samples: _Count
+    agreement: float
+    agreement_error: float | None
+    kl: float | None
+    kl_error: float | None
+    figures: dict[str, _MeasuredFigure]
 
 
 class _MetricValue(TypedDict):
@@ -86,6 +106,7 @@ class _ContinuationsResult(TypedDict):
 RESULTS: dict[Kind, Any] = {
     "perplexity": _PerplexityResult,
     "agreement": _AgreementResult,
+    "labelled": _LabelledResult,
     "tasks": _TasksResult,
     "continuations": _ContinuationsResult,
 }

@@ -150,8 +150,8 @@ class CompareSettings(BatchSettings, DtypeSettings, TextSettings, KeptTaskSettin
         tuple[str, ...],
         Option(
             OPTIONS,
-            "As for eval, or images:FOLDER for a model of images; repeat it for several texts [default: wikitext2, "
-            "unless --tasks or --prompts is given].",
+            "As for eval, or images:FOLDER, audio:FOLDER, labelled:FILE.jsonl or .csv; repeat it for several "
+            "[default: wikitext2, unless --tasks or --prompts is given].",
             "-d",
         ),
     ] = ()

@@ -70,13 +70,13 @@ def similarity(settings: AgreementSettings) -> list[Similarity]:
     found = beside_dense(
         settings,
         lambda dense: evaluation_samples(dense, settings.data, settings.tokenizer, **text),
-        _compare,
+        compare_states,
         predicting=False,
     )
     return ShownList(Similarity(**figures) for figures in found)
 
 
-def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:
+def compare_states(dense: Stream, pruned: Stream, progress: Progress, processes: Processes) -> dict[str, Any]:
     """The figures of a `Similarity`, from both models' last hidden states."""
     # (cosine of tokens, cosine of means, squares of the difference, of the dense one, number of tokens) of each window
     batches: list[Tensor] = []
@@ -96,6 +96,11 @@ def _compare(dense: Stream, pruned: Stream, progress: Progress, processes: Proce
         batches.append(torch.stack([*own, torch.full_like(own[0], expected[0, ..., 0].numel())]).cpu())
         progress("head", batch + 1, len(dense.batches))
     tokens, pooled, error, norm, counts = torch.cat([own for part in processes.gather(batches) for own in part], dim=1)
+    if not norm.any():
+        raise NumericalError(
+            f"The dense model's last hidden states of all {len(norm)} samples are zero: nothing can be compared "
+            "with them. Is the model damaged, or are its weights those of another class?"
+        )
     return {
         "tokens": int(counts.sum()),
         "cosine": float(tokens.mean()),

@@ -7,6 +7,7 @@ from typing import Any
 
 from secateur.calibration.text import bos_note
 from secateur.errors import CheckpointError
+from secateur.evaluate.measured import FIGURES, Form
 from secateur.evaluate.results import RESULTS, Kind, Record
 from secateur.evaluate.verdict import Change, Verdict, verdict
 from secateur.files.reading import checked, read_json
@@ -87,6 +88,8 @@ def _results(content: Mapping[str, Any]) -> Iterator[tuple[str | None, Kind, Map
             yield row["model"], "agreement", row
         elif "window_nats" in row:
             yield row.get("model"), "perplexity", {key: value for key, value in row.items() if key != "tasks"}
+    for row in content.get("labelled") or []:
+        yield row["model"], "labelled", row
     tasks = content.get("tasks") or []
     for answered in [tasks] if isinstance(tasks, Mapping) else tasks:
         for result in answered.get("results", [answered]):  # compare prints one task after the other
@@ -100,7 +103,13 @@ def _results(content: Mapping[str, Any]) -> Iterator[tuple[str | None, Kind, Map
 def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     """A table for each kind of evaluation that there is."""
     made = []
-    known = {"perplexity": _perplexity, "agreement": _agreement, "tasks": _tasks, "continuations": _continuations}
+    known = {
+        "perplexity": _perplexity,
+        "agreement": _agreement,
+        "labelled": _labelled,
+        "tasks": _tasks,
+        "continuations": _continuations,
+    }
     for kind in dict.fromkeys([*known, *(item["kind"] for item in evaluations)]):
         results = [item["result"] for item in evaluations if item["kind"] == kind]
         if results:
@@ -144,6 +153,31 @@ def _agreement(results: Sequence[Mapping[str, Any]]) -> Table:
     columns = ["text", "windows × tokens", "dense", "pruned", "difference, nats", "KL per token", "KL, 99 %"]
     caption = "Perplexity beside the dense model on the same tokens, paired window by window"
     return Table("agreement", caption, [*columns, "same choice"], rows)
+
+
+def _labelled(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each figure of each data set; of one without labels, a row for the answers that are the same."""
+    rows = []
+    for result in results:
+        for name, own in result["figures"].items() or [("", {})]:
+            kind = FIGURES.get(name, Form(name, 1, ".4f"))
+            values = [
+                number(
+                    _scaled(own.get(part), kind.scale), sign + kind.form, _scaled(own.get(f"{part}_error"), kind.scale)
+                )
+                for part, sign in (("dense", ""), ("pruned", ""), ("difference", "+"))
+            ]
+            same = number(100 * result["agreement"], ".1f", _scaled(result["agreement_error"], 100))
+            kl = number(result["kl"], ".4f", result["kl_error"])
+            rows.append([text(data_name(result)), count(result["samples"]), text(kind.heading), *values, same, kl])
+    columns = ["data", "samples", "figure", "dense", "pruned", "difference", "same answer, %", "KL"]
+    return Table(
+        "labelled", "Answers beside the dense model's and beside labels, with errors over samples", columns, rows
+    )
+
+
+def _scaled(value: float | None, scale: float) -> float | None:
+    return None if value is None else scale * value
 
 
 def _tasks(results: Sequence[Mapping[str, Any]]) -> Table:

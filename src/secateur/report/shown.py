@@ -12,7 +12,9 @@ from rich.text import Text
 
 from secateur.arguments import in_a_call, speaks_of_options
 from secateur.evaluate.agreement import Agreement
-from secateur.evaluate.perplexity import Perplexity, plus_minus
+from secateur.evaluate.labelled import Labelled
+from secateur.evaluate.measured import FIGURES
+from secateur.evaluate.perplexity import Perplexity, counted, plus_minus
 from secateur.evaluate.settings import VerdictSettings
 from secateur.evaluate.similarity import Similarity
 from secateur.evaluate.task_results import TaskResults
@@ -28,6 +30,7 @@ from secateur.report.terminal import (
     comparison_table,
     estimate_tables,
     inspection_tables,
+    labelled_table,
     manifest_tables,
     perplexity_table,
     similarity_table,
@@ -67,8 +70,12 @@ def html(result: Any) -> str:
     """The tables of a result as HTML without scripts or styles of its own."""
     if not isinstance(result, ShownList):
         return "\n".join(_html(_of(result)[1](result)))
-    table = comparison_table if isinstance(result[0], Agreement) else similarity_table
-    return "\n".join(_html(table([result])))
+    tables: dict[type, Callable[[Any], Any]] = {
+        Agreement: comparison_table,
+        Similarity: similarity_table,
+        Labelled: labelled_table,
+    }
+    return "\n".join(_html(tables[type(result[0])]([result])))
 
 
 def _of(result: Any) -> tuple[Callable[[Any], Iterator[str]], Callable[[Any], Any]]:
@@ -93,8 +100,7 @@ def _perplexity(result: Perplexity) -> Iterator[str]:
 
 
 def _windows(result: Any) -> str:
-    several = "window" if result.windows == 1 else "windows"
-    return f"{result.data}, {result.windows:,} {several} of {result.length:,} tokens"
+    return f"{result.data}, {counted(result.windows, result.length, result.provenance)}"
 
 
 def _agreement(result: Agreement) -> Iterator[str]:
@@ -110,6 +116,19 @@ def _similarity(result: Similarity) -> Iterator[str]:
     yield (
         f"{result.model} beside the dense model on {_windows(result)}: cosine of the last hidden states "
         f"{result.cosine:.4f}{plus_minus(result.cosine_error, '.4f')}, relative error {result.relative_error:.4f}."
+    )
+
+
+def _labelled(result: Labelled) -> Iterator[str]:
+    figures = "".join(
+        f"{FIGURES[name].heading} {FIGURES[name].cell(own.pruned, own.pruned_error)} "
+        f"(dense {FIGURES[name].cell(own.dense, own.dense_error)}), "
+        for name, own in result.figures.items()
+    )
+    kl = "" if result.kl is None else f", KL {result.kl:.4f}{plus_minus(result.kl_error or 0.0, '.4f')}"
+    yield (
+        f"{result.model} beside the dense model on {result.data}, {result.samples:,} samples: {figures}the same answer "
+        f"for {result.agreement:.1%}{plus_minus(100 * result.agreement_error, '.1f')}{kl}."
     )
 
 
@@ -191,6 +210,7 @@ SHOWN: dict[type, tuple[Callable[[Any], Iterator[str]], Callable[[Any], Any]]] =
     Perplexity: (_perplexity, perplexity_table),
     Agreement: (_agreement, lambda result: comparison_table([[result]])),
     Similarity: (_similarity, lambda result: similarity_table([[result]])),
+    Labelled: (_labelled, lambda result: labelled_table([[result]])),
     Verification: (_verification, verification_tables),
     Inspection: (_inspection, inspection_tables),
     Sweep: (_sweep, sweep_table_groups),

@@ -19,7 +19,9 @@ from secateur.core.gradients import GradientKind
 from secateur.errors import CheckpointError
 from secateur.evaluate.agreement import Agreement
 from secateur.evaluate.generations import Generation, shared_start
-from secateur.evaluate.perplexity import Perplexity, plus_minus
+from secateur.evaluate.labelled import Labelled
+from secateur.evaluate.measured import FIGURES
+from secateur.evaluate.perplexity import Perplexity, counted, plus_minus
 from secateur.evaluate.similarity import Similarity
 from secateur.evaluate.task_results import Difference, Metric, TaskComparison, TaskResult, TaskResults
 from secateur.evaluate.verdict import Verdict
@@ -370,7 +372,7 @@ def comparison_table(results: Sequence[Sequence[Agreement]]) -> RenderableType:
     called = _called(row.model for rows in results for row in rows)
     for rows in results:
         first = rows[0]
-        title = f"{first.data}, {first.windows} windows of {first.length} tokens"
+        title = f"{first.data}, {counted(first.windows, first.length, first.provenance)}"
         table = _table(
             "model", "perplexity", "nats - dense", "KL per token", "KL 99 %", "same first choice", title=title
         )
@@ -398,7 +400,8 @@ def similarity_table(results: Sequence[Sequence[Similarity]]) -> RenderableType:
     tables: list[RenderableType] = []
     called = _called(row.model for rows in results for row in rows)
     for rows in results:
-        title = f"{rows[0].data}, {rows[0].windows} windows of {rows[0].length} tokens: last hidden states"
+        samples = counted(rows[0].windows, rows[0].length, rows[0].provenance)
+        title = f"{rows[0].data}, {samples}: last hidden states"
         table = _table("model", "cosine of tokens", "cosine of means", "relative error", title=title)
         for row in rows:
             table.add_row(
@@ -409,6 +412,44 @@ def similarity_table(results: Sequence[Sequence[Similarity]]) -> RenderableType:
             )
         tables += [table, Text()]
     return Group(*tables[:-1])
+
+
+def labelled_table(results: Sequence[Sequence[Labelled]]) -> RenderableType:
+    """One table for each data set: the dense model first, then what each pruned one answers beside it."""
+    tables: list[RenderableType] = []
+    called = _called(row.model for rows in results for row in rows)
+    for rows in results:
+        first = rows[0]
+        kinds = [FIGURES[name] for name in first.figures]
+        what = "what they write" if first.classes is None else f"choices of {first.classes:,} classes"
+        title = f"{first.data}, {first.samples:,} samples: {what}"
+        head = [column for kind in kinds for column in (kind.heading, "- dense")]
+        last = ["same answer %", *(["KL"] if first.kl is not None else [])]
+        table = _table("model", *head, *last, title=title)
+        if first.figures:
+            cells = [
+                kind.cell(own.dense, own.dense_error) for kind, own in zip(kinds, first.figures.values(), strict=True)
+            ]
+            table.add_row("dense", *(cell for own in cells for cell in (own, "")), *("" for _ in last))
+        for row in rows:
+            figures = zip(kinds, row.figures.values(), strict=True)
+            pairs = [
+                (kind.cell(own.pruned, own.pruned_error), kind.cell(own.difference, own.difference_error, "+"))
+                for kind, own in figures
+            ]
+            kl = [] if row.kl is None else [f"{row.kl:.4f}{plus_minus(row.kl_error or 0.0, '.4f')}"]
+            same = f"{row.agreement:.1%}".removesuffix("%") + plus_minus(100 * row.agreement_error, ".1f")
+            table.add_row(called[row.model], *(cell for pair in pairs for cell in pair), same, *kl)
+        tables += [table, *_judged_lines(first.provenance), Text()]
+    return Group(*tables[:-1])
+
+
+def _judged_lines(provenance: Mapping[str, Any]) -> list[Text]:
+    own = provenance.get("judged_by")
+    if own is None:
+        return []
+    plain = f"; texts are normalised: {own['normaliser']}" if "normaliser" in own else ""
+    return [Text(f"By {own['package']}{plain}.", style="dim")]
 
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> RenderableType:

@@ -292,6 +292,15 @@ class Stream:
         return logits
 
     @torch.no_grad()
+    def predictions(self, batch: int) -> Tensor:
+        """The logits that the model returns for a batch after the last block, of whatever it predicts."""
+        model: Any = self.skeleton.model
+        giving = self._giving(self.states.get(batch, self.device), None if self._in_calls else batch)
+        with stubbed(self.skeleton, giving), _without_padding(model):
+            logits: Tensor = forward(model, named(model, self.batches[batch].to(self.device))).logits
+        return logits
+
+    @torch.no_grad()
     def last_hidden_states(self, batch: int) -> Tensor:
         """The hidden states of a batch that the model returns as the last, after the last block and a final norm."""
         model: Any = self.skeleton.model
@@ -336,3 +345,20 @@ class Stream:
         """Drop the hidden states and their files."""
         for states in (*self._made, self.states):
             states.close()
+
+
+@contextlib.contextmanager
+def _without_padding(model: Any) -> Iterator[None]:
+    """A head that chooses by the last token that is no padding takes several samples, where no token is named for that.
+
+    Nothing is padded here.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "pad_token_id", 0) is not None:
+        yield
+        return
+    config.pad_token_id = -1  # no token
+    try:
+        yield
+    finally:
+        config.pad_token_id = None

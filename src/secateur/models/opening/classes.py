@@ -1,7 +1,7 @@
 """Which of transformers' automatic classes builds the model of a configuration."""
 
 import functools
-from typing import Any
+from typing import Any, Literal, get_args
 
 
 def auto_classes(config: Any) -> list[Any]:
@@ -41,6 +41,22 @@ def loader_of(architecture: str) -> str:
 def is_masked(architecture: str) -> bool:
     """Whether a model of transformers fills masked tokens in, and does not predict the next one."""
     return architecture in _tables()["MODEL_FOR_MASKED_LM"] and not _is_decoder(architecture)
+
+
+# What the models are for of which the figures that people judge them by are known, by transformers' names.
+Task = Literal[
+    "IMAGE_CLASSIFICATION",
+    "SEQUENCE_CLASSIFICATION",
+    "AUDIO_CLASSIFICATION",
+    "CTC",
+    "SPEECH_SEQ_2_SEQ",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+]
+
+
+def task_of(architecture: str) -> Task | None:
+    """What a model of transformers is for, where that is a `Task`."""
+    return next((task for task in get_args(Task) if architecture in _tables()[f"MODEL_FOR_{task}"]), None)
 
 
 def _is_decoder(architecture: str) -> bool:
