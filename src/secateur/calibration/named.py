@@ -11,6 +11,8 @@ import torch
 from secateur.core.batch import Named
 from secateur.errors import CalibrationError
 
+LABELS, NO_LABEL = "labels", -100
+
 
 @dataclass(frozen=True, eq=False)
 class NamedSamples:
@@ -62,7 +64,8 @@ def _shapes(sample: Mapping[str, torch.Tensor]) -> list[tuple[str, tuple[int, ..
 def named_samples(source: Any, samples: int | None) -> NamedSamples | None:
     """The first samples of a mapping from names of inputs to tensors, or None for any other source.
 
-    Raises `CalibrationError` for tensors with different numbers of samples.
+    What an `attention_mask` (and a `decoder_attention_mask`) says is padding is cut off. Raises `CalibrationError` for
+    tensors with different numbers of samples, and for a mask with a gap.
     """
     if isinstance(source, NamedSamples):
         return NamedSamples(source.each[:samples], source.provenance, source.length)
@@ -74,8 +77,37 @@ def named_samples(source: Any, samples: int | None) -> NamedSamples | None:
         raise CalibrationError(
             f"named inputs: got {counts or 'no tensors'}, expected tensors that all have the same number of samples."
         )
-    each = [
-        {name: value[number].detach().to("cpu", copy=True) for name, value in tensors.items()}
-        for number in range(min(counts.values()))[:samples]
-    ]
+    each = []
+    for number in range(min(counts.values()))[:samples]:
+        sample: Mapping[str, torch.Tensor] = {name: value[number].detach().to("cpu") for name, value in tensors.items()}
+        for side in ("", "decoder_"):
+            sample = _unpadded(sample, side, number)
+        each.append({name: value.clone() for name, value in sample.items()})
     return NamedSamples(each, {"source": "named inputs", "inputs": sorted(tensors)})
+
+
+def _unpadded(sample: Mapping[str, torch.Tensor], side: str, number: int) -> Mapping[str, torch.Tensor]:
+    """A sample without what its mask says is padding, in all inputs of that side that are as long as the mask.
+
+    Labels that are as long as the inputs belong to these where no label lies in the padding.
+    """
+    # Exact: cut off, padding is in no statistic, and in no patch of a convolution.
+    mask = sample.get(f"{side}attention_mask")
+    if mask is None or mask.ndim != 1 or bool(mask.all()):
+        return sample
+    long = [name for name, value in sample.items() if value.ndim in (1, 2) and len(value) == len(mask)]
+    own = [name for name in long if name != LABELS and name.startswith("decoder_") == bool(side)]
+    if len(own) < 2:  # of a mask alone nobody knows what it is about
+        return sample
+    first, last = (int(end) for end in mask.nonzero().flatten()[[0, -1]]) if bool(mask.any()) else (0, -1)
+    if not bool(mask[first : last + 1].all()) or last < first:
+        raise CalibrationError(
+            f"named inputs: {side}attention_mask of sample {number} has "
+            + ("padding between its tokens" if last >= first else "padding alone")
+            + ", expected tokens with padding before or behind them."
+        )
+    if LABELS in long:
+        outside = torch.ones_like(mask, dtype=torch.bool)
+        outside[first : last + 1] = False
+        own += [LABELS] if bool((sample[LABELS][outside] == NO_LABEL).all()) else []
+    return {name: value[first : last + 1] if name in own else value for name, value in sample.items()}

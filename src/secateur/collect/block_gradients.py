@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.core.batch import Batch
 from secateur.models.flow.backward import (
@@ -28,7 +28,7 @@ from secateur.runs.events import Progress
 from secateur.runs.processes import ALONE, Processes
 
 TapT = TypeVar("TapT", bound=BackwardTap)
-Parameters = Mapping[str, tuple[nn.Parameter, bool]]
+Parameters = Mapping[str, tuple[Tensor, bool]]
 
 
 @dataclass(frozen=True)

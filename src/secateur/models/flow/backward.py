@@ -27,7 +27,7 @@ from secateur.errors import ModelStructureError, NumericalError
 from secateur.models.flow.calls import Call
 from secateur.models.flow.inputs import predicting
 from secateur.models.flow.stream import HiddenStates, Stream
-from secateur.models.flow.tap import BackwardTap, Product, as_multiplied
+from secateur.models.flow.tap import BackwardTap, Product
 from secateur.models.shape.structure import Block
 
 HALF_TARGET = 16.0  # what the largest gradient of a batch is scaled to where the computing dtype is float16
@@ -38,7 +38,7 @@ class GradientTap(BackwardTap):
 
     def __init__(
         self,
-        parameters: Mapping[str, tuple[nn.Parameter, bool]],  # name -> (parameter, stored (in, out))
+        parameters: Mapping[str, tuple[Tensor, bool]],  # name -> (parameter, stored (in, out))
         norms: Collection[Norm],
         granularity: Granularity = "sample",
     ) -> None:
@@ -46,7 +46,7 @@ class GradientTap(BackwardTap):
         self._norms = sorted(norms, reverse=True)  # l1 overwrites the gradient with its absolute value, so it is last
         self._granularity = granularity
         self.sums: dict[tuple[str, Norm], GradientSums] = {
-            (name, norm): GradientSums(as_multiplied(parameter), norm)
+            (name, norm): GradientSums(parameter, norm)
             for name, (parameter, _) in parameters.items()
             for norm in self._norms
         }
