@@ -11,7 +11,8 @@ import torch
 from secateur.core.batch import Named
 from secateur.errors import CalibrationError
 
-LABELS, NO_LABEL = "labels", -100
+LABELS = "labels"
+NO_LABEL = -100  # what labels are where nothing is to be predicted
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,11 @@ class NamedSamples:
         return self.samples * self.length
 
     @property
+    def shape(self) -> dict[str, int]:
+        """Samples and length, as provenance records them."""
+        return {"samples": self.samples, "length": self.length}
+
+    @property
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the name, the type, the shape and the values of each input of each sample."""
         digest = hashlib.sha256()
@@ -45,6 +51,10 @@ class NamedSamples:
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
                 digest.update(value.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def part(self, first: int, last: int | None) -> "NamedSamples":
+        """The samples from `first` up to, not with, `last`."""
+        return NamedSamples(self.each[first:last], self.provenance, self.length)
 
     def batches(self, batch_size: int) -> list[Named]:
         """All samples in their order: at most `batch_size` at a time, of the same shapes."""
@@ -55,6 +65,13 @@ class NamedSamples:
                 own = alike[first : first + batch_size]
                 found.append(Named({name: torch.stack([sample[name] for sample in own]) for name in own[0]}))
         return found
+
+
+def are_labelled(source: Any) -> bool:
+    """Whether a source of samples says by name what the model is to make of each of them."""
+    if isinstance(source, NamedSamples):
+        return all(LABELS in own for own in source.each)
+    return isinstance(source, Mapping) and LABELS in source
 
 
 def _shapes(sample: Mapping[str, torch.Tensor]) -> list[tuple[str, tuple[int, ...]]]:

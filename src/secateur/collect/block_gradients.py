@@ -17,6 +17,7 @@ from secateur.models.flow.backward import (
     forward_saving_inputs,
     head_gradients,
     next_tokens,
+    own_loss_gradients,
     regional_gradient,
 )
 from secateur.models.flow.stream import Stream
@@ -36,8 +37,10 @@ class GradientPass(Generic[TapT]):
     """Passes over a model that call `take` with each block from `first` on and the tap that has its sums.
 
     Blocks whose numbers are `finished` only pass states and gradients on. `parameters(block)` are those of interest of
-    a loaded block, which `tap` taps; `labels` are the tokens whose loss is taken. Batches are those of `Stream`, the
-    part of this process; the sums are those of all `processes`. `folder` is where hidden states go, if not into memory.
+    a loaded block, which `tap` taps; `labels` are the tokens whose loss is taken, or None for the loss that the model
+    itself takes of labels among its inputs. Batches are those of `Stream`, the part of this process; the sums are those
+    of all `processes`. `folder` is where hidden states go, if not into memory.
+
     Raises `NumericalError` for gradients that are not finite, `ModelStructureError` where they cannot be taken.
     """
 
@@ -45,22 +48,22 @@ class GradientPass(Generic[TapT]):
     parameters: Callable[[Block], Parameters]
     take: Callable[[Block, TapT], None]
     tap: Callable[[Parameters], TapT]
-    labels: Labels = next_tokens
+    labels: Labels | None = next_tokens
     first: int = 0
     finished: Collection[int] = ()
     progress: Progress = lambda stage, done, total: None
     processes: Processes = ALONE
 
     def of_model(self, batches: Sequence[Batch], folder: Path | None = None) -> None:
-        """Take gradients of the language-model loss, from the last block to the first.
+        """Take gradients of the model's loss, from the last block to the first.
 
-        The loss of a sample is the mean cross-entropy of its next-token predictions. Equal to full autograd up to
-        rounding.
+        The loss of a sample is the mean cross-entropy of its next-token predictions, or its own. Equal to full autograd
+        up to rounding.
         """
         skeleton, blocks = self.skeleton, self.skeleton.blocks
         conveyor = Conveyor(skeleton)
         skeleton.load_outside()
-        stream = self._stream(batches, folder, predicting=True)
+        stream = self._stream(batches, folder, predicting=self.labels is not None)
         saved: dict[int, SavedInputs] = {}
         outgoing: StateGradients | None = None
 
@@ -92,7 +95,10 @@ class GradientPass(Generic[TapT]):
 
         try:
             conveyor.carry(forwards, read=skeleton.read)
-            outgoing = head_gradients(stream, folder, self.progress, self.labels)
+            if self.labels is None:
+                outgoing = own_loss_gradients(stream, folder, self.progress)
+            else:
+                outgoing = head_gradients(stream, folder, self.progress, self.labels)
             skeleton.unload_outside()
             stream.states.close()
             conveyor.carry(backwards, read=skeleton.read, blocks=blocks[self.first :][::-1])

@@ -251,6 +251,22 @@ def head_gradients(
     return outgoing
 
 
+def own_loss_gradients(
+    stream: Stream, folder: Path | None, progress: Callable[[str, int, int], None]
+) -> StateGradients:
+    """The gradient of each sample's own loss, as the model defines it, with respect to the last hidden states."""
+    outgoing = StateGradients(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"))
+    scale = 256.0 if stream.skeleton.dtype == torch.float16 else 1.0
+    for batch in range(len(stream.batches)):
+        parts = []
+        for leaf, loss in stream.own_losses(batch):
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            parts.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        _put(outgoing, batch, torch.cat(parts), scale, "the head", stream.skeleton.dtype)
+        progress("head", batch + 1, len(stream.batches))
+    return outgoing
+
+
 def _put(outgoing: StateGradients, batch: int, gradient: Tensor, scale: float, where: str, dtype: torch.dtype) -> None:
     """Keep the gradient of a batch, scaled by a power of two where float16 would lose its small entries."""
     if not bool(gradient.isfinite().all()):

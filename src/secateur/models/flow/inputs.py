@@ -42,6 +42,16 @@ def named(model: Any, batch: Batch) -> dict[str, Tensor]:
     return {input_name(model): _computed(model, batch)}
 
 
+def labelled(model: Any, batch: Named) -> dict[str, Tensor]:
+    """What a forward is given, by name, that is to return the loss of a batch beside its labels."""
+    return {**named(model, batch), LABELS: _computed(model, batch.inputs[LABELS])}
+
+
+def takes_labels(model: Any) -> bool:
+    """Whether a forward is given labels, and then returns a loss."""
+    return LABELS in inspect.signature(model.forward).parameters
+
+
 def _computed(model: Any, value: Tensor) -> Tensor:
     return value.to(model.dtype) if value.is_floating_point() else value
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batch import Batch
-from secateur.errors import CheckpointError
+from secateur.core.batch import Batch, Named
+from secateur.errors import CheckpointError, ModelStructureError
 from secateur.files.writer import reserve
 from secateur.models.flow.calls import Call, Finished, Run, Structure, replay, stubbed
-from secateur.models.flow.inputs import forward, named, predicting, reading
+from secateur.models.flow.inputs import forward, labelled, named, predicting, reading
 from secateur.models.flow.memory import available_bytes
 from secateur.models.flow.probe import Probe
 from secateur.models.opening.configuration import reason
@@ -276,6 +276,32 @@ class Stream:
         for part, ids, targets in self._parts(batch, self.chunk(batch)):
             states = part.detach().requires_grad_()
             yield states, targets, self._logits(states, ids, batch)[:, : targets.shape[1]]
+
+    @torch.enable_grad()
+    def own_losses(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(hidden states, loss) of each sample of a batch: the model's own loss, whose graph leads to these states.
+
+        Raises `ModelStructureError` where samples cannot be told apart, or the model returns no loss.
+        """
+        name, given = type(self.skeleton.model).__name__, self.batches[batch]
+        states = self.states.get(batch, self.device)
+        assert isinstance(given, Named)
+        if states.ndim != 3 or len(states) != len(given):
+            raise ModelStructureError(
+                f"{name}: its last block makes hidden states of shape {tuple(states.shape)}, expected ({len(given)} "
+                "samples, tokens, width), so that their losses can be told apart. Use a method without gradients."
+            )
+        for number in range(len(given)):
+            own = states[number : number + 1].detach().requires_grad_()
+            sample = labelled(self.skeleton.model, given[number : number + 1].to(self.device))
+            with stubbed(self.skeleton, self._giving(own)):
+                loss = getattr(forward(self.skeleton.model, sample), "loss", None)
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise ModelStructureError(
+                    f"{name}: returns no loss for {', '.join(sorted(sample))}. Use a method without gradients, or "
+                    "--scope block."
+                )
+            yield own, loss
 
     def _parts(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(hidden states, their tokens, the next tokens), of which the last part has one less."""

@@ -83,6 +83,12 @@ class Skeleton:
         weight: Any = embeddings.weight
         return int(weight.shape[0])
 
+    @property
+    def logits_per_token(self) -> int:
+        """Number of logits that a head makes of each hidden state; without a vocabulary too few to count."""
+        embeddings = embeddings_of(self.model, "get_input_embeddings")
+        return self.vocabulary_size if hasattr(embeddings, "weight") else 0
+
     def trial_batch(self, samples: int, tokens: int) -> Tensor:
         """A batch that shows what a forward does, whatever is in it: some token ids, or images without anything."""
         config: Any = getattr(self.model, "config", None)
