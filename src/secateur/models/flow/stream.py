@@ -21,10 +21,11 @@ from secateur.core.batch import Batch, Named
 from secateur.errors import CheckpointError, ModelStructureError
 from secateur.files.writer import reserve
 from secateur.models.flow.calls import Call, Finished, Run, Structure, replay, stubbed
-from secateur.models.flow.inputs import forward, labelled, named, predicting, reading
+from secateur.models.flow.inputs import PIXELS, forward, labelled, named, predicting, reading
 from secateur.models.flow.memory import available_bytes
 from secateur.models.flow.probe import Probe
 from secateur.models.opening.configuration import reason
+from secateur.models.shape.sequences import timm_part
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block, Stack, decoder_of, is_encoder_decoder
 
@@ -191,7 +192,13 @@ class Stream:
             return (carried[0] if carried else self._probe.structure(block)).filled(states)
 
         with stubbed(self.skeleton, run), contextlib.suppress(Finished):
-            forward(self.skeleton.model, named(self.skeleton.model, self.batches[number].to(self.device)))
+            try:
+                forward(self.skeleton.model, named(self.skeleton.model, self.batches[number].to(self.device)))
+            except (AttributeError, TypeError) as error:  # of None in the place of a tensor
+                raise ModelStructureError(
+                    f"{stack.path}: the model's forward needs more than the first tensor of what a block returns "
+                    f"({reason(error)}). Such a model cannot be streamed block by block."
+                ) from error
 
     def _made_of(self, batch: int, block: Block, states: Tensor) -> Tensor:
         """What a block of another stack gives for a batch: what its stack has made by then, or what it is given."""
@@ -329,6 +336,9 @@ class Stream:
             found.append(output[0] if None in both else torch.stack([own for own in both if own is not None], dim=1))
             raise Finished
 
+        part: Any = timm_part(model)
+        if part is not None:
+            return self._features(part, batch)
         # What transformers calls the base model is the one without a head.
         states = self.states.get(batch, self.device)
         bare = decoder_of(model) if self._in_calls else getattr(model, "base_model", model)
@@ -343,6 +353,19 @@ class Stream:
             hook.remove()
         # Of an image some models return a map of channels, (samples, channels, height, width).
         return found[0].flatten(2).transpose(1, 2) if found[0].ndim == 4 else found[0]
+
+    def _features(self, part: Any, batch: int) -> Tensor:
+        """What a model of timm makes of a batch before its head, as hidden states."""
+        images = named(self.skeleton.model, self.batches[batch].to(self.device))[PIXELS]
+        with stubbed(self.skeleton, self._giving(self.states.get(batch, self.device), batch)):
+            made = part.forward_features(images)
+        states: Tensor = made if isinstance(made, Tensor) else made[0]
+        if states.ndim == 4 and str(getattr(part, "output_fmt", "")).endswith("NHWC"):
+            states = states.flatten(1, 2)
+        # Of a map of channels, or of features of the whole image.
+        return (
+            states.flatten(2).transpose(1, 2) if states.ndim == 4 else states.reshape(len(states), -1, states.shape[-1])
+        )
 
     def _giving(self, states: Tensor, batch: int | None = None) -> Run:
         """In the place of the blocks: the last one gives these states, the others hand on what they are given.
