@@ -9,7 +9,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    PreTrainedModel,
+    PvtConfig,
+    PvtForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 import secateur
 import tiny
@@ -83,11 +97,11 @@ def check(source: Path, given: dict[str, Tensor], folder: Path, **options: Any) 
     assert len(matrices) == len(file.matrices) > 5
     for matrix in matrices:
         for norm in ("l1", "l2"):
-            own = expected[norm][matrix.parameter]
+            own = expected[norm][matrix.parameter].flatten(1)
             assert distance(found[matrix.name, norm], own) <= 1e-12, matrix.name
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@tiny.by_turns(LABELLED, 0)
 def test_gradients_are_those_of_the_models_own_loss(name: str, tmp_path: Path) -> None:
     given = LABELLED[name]
     check(tiny.save(name, tmp_path / "source"), given, tmp_path, batch_size=3)
@@ -96,6 +110,72 @@ def test_gradients_are_those_of_the_models_own_loss(name: str, tmp_path: Path) -
 def test_of_recordings(tmp_path: Path) -> None:
     source, given = ctc(tmp_path / "source")
     check(source, given, tmp_path)
+
+
+def translated() -> dict[str, Tensor]:
+    """Pairs of texts, one side of one of which is padded, and the other side of another one."""
+    mask, labels = torch.ones(SAMPLES, LENGTH, dtype=torch.int64), tiny.tokens(SAMPLES, 7, seed=1)
+    mask[2, 6:], labels[1, 5:] = 0, -100
+    return {"input_ids": tiny.tokens(SAMPLES, LENGTH), "attention_mask": mask, "labels": labels}
+
+
+@tiny.by_turns(["t5", "bart", "marian", "mt5", "t5gemma", "pegasus", "longt5", "m2m_100", "blenderbot"], 0, of=5)
+def test_through_a_decoder_into_its_encoder(name: str, tmp_path: Path) -> None:
+    check(tiny.save(name, tmp_path / "source"), translated(), tmp_path, batch_size=3)
+
+
+@tiny.by_turns(["t5", "bart"], 0)
+def test_of_windows_of_text(name: str, tmp_path: Path) -> None:
+    """The encoder reads one half, and the other half are the labels."""
+    windows, source = tiny.tokens(SAMPLES, 12), tiny.save(name, tmp_path / "source")
+    with InFloat64():
+        file = secateur.gradients(source, tmp_path / "g", calibration=windows, norms=["l1"], dtype="float64")
+        model = as_transformers_loads_it(source).double()
+        expected = by_autograd(model, {"input_ids": windows[:, :6], "labels": windows[:, 6:]}, "l1")
+    found = totals_of(file)
+    for matrix in open_model(source).skeleton.matrices:
+        assert distance(found[matrix.name, "l1"], expected[matrix.parameter]) <= 1e-12, matrix.name
+
+
+STAGES: dict[str, tuple[type[PreTrainedModel], Any, int]] = {
+    "convnext": (ConvNextForImageClassification, ConvNextConfig(**tiny.MAPS, num_stages=3), 3),
+    "resnet": (
+        ResNetForImageClassification,
+        ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic"),
+        3,
+    ),
+    "pvt": (
+        PvtForImageClassification,
+        PvtConfig(**tiny.REDUCED, sequence_reduction_ratios=[4, 2, 1], patch_sizes=[4, 2, 2], strides=[4, 2, 2]),
+        3,
+    ),
+    "swin": (SwinForImageClassification, SwinConfig(**tiny.WINDOWS), 1),  # windows of all images are one batch
+}
+
+
+@tiny.by_turns(STAGES, 1)
+def test_from_stage_to_stage(name: str, tmp_path: Path) -> None:
+    """Of matrices and of convolutions, through what lies between the stages."""
+    kind, config, batch_size = STAGES[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind(config).eval()
+        for key, value in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in key or key.endswith("running_var"):
+                value.data.copy_(torch.rand(value.shape) + 0.5)
+    model.save_pretrained(tmp_path / "source")
+    given = {"pixel_values": tiny.pixels(SAMPLES, size=32), "labels": torch.tensor([1, 0, 1, 1])}
+    check(tmp_path / "source", given, tmp_path, batch_size=batch_size)
+
+
+def test_from_some_block_on(tmp_path: Path) -> None:
+    """The way back ends in the encoder, or before it."""
+    source, given = tiny.save("t5", tmp_path / "source"), translated()
+    whole = totals_of(secateur.gradients(source, tmp_path / "whole", calibration=given))
+    for number, only in enumerate((["decoder.block.1.*"], ["encoder.block.2.*", "decoder.block.0.*"])):
+        some = totals_of(secateur.gradients(source, tmp_path / str(number), calibration=given, only=only))
+        assert 0 < len(some) < len(whole)
+        assert all(torch.equal(total, whole[key]) for key, total in some.items())
 
 
 def test_gblm_takes_them_first(tmp_path: Path) -> None:
@@ -126,5 +206,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     hint = "Its own loss is that of labels, which Python can give: calibration={'input_ids': ..., 'labels': ...}."
     refused("bert", tiny.tokens(), hint, tmp_path)
     refused("bert_embeddings", given, "BertModel: its forward takes no labels, so that the loss", tmp_path)
-    stacks = "has 2 stacks of blocks (encoder.block, decoder.block), and the loss whose gradients"
-    refused("t5", {**given, "labels": tiny.tokens(SAMPLES, 5)}, stacks, tmp_path)
+    with pytest.raises(ModelStructureError, match="T5ForConditionalGeneration: has several stacks of blocks, whose"):
+        secateur.gradients(tiny.save("t5", tmp_path / "t5"), tmp_path / "g", calibration=translated(), dtype="float16")
+    part = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text, vision = {**part, "vocab_size": 128}, {**part, "image_size": 24, "patch_size": 8}
+    pair = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))
+    both = {"input_ids": tiny.tokens(2, 6), "pixel_values": tiny.pixels(2), "labels": torch.tensor([0, 1])}
+    with pytest.raises(ModelStructureError, match="CLIPModel: its loss compares samples with each other"):
+        secateur.gradients(pair, tmp_path / "g", calibration=both)

@@ -92,8 +92,7 @@ def published(
 MODELS = ["vit", "vit_classifier", "convnext"]
 
 
-@pytest.mark.parametrize("batch", [256, 2])
-@pytest.mark.parametrize("name", MODELS)
+@tiny.pairs_by_turns("name, batch", MODELS, [256, 2])
 def test_masks_are_those_of_the_published_loop(name: str, batch: int, tmp_path: Path) -> None:
     source, images = tiny.save(name, tmp_path / "model"), tiny.pixels(6, size=32 if name == "convnext" else 24)
     reference, dense = as_transformers_loads_it(source), as_transformers_loads_it(source)
@@ -122,8 +121,7 @@ def test_all_inputs_are_those_of_the_dense_model(name: str, tmp_path: Path) -> N
     assert not [path for path in differ if path.startswith(("layers.0.", "encoder.stages.0.layers.0."))]
 
 
-@pytest.mark.parametrize("metric", ["wanda", "magnitude"])
-@pytest.mark.parametrize("name", ["vit", "convnext"])
+@tiny.pairs_by_turns("name, metric", ["vit", "convnext"], ["wanda", "magnitude"])
 def test_whole_layers(name: str, metric: str, tmp_path: Path) -> None:
     """The published threshold removes what it is equal to as well: one weight more than half of a layer."""
     source, images = tiny.save(name, tmp_path / "model"), tiny.pixels(6, size=32 if name == "convnext" else 24)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import secateur
+import tiny
 from plain_forwards import as_transformers_loads_it
 from secateur.calibration.named import named_samples
 from secateur.errors import CalibrationError
@@ -103,7 +104,7 @@ def same(pruned: nn.Module, dense: nn.Module, masks: dict[str, Tensor]) -> None:
         assert torch.equal(pruned.get_parameter(name), weight * mask.view_as(weight)), name
 
 
-@pytest.mark.parametrize("name", CONFORMERS)
+@tiny.by_turns(CONFORMERS, 1)
 def test_a_conformer(name: str, tmp_path: Path) -> None:
     model, inputs = conformer(name)
     model.save_pretrained(tmp_path / "model")

@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.core.batch import Batch
 from secateur.models.flow.backward import (
     Labels,
+    Place,
     SavedInputs,
     StateGradients,
     backward,
@@ -18,7 +19,9 @@ from secateur.models.flow.backward import (
     head_gradients,
     next_tokens,
     own_loss_gradients,
+    places_of_made,
     regional_gradient,
+    to_the_stack_before,
 )
 from secateur.models.flow.stream import Stream
 from secateur.models.flow.tap import BackwardTap
@@ -63,9 +66,11 @@ class GradientPass(Generic[TapT]):
         skeleton, blocks = self.skeleton, self.skeleton.blocks
         conveyor = Conveyor(skeleton)
         skeleton.load_outside()
-        stream = self._stream(batches, folder, predicting=self.labels is not None)
+        stream = self._stream(batches, folder, predicting=self.labels is not None, and_back=True)
         saved: dict[int, SavedInputs] = {}
         outgoing: StateGradients | None = None
+        number = len(skeleton.stacks) - 1  # of the stack that is gone back through
+        made: dict[int, set[Place]] = {}
 
         @torch.no_grad()
         def forwards(block: Block, tensors: dict[str, Tensor]) -> None:
@@ -77,14 +82,20 @@ class GradientPass(Generic[TapT]):
             self.progress("forward", block.index + 1, len(blocks))
 
         def backwards(block: Block, tensors: dict[str, Tensor]) -> None:
+            nonlocal number, made
             assert outgoing is not None
+            if skeleton.stack_of(block) < number:
+                with skeleton.outside():
+                    to_the_stack_before(stream, skeleton.stacks[number], outgoing)
+                    number -= 1
+                    made = places_of_made(stream, skeleton.stacks[number]) if number else {}
             with loaded(skeleton, block, tensors):
                 wanted = {} if block.index in self.finished else self.parameters(block)
                 tap = self.tap(wanted)
                 own = saved.pop(block.index)
                 try:
                     for batch in range(len(stream.batches)):
-                        backward(stream, block, batch, own, outgoing, tap)
+                        backward(stream, block, batch, own, outgoing, tap, made.get(block.index, ()))
                 finally:
                     own.states.close()
                 stream.release(block)
@@ -99,6 +110,8 @@ class GradientPass(Generic[TapT]):
                 outgoing = own_loss_gradients(stream, folder, self.progress)
             else:
                 outgoing = head_gradients(stream, folder, self.progress, self.labels)
+            if number and skeleton.stack_of(blocks[self.first]) < number:
+                made = places_of_made(stream, skeleton.stacks[number])
             skeleton.unload_outside()
             stream.states.close()
             conveyor.carry(backwards, read=skeleton.read, blocks=blocks[self.first :][::-1])
@@ -140,11 +153,14 @@ class GradientPass(Generic[TapT]):
         finally:
             stream.close()
 
-    def _stream(self, batches: Sequence[Batch], folder: Path | None, *, predicting: bool = False) -> Stream:
+    def _stream(
+        self, batches: Sequence[Batch], folder: Path | None, *, predicting: bool = False, and_back: bool = False
+    ) -> Stream:
         return Stream(
             self.skeleton,
             batches,
             states_folder=folder,
             predicting=predicting,
+            and_back=and_back,
             progress=lambda done, total: self.progress("record", done, total),
         )

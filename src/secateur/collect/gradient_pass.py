@@ -23,7 +23,7 @@ from secateur.collect.block_gradients import GradientPass
 from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.collect.gradient_parts import GradientParts, Sums
-from secateur.collect.model_windows import model_samples, model_windows
+from secateur.collect.model_windows import model_samples
 from secateur.collect.settings import File, GradientSettings, Model, ModelSettings
 from secateur.core.checks import check_weight, first_nonfinite
 from secateur.core.choices import Granularity, Norm, Scope
@@ -31,14 +31,14 @@ from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, NumericalError
 from secateur.files.checkpoint import tensor_digest
 from secateur.models.flow.backward import GradientTap, next_tokens
-from secateur.models.flow.inputs import input_name, takes_labels
+from secateur.models.flow.inputs import LABELS, PIXELS, input_name, takes_labels
 from secateur.models.flow.memory import available_bytes, return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.causality import check_predicts
 from secateur.models.shape.matrices import Matrix, by_block, numbered_experts, tapped
 from secateur.models.shape.skeleton import Skeleton
-from secateur.models.shape.structure import Block
+from secateur.models.shape.structure import Block, has_two_towers
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest
 from secateur.runs.events import Progress
@@ -94,9 +94,11 @@ def _gradients(
             check_has_loss(opened.skeleton, settings.calibration, "the loss whose gradients are asked for")
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
-        draw = model_samples if are_labelled(settings.calibration) else model_windows
-        windows = draw(opened, settings, progress=partial(settings.tell, "calibrate"))
-        assert not isinstance(windows, Images)  # which have no labels
+        windows = model_samples(opened, settings, progress=partial(settings.tell, "calibrate"))
+        if isinstance(windows, Images):
+            raise CalibrationError(
+                f"images alone have no loss. Give them with labels, calibration={{{PIXELS!r}: ..., {LABELS!r}: ...}}."
+            )
         chosen = gradient_batch_size(opened.skeleton, windows.length, settings.granularity, size.now)
         facts = _facts(settings, opened, windows, kinds, names)
         processes.agree(facts)
@@ -130,11 +132,16 @@ def check_has_loss(skeleton: Skeleton, calibration: Any, wanted: str) -> None:
     That is the loss of the next token, or of the labels that are among the samples' inputs.
     """
     model, name = skeleton.model, type(skeleton.model).__name__
+    if has_two_towers(model):
+        raise ModelStructureError(
+            f"{name}: its loss compares samples with each other, so that no sample has one of its own, and {wanted} "
+            "does not exist. Use a method without gradients, or --scope block."
+        )
     if not are_labelled(calibration):
         try:
-            check_predicts(model, skeleton.blocks, wanted)
+            check_predicts(model, skeleton.blocks, wanted, alone=False)
         except ModelStructureError as error:
-            if not takes_labels(model) or len(skeleton.stacks) > 1:
+            if not takes_labels(model):
                 raise
             names = f"{input_name(model)!r}: ..., 'labels': ..."
             raise ModelStructureError(
@@ -145,10 +152,10 @@ def check_has_loss(skeleton: Skeleton, calibration: Any, wanted: str) -> None:
             f"{name}: its forward takes no labels, so that {wanted} does not exist. Open it with a head that has a "
             "loss, or use a method without gradients."
         )
-    elif len(skeleton.stacks) > 1:
+    if len(skeleton.stacks) > 1 and skeleton.dtype == torch.float16:
         raise ModelStructureError(
-            f"{name}: has {len(skeleton.stacks)} stacks of blocks ({', '.join(own.path for own in skeleton.stacks)}), "
-            f"and {wanted} is followed back through one alone. Use a method without gradients, or --scope block."
+            f"{name}: has several stacks of blocks, whose gradients are not taken in float16. Use --dtype bfloat16 or "
+            "float32."
         )
 
 
@@ -292,7 +299,7 @@ def collect(
                 lambda block: tapped(block, of_block.get(block.index, []))[0],
                 take_block,
                 partial(GradientTap, norms=norms, granularity=granularity),
-                next_tokens if isinstance(windows, Windows) else None,
+                None if are_labelled(windows) else next_tokens,
                 first,
                 finished,
                 _in_part(progress, number, len(parts)),

@@ -75,7 +75,9 @@ def predicting(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _shifted(model: Any, tokens: Tensor) -> Tensor:
-    """What a decoder after an encoder reads that is to predict these tokens."""
+    """What a decoder after an encoder reads that is to predict these tokens, of which some may be no labels."""
+    padding = getattr(model.config, "pad_token_id", None)
+    tokens = tokens.where(tokens >= 0, start_token(model) if padding is None else padding)
     return torch.cat([torch.full_like(tokens[:, :1], start_token(model)), tokens[:, :-1]], dim=1)
 
 

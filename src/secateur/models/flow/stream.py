@@ -115,7 +115,7 @@ class Stream:
     Each of `batches` is what the model's forward takes: token ids of shape (samples, length), whose length may differ
     from batch to batch, images, or several inputs by name. `states` holds what goes into the next block, which has to
     be reached first. With `predicting`, next tokens will be asked for, and a model whose tokens see later ones is
-    refused.
+    refused; `and_back` keeps what is needed to go back from one stack to those before it.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class Stream:
         *,
         states_folder: Path | None = None,
         predicting: bool = False,
+        and_back: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.skeleton = skeleton
@@ -132,6 +133,7 @@ class Stream:
         self.batches = batches
         self._folder = states_folder
         self._in_calls = is_encoder_decoder(skeleton.model)  # what an encoder makes, for its decoder alone
+        self._and_back = and_back
         self._made: list[HiddenStates] = []  # of each finished stack, by its last block
         self._calls: list[dict[int, Call]] = [{} for _ in batches]  # by the number of the block
         self._intern: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -154,7 +156,7 @@ class Stream:
             self.states = self._no_states()
             with self.skeleton.outside():
                 self._record(stack)
-            if self._in_calls:
+            if self._in_calls and not self._and_back:
                 self._made[-1].close()  # Memory: the calls of the decoder hold it
 
     def _no_states(self) -> HiddenStates:
@@ -285,23 +287,26 @@ class Stream:
             yield states, targets, self._logits(states, ids, batch)[:, : targets.shape[1]]
 
     @torch.enable_grad()
-    def own_losses(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def own_losses(self, batch: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         """(hidden states, loss) of each sample of a batch: the model's own loss, whose graph leads to these states.
 
-        Raises `ModelStructureError` where samples cannot be told apart, or the model returns no loss.
+        They are what the last block of each stack has made. Raises `ModelStructureError` where samples cannot be told
+        apart, or the model returns no loss.
         """
         name, given = type(self.skeleton.model).__name__, self.batches[batch]
-        states = self.states.get(batch, self.device)
         assert isinstance(given, Named)
-        if states.ndim != 3 or len(states) != len(given):
-            raise ModelStructureError(
-                f"{name}: its last block makes hidden states of shape {tuple(states.shape)}, expected ({len(given)} "
-                "samples, tokens, width), so that their losses can be told apart. Use a method without gradients."
-            )
+        ends = [made.get(batch, self.device) for made in (*self._made, self.states)]
+        for states, stack in zip(ends, self.skeleton.stacks, strict=True):
+            if states.ndim < 3 or len(states) != len(given):
+                raise ModelStructureError(
+                    f"{stack.path}: its last block makes hidden states of shape {tuple(states.shape)}, expected "
+                    f"({len(given)} samples, tokens, width), so that their losses can be told apart. Use a method "
+                    "without gradients."
+                )
         for number in range(len(given)):
-            own = states[number : number + 1].detach().requires_grad_()
+            own = [states[number : number + 1].detach().requires_grad_() for states in ends]
             sample = labelled(self.skeleton.model, given[number : number + 1].to(self.device))
-            with stubbed(self.skeleton, self._giving(own)):
+            with stubbed(self.skeleton, self._ending_in(own)):
                 loss = getattr(forward(self.skeleton.model, sample), "loss", None)
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ModelStructureError(
@@ -309,6 +314,41 @@ class Stream:
                     "--scope block."
                 )
             yield own, loss
+
+    @torch.enable_grad()
+    def between(self, stack: Stack, batch: int) -> tuple[list[Tensor], Tensor, dict[int, Call]]:
+        """(what the stacks before have made, what goes into the first block, the calls of all blocks) of a stack.
+
+        The graph of the others leads to the first, which are leaves.
+        """
+        number = self.skeleton.stacks.index(stack)
+        leaves = [made.get(batch, self.device).detach().requires_grad_() for made in self._made[:number]]
+        ending, calls, entering = self._ending_in(leaves), {}, []
+
+        def run(index: int, states: Tensor, call: Call) -> Any:
+            block = self.skeleton.blocks[index]
+            if self.skeleton.stack_of(block) == number:
+                calls[index] = call
+                entering.append(states)
+                if block is stack.blocks[-1]:
+                    raise Finished
+            return ending(index, states, call)
+
+        with stubbed(self.skeleton, run), contextlib.suppress(Finished):
+            forward(self.skeleton.model, named(self.skeleton.model, self.batches[batch].to(self.device)))
+        return leaves, entering[0], calls
+
+    def _ending_in(self, made: Sequence[Tensor]) -> Run:
+        """In the place of the blocks: the last ones of the first stacks give what is `made`, others what they get."""
+
+        def run(index: int, states: Tensor, call: Call) -> Any:
+            block = self.skeleton.blocks[index]
+            number = self.skeleton.stack_of(block)
+            ends = number < len(made) and block is self.skeleton.stacks[number].blocks[-1]
+            # Exact: a copy, since the model may write into it.
+            return self._probe.structure(block).filled(made[number].clone() if ends else states)
+
+        return run
 
     def _parts(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(hidden states, their tokens, the next tokens), of which the last part has one less."""
