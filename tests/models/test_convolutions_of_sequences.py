@@ -188,6 +188,12 @@ def test_what_is_cut_of_named_inputs() -> None:
     assert first["pixel_values"].shape == (4, 8, 8)
     assert second["input_ids"].tolist() == [4, 5, 6, 7]
     assert second["decoder_input_ids"].tolist() == [14, 15, 16]
+    with_decoder_ids = found.for_a_decoder().each[0]
+    assert with_decoder_ids["labels"].tolist() == [5, -100]
+    given = {name: value for name, value in given.items() if not name.startswith("decoder")}
+    without = named_samples(given, None)
+    assert without is not None
+    assert [own["labels"].tolist() for own in without.for_a_decoder().each] == [[5], [1, 2, 3, 4]]
     # Labels in the padding are those of a decoder.
     given["labels"][0, 3] = 5
     found = named_samples(given, None)

@@ -56,6 +56,10 @@ class NamedSamples:
         """The samples from `first` up to, not with, `last`."""
         return NamedSamples(self.each[first:last], self.provenance, self.length)
 
+    def for_a_decoder(self) -> "NamedSamples":
+        """The same samples for a decoder that reads what it is to predict: labels end with the last one that counts."""
+        return NamedSamples([_without_end(own) for own in self.each], self.provenance, self.length)
+
     def batches(self, batch_size: int) -> list[Named]:
         """All samples in their order: at most `batch_size` at a time, of the same shapes."""
         found: list[Named] = []
@@ -65,6 +69,14 @@ class NamedSamples:
                 own = alike[first : first + batch_size]
                 found.append(Named({name: torch.stack([sample[name] for sample in own]) for name in own[0]}))
         return found
+
+
+def _without_end(sample: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    labels = sample.get(LABELS)
+    # Exact: a decoder would read padding in the place of what is no label, and padding is in no statistic.
+    if labels is None or labels.ndim != 1 or "decoder_input_ids" in sample or not bool((labels != NO_LABEL).any()):
+        return sample
+    return {**sample, LABELS: labels[: int((labels != NO_LABEL).nonzero()[-1]) + 1]}
 
 
 def are_labelled(source: Any) -> bool:

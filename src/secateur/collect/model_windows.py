@@ -121,6 +121,8 @@ def _other_samples(opened: OpenedModel, source: Any, *, write: bool = True, **ho
         found = model_pairs(opened, source, **how)
     if found is None:
         found = model_recordings(opened, source, **how, write=write)
+    if is_encoder_decoder(opened.skeleton.model):
+        found = found.for_a_decoder()
     _say_fewer(found, how["what"], how["samples"])
     length = sum(hidden_states_of(opened, found.batches(1)[0]))
     shape = {"samples": found.samples, "length": length}
