@@ -68,6 +68,7 @@ def test_in_memory_and_on_the_disk(name: str, tmp_path: Path) -> None:
     manifest = secateur.prune(model, output=tmp_path / "out", **settings)
     assert set(planned.plan) == set(manifest.matrices)
     assert verify(tmp_path / "out").ok
+    assert "TimmWrapperForImageClassification.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert torch.equal(loaded(batch), model(batch))
     # The folder is a checkpoint like any other: with one block in memory it gives what the model gives.

@@ -25,6 +25,7 @@ from secateur.models.opening.bars import without_bars
 from secateur.models.opening.configuration import CONFIGURATION, PACKING_ENTRIES, reason
 from secateur.models.opening.timm_models import PREFIX as TIMM
 from secateur.models.opening.timm_models import (
+    architecture_of,
     configuration_of,
     made_by_name,
     of_timm,
@@ -242,7 +243,7 @@ def _open_module(given: nn.Module, device: torch.device | None, dtype: str, name
             origin={
                 "kind": "module",
                 "path": name or getattr(model, "name_or_path", "") or None,
-                "architecture": type(model).__name__,
+                "architecture": architecture_of(model),
             },
             write_companions=write,
             load_tokenizer=lambda: None,

@@ -39,6 +39,13 @@ def configuration_of(model: Any) -> dict[str, Any]:
     return {} if part is None else {"pretrained_cfg": dict(part.pretrained_cfg), "made_of": str(part)}
 
 
+def architecture_of(model: Any) -> str:
+    """The class of transformers that loads what is written of a model: its own, or that for models of timm."""
+    if timm_part(model) is not model:
+        return type(model).__name__
+    return "TimmWrapperForImageClassification" if getattr(model, "num_classes", 0) else "TimmWrapperModel"
+
+
 def of_timm(folder: Path) -> bool:
     """Whether a folder holds a model as timm writes it, which says in config.json how images are made ready."""
     found = read_configuration(folder)
