@@ -239,7 +239,7 @@ def test_mistakes_about_files_are_two(call: Call, model: Path, pruned: Path, tmp
         (["prune", tmp_path / "nope", "-o", tmp_path / "out"], "nope: no such folder, and not a hub id"),
         (["prune", tmp_path / "nope.gguf", "-o", tmp_path / "out"], "nope.gguf: no such file."),
         (["prune", model, *CALIBRATION], "Error: --output is missing: Folder for the pruned checkpoint."),
-        (["prune"], "Error: MODEL is missing: A folder, a hub id, or a GGUF file."),
+        (["prune"], "Error: MODEL is missing: A folder, a hub id, a GGUF file, or timm:NAME."),
         (["plan", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
         (["eval", tmp_path / "nope"], "nope: no such folder, and not a hub id"),
         (["eval", model, "--data", tmp_path / "nope.txt"], "nope.txt: no such file."),

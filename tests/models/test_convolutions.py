@@ -50,6 +50,16 @@ LAYERS: dict[str, dict[str, Any]] = {
     "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
 }
 
+OF_SEQUENCES: dict[str, dict[str, Any]] = {
+    "1": {"kernel_size": 1},
+    "3": {"kernel_size": 3, "padding": 1},
+    "strided": {"kernel_size": 4, "stride": 3},
+    "dilated": {"kernel_size": (3,), "stride": (2,), "padding": (4,), "dilation": (3,)},
+    "same": {"kernel_size": 5, "padding": "same", "dilation": 2},
+    "valid": {"kernel_size": 2, "padding": "valid"},
+    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+}
+
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels_last"])
 @pytest.mark.parametrize("name", LAYERS)
@@ -57,22 +67,39 @@ def test_patches_times_the_matrix_is_the_convolution(name: str, layout: torch.me
     layer = nn.Conv2d(5, 7, **LAYERS[name]).double()
     images = torch.randn(2, 5, 12, 10, dtype=torch.float64).to(memory_format=layout)
     expected = layer(images)
-    with torch.no_grad(), InputRecorder({"weight": (layer.weight, False)}) as tap:
+    with torch.no_grad(), InputRecorder({"weight": (layer.weight.flatten(1), False)}) as tap:
         assert torch.equal(layer(images), expected)
     (patches,) = tap.inputs["weight", None]
     rows = patches @ layer.weight.flatten(1).t() + layer.bias
     torch.testing.assert_close(rows, expected.flatten(2).transpose(1, 2).flatten(0, 1))
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_gradients_are_those_of_autograd(name: str) -> None:
-    layer = nn.Conv2d(5, 7, **LAYERS[name]).double()
-    images = torch.randn(3, 5, 12, 10, dtype=torch.float64)
+@pytest.mark.parametrize("alone", [False, True], ids=["batch", "alone"])
+@pytest.mark.parametrize("name", OF_SEQUENCES)
+def test_patches_of_sequences(name: str, alone: bool) -> None:
+    layer = nn.Conv1d(5, 7, **OF_SEQUENCES[name]).double()
+    samples = torch.randn(5, 12, dtype=torch.float64) if alone else torch.randn(2, 5, 12, dtype=torch.float64)
+    expected = layer(samples)
+    with torch.no_grad(), InputRecorder({"weight": (layer.weight.flatten(1), False)}) as tap:
+        assert torch.equal(layer(samples), expected)
+    (patches,) = tap.inputs["weight", None]
+    rows = patches @ layer.weight.flatten(1).t() + layer.bias
+    torch.testing.assert_close(rows, expected.transpose(-1, -2).reshape(-1, 7))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*((nn.Conv2d, name) for name in LAYERS), *((nn.Conv1d, name) for name in OF_SEQUENCES)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_gradients_are_those_of_autograd(kind: Any, name: str) -> None:
+    layer = kind(5, 7, **(LAYERS if kind is nn.Conv2d else OF_SEQUENCES)[name]).double()
+    images = torch.randn(3, 5, *((12, 10) if kind is nn.Conv2d else (12,)), dtype=torch.float64)
     expected = torch.zeros_like(layer.weight)
     for image in images:
         (own,) = torch.autograd.grad(layer(image.unsqueeze(0)).square().sum(), layer.weight)
         expected += own.abs()
-    with GradientTap({"weight": (layer.weight, False)}, ["l1"]) as tap:
+    with GradientTap({"weight": (layer.weight.flatten(1), False)}, ["l1"]) as tap:
         tap.begin(3, 1)
         made = layer(images)
     made.square().sum().backward()

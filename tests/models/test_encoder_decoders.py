@@ -170,9 +170,6 @@ def test_what_is_for_decoders_alone_is_refused_in_a_sentence(tmp_path: Path) -> 
     source, ids, out = tiny.save("t5", tmp_path / "model"), tiny.tokens(length=24), tmp_path / "out"
     asked: dict[str, Callable[[], Any]] = {
         "a perplexity": lambda: secateur.perplexity(source, ids),
-        "the loss whose gradients gblm takes": lambda: secateur.prune(
-            source, method="gblm", calibration=ids, output=out
-        ),
         "--allocation owl": lambda: secateur.estimate(source, method="wanda", allocation="owl", calibration=ids),
     }
     for wanted, run in asked.items():

@@ -91,6 +91,33 @@ def test_recordings_and_transcripts_are_what_both_stacks_see(whisper: Path, tmp_
     assert found.kl == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-4)
 
 
+def test_gradients_of_what_is_said(whisper: Path, tmp_path: Path) -> None:
+    """Of the loss of each transcript, through the decoder into the encoder."""
+    folder = tmp_path / "sound"
+    folder.mkdir()
+    model = as_transformers_loads_it(whisper)
+    expected = {name: torch.zeros_like(own) for name, own in model.named_parameters()}
+    words = ["a", "bed", "sat", "at", "the", "desk"]
+    for number, text in enumerate(SAID):
+        sound = record(folder / f"{number}.wav", 9000 + 1000 * number, number)
+        (folder / f"{number}.txt").write_text(text)
+        extractor = WhisperFeatureExtractor.from_pretrained(whisper)
+        features = extractor(sound, sampling_rate=16000, return_tensors="pt").input_features
+        labels = torch.tensor([[4 + words.index(word) for word in text.split()]])
+        model.zero_grad()
+        model(input_features=features, labels=labels).loss.backward()
+        for name, own in model.named_parameters():
+            if own.grad is not None:
+                expected[name] += own.grad.abs()
+    file = secateur.gradients(
+        whisper, tmp_path / "g", calibration=f"audio:{folder}", samples=4, norms=["l1"], device="cpu"
+    )
+    assert any("encoder" in name for name in file.matrices)
+    for name in file.matrices:
+        found = file.read(name, secateur.GradientKind("l1")).total
+        assert float((found - expected[name]).norm()) <= 1e-4 * float(expected[name].norm()), name
+
+
 def test_what_is_said_is_written_by_the_model_where_nobody_has(
     whisper: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,14 +10,13 @@ import torch
 
 from secateur.calibration.corpora import names_corpus
 from secateur.calibration.documents import DEFAULT_FIELD, Corpus, spooled, table_rows, wrong_field
-from secateur.calibration.named import NamedSamples
+from secateur.calibration.named import LABELS, NO_LABEL, NamedSamples
 from secateur.calibration.windows import MASK_KEY, TOKEN_KEY, Windows
 from secateur.errors import CalibrationError
 
 STREAM_CHARACTERS = 64 * 2**20  # of texts from a stream, which may have no end
 _NOTHING = object()
 _OF_TOKENIZERS = {TOKEN_KEY, MASK_KEY, "token_type_ids", "position_ids", "special_tokens_mask", "labels", "length"}
-IGNORED = -100  # what labels are where nothing is to be predicted
 _FORMS = (
     "the name of a corpus, a list of texts, token ids (a tensor, rows, Windows), a datasets.Dataset with a column text "
     "or input_ids, or a DataLoader"
@@ -68,11 +67,19 @@ def taken(source: Any, most: int | None, argument: str) -> Any:
 
 
 def _is_inputs(source: Any) -> bool:
-    """Whether it is the inputs of a forward by name, with some that no tokenizer makes, such as pixel_values."""
+    """Whether it is the inputs of a forward by name, with some that no tokenizer makes, such as pixel_values.
+
+    Labels are such inputs where they say something else than the token ids: a class, or what is masked.
+    """
     if not isinstance(source, Mapping) or DEFAULT_FIELD in source:
         return False
     others = {name: value for name, value in source.items() if name not in _OF_TOKENIZERS}
-    return any(isinstance(value, torch.Tensor) for value in others.values())
+    if any(isinstance(value, torch.Tensor) for value in others.values()):
+        return True
+    ids, labels = source.get(TOKEN_KEY), source.get(LABELS)
+    if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        return False
+    return labels.shape != ids.shape or bool(((labels != ids) & (labels != NO_LABEL)).any())
 
 
 def _are_specs(listed: Sequence[Any], argument: str) -> bool:
@@ -158,7 +165,7 @@ def _ids_of(item: Any, place: str) -> tuple[Any, Any]:
         return item[TOKEN_KEY], item.get(MASK_KEY)
     if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor) and item[0].ndim:
         # What a DataLoader makes of a TensorDataset; the published loaders give pairs of token ids and labels.
-        others = [one for one in item[1:] if not (isinstance(one, torch.Tensor) and bool((one == IGNORED).any()))]
+        others = [one for one in item[1:] if not (isinstance(one, torch.Tensor) and bool((one == NO_LABEL).any()))]
         if others:
             raise CalibrationError(
                 f"{place}: got {len(item)} tensors, and only token ids have no name. Give mappings with {TOKEN_KEY!r} "

@@ -16,26 +16,29 @@ import torch
 from torch import Tensor
 
 import secateur
+from secateur.calibration.images import Images
+from secateur.calibration.named import NamedSamples, are_labelled
 from secateur.calibration.windows import Windows, check_predictions
 from secateur.collect.block_gradients import GradientPass
 from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile, GradientWriter, model_digest
 from secateur.collect.gradient_parts import GradientParts, Sums
-from secateur.collect.model_windows import model_windows
+from secateur.collect.model_windows import model_samples
 from secateur.collect.settings import File, GradientSettings, Model, ModelSettings
 from secateur.core.checks import check_weight, first_nonfinite
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
-from secateur.errors import CalibrationError, CheckpointError, NumericalError
+from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, NumericalError
 from secateur.files.checkpoint import tensor_digest
 from secateur.models.flow.backward import GradientTap, next_tokens
+from secateur.models.flow.inputs import LABELS, PIXELS, input_name, takes_labels
 from secateur.models.flow.memory import available_bytes, return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model
 from secateur.models.shape.causality import check_predicts
 from secateur.models.shape.matrices import Matrix, by_block, numbered_experts, tapped
 from secateur.models.shape.skeleton import Skeleton
-from secateur.models.shape.structure import Block
+from secateur.models.shape.structure import Block, has_two_towers
 from secateur.plans.plan import matching
 from secateur.record.manifest import source_digest
 from secateur.runs.events import PLACING, Progress
@@ -88,12 +91,16 @@ def _gradients(
         opened = open_model(**shared(settings, ModelSettings))
         stack.callback(opened.restore)
         if settings.scope == "model":
-            check_predicts(opened.skeleton.model, opened.skeleton.blocks, "the loss whose gradients are asked for")
+            check_has_loss(opened.skeleton, settings.calibration, "the loss whose gradients are asked for")
         shapes = {matrix.name: matrix.shape for matrix in opened.skeleton.matrices}
         names = set(matching(shapes, only=settings.only, skip=settings.skip))
-        windows = model_windows(
+        windows = model_samples(
             opened, settings, progress=partial(settings.tell, "calibrate"), placing=partial(settings.tell, PLACING)
         )
+        if isinstance(windows, Images):
+            raise CalibrationError(
+                f"images alone have no loss. Give them with labels, calibration={{{PIXELS!r}: ..., {LABELS!r}: ...}}."
+            )
         chosen = gradient_batch_size(opened.skeleton, windows.length, settings.granularity, size.now)
         facts = _facts(settings, opened, windows, kinds, names)
         processes.agree(facts)
@@ -121,8 +128,45 @@ def _gradients(
     return GradientFile(target)
 
 
+def check_has_loss(skeleton: Skeleton, calibration: Any, wanted: str) -> None:
+    """Raise `ModelStructureError` for a model without a loss on these calibration samples, which `wanted` needs.
+
+    That is the loss of the next token, or of the labels that are among the samples' inputs.
+    """
+    model, name = skeleton.model, type(skeleton.model).__name__
+    if has_two_towers(model):
+        raise ModelStructureError(
+            f"{name}: its loss compares samples with each other, so that no sample has one of its own, and {wanted} "
+            "does not exist. Use a method without gradients, or --scope block."
+        )
+    if not are_labelled(calibration):
+        try:
+            check_predicts(model, skeleton.blocks, wanted, alone=False)
+        except ModelStructureError as error:
+            if not takes_labels(model):
+                raise
+            names = f"{input_name(model)!r}: ..., 'labels': ..."
+            raise ModelStructureError(
+                f"{error} Its own loss is that of labels, which Python can give: calibration={{{names}}}."
+            ) from None
+    elif not takes_labels(model):
+        raise ModelStructureError(
+            f"{name}: its forward takes no labels, so that {wanted} does not exist. Open it with a head that has a "
+            "loss, or use a method without gradients."
+        )
+    if len(skeleton.stacks) > 1 and skeleton.dtype == torch.float16:
+        raise ModelStructureError(
+            f"{name}: has several stacks of blocks, whose gradients are not taken in float16. Use --dtype bfloat16 or "
+            "float32."
+        )
+
+
 def _facts(
-    settings: GradientSettings, opened: OpenedModel, windows: Windows, kinds: Sequence[GradientKind], names: set[str]
+    settings: GradientSettings,
+    opened: OpenedModel,
+    windows: Windows | NamedSamples,
+    kinds: Sequence[GradientKind],
+    names: set[str],
 ) -> dict[str, Any]:
     """What the bytes of the file depend on, besides the weights themselves, whose digest is compared."""
     return {
@@ -165,7 +209,7 @@ def _check_file(output: File, model: Model, overwrite: bool) -> Path:
 
 def collect(
     opened: OpenedModel,
-    windows: Windows,
+    windows: Windows | NamedSamples,
     target: Path,
     kinds: Sequence[GradientKind],
     matrices: Sequence[Matrix],
@@ -188,7 +232,7 @@ def collect(
     skeleton = opened.skeleton
     granularity, scope = kinds[0].granularity, kinds[0].scope
     norms: list[Norm] = list(dict.fromkeys(kind.norm for kind in kinds))
-    if scope == "model":
+    if scope == "model" and isinstance(windows, Windows):
         check_predictions(windows)
     batch_size = gradient_batch_size(skeleton, windows.length, granularity, batch_size)
     of_block = by_block(matrices)
@@ -257,7 +301,7 @@ def collect(
                 lambda block: tapped(block, of_block.get(block.index, []))[0],
                 take_block,
                 partial(GradientTap, norms=norms, granularity=granularity),
-                next_tokens,
+                None if are_labelled(windows) else next_tokens,
                 first,
                 finished,
                 _in_part(progress, number, len(parts)),

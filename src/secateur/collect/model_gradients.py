@@ -51,7 +51,7 @@ class ModelGradients(Collector):
         sizes = [math.prod(matrix.shape) for matrix in matrices]
         if self.file is not None:
             return Cost(reading=4 * max(sizes))
-        logits, weights = extent.tokens * skeleton.vocabulary_size, sum(sizes)
+        logits, weights = extent.tokens * skeleton.logits_per_token, sum(sizes)
         batch = gradient_batch_size(skeleton, extent.length, self.kind.granularity, extent.batch_size)
         first = min(matrix.block for matrix in matrices)
         chunk = chunk_sizes(skeleton, extent.samples, extent.length, batch, self.kind.scope, extent.offload, first)

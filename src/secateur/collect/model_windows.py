@@ -125,6 +125,8 @@ def _other_samples(opened: OpenedModel, source: Any, *, write: bool = True, **ho
         found = model_pairs(opened, source, **how)
     if found is None:
         found = model_recordings(opened, source, **how, write=write)
+    if is_encoder_decoder(opened.skeleton.model):
+        found = found.for_a_decoder()
     _say_fewer(found, how["what"], how["samples"])
     return _measured(opened, found)
 

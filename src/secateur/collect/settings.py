@@ -86,7 +86,7 @@ class DtypeSettings(DeviceSettings):
 class ModelSettings(DtypeSettings):
     """Which model, and what it runs on."""
 
-    model: Annotated[Model, Option(ARGUMENTS, "A folder, a hub id, or a GGUF file.")] = field(kw_only=False)
+    model: Annotated[Model, Option(ARGUMENTS, "A folder, a hub id, a GGUF file, or timm:NAME.")] = field(kw_only=False)
     revision: Revision = None
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.windows import Windows
+from secateur.calibration.images import Images
 from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_parts import other_file
 from secateur.collect.gradient_pass import collect
@@ -144,7 +144,8 @@ def _prune(settings: PruneSettings, size: BatchSize) -> Manifest:
         written = None if output is None else stack.enter_context(output)
         beside = processes.gather(Path.cwd() if transaction is None else transaction.partial)[0]
         if any(own.looks_at_samples and not own.forwards for own in evidence.collectors):
-            assert isinstance(windows, Windows)  # whatever has a loss reads tokens
+            assert windows is not None
+            assert not isinstance(windows, Images)  # which have no labels
             assert method.gradient is not None
             alone = transaction is None and processes.first
             room = processes.gather(stack.enter_context(scratch_folder(beside)) if alone else beside)[0]

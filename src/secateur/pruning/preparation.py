@@ -17,6 +17,7 @@ from secateur.collect.collector import Extent
 from secateur.collect.evidence import RunEvidence
 from secateur.collect.exempt import Exempt
 from secateur.collect.gradient_file import GradientFile
+from secateur.collect.gradient_pass import check_has_loss
 from secateur.collect.model_windows import Foreseen, Samples, foreseen_windows, model_samples
 from secateur.collect.settings import ModelSettings
 from secateur.core.gram import CrossGram, Gram
@@ -121,7 +122,7 @@ def prepared(
         if correction is not None:
             check_residual_targets(skeleton, planned)
             needs |= {Drift(correction)}
-        check_predictions_needed(skeleton, method, settings)
+        check_losses_needed(skeleton, method, settings)
         given = gradient_file(settings.gradient, method, skeleton, planned)
         exempt = Exempt(settings.on_nonfinite, settings.unseen)
         evidence = RunEvidence(needs, given, survey, statistics_device, exempt)
@@ -184,13 +185,13 @@ def check_permutation(settings: PruneSettings, plan: Plan) -> None:
     check_assignment()
 
 
-def check_predictions_needed(skeleton: Skeleton, method: Method, settings: PruneSettings) -> None:
-    """Raise `ModelStructureError` where a run asks for next-token losses of a model that predicts none."""
-    model, blocks = skeleton.model, skeleton.blocks
+def check_losses_needed(skeleton: Skeleton, method: Method, settings: PruneSettings) -> None:
+    """Raise `ModelStructureError` where a run asks for losses that the model does not have."""
     if method.gradient is not None and method.gradient.scope == "model" and settings.gradient is None:
-        check_predicts(model, blocks, f"the loss whose gradients {method.name} takes")
+        check_has_loss(skeleton, settings.calibration, f"the loss whose gradients {method.name} takes")
     if settings.allocation != "uniform":
-        check_predicts(model, blocks, f"the loss by which --allocation {settings.allocation} is judged")
+        judged = f"the loss by which --allocation {settings.allocation} is judged"
+        check_predicts(skeleton.model, skeleton.blocks, judged)
 
 
 def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:

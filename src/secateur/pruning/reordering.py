@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.core.patterns import NM, Pattern
 from secateur.core.permutation import best_order, kept_share
@@ -30,7 +30,7 @@ Orders = dict[str, list[Order]]
 class _Inputs(ProductTap):
     """Keeps copies of what the given parameters multiply in one forward."""
 
-    def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
+    def __init__(self, parameters: Mapping[str, tuple[Tensor, bool]]) -> None:
         super().__init__(parameters)
         self.found: Inputs = {}
 

@@ -271,7 +271,7 @@ class _Check:
 def _fits(tensor: Tensor, entry: Mapping[str, Any]) -> bool:
     """Whether a tensor holds the matrix of an entry: one of its shape, at its index where there are several."""
     index = entry["index"]
-    dimensions = (2, 4) if index is None else (3,)
+    dimensions = (2, 3, 4) if index is None else (3,)
     if tensor.dim() not in dimensions or (index is not None and index >= len(tensor)):
         return False
     return bool(list(view_of(tensor, entry).shape) == entry["shape"])

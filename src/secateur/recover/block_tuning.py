@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.calibration.windows import Windows
 from secateur.errors import CalibrationError, ModelStructureError, NumericalError
@@ -206,7 +206,7 @@ class _Copy:
     def __init__(
         self,
         name: str,
-        parameter: nn.Parameter,
+        parameter: Tensor,
         matrices: Sequence[Matrix],
         tensors: Mapping[str, Tensor],
         transposed: bool,
@@ -327,7 +327,8 @@ class _Loss:
 
         def module(*args: Any, **kwargs: Any) -> Any:
             """The block's own with these weights instead; gradients flow to them."""
-            return torch.func.functional_call(self._block.module, weights, args, kwargs)
+            own = {name: weight.view_as(self._block.module.get_parameter(name)) for name, weight in weights.items()}
+            return torch.func.functional_call(self._block.module, own, args, kwargs)
 
         block = Block(self._block.index, self._block.path, module)  # type: ignore[arg-type]  # it is only called
         own = self._own[number]

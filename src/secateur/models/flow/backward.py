@@ -9,7 +9,7 @@ The work is that of four forwards: two of them, one for the gradients of states 
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,8 +27,8 @@ from secateur.errors import ModelStructureError, NumericalError
 from secateur.models.flow.calls import Call
 from secateur.models.flow.inputs import predicting
 from secateur.models.flow.stream import HiddenStates, Stream
-from secateur.models.flow.tap import BackwardTap, Product, as_multiplied
-from secateur.models.shape.structure import Block
+from secateur.models.flow.tap import BackwardTap, Product
+from secateur.models.shape.structure import Block, Stack
 
 HALF_TARGET = 16.0  # what the largest gradient of a batch is scaled to where the computing dtype is float16
 
@@ -38,7 +38,7 @@ class GradientTap(BackwardTap):
 
     def __init__(
         self,
-        parameters: Mapping[str, tuple[nn.Parameter, bool]],  # name -> (parameter, stored (in, out))
+        parameters: Mapping[str, tuple[Tensor, bool]],  # name -> (parameter, stored (in, out))
         norms: Collection[Norm],
         granularity: Granularity = "sample",
     ) -> None:
@@ -46,7 +46,7 @@ class GradientTap(BackwardTap):
         self._norms = sorted(norms, reverse=True)  # l1 overwrites the gradient with its absolute value, so it is last
         self._granularity = granularity
         self.sums: dict[tuple[str, Norm], GradientSums] = {
-            (name, norm): GradientSums(as_multiplied(parameter), norm)
+            (name, norm): GradientSums(parameter, norm)
             for name, (parameter, _) in parameters.items()
             for norm in self._norms
         }
@@ -187,11 +187,28 @@ class StateGradients:
     """The gradient of the loss with respect to the hidden states between two blocks, by batch, times its scale.
 
     `shared` are the gradients of what blocks leave for later ones: (batch, mapping, key) -> one for each tensor.
+    `given` are those of what blocks of this stack are called with and stacks before have made, by batch and tensor;
+    `before` those of what the stacks before have made, (stack, batch) -> on the CPU.
     """
 
     states: HiddenStates
     scales: dict[int, float] = field(default_factory=dict)
     shared: dict[tuple[int, int, Any], list[Tensor | None]] = field(default_factory=dict)
+    given: dict[tuple[int, int], "Given"] = field(default_factory=dict)
+    before: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+Place = tuple[int | str, ...]
+"""Where an argument stands in the call of a block."""
+
+
+@dataclass
+class Given:
+    """A tensor that blocks were called with, where in their calls, and the gradient of the loss with respect to it."""
+
+    tensor: Tensor
+    places: list[tuple[int, Place]]
+    gradient: Tensor
 
 
 def forward_saving_inputs(stream: Stream, block: Block, folder: Path | None) -> SavedInputs:
@@ -251,6 +268,24 @@ def head_gradients(
     return outgoing
 
 
+def own_loss_gradients(
+    stream: Stream, folder: Path | None, progress: Callable[[str, int, int], None]
+) -> StateGradients:
+    """The gradient of each sample's own loss, as the model defines it, with respect to the last hidden states."""
+    outgoing = StateGradients(HiddenStates(len(stream.batches), folder, pin=stream.device.type == "cuda"))
+    scale = 256.0 if stream.skeleton.dtype == torch.float16 else 1.0
+    for batch in range(len(stream.batches)):
+        parts = []
+        for leaves, loss in stream.own_losses(batch):
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            parts.append([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
+        *before, last = (torch.cat(own) for own in zip(*parts, strict=True))
+        outgoing.before.update({(number, batch): own.cpu() for number, own in enumerate(before)})
+        _put(outgoing, batch, last, scale, "the head", stream.skeleton.dtype)
+        progress("head", batch + 1, len(stream.batches))
+    return outgoing
+
+
 def _put(outgoing: StateGradients, batch: int, gradient: Tensor, scale: float, where: str, dtype: torch.dtype) -> None:
     """Keep the gradient of a batch, scaled by a power of two where float16 would lose its small entries."""
     if not bool(gradient.isfinite().all()):
@@ -271,10 +306,19 @@ def _put(outgoing: StateGradients, batch: int, gradient: Tensor, scale: float, w
 
 @torch.enable_grad()
 def backward(
-    stream: Stream, block: Block, batch: int, saved: SavedInputs, outgoing: StateGradients, tap: BackwardTap
+    stream: Stream,
+    block: Block,
+    batch: int,
+    saved: SavedInputs,
+    outgoing: StateGradients,
+    tap: BackwardTap,
+    made_before: Collection[Place] = (),
 ) -> None:
-    """Take one batch back through a loaded block: from the gradient of its outputs to that of its inputs."""
-    call = stream.call(block, batch)
+    """Take one batch back through a loaded block: from the gradient of its outputs to that of its inputs.
+
+    Those at `made_before` in its call have been made by stacks before its own.
+    """
+    call, given = with_leaves(stream.call(block, batch), made_before)
     mappings = _mappings(call)
     leaves = [pytree.tree_map_only(Tensor, _leaf, kept) for kept in saved.shared[batch]]
     fresh = [_filled(mapping, kept) for mapping, kept in zip(mappings, leaves, strict=True)]
@@ -296,6 +340,15 @@ def backward(
                     gradients.append(gradient)
     torch.autograd.backward(roots, gradients)
     tap.end()
+    for path, (tensor, leaf) in given.items():
+        if leaf.grad is None:
+            continue
+        own_key = (batch, id(tensor))
+        if own_key not in outgoing.given:
+            outgoing.given[own_key] = Given(tensor, [(block.index, path)], leaf.grad)
+            continue
+        outgoing.given[own_key].gradient += leaf.grad
+        outgoing.given[own_key].places.append((block.index, path))
     for mapping, kept in zip(mappings, leaves, strict=True):
         for key, value in kept.items():
             own = [tensor.grad for tensor in _tensors(value)]
@@ -307,6 +360,77 @@ def backward(
     if states.grad is None:
         raise ModelStructureError(f"{block.path}: its output does not depend on its input.")
     _put(outgoing, batch, states.grad, outgoing.scales[batch], block.path, stream.skeleton.dtype)
+
+
+def with_leaves(call: Call, paths: Collection[Place]) -> tuple[Call, dict[Place, tuple[Tensor, Tensor]]]:
+    """A call with leaves of a graph in the places of some tensors, and by place the tensor and the leaf."""
+    found: dict[Place, tuple[Tensor, Tensor]] = {}
+
+    def exchanged(value: Any, path: Place) -> Any:
+        if isinstance(value, Tensor) and path in paths:
+            found[path] = value, value.detach().requires_grad_()
+            return found[path][1]
+        if type(value) in (tuple, list):
+            return type(value)(exchanged(item, (*path, number)) for number, item in enumerate(value))
+        return value
+
+    args = tuple(exchanged(value, (number,)) for number, value in enumerate(call.args))
+    return Call(args, {name: exchanged(value, (name,)) for name, value in call.kwargs.items()}, call.keyword), found
+
+
+def tensors_of(call: Call) -> dict[Place, Tensor]:
+    """The tensors that a block is called with beside its hidden states, by where they stand."""
+
+    def walk(value: Any, path: Place) -> Iterator[tuple[Place, Tensor]]:
+        if isinstance(value, Tensor):
+            yield path, value
+        elif type(value) in (tuple, list):
+            for number, item in enumerate(value):
+                yield from walk(item, (*path, number))
+
+    arguments: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    return dict(found for name, value in arguments for found in walk(value, (name,)))
+
+
+def places_of_made(stream: Stream, stack: Stack) -> dict[int, set[Place]]:
+    """Where in the calls of the blocks of a stack stands what depends on the stacks before it."""
+    _, _, calls = stream.between(stack, 0)
+    return {
+        index: {path for path, tensor in tensors_of(call).items() if tensor.requires_grad}
+        for index, call in calls.items()
+    }
+
+
+def to_the_stack_before(stream: Stream, stack: Stack, outgoing: StateGradients) -> None:
+    """From the gradients of what goes into a stack to those of what the stack before it has made."""
+    number = stream.skeleton.stacks.index(stack)
+    for batch in range(len(stream.batches)):
+        leaves, entering, calls = stream.between(stack, batch)
+        live = {index: tensors_of(call) for index, call in calls.items()}
+        roots, gradients = [], []
+        if entering.requires_grad:
+            roots, gradients = [entering], [outgoing.states.get(batch, stream.device)]
+        for key in [key for key in outgoing.given if key[0] == batch]:
+            own = outgoing.given.pop(key)
+            tensors = {id(tensor): tensor for tensor in (live[index][path] for index, path in own.places)}
+            if len(tensors) > 1:  # which only looked like one
+                raise ModelStructureError(
+                    f"{stack.path}: its blocks are called with several things that stacks before it have made and that "
+                    "are equal, so that their gradients cannot be told apart. Use a method without gradients."
+                )
+            roots += tensors.values()
+            gradients.append(own.gradient)
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        for earlier, leaf in enumerate(leaves):
+            if leaf.grad is not None:
+                gradient = leaf.grad.cpu()
+                held = outgoing.before.get((earlier, batch))
+                outgoing.before[earlier, batch] = gradient if held is None else held + gradient
+        ending = outgoing.before.pop((number - 1, batch), None)
+        ending = torch.zeros_like(leaves[number - 1]) if ending is None else ending.to(stream.device)
+        where = stream.skeleton.stacks[number - 1].path
+        _put(outgoing, batch, ending, outgoing.scales[batch], where, stream.skeleton.dtype)
 
 
 @torch.enable_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur.models.flow.stream import Stream
 from secateur.models.flow.tap import Product, ProductTap
-from secateur.models.shape.matrices import Matrix, tapped
+from secateur.models.shape.matrices import Matrix, is_kernel, tapped
 from secateur.models.shape.structure import Block
 
 LOW, HIGH = 0.3, 0.7  # what products give way to: within every clamp, above every rectifier
@@ -53,7 +53,7 @@ Fill = Callable[[str, int, tuple[int, ...]], Tensor]
 class _Fed(ProductTap):
     """Puts numbers in the place of every product, and keeps what the products are given."""
 
-    def __init__(self, parameters: dict[str, tuple[nn.Parameter, bool]], sites: dict[str, str], fill: Fill) -> None:
+    def __init__(self, parameters: dict[str, tuple[Tensor, bool]], sites: dict[str, str], fill: Fill) -> None:
         super().__init__(parameters)
         self._sites, self._fill = sites, fill
         self._calls: dict[str, int] = {}
@@ -112,8 +112,10 @@ def _zeroed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def channels(block: Block, matrices: Sequence[Matrix], stream: Stream) -> dict[str, Channels]:
     """The inputs that may change places, by the sites (inside the block) of all its `matrices` that have some.
 
-    Found by forwards of the first batch, two for each doubling of a matrix's outputs.
+    Found by forwards of the first batch, two for each doubling of a matrix's outputs. Those of convolutions stay.
     """
+    prefix = len(block.path) + 1
+    matrices = [matrix for matrix in matrices if not is_kernel(block.module, matrix.parameter[prefix:])]
     parameters, layout = tapped(block, matrices)
     sites = {matrix.parameter: matrix.site.removeprefix(f"{block.path}.") for matrix in matrices}
     vectors = [name for parameter, stored in layout.items() for name in biases_of(block, parameter, stored)]

@@ -8,23 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batch import Batch, Named
+from secateur.models.shape.sequences import timm_part
 from secateur.models.shape.structure import embeddings_of, has_two_towers, is_encoder_decoder
 
-DECODED, LABELS = "decoder_input_ids", "labels"
+DECODED, LABELS, PIXELS = "decoder_input_ids", "labels", "pixel_values"
 
 
 def reads_tokens(model: nn.Module) -> bool:
     """Whether a forward takes token ids and nothing else."""
     if is_encoder_decoder(model) and getattr(model, "main_input_name", "input_ids") != "input_ids":
         return False
-    if has_two_towers(model):
+    if has_two_towers(model) or timm_part(model) is not None:
         return False
     return isinstance(embeddings_of(model, "get_input_embeddings"), nn.Embedding) or not hasattr(model, "config")
 
 
 def input_name(model: Any) -> str:
     """The name under which a forward takes a batch."""
-    return "input_ids" if reads_tokens(model) else str(getattr(model, "main_input_name", "input_ids"))
+    if reads_tokens(model):
+        return "input_ids"
+    return str(getattr(model, "main_input_name", "input_ids" if timm_part(model) is None else PIXELS))
 
 
 def named(model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -42,8 +45,18 @@ def named(model: Any, batch: Batch) -> dict[str, Tensor]:
     return {input_name(model): _computed(model, batch)}
 
 
+def labelled(model: Any, batch: Named) -> dict[str, Tensor]:
+    """What a forward is given, by name, that is to return the loss of a batch beside its labels."""
+    return {**named(model, batch), LABELS: _computed(model, batch.inputs[LABELS])}
+
+
+def takes_labels(model: Any) -> bool:
+    """Whether a forward is given labels, and then returns a loss."""
+    return LABELS in inspect.signature(model.forward).parameters
+
+
 def _computed(model: Any, value: Tensor) -> Tensor:
-    return value.to(model.dtype) if value.is_floating_point() else value
+    return value.to(next(model.parameters()).dtype) if value.is_floating_point() else value
 
 
 def predicting(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -62,7 +75,9 @@ def predicting(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _shifted(model: Any, tokens: Tensor) -> Tensor:
-    """What a decoder after an encoder reads that is to predict these tokens."""
+    """What a decoder after an encoder reads that is to predict these tokens, of which some may be no labels."""
+    padding = getattr(model.config, "pad_token_id", None)
+    tokens = tokens.where(tokens >= 0, start_token(model) if padding is None else padding)
     return torch.cat([torch.full_like(tokens[:, :1], start_token(model)), tokens[:, :-1]], dim=1)
 
 
@@ -85,6 +100,9 @@ def start_token(model: Any) -> int:
 
 def forward(model: Any, given: Mapping[str, Tensor]) -> Any:
     """What a model returns for what it is given, without a key-value cache."""
+    part: Any = timm_part(model)
+    if part is not None and part is model:  # whose forward names its images as it likes
+        return part(given[PIXELS])
     return model(**given, **({"use_cache": False} if takes_cache(model) else {}))
 
 

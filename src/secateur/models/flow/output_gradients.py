@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.core.statistics import SquaredNorm
 from secateur.models.flow.tap import BackwardTap, Key, Product
@@ -13,7 +13,7 @@ from secateur.models.flow.tap import BackwardTap, Key, Product
 class OutputGradientTap(BackwardTap):
     """Adds up the squared gradients of all outputs of parameters over tokens: `sums`, one for each (of an expert)."""
 
-    def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
+    def __init__(self, parameters: Mapping[str, tuple[Tensor, bool]]) -> None:
         super().__init__(parameters)
         self.sums: dict[Key, SquaredNorm] = {}
         self._scale = 1.0

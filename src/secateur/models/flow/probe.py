@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batch import Batch
+from secateur.core.batch import Batch, Named
 from secateur.errors import ModelStructureError, SecateurError
 from secateur.models.flow.calls import Call, Finished, Structure, replay, stubbed
-from secateur.models.flow.inputs import forward, named, shortest
+from secateur.models.flow.inputs import PIXELS, forward, named, shortest
 from secateur.models.opening.configuration import reason
 from secateur.models.shape.causality import bidirectional, sees_later_tokens
 from secateur.models.shape.skeleton import Skeleton, loaded
@@ -36,7 +36,8 @@ class Probe:
         self._called: list[int] = []
         self._passed: list[Tensor] = []
         self._first: tuple[Block, Call, Tensor, Structure] | None = None  # of the stack at hand
-        self._of_images = isinstance(batch, Tensor) and batch.ndim == 4
+        images = batch.inputs.get(PIXELS) if isinstance(batch, Named) else batch
+        self._of_images = images is not None and images.ndim == 4
         self._run(shortest(skeleton.model, batch).to(skeleton.device))
 
     def structure(self, block: Block) -> Structure:

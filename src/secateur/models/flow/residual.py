@@ -59,7 +59,7 @@ class _Cut(ProductTap):
     """Cuts the graph of a forward at every product; what some parameters make begins it anew."""
 
     def __init__(
-        self, parameters: dict[str, tuple[nn.Parameter, bool]], others: Iterable[nn.Parameter], wanted: set[str]
+        self, parameters: dict[str, tuple[Tensor, bool]], others: Iterable[nn.Parameter], wanted: set[str]
     ) -> None:
         super().__init__(parameters)
         self._others = {parameter.untyped_storage().data_ptr() for parameter in others}
@@ -87,7 +87,7 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
     """Those of all matrices of a loaded block that write to the residual stream, by name; experts never do.
 
     Found by one forward of the first batch. Between a matrix and the sum may lie dropout, reshaping and multiplication
-    with a constant, but no norm, gate or router. Convolutions add to a map of channels, which is no row for each token.
+    with a constant, but no norm, gate or router. Convolutions add to channels, which are no row for each token.
     """
     parameters, _ = tapped(block, matrices)
     weights = {f"{block.path}.{name}": value for name, value in block.module.named_parameters()}
@@ -97,7 +97,7 @@ def residual_writers(block: Block, matrices: Sequence[Matrix], stream: Stream) -
     candidates = {
         m.name: m.parameter
         for m in matrices
-        if m.expert is None and m.rows is None and m.shape[0] == width and parameters[m.parameter][0].dim() == 2
+        if m.expert is None and m.rows is None and m.shape[0] == width and weights[m.parameter].dim() == 2
     }
     cut = _Cut(parameters, others, set(candidates.values()))
     paths = [path for path, _ in block.module.named_modules() if path]

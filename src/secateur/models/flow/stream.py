@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batch import Batch
-from secateur.errors import CheckpointError
+from secateur.core.batch import Batch, Named
+from secateur.errors import CheckpointError, ModelStructureError
 from secateur.files.writer import reserve
 from secateur.models.flow.calls import Call, Finished, Run, Structure, replay, stubbed
-from secateur.models.flow.inputs import forward, named, predicting, reading
+from secateur.models.flow.inputs import PIXELS, forward, labelled, named, predicting, reading
 from secateur.models.flow.memory import available_bytes
 from secateur.models.flow.probe import Probe
 from secateur.models.opening.configuration import reason
+from secateur.models.shape.sequences import timm_part
 from secateur.models.shape.skeleton import Skeleton, loaded
 from secateur.models.shape.structure import Block, Stack, decoder_of, is_encoder_decoder
 
@@ -114,7 +115,7 @@ class Stream:
     Each of `batches` is what the model's forward takes: token ids of shape (samples, length), whose length may differ
     from batch to batch, images, or several inputs by name. `states` holds what goes into the next block, which has to
     be reached first. With `predicting`, next tokens will be asked for, and a model whose tokens see later ones is
-    refused.
+    refused; `and_back` keeps what is needed to go back from one stack to those before it.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Stream:
         *,
         states_folder: Path | None = None,
         predicting: bool = False,
+        and_back: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.skeleton = skeleton
@@ -131,6 +133,7 @@ class Stream:
         self.batches = batches
         self._folder = states_folder
         self._in_calls = is_encoder_decoder(skeleton.model)  # what an encoder makes, for its decoder alone
+        self._and_back = and_back
         self._made: list[HiddenStates] = []  # of each finished stack, by its last block
         self._calls: list[dict[int, Call]] = [{} for _ in batches]  # by the number of the block
         self._intern: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -153,7 +156,7 @@ class Stream:
             self.states = self._no_states()
             with self.skeleton.outside():
                 self._record(stack)
-            if self._in_calls:
+            if self._in_calls and not self._and_back:
                 self._made[-1].close()  # Memory: the calls of the decoder hold it
 
     def _no_states(self) -> HiddenStates:
@@ -191,7 +194,13 @@ class Stream:
             return (carried[0] if carried else self._probe.structure(block)).filled(states)
 
         with stubbed(self.skeleton, run), contextlib.suppress(Finished):
-            forward(self.skeleton.model, named(self.skeleton.model, self.batches[number].to(self.device)))
+            try:
+                forward(self.skeleton.model, named(self.skeleton.model, self.batches[number].to(self.device)))
+            except (AttributeError, TypeError) as error:  # of None in the place of a tensor
+                raise ModelStructureError(
+                    f"{stack.path}: the model's forward needs more than the first tensor of what a block returns "
+                    f"({reason(error)}). Such a model cannot be streamed block by block."
+                ) from error
 
     def _made_of(self, batch: int, block: Block, states: Tensor) -> Tensor:
         """What a block of another stack gives for a batch: what its stack has made by then, or what it is given."""
@@ -277,6 +286,70 @@ class Stream:
             states = part.detach().requires_grad_()
             yield states, targets, self._logits(states, ids, batch)[:, : targets.shape[1]]
 
+    @torch.enable_grad()
+    def own_losses(self, batch: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """(hidden states, loss) of each sample of a batch: the model's own loss, whose graph leads to these states.
+
+        They are what the last block of each stack has made. Raises `ModelStructureError` where samples cannot be told
+        apart, or the model returns no loss.
+        """
+        name, given = type(self.skeleton.model).__name__, self.batches[batch]
+        assert isinstance(given, Named)
+        ends = [made.get(batch, self.device) for made in (*self._made, self.states)]
+        for states, stack in zip(ends, self.skeleton.stacks, strict=True):
+            if states.ndim < 3 or len(states) != len(given):
+                raise ModelStructureError(
+                    f"{stack.path}: its last block makes hidden states of shape {tuple(states.shape)}, expected "
+                    f"({len(given)} samples, tokens, width), so that their losses can be told apart. Use a method "
+                    "without gradients."
+                )
+        for number in range(len(given)):
+            own = [states[number : number + 1].detach().requires_grad_() for states in ends]
+            sample = labelled(self.skeleton.model, given[number : number + 1].to(self.device))
+            with stubbed(self.skeleton, self._ending_in(own)):
+                loss = getattr(forward(self.skeleton.model, sample), "loss", None)
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise ModelStructureError(
+                    f"{name}: returns no loss for {', '.join(sorted(sample))}. Use a method without gradients, or "
+                    "--scope block."
+                )
+            yield own, loss
+
+    @torch.enable_grad()
+    def between(self, stack: Stack, batch: int) -> tuple[list[Tensor], Tensor, dict[int, Call]]:
+        """(what the stacks before have made, what goes into the first block, the calls of all blocks) of a stack.
+
+        The graph of the others leads to the first, which are leaves.
+        """
+        number = self.skeleton.stacks.index(stack)
+        leaves = [made.get(batch, self.device).detach().requires_grad_() for made in self._made[:number]]
+        ending, calls, entering = self._ending_in(leaves), {}, []
+
+        def run(index: int, states: Tensor, call: Call) -> Any:
+            block = self.skeleton.blocks[index]
+            if self.skeleton.stack_of(block) == number:
+                calls[index] = call
+                entering.append(states)
+                if block is stack.blocks[-1]:
+                    raise Finished
+            return ending(index, states, call)
+
+        with stubbed(self.skeleton, run), contextlib.suppress(Finished):
+            forward(self.skeleton.model, named(self.skeleton.model, self.batches[batch].to(self.device)))
+        return leaves, entering[0], calls
+
+    def _ending_in(self, made: Sequence[Tensor]) -> Run:
+        """In the place of the blocks: the last ones of the first stacks give what is `made`, others what they get."""
+
+        def run(index: int, states: Tensor, call: Call) -> Any:
+            block = self.skeleton.blocks[index]
+            number = self.skeleton.stack_of(block)
+            ends = number < len(made) and block is self.skeleton.stacks[number].blocks[-1]
+            # Exact: a copy, since the model may write into it.
+            return self._probe.structure(block).filled(made[number].clone() if ends else states)
+
+        return run
+
     def _parts(self, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(hidden states, their tokens, the next tokens), of which the last part has one less."""
         # Memory: logits of a whole batch can be larger than the model; what follows the blocks is per token.
@@ -312,6 +385,9 @@ class Stream:
             found.append(output[0] if None in both else torch.stack([own for own in both if own is not None], dim=1))
             raise Finished
 
+        part: Any = timm_part(model)
+        if part is not None:
+            return self._features(part, batch)
         # What transformers calls the base model is the one without a head.
         states = self.states.get(batch, self.device)
         bare = decoder_of(model) if self._in_calls else getattr(model, "base_model", model)
@@ -326,6 +402,19 @@ class Stream:
             hook.remove()
         # Of an image some models return a map of channels, (samples, channels, height, width).
         return found[0].flatten(2).transpose(1, 2) if found[0].ndim == 4 else found[0]
+
+    def _features(self, part: Any, batch: int) -> Tensor:
+        """What a model of timm makes of a batch before its head, as hidden states."""
+        images = named(self.skeleton.model, self.batches[batch].to(self.device))[PIXELS]
+        with stubbed(self.skeleton, self._giving(self.states.get(batch, self.device), batch)):
+            made = part.forward_features(images)
+        states: Tensor = made if isinstance(made, Tensor) else made[0]
+        if states.ndim == 4 and str(getattr(part, "output_fmt", "")).endswith("NHWC"):
+            states = states.flatten(1, 2)
+        # Of a map of channels, or of features of the whole image.
+        return (
+            states.flatten(2).transpose(1, 2) if states.ndim == 4 else states.reshape(len(states), -1, states.shape[-1])
+        )
 
     def _giving(self, states: Tensor, batch: int | None = None) -> Run:
         """In the place of the blocks: the last one gives these states, the others hand on what they are given.

@@ -41,9 +41,7 @@ class Product:
     contracted: int  # the dimension of `weight` that runs over the inputs
     x: Tensor  # (..., in)
     is_left: bool  # weight @ x.T rather than x @ weight
-    is_convolution: bool = (
-        False  # parameter and weight are (out, in * height * width), and x (images, places, the same)
-    )
+    is_convolution: bool = False  # x is (samples, places, in): the patch that is multiplied at each place
 
     @property
     def batched(self) -> bool:
@@ -58,20 +56,18 @@ class Product:
         return int(self.weight.storage_offset() - self.parameter.storage_offset()) // self.parameter.stride(0)
 
 
-def as_multiplied(parameter: Tensor) -> Tensor:
-    """A parameter as it multiplies: that of a convolution as (out, in * height * width), any other as it is."""
-    return parameter.detach().flatten(1) if parameter.dim() > 3 else parameter
-
-
 class ProductTap(TorchFunctionMode):
     """Finds the multiplications with given parameters while it is active, for `before` and `after`."""
 
-    def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
-        """`parameters`: name -> (parameter, whether the module stores it (in, out))."""
+    def __init__(self, parameters: Mapping[str, tuple[Tensor, bool]]) -> None:
+        """`parameters`: name -> (parameter, whether the module stores it (in, out)).
+
+        Those of convolutions are views of two dimensions, (out, in * places of the kernel).
+        """
         super().__init__()
         self._targets: dict[int, list[tuple[str, Tensor, bool]]] = {}
         for name, (parameter, transposed) in parameters.items():
-            target = (name, as_multiplied(parameter), transposed)
+            target = (name, parameter.detach(), transposed)
             self._targets.setdefault(parameter.untyped_storage().data_ptr(), []).append(target)
 
     def before(self, product: Product) -> None:
@@ -91,8 +87,9 @@ class ProductTap(TorchFunctionMode):
         self.before(product)
         result = func(*args, **kwargs)
         if product.is_convolution:  # what it makes of a place is a row, as it is of a token
-            rows = self.after(product, result.flatten(2).transpose(1, 2), 1.0)
-            return rows.transpose(1, 2).reshape(result.shape)
+            channels = -3 if func.__name__ == "conv2d" else -2
+            rows = self.after(product, result.flatten(channels + 1).transpose(-1, -2), 1.0)
+            return rows.transpose(-1, -2).reshape(result.shape)
         return self.after(product, result, float(kwargs.get("alpha", 1)))
 
     def product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
@@ -100,7 +97,7 @@ class ProductTap(TorchFunctionMode):
 
         Raises `ModelStructureError` when it does not run along the parameter's inputs.
         """
-        if name == "conv2d":
+        if name in ("conv1d", "conv2d"):
             return self._convolution(*args, **kwargs)
         if name not in MULTIPLICATIONS:
             return None
@@ -137,8 +134,8 @@ class ProductTap(TorchFunctionMode):
         target = None if weight.device.type == "meta" else self._target(weight)
         if target is None:
             return None
-        images = input if input.dim() == 4 else input.unsqueeze(0)
-        patches = _patches(images.detach(), weight.shape[2:], stride, padding, dilation)
+        samples = input if input.dim() == weight.dim() else input.unsqueeze(0)
+        patches = _patches(samples.detach(), weight.shape[2:], stride, padding, dilation)
         return Product(*target, weight.flatten(1), 1, patches, is_left=False, is_convolution=True)
 
     def _target(self, weight: Tensor) -> tuple[str, Tensor, bool] | None:
@@ -150,27 +147,33 @@ class ProductTap(TorchFunctionMode):
 
 
 def _patches(
-    images: Tensor,
+    samples: Tensor,
     kernel: Sequence[int],
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
 ) -> Tensor:
-    """What a kernel multiplies at each place it takes: (images, places, in * height * width)."""
-    stride, dilation = _pair(stride), _pair(dilation)
+    """What a kernel multiplies at each place it takes: (samples, places, in * places of the kernel).
+
+    A sample is (in, height, width), or (in, length), which is an image of one row.
+    """
+    is_image = len(kernel) == 2
+    images, kernel = (samples, kernel) if is_image else (samples.unsqueeze(-2), (1, *kernel))
+    stride, dilation = _pair(stride, is_image, 1), _pair(dilation, is_image, 1)
     if padding == "same":
         total = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
         (above, left), (below, right) = [n // 2 for n in total], [n - n // 2 for n in total]
         images, padding = nn.functional.pad(images, (left, right, above, below)), 0
-    around = _pair(0 if isinstance(padding, str) else padding)
+    around = _pair(0 if isinstance(padding, str) else padding, is_image, 0)
     if (*kernel, *stride, *around) == (1, 1, 1, 1, 0, 0):
         return images.flatten(2).transpose(1, 2)
     return nn.functional.unfold(images, tuple(kernel), dilation, around, stride).transpose(1, 2)
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+def _pair(value: int | Sequence[int], is_image: bool, of_one_row: int) -> tuple[int, int]:
+    """What a convolution is told of rows and columns; of a sequence it is told nothing of rows."""
     first, second = (value, value) if isinstance(value, int) else (value[0], value[-1])
-    return first, second
+    return (first if is_image else of_one_row), second
 
 
 def _check_inputs(product: Product) -> None:
@@ -231,7 +234,7 @@ class InputTap(ProductTap):
     of them. A fused 3-D parameter has one input per expert.
     """
 
-    def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
+    def __init__(self, parameters: Mapping[str, tuple[Tensor, bool]]) -> None:
         super().__init__(parameters)
         self.takers: list[Take] = []
         self.leader: dict[Key, Key] = {}  # in the order of the products
@@ -299,7 +302,7 @@ class InputRecorder(ProductTap):
     They are not copied. The end of the forward raises `ModelStructureError` where the model has written to one since.
     """
 
-    def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, bool]]) -> None:
+    def __init__(self, parameters: Mapping[str, tuple[Tensor, bool]]) -> None:
         super().__init__(parameters)
         self.inputs: Inputs = {}
         self._versions: list[tuple[str, Tensor, int]] = []

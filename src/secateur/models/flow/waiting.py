@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.errors import ModelStructureError
 from secateur.models.flow.inputs import tokens_in
@@ -60,7 +60,7 @@ class WaitingForwards:
         self,
         block: Block,
         stream: Stream,
-        parameters: Mapping[str, tuple[nn.Parameter, bool]],
+        parameters: Mapping[str, tuple[Tensor, bool]],
         leader: Mapping[Key, Key],
         *,
         watched: Collection[str] = (),
@@ -147,7 +147,7 @@ class _Forward(InputTap):
         self,
         forwards: WaitingForwards,
         batch: int,
-        parameters: Mapping[str, tuple[nn.Parameter, bool]],
+        parameters: Mapping[str, tuple[Tensor, bool]],
         leader: Mapping[Key, Key],
     ) -> None:
         super().__init__(parameters)

@@ -10,10 +10,18 @@ def auto_classes(config: Any) -> list[Any]:
     A decoder is opened with its head, also where the configuration names none; any other model as the class that
     `architectures` names, such as BertForMaskedLM or ViTModel.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
     from transformers.models.auto import modeling_auto
 
     decoders = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    if getattr(config, "model_type", None) == "timm_wrapper":  # which raises a ValueError for a model without a head
+        return [AutoModelForImageClassification, AutoModel]
     named = next(iter(getattr(config, "architectures", None) or ()), None)
     if named is None and getattr(config, "is_encoder_decoder", False):
         return [AutoModelForSeq2SeqLM]

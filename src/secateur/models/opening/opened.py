@@ -23,7 +23,17 @@ from secateur.files.reading import read_json, read_text
 from secateur.launched import devices_named, launched
 from secateur.models.opening.bars import without_bars
 from secateur.models.opening.configuration import CONFIGURATION, PACKING_ENTRIES, reason
+from secateur.models.opening.timm_models import PREFIX as TIMM
+from secateur.models.opening.timm_models import (
+    architecture_of,
+    configuration_of,
+    made_by_name,
+    of_timm,
+    timm_image_processor,
+    write_timm_configuration,
+)
 from secateur.models.opening.wrapped import plain_module
+from secateur.models.shape.sequences import timm_part
 from secateur.models.shape.skeleton import Skeleton, Source
 from secateur.models.shape.structure import build_skeleton, prepare, weightless
 from secateur.models.weights.loaded import LoadedModel
@@ -54,7 +64,7 @@ class OpenedModel:
     def facts(self) -> dict[str, Any]:
         """What tells this model from another, besides its weights and wherever it lies: shapes, configuration, code."""
         model: Any = self.skeleton.model
-        configuration = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+        configuration = {key: value for key, value in configuration_of(model).items() if key != "_name_or_path"}
         written = json.dumps(configuration, sort_keys=True, default=str).encode()
         module = type(model).__module__
         code = None if module.startswith("transformers.") else getattr(sys.modules.get(module), "__file__", None)
@@ -152,6 +162,8 @@ def open_model(
     name = os.fspath(model)
     if name.endswith(".gguf"):
         return _open_gguf(Path(name).expanduser(), chosen, dtype)
+    if name.startswith(TIMM):
+        return _open_module(made_by_name(name.removeprefix(TIMM)), chosen, dtype, name)
     folder = locate(name, revision)
     source = open_checkpoint(folder)
     empty = build_skeleton(folder, source, trust_remote_code=trust_remote_code)
@@ -199,7 +211,7 @@ def main_dtype(source: Source) -> torch.dtype:
     return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
-def _open_module(given: nn.Module, device: torch.device | None, dtype: str) -> OpenedModel:
+def _open_module(given: nn.Module, device: torch.device | None, dtype: str, name: str | None = None) -> OpenedModel:
     with ExitStack() as restoring:
         model, wrap = plain_module(given)
         restoring.callback(wrap)
@@ -217,6 +229,9 @@ def _open_module(given: nn.Module, device: torch.device | None, dtype: str) -> O
         check_dtypes(skeleton)
 
         def write(target: Path) -> None:
+            if timm_part(model) is model:
+                write_timm_configuration(model, target)
+                return
             if not hasattr(model, "config"):
                 raise ModelStructureError(
                     f"{type(model).__name__}: has no config, so it cannot be written as a checkpoint."
@@ -227,11 +242,12 @@ def _open_module(given: nn.Module, device: torch.device | None, dtype: str) -> O
             skeleton=skeleton,
             origin={
                 "kind": "module",
-                "path": getattr(model, "name_or_path", "") or None,
-                "architecture": type(model).__name__,
+                "path": name or getattr(model, "name_or_path", "") or None,
+                "architecture": architecture_of(model),
             },
             write_companions=write,
             load_tokenizer=lambda: None,
+            load_image_processor=lambda: timm_image_processor(model),
             expected=lambda target: _same_class(model, target),
             restore=restoring.pop_all().close,
         )
@@ -408,7 +424,7 @@ def load_feature_extractor(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _load_processor(folder: Path, trust_remote_code: bool, kind: str, name: str) -> Any:
-    if not (folder / "preprocessor_config.json").exists():
+    if not (folder / "preprocessor_config.json").exists() and not of_timm(folder):
         return None
     import transformers
 

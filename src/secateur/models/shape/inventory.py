@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from secateur.models.shape.matrices import Matrix, numbered_experts, prunable_parameters
+from secateur.models.shape.matrices import Matrix, is_kernel, numbered_experts, prunable_parameters
 from secateur.models.shape.structure import embeddings_of
 
 if TYPE_CHECKING:
@@ -25,20 +25,21 @@ def inventory(skeleton: "Skeleton") -> list[tuple[list[Matrix], dict[str, str]]]
             if (owners[id(parameter)] > 1 or shared) and name in planned:
                 del planned[name]
                 reasons[name] = "shared between blocks"
+        kernels = {f"{block.path}.{name}" for name in planned if is_kernel(block.module, name)}
         transposed = {f"{block.path}.{name}": value for name, value in planned.items()}
         reasons = {f"{block.path}.{name}": reason for name, reason in reasons.items()}
         matrices: list[Matrix] = []
         left_out: dict[str, str] = {}
         for group in skeleton.conversion.of(skeleton.block_tensors[block.index]):
-            placed = skeleton.conversion.placements(group, transposed)
+            placed = skeleton.conversion.placements(group, transposed, kernels)
             for name in group.names:
                 if name not in placed:
                     vector = "bias or norm" if len(skeleton.source.shape(name)) < 2 else "not a linear matrix"
                     left_out[name] = reasons.get(group.target, vector)
             for name, places in placed.items():
                 shape = skeleton.source.shape(name)
-                fused = len(shape) == 3
-                if len(shape) > 3:  # a convolution
+                fused = len(shape) == 3 and places[0].expert is not None
+                if len(shape) > 2 and not fused:  # a convolution
                     shape = (shape[0], math.prod(shape[1:]))
                 for index, place in enumerate(places):
                     matrix = Matrix(

@@ -1,7 +1,8 @@
 """Every prunable weight as an (out, in) matrix.
 
 What is prunable is read off the module: linear layers, transposed `Conv1D`, fused expert tensors, one matrix per
-expert, and two-dimensional convolutions, (out, in * height * width), which multiply the patches of their input.
+expert, and convolutions of one and two dimensions, (out, in * places of the kernel), which multiply the patches of
+their input.
 """
 
 import re
@@ -94,7 +95,7 @@ def prunable_parameters(block: nn.Module, experts: int | None) -> tuple[dict[str
                 left_out[name] = "router"
             elif isinstance(module, nn.Linear) and leaf == "weight":
                 planned[name] = False
-            elif _is_plain_convolution(module) and leaf == "weight":
+            elif is_plain_convolution(module) and leaf == "weight":
                 if module.groups == 1:
                     planned[name] = False
                 else:  # such as depthwise ones: each group has inputs of its own, few of them
@@ -120,13 +121,26 @@ def by_block(matrices: Iterable[Matrix]) -> dict[int, list[Matrix]]:
     return result
 
 
-def tapped(block: Block, matrices: Sequence[Matrix]) -> tuple[dict[str, tuple[nn.Parameter, bool]], dict[str, bool]]:
-    """The parameters of a block that make the given matrices, and for each whether it is stored (in, out)."""
+def tapped(block: Block, matrices: Sequence[Matrix]) -> tuple[dict[str, tuple[Tensor, bool]], dict[str, bool]]:
+    """The parameters of a block that make the given matrices, and for each whether it is stored (in, out).
+
+    They are views of what the block multiplies with: (out, in * places of the kernel) where it convolves.
+    """
     layout, _ = prunable_parameters(block.module, None)
     prefix = len(block.path) + 1
-    parameters = dict(block.module.named_parameters())
     stored = {name: layout[name[prefix:]] for name in sorted({matrix.parameter for matrix in matrices})}
-    return {name: (parameters[name[prefix:]], stored[name]) for name in stored}, stored
+    return {name: (_as_multiplied(block.module, name[prefix:]), stored[name]) for name in stored}, stored
+
+
+def _as_multiplied(block: nn.Module, name: str) -> Tensor:
+    parameter = block.get_parameter(name)
+    return parameter.detach().flatten(1) if is_kernel(block, name) else parameter
+
+
+def is_kernel(module: nn.Module, name: str) -> bool:
+    """Whether the parameter of this name is the weight of a convolution, whose first dimension counts no experts."""
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and is_plain_convolution(module.get_submodule(path))
 
 
 def _is_router(module_name: str, module: nn.Module, parameter: nn.Parameter, experts: int | None) -> bool:
@@ -137,13 +151,12 @@ def _is_router(module_name: str, module: nn.Module, parameter: nn.Parameter, exp
     return module_name.rpartition(".")[2] in ROUTER_NAMES and not is_plain
 
 
-def _is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether a module convolves with its weight as it is: some standardise it first."""
-    own = type(module)
-    return (
-        isinstance(module, nn.Conv2d)
-        and own.forward is nn.Conv2d.forward
-        and getattr(own, "_conv_forward", None) is nn.Conv2d._conv_forward
+def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d]:
+    """Whether a module convolves with its weight as it is, in one or two dimensions: some standardise it first."""
+    own: Any = type(module)
+    return any(
+        isinstance(module, kind) and own.forward is kind.forward and own._conv_forward is kind._conv_forward
+        for kind in (nn.Conv1d, nn.Conv2d)
     )
 
 

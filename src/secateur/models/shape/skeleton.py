@@ -15,6 +15,7 @@ from secateur.errors import CheckpointError, ModelStructureError
 from secateur.files.checkpoint import Layout
 from secateur.models.shape.inventory import inventory, left_out
 from secateur.models.shape.matrices import Matrix
+from secateur.models.shape.sequences import image_shape, timm_part
 from secateur.models.shape.structure import Block, embeddings_of, find_stacks, is_encoder_decoder, towers_of
 from secateur.models.weights.conversion import Conversion, TensorGroup
 
@@ -83,8 +84,17 @@ class Skeleton:
         weight: Any = embeddings.weight
         return int(weight.shape[0])
 
+    @property
+    def logits_per_token(self) -> int:
+        """Number of logits that a head makes of each hidden state; without a vocabulary too few to count."""
+        embeddings = embeddings_of(self.model, "get_input_embeddings")
+        return self.vocabulary_size if hasattr(embeddings, "weight") else 0
+
     def trial_batch(self, samples: int, tokens: int) -> Tensor:
         """A batch that shows what a forward does, whatever is in it: some token ids, or images without anything."""
+        part = timm_part(self.model)
+        if part is not None:
+            return torch.zeros(samples, *image_shape(part))
         config: Any = getattr(self.model, "config", None)
         size = getattr(config, "image_size", None) or 224
         if isinstance(embeddings_of(self.model, "get_input_embeddings"), nn.Embedding) or config is None:

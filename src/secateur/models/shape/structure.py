@@ -14,12 +14,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from secateur.errors import CheckpointError, ModelStructureError, SecateurError
 from secateur.models.opening.classes import auto_classes
 from secateur.models.opening.configuration import limited, load_configuration, reason
+from secateur.models.shape.sequences import Modules, drop_weights, fill_buffers, sequences, timm_part
 
 if TYPE_CHECKING:
     from secateur.models.shape.skeleton import Source
-
-
-Modules = nn.ModuleList | nn.Sequential
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,31 @@ class Stack:
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The stacks of a model in the order of its forward: of the encoder and the decoder, or the one that it has.
 
-    A stack is the `ModuleList` with most parameters, or the lists and sequences in its stages. Raises
-    `ModelStructureError` where there is none.
+    A stack is the `ModuleList` with most parameters, or the lists and sequences in its stages; of a model of timm every
+    sequence of blocks. Raises `ModelStructureError` where there is none.
     """
     stacks: list[Stack] = []
-    for tower in towers_of(model):
-        for path, modules in _stages(tower, *_largest_list(model, tower)):
-            first = sum(len(stack.blocks) for stack in stacks)
-            blocks = [Block(first + number, f"{path}.{number}", module) for number, module in enumerate(modules)]
-            stacks.append(Stack(path, blocks))
+    for path, modules in _lists_of_blocks(model):
+        first = sum(len(stack.blocks) for stack in stacks)
+        blocks = [Block(first + number, f"{path}.{number}", module) for number, module in enumerate(modules)]
+        stacks.append(Stack(path, blocks))
     return stacks
+
+
+def _lists_of_blocks(model: nn.Module) -> Iterator[tuple[str, Modules]]:
+    part = timm_part(model)
+    if part is None:
+        for tower in towers_of(model):
+            yield from _stages(tower, *_largest_list(model, tower))
+        return
+    found = list(sequences(part, "" if part is model else "timm_model"))
+    if not found:
+        children = ", ".join(name for name, _ in part.named_children())
+        raise ModelStructureError(
+            f"{type(part).__name__}: no sequence of blocks of one class (nn.Sequential, nn.ModuleList) found in it, "
+            f"only {children}. Secateur prunes models of timm whose blocks lie in such sequences."
+        )
+    yield from found
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -161,9 +174,8 @@ def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = 
     failure: Exception | None = None
     for auto in auto_classes(config):
         try:
-            with limited(folder, shapes), weightless() as finish:
-                model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-                finish(model)
+            with limited(folder, shapes):
+                model = _without_weights(auto, config, trust_remote_code)
             break
         except SecateurError:
             raise
@@ -175,6 +187,22 @@ def build_skeleton(folder: Path, source: "Source", *, trust_remote_code: bool = 
         raise CheckpointError(f"{folder}: transformers knows no model for it: {failure}")
     prepare(model)
     return model
+
+
+def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> nn.Module:
+    """The model that an automatic class builds, with parameters on the meta device and buffers that are real."""
+    try:
+        with weightless() as finish:
+            model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            finish(model)
+        fill_buffers(model)
+        return model
+    except NotImplementedError:
+        if config.model_type != "timm_wrapper":
+            raise
+    # Memory: some constructors of timm compute with their parameters. Those of all of the model are there for a moment.
+    model = auto.from_config(config, dtype=torch.float32)
+    return drop_weights(model)
 
 
 @contextlib.contextmanager

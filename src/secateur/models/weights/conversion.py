@@ -7,7 +7,7 @@ out where each entry of a tensor lands, it converts tagged tensors by the same r
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,17 +125,20 @@ class Conversion:
         made = converter.convert(group.target, model=self._model, config=getattr(self._model, "config", None))
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def placements(self, group: TensorGroup, transposed: Mapping[str, bool]) -> dict[str, list[Placement]]:
+    def placements(
+        self, group: TensorGroup, transposed: Mapping[str, bool], kernels: Collection[str] = ()
+    ) -> dict[str, list[Placement]]:
         """For each tensor of a group, the places of its matrices: one, or one per expert of a 3-D tensor.
 
         `transposed` says for each parameter of interest whether the module stores it (in, out). Tensors that make
-        none of those parameters are left out.
+        none of those parameters are left out. `kernels` are those of convolutions, which hold no experts.
         """
         if group.converter is None:
             parameter, (name, _) = group.target, group.parts[0]
             if parameter not in transposed:
                 return {}
-            experts = range(self._shapes[name][0]) if len(self._shapes[name]) == 3 else [None]
+            fused = len(self._shapes[name]) == 3 and parameter not in kernels
+            experts = range(self._shapes[name][0]) if fused else [None]
             return {name: [Placement(parameter, expert, transposed[parameter]) for expert in experts]}
         if not any(parameter in transposed for parameter in group.parameters):
             return {}
