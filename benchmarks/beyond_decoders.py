@@ -2,14 +2,14 @@
 
     python benchmarks/beyond_decoders.py --text c4.jsonl --data web.jsonl [--models minilm,dinov2,whisper,efficientnet]
 
-The models come out of wheels from PyPI (`beyond_models.py`). Texts are .jsonl files: on `--text` the sentence encoder is
-calibrated, and from there come the sentences that are spoken to calibrate Whisper; `--data` is the same for what is
+The models come out of wheels from PyPI (`beyond_models.py`). Texts are .jsonl files: on `--text` the sentence encoder
+is calibrated, and from there come the sentences that are spoken to calibrate Whisper; `--data` is the same for what is
 measured. The photographs to calibrate on come from other packages than those that are measured.
 
 The method `residual` is alps within sites with residual targets; where a model refuses those, it is plain alps, and the
 table says so. `secateur.similarity` compares hidden states. Each model's own metric: for the sentence encoder, the rank
-correlation (Spearman) of its cosines of pairs of sentences with the dense model's; for Whisper, the word error rate; for
-the classifier, how many of twenty photographs have their label first, or among the first five. Errors are those over
+correlation (Spearman) of its cosines of pairs of sentences with the dense model's; for Whisper, the word error rate;
+for the classifier, how many of twenty photographs have their label first, or among the first five. Errors are those over
 windows, images or recordings; of the correlation and the word error rate, over 1,000 draws with replacement.
 
 Every row runs in a process of its own and becomes one line of the JSON file; lines that are there already are not run
