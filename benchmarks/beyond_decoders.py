@@ -9,11 +9,12 @@ measured. The photographs to calibrate on come from other packages than those th
 The method `residual` is alps within sites with residual targets; where a model refuses those, it is plain alps, and the
 table says so. `secateur.similarity` compares hidden states. Each model's own metric: for the sentence encoder, the rank
 correlation (Spearman) of its cosines of pairs of sentences with the dense model's; for Whisper, the word error rate;
-for the classifier, how many of twenty photographs have their label first, or among the first five. Errors are those over
-windows, images or recordings; of the correlation and the word error rate, over 1,000 draws with replacement.
+for the classifier, how many of twenty photographs have their label first, or among the first five. Errors are those
+over windows, images or recordings; of the correlation and the word error rate, over 1,000 draws with replacement.
 
 Every row runs in a process of its own and becomes one line of the JSON file; lines that are there already are not run
-again. Memory is the peak of the resident size while pruning, above what the process had after its imports.
+again. Memory is the peak of the resident size while pruning, above what the process had after its imports. With
+`--times 1,4` there is another table: that memory for models whose blocks are there so many times over.
 """
 
 import argparse
@@ -97,6 +98,16 @@ def run_cell(cell: dict[str, Any], output: Path) -> dict[str, Any]:
     (row,) = secateur.similarity(dense, [output], **measured_on(cell))
     figures = {"seconds": seconds, "peak": peak, "before": before, "refused": refused}
     return {**row.to_json(), **figures, **cell, **own_metric(cell, dense, output)}
+
+
+def run_deep(cell: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The memory that it takes to prune a model whose blocks are there several times over."""
+    source, folder = Path(cell["folder"]) / cell["model"], output.with_name("deep")
+    beyond_models.deeper(folder, source, cell["times"])
+    found = sizes(folder)  # which also imports all that is needed, before memory is measured
+    before = resident("VmRSS")
+    secateur.prune(folder, method=cell["method"], pattern=cell["pattern"], output=output, **calibration(cell))
+    return {**cell, **found, "peak": resident("VmHWM") - before}
 
 
 def skipped(cell: dict[str, Any]) -> list[str]:
@@ -250,6 +261,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=400, help="pairs of sentences, each of another text")
     parser.add_argument("--crops", type=int, default=8, help="crops of each photograph to calibrate on")
     parser.add_argument("--recordings", type=int, default=64, help="to calibrate on, and as many to measure on")
+    parser.add_argument("--times", help="only memory, with the blocks so many times over: 1,4")
     parser.add_argument("--wheels", type=Path, default=SCRATCH / "wheels", help="folder of wheels")
     parser.add_argument("--espeak", type=Path, help="Debian packages of espeak-ng, unpacked into one folder")
     parser.add_argument("--folder", type=Path, default=SCRATCH / "beyond", help="for models, sounds and images")
@@ -258,7 +270,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.cell:
         with tempfile.TemporaryDirectory() as scratch:
-            print(json.dumps(run_cell(json.loads(arguments.cell), Path(scratch) / "pruned")))
+            cell, output = json.loads(arguments.cell), Path(scratch) / "pruned"
+            print(json.dumps(run_deep(cell, output) if "times" in cell else run_cell(cell, output)))
         return
     if not (arguments.text and arguments.data):
         parser.error("--text and --data: needed, for the sentences")
@@ -269,6 +282,16 @@ def main() -> None:
     common |= {name: getattr(arguments, name) for name in ("length", "windows", "pairs")}
     photographs = arguments.crops * sum(len(names) for _, names in beyond_models.PHOTOGRAPHS)
     samples = {"minilm": arguments.samples, "whisper": arguments.recordings}
+    if arguments.times:
+        print("| model | blocks | MiB | largest block | peak |\n|---|---:|---:|---:|---:|", flush=True)
+        deep = {**common, "method": "wanda", "pattern": "50%"}
+        for name in [each for each in models if each != "efficientnet"]:  # whose blocks do not fit on each other
+            own = {**deep, "model": name, "samples": samples.get(name, photographs)}
+            cells = [{**own, "times": int(times)} for times in arguments.times.split(",")]
+            for _, result in results(__file__, cells, arguments.json):
+                figures = (f"{result[part] / 2**20:.1f}" for part in ("bytes", "block", "peak"))
+                print(f"| {TITLES[name]} | {result['blocks']} | {' | '.join(figures)} |", flush=True)
+        return
     print("| model | | method | cosine of tokens | of means | relative error | own | s | MiB |")
     print("|---|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for name in models:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -183,7 +183,7 @@ def whisper(folder: Path, wheels: Path) -> None:
         else:
             linears = (["q_proj", "k_proj", "v_proj"], ["out_proj"])
             if parts[1] == "attention":
-                linears = (["q_proj"], ["k_proj", "v_proj"], ["out_proj"])  # type: ignore[assignment]
+                linears = (["q_proj"], ["k_proj", "v_proj"], ["out_proj"])
             names = linears[int(parts[2][-1])]
             for own, part in zip(names, value.chunk(len(names)), strict=True):
                 if (own, last) != ("k_proj", "bias"):  # which is zero, and which Whisper does not have
@@ -288,6 +288,21 @@ MODELS: dict[str, Callable[[Path, Path], None]] = {
     "whisper": whisper,
     "efficientnet": efficientnet,
 }
+
+
+def deeper(folder: Path, source: Path, times: int) -> None:
+    """The checkpoint of the source with each of its stacks of blocks so many times over."""
+    config = json.loads((source / "config.json").read_text())
+    depths = ("num_hidden_layers", "encoder_layers", "decoder_layers")
+    counts = {name: config[name] for name in depths if name in config}
+    (count,) = set(counts.values())
+    tensors = {}
+    for name, value in load_file(source / "model.safetensors").items():
+        before, number, after = re.fullmatch(r"(?:(.*\.layers?\.)(\d+))?(.*)", name).groups()
+        for time in range(times if number else 1):
+            tensors[f"{before}{int(number) + time * count}{after}" if number else name] = value.clone()
+    shutil.copytree(source, folder)
+    write(folder, tensors, config={**config, **{name: value * times for name, value in counts.items()}})
 
 
 def labelled_images(folder: Path, wheels: Path) -> None:
