@@ -240,9 +240,9 @@ def prepare(models: Sequence[str], arguments: argparse.Namespace) -> None:
         made["labelled"] = lambda own: beyond_models.labelled_images(own, wheels)
         made["crops"] = lambda own: beyond_models.crops(own, wheels, arguments.crops)
     if "whisper" in models:
-        count, espeak = arguments.recordings, arguments.espeak
-        made["spoken"] = lambda own: beyond_models.recordings(own, arguments.text, count, espeak)
-        made["heard"] = lambda own: beyond_models.recordings(own, arguments.data, count, espeak)
+        speak, espeak = beyond_models.recordings, arguments.espeak
+        made["spoken"] = lambda own: speak(own, arguments.text, arguments.recordings, espeak)
+        made["heard"] = lambda own: speak(own, arguments.data, arguments.heard, espeak)
     for name, make in made.items():
         if not (folder / name).exists():
             make(folder / name)
@@ -260,7 +260,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="its windows to compare hidden states on")
     parser.add_argument("--pairs", type=int, default=400, help="pairs of sentences, each of another text")
     parser.add_argument("--crops", type=int, default=8, help="crops of each photograph to calibrate on")
-    parser.add_argument("--recordings", type=int, default=64, help="to calibrate on, and as many to measure on")
+    parser.add_argument("--recordings", type=int, default=24, help="to calibrate on")
+    parser.add_argument("--heard", type=int, default=48, help="recordings to measure on")
     parser.add_argument("--times", help="only memory, with the blocks so many times over: 1,4")
     parser.add_argument("--wheels", type=Path, default=SCRATCH / "wheels", help="folder of wheels")
     parser.add_argument("--espeak", type=Path, help="Debian packages of espeak-ng, unpacked into one folder")

@@ -235,7 +235,8 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix], batch:
         )
     raise ModelStructureError(
         f"--targets residual: no matrix of {next(iter(alike.values())).path} adds its outputs to the residual stream "
-        "as it is (in some architectures a norm comes between). Use --targets pruned for this model."
+        "as it is (in some architectures a norm, or a factor for each channel, comes between). Use --targets pruned "
+        "for this model."
     )
 
 
