@@ -119,7 +119,8 @@ def sizes(folder: Path) -> dict[str, Any]:
     """Bytes of the checkpoint, and in float32 of the model and of its largest block."""
     opened = open_model(folder)
     blocks = [sum(own.numel() for own in block.module.parameters()) * 4 for block in opened.skeleton.blocks]
-    whole = sum(own.numel() for own in opened.skeleton.model.parameters()) * 4
+    source = opened.skeleton.source
+    whole = sum(math.prod(source.shape(name)) for name in source.names) * 4
     opened.restore()
     return {"bytes": whole, "block": max(blocks), "blocks": len(blocks)}
 
