@@ -2,9 +2,11 @@
 
     python benchmarks/beyond_decoders.py --text c4.jsonl --data web.jsonl [--models minilm,dinov2,whisper,efficientnet]
 
-The models come out of wheels from PyPI (`beyond_models.py`). Texts are .jsonl files: on `--text` the sentence encoder
-is calibrated, and from there come the sentences that are spoken to calibrate Whisper; `--data` is the same for what is
-measured. The photographs to calibrate on come from other packages than those that are measured.
+It needs `pip install onnx jiwer scipy pillow`, and espeak-ng (`apt install espeak-ng`, or `--espeak` with its packages
+unpacked). The models come out of wheels from PyPI (`beyond_models.py`), which it downloads. Texts are .jsonl files: on
+`--text` the sentence encoder is calibrated, and from there come the sentences that are spoken to calibrate Whisper;
+`--data` is the same for what is measured. The photographs to calibrate on come from other packages than those that are
+measured.
 
 The method `residual` is alps within sites with residual targets; where a model refuses those, it is plain alps, and the
 table says so. `secateur.similarity` compares hidden states. Each model's own metric: for the sentence encoder, the rank
