@@ -241,6 +241,22 @@ def test_models_of_convolutions(name: str, tmp_path: Path) -> None:
     assert found.cosine == pytest.approx(float(cosine.mean()), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", OF_CONVOLUTIONS)
+def test_widths_are_those_of_what_goes_into_the_first_block(name: str) -> None:
+    """Estimates count hidden states by them."""
+    kind, config = OF_CONVOLUTIONS[name]
+    model, widths = kind(config).eval(), []
+    skeleton = open_model(model).skeleton
+
+    def keep(module: nn.Module, args: tuple[Tensor]) -> None:
+        widths.append(args[0].shape[1 if args[0].ndim == 4 else 2])
+
+    model.get_submodule(skeleton.blocks[0].path).register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(tiny.pixels(1, size=64))
+    assert widths == [skeleton.hidden_size]
+
+
 def test_targets_that_are_those_of_tokens(tmp_path: Path) -> None:
     """A spatial reduction in a block of tokens is no writer to them; where all adds to maps there is none."""
     how: dict[str, Any] = {"method": "sparsegpt", "within": "site", "targets": "residual"}

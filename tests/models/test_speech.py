@@ -118,6 +118,21 @@ def test_gradients_of_what_is_said(whisper: Path, tmp_path: Path) -> None:
         assert float((found - expected[name]).norm()) <= 1e-4 * float(expected[name].norm()), name
 
 
+def test_residual_targets_are_found_in_both_stacks(whisper: Path, tmp_path: Path) -> None:
+    """Those of Whisper's layers that its code adds to the hidden states, in a run and in its dry run."""
+    for number, text in enumerate(SAID):
+        record(tmp_path / f"{number}.wav", 9000 + 1000 * number, number)
+        (tmp_path / f"{number}.txt").write_text(text + "\n")
+    settings: dict[str, Any] = {"method": "sparsegpt", "within": "site", "targets": "residual"}
+    settings["calibration"] = f"audio:{tmp_path}"
+    assert secateur.estimate(whisper, **settings).plan
+    manifest = secateur.prune(whisper, output=tmp_path / "out", **settings)
+    encoding, decoding = {"self_attn.out_proj", "fc2"}, {"self_attn.out_proj", "encoder_attn.out_proj", "fc2"}
+    for block in manifest.blocks:
+        added = {name.removeprefix(f"{block['path']}.").removesuffix(".weight") for name in block["residual_writers"]}
+        assert added == (encoding if ".encoder." in block["path"] else decoding), block["path"]
+
+
 def test_what_is_said_is_written_by_the_model_where_nobody_has(
     whisper: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -279,6 +279,7 @@ def test_a_model_without_a_matrix_that_writes_to_the_residual_stream() -> None:
     with pytest.raises(
         ModelStructureError,
         match=r"^--targets residual: no matrix of model\.layers\.0 adds its outputs to the residual stream as it "
-        r"is \(in some architectures a norm comes between\)\. Use --targets pruned for this model\.$",
+        r"is \(in some architectures a norm, or a factor for each channel, comes between\)\. Use --targets pruned for "
+        r"this model\.$",
     ):
         prune(tiny.build("gemma2"), method=sparsegpt(), calibration=calibration(), within="site", targets="residual")

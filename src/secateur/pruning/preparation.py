@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.calibration.windows import Windows
 from secateur.collect.collector import Extent
@@ -20,12 +20,14 @@ from secateur.collect.gradient_file import GradientFile
 from secateur.collect.gradient_pass import check_has_loss
 from secateur.collect.model_windows import Foreseen, Samples, foreseen_windows, model_samples
 from secateur.collect.settings import ModelSettings
+from secateur.core.batch import Batch
 from secateur.core.gram import CrossGram, Gram
 from secateur.core.needs import Drift
 from secateur.core.patterns import NM, with_group
 from secateur.core.permutation import check_assignment
 from secateur.core.problem import Method
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, PatternError
+from secateur.models.flow.inputs import reads_tokens
 from secateur.models.flow.residual import residual_writers
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.opened import OpenedModel, choose_device, open_model
@@ -120,7 +122,8 @@ def prepared(
             check_dense_targets(planned)
             needs |= {CrossGram}
         if correction is not None:
-            check_residual_targets(skeleton, planned)
+            if reads_tokens(skeleton.model):
+                check_residual_targets(skeleton, planned, skeleton.trial_batch(1, TRIAL_TOKENS))
             needs |= {Drift(correction)}
         check_losses_needed(skeleton, method, settings)
         given = gradient_file(settings.gradient, method, skeleton, planned)
@@ -139,6 +142,9 @@ def prepared(
                     opened, settings, progress=partial(progress, "calibrate"), placing=partial(progress, PLACING)
                 )
             seen = Foreseen(windows, windows.samples, windows.length, ())
+        if correction is not None and not reads_tokens(skeleton.model):  # of what else it reads, a sample is needed
+            assert seen.windows is not None
+            check_residual_targets(skeleton, planned, seen.windows.batches(1)[0])
         if to_allocate and not dry:
             assert isinstance(seen.windows, Windows)  # whatever has a loss reads tokens
             with clock.timed("allocation"):
@@ -194,16 +200,16 @@ def check_losses_needed(skeleton: Skeleton, method: Method, settings: PruneSetti
         check_predicts(skeleton.model, skeleton.blocks, judged)
 
 
-def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> None:
+def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix], batch: Batch) -> None:
     """Raise where no planned matrix writes to the residual stream, as far as a block of each make-up shows.
 
-    A few tokens show it: derivatives do not depend on them.
+    A few tokens show it, or any one sample: derivatives do not depend on them.
     """
     kinds = {index: frozenset(matrix.kind for matrix in own) for index, own in by_block(planned).items()}
     alike = {found: skeleton.blocks[index] for index, found in reversed(kinds.items())}
     tried = {block.index for block in alike.values()}
-    batch = skeleton.trial_batch(1, TRIAL_TOKENS)
-    images = batch.ndim == 4  # what a block makes of one can have another shape, which the next one needs
+    # What a block makes of an image can have another shape, which the next one needs.
+    images = isinstance(batch, Tensor) and batch.ndim == 4
     skeleton.load_outside(head=False)
     stream = Stream(skeleton, [batch])
     some = False
@@ -232,7 +238,8 @@ def check_residual_targets(skeleton: Skeleton, planned: Sequence[Matrix]) -> Non
         )
     raise ModelStructureError(
         f"--targets residual: no matrix of {next(iter(alike.values())).path} adds its outputs to the residual stream "
-        "as it is (in some architectures a norm comes between). Use --targets pruned for this model."
+        "as it is (in some architectures a norm, or a factor for each channel, comes between). Use --targets pruned "
+        "for this model."
     )
 
 

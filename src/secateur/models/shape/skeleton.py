@@ -120,8 +120,14 @@ class Skeleton:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states between blocks."""
-        return int(getattr(self.text_config, "hidden_size", 1024))
+        """Width of the hidden states between blocks, by the configuration, or by the first layer of the first block."""
+        known = getattr(self.text_config, "hidden_size", None)
+        if isinstance(known, int):
+            return known
+        for layer in self.blocks[0].module.modules():
+            if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+                return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        return 1024
 
     @property
     def text_config(self) -> Any:
