@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -56,11 +56,12 @@ class NamedSamples:
 
     def part(self, first: int, last: int | None) -> "NamedSamples":
         """The samples from `first` up to, not with, `last`."""
-        return NamedSamples(self.each[first:last], self.provenance, self.length)
+        labels = None if self.labels is None else self.labels[first:last]
+        return replace(self, each=self.each[first:last], labels=labels)
 
     def for_a_decoder(self) -> "NamedSamples":
         """The same samples for a decoder that reads what it is to predict: labels end with the last one that counts."""
-        return NamedSamples([_without_end(own) for own in self.each], self.provenance, self.length)
+        return replace(self, each=[_without_end(own) for own in self.each])
 
     def batches(self, batch_size: int) -> list[Named]:
         """All samples in their order: at most `batch_size` at a time, of the same shapes."""
@@ -99,8 +100,7 @@ def named_samples(source: Any, samples: int | None) -> NamedSamples | None:
     tensors with different numbers of samples, and for a mask with a gap.
     """
     if isinstance(source, NamedSamples):
-        labels = None if source.labels is None else source.labels[:samples]
-        return NamedSamples(source.each[:samples], source.provenance, source.length, labels)
+        return source.part(0, samples)
     if not isinstance(source, Mapping):
         return None
     tensors = {str(name): value for name, value in source.items() if isinstance(value, torch.Tensor)}

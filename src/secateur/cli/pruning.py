@@ -77,7 +77,7 @@ def plan(settings: PlanSettings, config: Config = None, as_json: Json = False) -
             settings = replace(settings, device=devices[0], processes=count)
         started = time.time() - psutil.Process().create_time()  # Python and its libraries, also for `prune`
         result = estimate(**vars(settings))
-        result = replace(result, seconds=result.seconds + started, notes=[*result.notes, *_better(settings)])
+        result = replace(result, seconds=result.seconds + started, notes=[*_better(settings), *result.notes])
     print_result(result, estimate_tables, as_json)
 
 
