@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -29,7 +31,7 @@ from transformers import (
 
 import secateur
 import tiny
-from command_line import Call, call  # noqa: F401
+from command_line import Call, call, save_model  # noqa: F401
 from secateur.cli.evaluation import evaluation_store
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError
 from secateur.report.evaluations import read_evaluations, tables
@@ -338,3 +340,34 @@ def test_decoders_with_a_head_for_classes(tmp_path: Path) -> None:
     model = tiny.save("llama", tmp_path / "llama")
     with pytest.raises(CalibrationError, match="LlamaForCausalLM predicts the next token"):
         secateur.agreement(model, [model], f"labelled:{tmp_path / 'texts.csv'}")
+
+
+def test_pairs_calibrate(readers: tuple[Path, Path], tmp_path: Path) -> None:
+    """Wanda on pairs of texts: norms over the tokens of each pair as its tokenizer has it, without padding."""
+    one, other, file = sentences(9, 4), sentences(9, 5), tmp_path / "pairs.csv"
+    file.write_text(
+        "\n".join(["premise,hypothesis,label", *(f"{a},{b},calm" for a, b in zip(one, other, strict=True))])
+    )
+    options: dict[str, Any] = {"method": "wanda", "calibration": f"labelled:{file}", "samples": 6, "seed": 3}
+    assert secateur.estimate(readers[0], **options).tokens > 0
+    secateur.prune(readers[0], output=tmp_path / "out", **options)
+    model, tokenizer = BertForSequenceClassification.from_pretrained(readers[0]).eval(), reader()
+    query = model.bert.encoder.layer[0].attention.self.query
+    squares = torch.zeros(32)
+
+    def add(module: Any, inputs: Any, output: Any) -> None:
+        squares.add_(inputs[0][0].square().sum(0))
+
+    query.register_forward_hook(add)
+    chosen = Random(3).sample(range(9), 6)
+    assert len({len(tokenizer(one[number], other[number])["input_ids"]) for number in chosen}) > 1
+    with torch.no_grad():
+        for number in chosen:
+            model(**tokenizer(one[number], other[number], return_tensors="pt"))
+    lowest = (query.weight.abs() * squares.sqrt()).argsort(dim=1, stable=True)[:, :16]
+    expected = query.weight.detach().scatter(1, lowest, 0.0)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], expected)
+    llama = save_model(tmp_path / "llama")
+    with pytest.raises(CalibrationError, match=r"LlamaForCausalLM predicts the next token\. Give it a text"):
+        secateur.prune(llama, output=tmp_path / "no", **options)

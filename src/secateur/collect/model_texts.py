@@ -2,10 +2,12 @@
 
 import inspect
 import logging
+import random
 from typing import Any
 
 import torch
 
+from secateur.calibration.images import chosen_count
 from secateur.calibration.labels import PREFIX, read_texts
 from secateur.calibration.named import NamedSamples
 from secateur.calibration.windows import fewer, require_positive
@@ -18,12 +20,20 @@ _log = logging.getLogger("secateur")
 
 
 def model_texts(
-    opened: OpenedModel, spec: str, tokenizer: Any, *, samples: int | None, length: int | None, what: str
+    opened: OpenedModel,
+    spec: str,
+    tokenizer: Any,
+    *,
+    samples: int | None,
+    length: int | None,
+    seed: int | None,
+    what: str,
 ) -> NamedSamples:
-    """The first texts of a table as its tokenizer has them, the longest first: those of one length run together.
+    """The texts of a table as its tokenizer has them, the longest first: those of one length run together.
 
-    They are cut at `length` tokens, or where the model has no more positions. Where a decoder writes, their labels are
-    the tokens that it is to predict. Raises `CalibrationError` for a model without a tokenizer.
+    Of more than `samples` as many are drawn with the seed; without a seed the first ones are taken, or all. They are
+    cut at `length` tokens, or where the model has no more positions. Where a decoder writes, their labels are the
+    tokens that it is to predict. Raises `CalibrationError` for a model without a tokenizer.
     """
     model: Any = opened.skeleton.model
     require_positive(samples=samples, length=length)
@@ -34,7 +44,11 @@ def model_texts(
             "the checkpoint."
         )
     table = read_texts(spec)
-    texts = table.texts[:samples]
+    there = range(len(table.texts))
+    count = chosen_count(len(there), samples, seed)
+    chosen = there[:count] if seed is None else random.Random(seed).sample(there, count)
+    texts = [table.texts[number] for number in chosen]
+    labels = None if table.labels is None else [table.labels[number] for number in chosen]
     positions, both = opened.skeleton.positions, is_encoder_decoder(model)
     # Of an encoder-decoder the encoder has half of the positions.
     limits = (length, positions // 2 if positions and both else positions, getattr(tokenizer, "model_max_length", None))
@@ -47,8 +61,8 @@ def model_texts(
         made = tokenizer(*text, truncation=most is not None and most < 1 << 30, max_length=most)
         cut += most is not None and len(made["input_ids"]) >= most and len(tokenizer(*text)["input_ids"]) > most
         own = {name: torch.tensor(value) for name, value in made.items() if name in taken}
-        if writes and table.labels is not None:
-            target = tokenizer(text_target=table.labels[len(each)].value, truncation=True, max_length=most)["input_ids"]
+        if writes and labels is not None:
+            target = tokenizer(text_target=labels[len(each)].value, truncation=True, max_length=most)["input_ids"]
             own[LABELS] = torch.tensor(target)
         each.append(own)
     if cut:
@@ -63,5 +77,5 @@ def model_texts(
         "cut": cut,
         **fewer(what, samples, len(each)),
     }
-    labels = None if table.labels is None else [table.labels[number] for number in order]
-    return NamedSamples([each[number] for number in order], facts, labels=labels)
+    ordered = None if labels is None else [labels[number] for number in order]
+    return NamedSamples([each[number] for number in order], facts, labels=ordered)

@@ -108,14 +108,33 @@ def with_default_text(asked: S) -> S:
 
 def model_samples(opened: OpenedModel, asked: CalibrationSettings, *, progress: Progress, placing: Progress) -> Samples:
     """The windows that are asked for, or for a model that reads something else the images, recordings or inputs."""
-    if reads_tokens(opened.skeleton.model) and not isinstance(asked.calibration, Mapping | NamedSamples):
+    if _cut_into_windows(opened, asked.calibration):
         return model_windows(opened, asked, progress=progress, placing=placing)
     how: dict[str, Any] = {name: getattr(asked, name) for name in ("samples", "length", "seed")}
-    return _other_samples(opened, asked.calibration, **how, what="samples")
+    return _other_samples(opened, asked.calibration, asked.tokenizer, **how, what="samples")
 
 
-def _other_samples(opened: OpenedModel, source: Any, *, write: bool = True, **how: Any) -> Images | NamedSamples:
-    """Images, recordings, or inputs that are given by name."""
+def _cut_into_windows(opened: OpenedModel, source: Any) -> bool:
+    """Whether a model reads a source as windows of tokens."""
+    alone = isinstance(source, Mapping | NamedSamples) or texts_of(source) is not None
+    return reads_tokens(opened.skeleton.model) and not alone
+
+
+def _other_samples(
+    opened: OpenedModel, source: Any, tokenizer: Any = None, *, write: bool = True, **how: Any
+) -> Images | NamedSamples:
+    """Images, recordings, texts of a table, or inputs that are given by name."""
+    model = opened.skeleton.model
+    spec = texts_of(source)
+    if spec is not None and reads_tokens(model):
+        if _predicts(opened):
+            raise CalibrationError(
+                f"{source}: labelled texts are for encoders and what stands on them, and {type(model).__name__} "
+                "predicts the next token. Give it a text, or tasks."
+            )
+        texts = model_texts(opened, spec, tokenizer, **how)
+        _say_fewer(texts, how["what"], how["samples"])
+        return _measured(opened, texts.for_a_decoder() if is_encoder_decoder(model) else texts)
     if input_name(opened.skeleton.model) == "pixel_values" and not isinstance(source, Mapping | NamedSamples):
         images = model_images(opened, source, **how)
         _say_fewer(images, how["what"], how["samples"])
@@ -129,6 +148,15 @@ def _other_samples(opened: OpenedModel, source: Any, *, write: bool = True, **ho
         found = found.for_a_decoder()
     _say_fewer(found, how["what"], how["samples"])
     return _measured(opened, found)
+
+
+def _predicts(opened: OpenedModel) -> bool:
+    """Whether a model predicts the next token, with no encoder before it."""
+    try:
+        check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity")
+    except ModelStructureError:
+        return False
+    return True
 
 
 def _measured(opened: OpenedModel, found: NamedSamples) -> NamedSamples:
@@ -173,9 +201,9 @@ def foreseen_windows(opened: OpenedModel, asked: CalibrationSettings) -> Foresee
     """
     asked = with_default_text(asked)
     given: Any = asked.calibration
-    if isinstance(given, Mapping | NamedSamples) or (not reads_tokens(opened.skeleton.model) and given is not None):
+    if given is not None and not _cut_into_windows(opened, given):
         how: dict[str, Any] = {name: getattr(asked, name) for name in ("samples", "length", "seed")}
-        other = _other_samples(opened, given, **how, what="samples", write=False)
+        other = _other_samples(opened, given, asked.tokenizer, **how, what="samples", write=False)
         written = other.provenance.get("transcripts_written")
         heard = [f"what the model hears in {written:,} recordings without a transcript"] if written else []
         return Foreseen(other, other.samples, other.length, heard)
@@ -254,23 +282,13 @@ def evaluation_samples(
     predicting: bool = False,
 ) -> Samples:
     """The windows of `model_evaluation_windows`, also for encoder-decoders; where it reads them, other samples."""
-    spec = texts_of(data)
-    if spec is not None and reads_tokens(opened.skeleton.model):
-        if predicting and not is_encoder_decoder(opened.skeleton.model):
-            raise CalibrationError(
-                f"{data}: labelled texts are for models that choose between classes, and "
-                f"{type(opened.skeleton.model).__name__} predicts the next token. Give it a text, or tasks."
-            )
-        found = model_texts(opened, spec, tokenizer, samples=windows, length=length, what="windows")
-        _say_fewer(found, "windows", windows)
-        return _measured(opened, found)
-    if reads_tokens(opened.skeleton.model) and not isinstance(data, Mapping | NamedSamples):
+    if _cut_into_windows(opened, data):
         return model_evaluation_windows(
             opened, data, tokenizer, length=length, windows=windows, bos=bos, predicting=predicting, alone=False
         )
-    if predicting:
+    if predicting and texts_of(data) is None:
         check_predicts(opened.skeleton.model, opened.skeleton.blocks, "a perplexity", alone=False)
-    return _other_samples(opened, data, samples=windows, length=length, seed=None, what="windows")
+    return _other_samples(opened, data, tokenizer, samples=windows, length=length, seed=None, what="windows")
 
 
 class _Calibration(TypedDict):

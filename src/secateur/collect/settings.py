@@ -120,7 +120,8 @@ class CalibrationSettings(Settings):
             ".parquet[:FIELD] file, or .safetensors with input_ids (and attention_mask); self: text that the model "
             "writes itself, self:PROMPTS: its answers to the lines of a .txt or .jsonl[:FIELD]; images:FOLDER "
             "of .jpg and .png, or images:FILE.npy, for a model of images; audio:FOLDER of .wav and .flac for a model "
-            "of speech, with what is said in NAME.txt beside NAME.wav. Repeat with weights to mix: 0.7*c4. auto is "
+            "of speech, with what is said in NAME.txt beside NAME.wav; labelled:FILE.csv or .jsonl, a table of "
+            "texts or pairs of texts, for an encoder. Repeat with weights to mix: 0.7*c4. auto is "
             "c4, or python-docs where the hub does not answer and has left no copy here.",
             "-c",
         ),
