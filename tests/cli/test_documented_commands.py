@@ -3,6 +3,7 @@
 import random
 import re
 import shlex
+import sys
 import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +105,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("documented") / "dense")
 
 
-@pytest.mark.usefixtures("some_tasks")
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Modules that commands import from files of a page are gone afterwards: others may have the same names."""
+    yield
+    for page in PAGES:
+        for name, _ in FILE.findall(page.read_text(encoding="utf-8")):
+            sys.modules.pop(Path(name).stem, None)
+
+
+@pytest.mark.usefixtures("some_tasks", "forgotten")
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name in MARKED], ids=lambda page: page.stem)
 def test_the_marked_commands_run(
     page: Path, dense: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, hub: Hub
