@@ -60,7 +60,17 @@ def test_what_was_pruned_or_zero_before(call: Call, pruned: Path, tmp_path: Path
     assert "these weights were zero before, and stay so." in " ".join(again.out.split())
     more = call("prune", pruned, "-o", tmp_path / "more", "--method", "magnitude", "--sparsity", "0.75")
     assert "more zeros than were asked for" not in more.out
-    assert f"What it cost: secateur compare {read_manifest(pruned).source['path']} " in more.out  # with the dense model
+    dense = read_manifest(pruned).source["path"]
+    assert f"What it cost: secateur compare {dense} " in more.out  # with the dense model
+
+
+def test_checkpoints_that_were_pruned_onto_each_other(call: Call, model: Path, tmp_path: Path) -> None:
+    """Nobody knows the dense model any more, and the end of the run is reached all the same."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for source, target in ((model, one), (one, other), (other, one)):
+        done = call("prune", source, "-o", target, "--method", "magnitude", "--sparsity", "0.5", "--overwrite")
+        assert done.code == 0
+    assert "What it cost: secateur compare " in done.out
 
 
 def test_zeros_beyond_a_pattern_are_told_one_by_one(call: Call, model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,20 +189,26 @@ def allocation_tables(made: Allocated, output: str | None) -> RenderableType:
     return Group(table, judged, Text(f"Written to {output}; prune with it: {command}"))
 
 
+def _dense_path(manifest: Manifest) -> str:
+    """Where the dense model is, also for what was pruned from a pruned checkpoint."""
+    path, seen = str(manifest.source.get("path")), set[str]()
+    with suppress(CheckpointError):
+        while path not in seen and (Path(path) / FILE_NAME).is_file():  # two may have been pruned onto each other
+            seen.add(path)
+            earlier = read_manifest(Path(path))
+            if not earlier.removes or earlier.source.get("path") is None:
+                break
+            path = str(earlier.source["path"])
+    return path
+
+
 def _measuring(manifest: Manifest, output: str) -> list[str]:
     """The command that compares a pruned checkpoint with its source, on windows that the source is known to take."""
-    source = manifest
-    while (before := Path(str(source.source.get("path"))) / FILE_NAME).is_file():  # the pruned one may be gone on from
-        try:
-            earlier = read_manifest(before.parent)
-        except CheckpointError:
-            break
-        if not earlier.removes or earlier.source.get("path") in (None, source.source.get("path")):
-            break
-        source = earlier
-    command = ["secateur", "compare", str(source.source.get("path")), output]
+    command = ["secateur", "compare", _dense_path(manifest), output]
     calibration = manifest.calibration or {}
-    prefix = {"images": "images", "recordings": "audio"}.get(str(calibration.get("source")))
+    prefix = {"images": "images", "recordings": "audio", "labelled texts": "labelled"}.get(
+        str(calibration.get("source"))
+    )
     if prefix is not None:
         files = [source["file"] for source in calibration.get("sources", [])]
         return [*command, "--data", f"{prefix}:{files[0] if files else 'FOLDER'}"]
