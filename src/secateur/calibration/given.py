@@ -10,8 +10,9 @@ import torch
 
 from secateur.calibration.corpora import names_corpus
 from secateur.calibration.documents import DEFAULT_FIELD, Corpus, spooled, table_rows, wrong_field
-from secateur.calibration.named import LABELS, NO_LABEL, NamedSamples
+from secateur.calibration.named import NO_LABEL, NamedSamples
 from secateur.calibration.windows import MASK_KEY, TOKEN_KEY, Windows
+from secateur.core.batch import LABELS
 from secateur.errors import CalibrationError
 
 STREAM_CHARACTERS = 64 * 2**20  # of texts from a stream, which may have no end

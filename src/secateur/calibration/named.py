@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from secateur.calibration.labels import Label
-from secateur.core.batch import Named
+from secateur.core.batch import LABELS, Named
 from secateur.errors import CalibrationError
 
-LABELS = "labels"
 NO_LABEL = -100  # what labels are where nothing is to be predicted
 
 

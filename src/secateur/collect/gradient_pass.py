@@ -25,13 +25,14 @@ from secateur.collect.gradient_file import GradientFile, GradientWriter, model_d
 from secateur.collect.gradient_parts import GradientParts, Sums
 from secateur.collect.model_windows import model_samples
 from secateur.collect.settings import File, GradientSettings, Model, ModelSettings
+from secateur.core.batch import LABELS
 from secateur.core.checks import check_weight, first_nonfinite
 from secateur.core.choices import Granularity, Norm, Scope
 from secateur.core.gradients import GradientKind
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, NumericalError
 from secateur.files.checkpoint import tensor_digest
 from secateur.models.flow.backward import GradientTap, next_tokens
-from secateur.models.flow.inputs import LABELS, PIXELS, input_name, takes_labels
+from secateur.models.flow.inputs import PIXELS, input_name, takes_labels
 from secateur.models.flow.memory import available_bytes, return_large
 from secateur.models.flow.stream import default_batch_size
 from secateur.models.opening.opened import OpenedModel, open_model

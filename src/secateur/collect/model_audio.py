@@ -13,8 +13,9 @@ from secateur.calibration.audio import PREFIX, Recording, audio_of, recordings
 from secateur.calibration.labels import Label, file_labels
 from secateur.calibration.named import NamedSamples
 from secateur.calibration.windows import fewer, require_positive
+from secateur.core.batch import LABELS
 from secateur.errors import CalibrationError
-from secateur.models.flow.inputs import LABELS, input_name, start_token
+from secateur.models.flow.inputs import input_name, start_token
 from secateur.models.opening.classes import task_of
 from secateur.models.opening.configuration import reason
 from secateur.models.opening.opened import OpenedModel

@@ -11,8 +11,8 @@ from secateur.calibration.images import chosen_count
 from secateur.calibration.labels import PREFIX, read_texts
 from secateur.calibration.named import NamedSamples
 from secateur.calibration.windows import fewer, require_positive
+from secateur.core.batch import LABELS
 from secateur.errors import CalibrationError
-from secateur.models.flow.inputs import LABELS
 from secateur.models.opening.opened import OpenedModel
 from secateur.models.shape.structure import embeddings_of, is_encoder_decoder
 

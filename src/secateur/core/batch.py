@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LABELS = "labels"  # the input that says what a model is to make of a sample
+
 
 @dataclass(frozen=True, eq=False)
 class Named:

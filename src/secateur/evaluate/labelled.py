@@ -15,6 +15,7 @@ from secateur.calibration.labels import Label, file_labels, texts_of
 from secateur.calibration.named import NamedSamples
 from secateur.collect.model_windows import Samples, evaluation_samples
 from secateur.collect.settings import DtypeSettings
+from secateur.core.batch import LABELS
 from secateur.errors import CalibrationError, CheckpointError, ModelStructureError, NumericalError
 from secateur.evaluate.beside_dense import beside_dense
 from secateur.evaluate.classes import class_numbers
@@ -23,7 +24,6 @@ from secateur.evaluate.perplexity import described, standard_error, without_nan
 from secateur.evaluate.settings import AgreementSettings, TextSettings
 from secateur.evaluate.similarity import Similarity, compare_states
 from secateur.evaluate.written import JUDGED, check_package, judged_by, normaliser, text_figures, text_of, write
-from secateur.models.flow.inputs import LABELS
 from secateur.models.flow.stream import Stream
 from secateur.models.opening.classes import Task, task_of
 from secateur.models.opening.opened import OpenedModel, open_model

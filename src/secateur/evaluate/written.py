@@ -12,10 +12,10 @@ import torch
 
 from secateur.calibration.labels import Label
 from secateur.collect.model_audio import loaded_whole
-from secateur.core.batch import Named
+from secateur.core.batch import LABELS, Named
 from secateur.errors import CalibrationError, CheckpointError
 from secateur.evaluate.measured import Measured
-from secateur.models.flow.inputs import DECODED, LABELS, named
+from secateur.models.flow.inputs import DECODED, named
 from secateur.models.opening.classes import Task
 from secateur.models.opening.opened import OpenedModel
 from secateur.runs.events import Progress

@@ -7,11 +7,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from secateur.core.batch import Batch, Named
+from secateur.core.batch import LABELS, Batch, Named
 from secateur.models.shape.sequences import timm_part
 from secateur.models.shape.structure import embeddings_of, has_two_towers, is_encoder_decoder
 
-DECODED, LABELS, PIXELS = "decoder_input_ids", "labels", "pixel_values"
+DECODED, PIXELS = "decoder_input_ids", "pixel_values"
 
 
 def reads_tokens(model: nn.Module) -> bool:
